@@ -1,0 +1,28 @@
+"""Schedulers for diffusers pipelines: tables of coefficient rows, built in float64 (see `dpm_core`)."""
+
+from diffusers_dpm.schedulers.dpm_core import (
+    CLEAN,
+    Level,
+    LinearScheduler,
+    LinearSchedulerOutput,
+    Update,
+    VPNoiseSchedule,
+)
+from diffusers_dpm.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers_dpm.schedulers.scheduling_ddpm import DDPMScheduler
+
+
+# The one list that contract, row, parity and shippable tests are parametrised over.
+ALL_SCHEDULERS = (DDPMScheduler, DDIMScheduler)
+
+__all__ = [
+    "ALL_SCHEDULERS",
+    "CLEAN",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "Level",
+    "LinearScheduler",
+    "LinearSchedulerOutput",
+    "Update",
+    "VPNoiseSchedule",
+]

@@ -1,0 +1,68 @@
+"""Denoising diffusion probabilistic models (Ho, Jain and Abbeel 2020, https://arxiv.org/abs/2006.11239)."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .dpm_core import Level, LinearScheduler, Update, unknown
+
+
+VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+
+
+class DDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks for the mixin's name in this module
+    """Ancestral sampling: x_s ~ N(mean of q(x_s | x_t, x_0), variance) on any sub-grid of the training timesteps.
+
+    The config is that of `diffusers.DDPMScheduler`. `variance_type`:
+
+    - fixed_small: the variance of q(x_s | x_t, x_0), beta-tilde; exact when the data is a single point.
+    - fixed_large: the variance of q(x_t | x_s), beta; exact when the data is N(0, I). Ho et al. report FID with it.
+    - fixed_small_log, fixed_large_log: the same two; diffusers' names for code that works with logarithms.
+    - learned: the last C of 2C output channels are the log-variance.
+    - learned_range: they interpolate between the logarithms of both (Nichol and Dhariwal 2021, eq. 15).
+
+    The last step ends at clean data, without noise. `variance_type=None`, as in DPM-Solver configs, means fixed_small.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        variance_type: str | None = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+    ):
+        if variance_type is not None and variance_type not in VARIANCE_TYPES:
+            raise ValueError(unknown("variance_type", variance_type, VARIANCE_TYPES))
+        self._setup()
+
+    def plan(self, levels: list[Level]) -> list[Update]:
+        return [self.update(t, s) for t, s in pairwise(levels)]
+
+    def update(self, t: Level, s: Level) -> Update:
+        """Eq. 6 and 7 for a step t -> s, written with u = 1 - SNR_t / SNR_s."""
+        u = -math.expm1(2 * (t.lambda_ - s.lambda_))
+        small, large = s.sigma * math.sqrt(u), t.sigma * math.sqrt(u)
+        mean = Update(sample=s.sigma / t.sigma * math.exp(t.lambda_ - s.lambda_), x0=(s.alpha * u,))
+        if s.sigma == 0:
+            return mean
+        variance_type = self.config.variance_type or "fixed_small"
+        if variance_type == "learned":  # the interval in which the interpolation returns the network's own value
+            return mean._replace(noise=small, log_variance=(-1.0, 1.0))
+        if variance_type == "learned_range":
+            return mean._replace(noise=small, log_variance=(2 * math.log(small), 2 * math.log(large)))
+        return mean._replace(noise=small if variance_type.startswith("fixed_small") else large)
