@@ -1,0 +1,99 @@
+"""Every file of schedulers/ and pipelines/ can be shipped in a Hub repository as remote code.
+
+diffusers copies such a file, finds the files it needs by regular expressions over its lines, and looks classes up by
+name in its namespace; the rules below are those of its loader (`diffusers.utils.dynamic_modules_utils`).
+"""
+
+import ast
+import importlib
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.pipelines.pipeline_loading_utils import _fetch_class_library_tuple
+from diffusers.utils.dynamic_modules_utils import check_imports, find_pipeline_class, get_relative_imports
+
+from diffusers_dpm import pipelines, schedulers
+from diffusers_dpm.pipelines import DPMPipeline
+
+
+ROOT = Path(__file__).parents[1]
+FILES = [
+    path for folder in ("schedulers", "pipelines") for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"
+]
+COMPONENTS = [path for path in FILES if path.stem.startswith(("scheduling_", "modeling_"))]
+LIBRARIES = {"torch", "numpy", "PIL", "diffusers"}
+PUBLIC_CLASSES = [*schedulers.ALL_SCHEDULERS, DPMPipeline]
+
+
+def module_name(path):
+    return f"diffusers_dpm.{path.parent.name}.{path.stem}"
+
+
+def imports(path):
+    """(absolute top-level names, relative names) imported anywhere in the file, as Python sees them."""
+    absolute, relative = set(), set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            absolute |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            absolute.add(node.module.split(".")[0])
+        elif isinstance(node, ast.ImportFrom):
+            relative.add("." * (node.level - 1) + (node.module or ""))
+    return absolute, relative
+
+
+def test_files_are_found():
+    assert {"dpm_core", "scheduling_ddpm", "scheduling_ddim", "pipeline_dpm"} <= {path.stem for path in FILES}
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_only_schedulers_have_a_file_beside_them(path):
+    allowed = {"dpm_core"} if path.stem.startswith("scheduling_") else set()
+    assert imports(path)[1] <= allowed
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_absolute_imports_are_the_standard_library_torch_and_diffusers(path):
+    assert imports(path)[0] - set(sys.stdlib_module_names) <= LIBRARIES
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_the_loader_sees_the_imports_that_python_sees(path, caplog):
+    """Its expressions also match lines of docstrings, miss `from . import x`, and warn of packages not installed."""
+    assert set(get_relative_imports(path)) == imports(path)[1]
+    logging.getLogger("diffusers").addHandler(caplog.handler)  # diffusers' loggers do not propagate to the root
+    try:
+        assert set(check_imports(path)) == imports(path)[1]
+    finally:
+        logging.getLogger("diffusers").removeHandler(caplog.handler)
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("path", COMPONENTS, ids=module_name)
+def test_component_module_has_the_mixin_in_its_namespace(path):
+    """The loader looks there for the base class that says how to load the component."""
+    module = importlib.import_module(module_name(path))
+    mixin = SchedulerMixin if path.stem.startswith("scheduling_") else ModelMixin
+    assert getattr(module, mixin.__name__, None) is mixin
+
+
+def test_pipeline_file_has_one_pipeline():
+    module = importlib.import_module("diffusers_dpm.pipelines.pipeline_dpm")
+    assert find_pipeline_class(module) is DPMPipeline  # raises if there are two
+    assert issubclass(DPMPipeline, DiffusionPipeline)
+
+
+@pytest.mark.parametrize("cls", PUBLIC_CLASSES, ids=lambda cls: cls.__name__)
+def test_class_is_recorded_under_its_own_module(cls):
+    """diffusers mistakes a module in a folder of one of its own pipelines' names for that pipeline."""
+    library, name = _fetch_class_library_tuple(cls)
+    assert library in {module_name(path) for path in FILES}
+    assert getattr(importlib.import_module(library), name) is cls
+
+
+def test_public_names_exist():
+    for package in (schedulers, pipelines):
+        assert all(hasattr(package, name) for name in package.__all__)
