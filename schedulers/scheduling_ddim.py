@@ -127,7 +127,7 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
             ValueError: also if both `generator` and `variance_noise` are given, or eta lies outside [0, 1].
             TypeError: a number in the place of the generator, where diffusers' DDIM has eta.
         """
-        if isinstance(generator, float):
+        if isinstance(generator, int | float):
             raise TypeError("the fourth argument of step is the generator; give eta by name.")
         if generator is not None and variance_noise is not None:
             raise ValueError("give either generator or variance_noise.")
