@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 SOURCES := src schedulers pipelines training tests benchmarks
 PACKAGED := $(sort $(wildcard src/diffusers_dpm/* schedulers/* pipelines/* training/* model_cards/*))
 
+# With threads that spin while they wait, two processes on two cores slow each other down tenfold.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: help demo test test-slow lint types unit format clean FORCE
 
 help: ## this list

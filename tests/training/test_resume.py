@@ -1,0 +1,186 @@
+"""A run that stops and goes on equals one that did not, bit for bit, however it stopped."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.training.checkpoints import TEMPORARY, checkpoint_folder, list_checkpoints
+from diffusers_dpm.training.train_diffusion import DiffusionTrainer, main, train
+
+
+def contents(folder):
+    """Every tensor and every JSON file below, by relative path."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".safetensors":
+            found |= {f"{name}/{key}": value for key, value in load_file(path).items()}
+        elif path.suffix == ".json" and path.name != "training_options.json":
+            found[name] = json.loads(path.read_text())
+    return found
+
+
+def assert_same(first, second):
+    first, second = contents(first), contents(second)
+    assert first.keys() == second.keys()
+    assert len(first) > 100
+    for name, value in first.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, second[name]), name
+        else:
+            assert value == second[name], name
+
+
+def assert_same_run(first, second, step=6):
+    """The same weights, average, optimiser and counters in the last checkpoint, the same pipeline and samples."""
+    assert_same(checkpoint_folder(first, step), checkpoint_folder(second, step))
+    assert_same(first / "unet", checkpoint_folder(second, step) / "unet")
+    name = f"samples/step-{step:08d}.png"
+    assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="plain"),  # step 3 of 16 images lies inside the second epoch of 40
+        pytest.param({"gradient_accumulation_steps": 2}, id="accumulation"),
+        pytest.param({"batch_size": 20}, id="epoch boundary", marks=pytest.mark.slow),
+        pytest.param({"class_conditional": True, "class_dropout_prob": 0.2, "random_flip": True}, id="labels"),
+        pytest.param({"ema": False, "timestep_sampling": "uniform"}, id="no EMA", marks=pytest.mark.slow),
+        pytest.param({"weighting": "min_snr", "prediction_type": "v_prediction", "ema_warmup": False}, id="v"),
+    ],
+)
+def test_two_halves_equal_the_whole(tmp_path, options, changes):
+    common = {"sample_every": 3, "sample_steps": 3, "num_samples": 4, **changes}
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(options(output_dir=str(whole), **common))
+    train(options(output_dir=str(halves), max_train_steps=3, **common))
+    torch.manual_seed(12345)  # the state of the process does not matter
+    train(options(output_dir=str(halves), resume="latest", **common))
+    assert_same_run(whole, halves)
+
+
+def test_resume_from_a_path_into_another_folder(tmp_path, options):
+    """The middle of a cosine schedule, whose length may not change."""
+    common = {"sample_every": 6, "sample_steps": 3, "num_samples": 4, "lr_scheduler": "cosine", "checkpoint_every": 3}
+    whole = train(options(output_dir=str(tmp_path / "whole"), **common))
+    middle = str(checkpoint_folder(whole, 3))
+    assert_same_run(whole, train(options(output_dir=str(tmp_path / "branch"), resume=middle, **common)))
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, options):
+    run = train(options())
+    before = contents(run)
+    train(options(resume="latest"))
+    assert contents(run).keys() == before.keys()
+    assert all(
+        torch.equal(a, b) for a, b in zip(contents(run).values(), before.values(), strict=True) if torch.is_tensor(a)
+    )
+
+
+def test_checkpoints_are_pipelines_with_the_average(tmp_path, trainer):
+    run = trainer(checkpoint_every=2, checkpoints_total_limit=2)
+    run.run()
+    assert [path.name for path in list_checkpoints(run.run_folder)] == ["step-00000004", "step-00000006"]
+    for folder in (list_checkpoints(run.run_folder)[-1], run.run_folder):
+        unet = DPMPipeline.from_pretrained(folder).unet
+        for name, weight in run.state.ema_model.state_dict().items():
+            assert torch.equal(unet.state_dict()[name], weight)
+    raw = load_file(list_checkpoints(run.run_folder)[-1] / "trainer_state" / "model.safetensors")
+    assert all(torch.equal(raw[name], weight) for name, weight in run.state.model.state_dict().items())
+    assert not torch.equal(raw["conv_in.weight"], run.state.ema_model.conv_in.weight)
+
+
+def test_no_pickles(options):
+    run = train(options())
+    suffixes = {path.suffix for path in run.rglob("*") if path.is_file()}
+    assert suffixes == {".safetensors", ".json"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rate": 5e-4}, "--learning-rate was 0.001 and now is 0.0005"),
+        ({"seed": 1}, "--seed was 0 and now is 1"),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "--beta-schedule"),
+        ({"dropout": 0.3}, "--dropout was None and now is 0.3"),
+        ({"max_train_steps": 2}, "past --max-train-steps 2"),
+    ],
+)
+def test_changes_that_matter_are_refused(options, changes, message):
+    train(options(max_train_steps=3))
+    with pytest.raises(ValueError, match=message):
+        DiffusionTrainer(options(**{"max_train_steps": 6, "resume": "latest", **changes}))
+
+
+def test_a_cosine_schedule_keeps_its_length(options):
+    train(options(max_train_steps=3, lr_scheduler="cosine"))
+    with pytest.raises(ValueError, match="--max-train-steps was 3 and now is 6"):
+        DiffusionTrainer(options(max_train_steps=6, lr_scheduler="cosine", resume="latest"))
+
+
+def test_other_data_is_refused(options, arrays):
+    train(options(max_train_steps=1))
+    (Path(arrays) / "class_0" / "00.npy").unlink()
+    with pytest.raises(ValueError, match=r"40 images of 8x8 with 1 channel.* 39 images"):
+        DiffusionTrainer(options(resume="latest"))
+
+
+def test_changes_that_do_not_matter_are_allowed(options):
+    train(options(max_train_steps=2))
+    changes = {"checkpoint_every": 1, "log_every": 1, "gradient_accumulation_steps": 2, "cache_gigabytes": 2.0}
+    train(options(max_train_steps=3, resume="latest", **changes))
+
+
+def test_resume_without_a_checkpoint_starts_at_the_beginning(tmp_path, options, capsys):
+    train(options(max_train_steps=2, output_dir=str(tmp_path / "fresh"), resume="latest"))
+    assert "no checkpoint" in capsys.readouterr().out
+    assert list_checkpoints(tmp_path / "fresh")
+
+
+def test_resume_from_no_checkpoint(tmp_path, options):
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        DiffusionTrainer(options(resume=str(tmp_path)))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("...")
+    with pytest.raises(ValueError, match="not the folder of a training run"):
+        DiffusionTrainer(options(resume="latest"))
+
+
+def kill_while_writing(command, run) -> bool:
+    """Start a run; kill it when a checkpoint after the first is half-written. Whether the half was left behind."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    folder = run / "checkpoints"
+    while process.poll() is None:
+        if list_checkpoints(run) and any(folder.glob(f"{TEMPORARY}step-*/trainer_state/*.safetensors")):
+            os.kill(process.pid, signal.SIGKILL)
+        time.sleep(0.0002)
+    assert process.returncode == -signal.SIGKILL
+    return any(folder.glob(f"{TEMPORARY}step-*/trainer_state"))
+
+
+def test_killed_in_the_middle_of_a_checkpoint(tmp_path, options, arguments):
+    common = {"sample_every": 6, "sample_steps": 3, "num_samples": 4}
+    run = tmp_path / "killed"
+    settings = {"output_dir": str(run), "checkpoint_every": 1, "checkpoints_total_limit": 0, **common}
+    command = [sys.executable, "-m", "diffusers_dpm.cli", "train", *arguments(**settings)]
+    while not kill_while_writing(command, run):  # the kill came a moment too late: once more
+        shutil.rmtree(run)
+    done = len(list_checkpoints(run))
+    assert 1 <= done < 6
+    assert main([*arguments(**settings), "--resume"]) == 0
+    assert not list((run / "checkpoints").glob(f"{TEMPORARY}*"))
+    assert len(list_checkpoints(run)) == 6
+    assert_same_run(train(options(output_dir=str(tmp_path / "whole"), **common)), run)

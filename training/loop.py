@@ -1,0 +1,401 @@
+"""The training loop: a generator of step records, for any network and any loss over noised images.
+
+Everything counts in optimiser steps, and everything random is a function of (seed, step): data order, noise, timesteps
+and flips are drawn for the global batch and shared out to processes and accumulation steps. So a run that stops and
+goes on equals one that did not, and the same global batch gives the same update on any number of processes.
+"""
+
+import copy
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedType
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Sampler
+
+from diffusers_dpm.schedulers import VPNoiseSchedule
+from diffusers_dpm.training.data import ImageDataset
+
+
+# Streams of random numbers that must not meet.
+DATA, NOISE, DROPOUT = range(3)
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss or its gradient is infinite or not a number; the weights are lost."""
+
+
+class Loss(Protocol):
+    """Per-example loss (B,) of a network on noised images; `DenoisingLoss` is one."""
+
+    schedule: VPNoiseSchedule
+
+    def __call__(
+        self,
+        model: Callable[..., Any],
+        x0: torch.Tensor,
+        t: torch.Tensor,
+        noise: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What one optimiser step did. The figures stay on the device until they are asked for.
+
+    Attributes:
+        step: number of optimiser steps done, this one included.
+        learning_rate: in force in this step.
+        ema_decay: in force in this step; None without EMA.
+        images_per_second: of this step alone.
+        skipped: the gradient scaler (fp16) met an overflow and left the weights as they were.
+        figures: (loss, gradient norm before clipping, loss in each quarter of the timesteps), float32 of shape (6,).
+    """
+
+    step: int
+    learning_rate: float
+    ema_decay: float | None
+    images_per_second: float
+    skipped: bool
+    figures: torch.Tensor
+
+    @cached_property
+    def _figures(self) -> list[float]:
+        return self.figures.tolist()
+
+    @property
+    def loss(self) -> float:
+        """Mean over the global batch."""
+        return self._figures[0]
+
+    @property
+    def gradient_norm(self) -> float:
+        return self._figures[1]
+
+    @property
+    def loss_by_quartile(self) -> list[float]:
+        """Mean loss in each quarter of the timesteps, low noise first; NaN where the batch has none."""
+        return self._figures[2:]
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteLossError if this step has spoilt the weights."""
+        for name, value in (("loss", self.loss), ("gradient norm", 0.0 if self.skipped else self.gradient_norm)):
+            if not math.isfinite(value):
+                raise NonFiniteLossError(f"the {name} is {value} at step {self.step}")
+
+
+class TrainingState:
+    """All that training changes: weights, their moving average, AdamW's moments, learning rate, step count.
+
+    Args:
+        model: the network, in float32.
+        options: `OptimizationOptions` and `EMAOptions` in one object.
+        accelerator: wraps the network for its device, precision and processes.
+
+    Attributes:
+        step: optimiser steps done, skipped ones included.
+        model: the bare network with the raw weights.
+        ema_model: a network in evaluation mode that holds the average; None without EMA.
+        network: `model` as wrapped by accelerate, for training.
+
+    Raises:
+        ValueError: accelerate is configured for sharded weights (FSDP, DeepSpeed, ...), which this loop cannot save.
+    """
+
+    def __init__(self, model: torch.nn.Module, options: Any, accelerator: Accelerator):
+        kind = accelerator.distributed_type
+        if kind is not DistributedType.NO and not kind.value.startswith("MULTI_"):
+            raise ValueError(f"training runs on one device or data-parallel ones, not under {kind.value}")
+        self.accelerator = accelerator
+        self.step = 0
+        self.model = model.to(accelerator.device)
+        self.parameters = list(model.parameters())
+        self.ema_model: torch.nn.Module | None = None
+        self.ema: EMAModel | None = None
+        if options.ema:
+            self.ema_model, self.ema = average_of(model, options)
+        optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=options.learning_rate,
+            betas=(options.adam_beta1, options.adam_beta2),
+            eps=options.adam_epsilon,
+            weight_decay=options.adam_weight_decay,
+            # Fused is fastest, but accelerate cannot tell whether a gradient scaler made it skip a step.
+            fused=accelerator.device.type in ("cpu", "cuda") and accelerator.mixed_precision != "fp16",
+        )
+        # Not prepared: accelerate would step it once per process, or per accumulation step.
+        self.lr_scheduler = get_scheduler(
+            {"constant": "constant_with_warmup"}.get(options.lr_scheduler, options.lr_scheduler),
+            optimizer,
+            num_warmup_steps=options.lr_warmup_steps,
+            num_training_steps=options.max_train_steps,
+        )
+        self.network, self.optimizer = accelerator.prepare(model, optimizer)
+
+    def update(self, max_grad_norm: float) -> torch.Tensor:
+        """One optimiser step from the gradients at hand; returns their norm before clipping."""
+        norm = self.accelerator.clip_grad_norm_(self.parameters, max_grad_norm or math.inf)
+        self.optimizer.step()
+        if not self.optimizer.step_was_skipped:
+            self.lr_scheduler.step()
+            if self.ema is not None:
+                self.ema.step(self.parameters)
+        self.optimizer.zero_grad()
+        self.step += 1
+        return norm
+
+    def save(self, folder: Path) -> None:
+        """Write everything but the averaged weights, which are the model itself, as safetensors and JSON."""
+        folder.mkdir()
+        names = [name for name, _ in self.model.named_parameters()]
+        optimizer = self.optimizer.state_dict()
+        moments = {
+            f"{names[i]}/{key}": value.contiguous()
+            for i, row in optimizer["state"].items()
+            for key, value in row.items()
+        }
+        save_file(self.model.state_dict(), folder / "model.safetensors")
+        save_file(moments, folder / "optimizer.safetensors")
+        scaler = self.accelerator.scaler
+        numbers = {
+            "step": self.step,
+            "ema_step": self.ema and self.ema.optimization_step,
+            "param_groups": optimizer["param_groups"],
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": scaler and scaler.state_dict(),
+        }
+        (folder / "state.json").write_text(json.dumps(numbers, indent=2) + "\n")
+
+    def load(self, folder: Path, ema_weights: Path) -> None:
+        """Restore what `save` wrote, and the averaged weights from the model's own safetensors file."""
+        numbers = json.loads((folder / "state.json").read_text())
+        self.model.load_state_dict(load_file(folder / "model.safetensors"))
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        names = {name: i for i, (name, _) in enumerate(self.model.named_parameters())}
+        for name, value in load_file(folder / "optimizer.safetensors").items():
+            parameter, key = name.rsplit("/", 1)
+            moments.setdefault(names[parameter], {})[key] = value
+        self.optimizer.load_state_dict({"state": moments, "param_groups": numbers["param_groups"]})
+        self.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(numbers["scaler"])
+        if self.ema is not None and self.ema_model is not None:
+            self.ema_model.load_state_dict(load_file(ema_weights))
+            self.ema.optimization_step = numbers["ema_step"]
+        self.step = numbers["step"]
+
+
+def average_of(model: torch.nn.Module, options: Any) -> tuple[torch.nn.Module, EMAModel]:
+    """A copy of `model` in evaluation mode, and the EMAModel that keeps the average of `model` in it."""
+    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
+    ema = EMAModel(
+        [],
+        decay=options.ema_decay,
+        min_decay=0.0 if options.ema_warmup else options.ema_decay,
+        use_ema_warmup=options.ema_warmup,
+        inv_gamma=options.ema_inv_gamma,
+        power=options.ema_power,
+        foreach=True,
+    )
+    ema.shadow_params = list(ema_model.parameters())  # averaged in place: nothing to swap for sampling or saving
+    return ema_model, ema
+
+
+def keyed_generator(device: torch.device | str, seed: int, *key: int) -> torch.Generator:
+    """A generator whose numbers depend on (seed, key) alone."""
+    return torch.Generator(device).manual_seed(derive_seed(seed, *key))
+
+
+def derive_seed(seed: int, *key: int) -> int:
+    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
+
+
+@lru_cache(maxsize=2)
+def epoch_order(num_examples: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(num_examples, generator=keyed_generator("cpu", seed, DATA, epoch))
+
+
+def global_batch(num_examples: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """The examples of optimiser step `step`: the next ones of an endless row of shuffled epochs."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    parts = []
+    for epoch, group in itertools.groupby(places, key=lambda place: place // num_examples):
+        within = [place % num_examples for place in group]
+        parts += epoch_order(num_examples, seed, epoch)[within[0] : within[-1] + 1].tolist()
+    return parts
+
+
+class MicroBatches(Sampler[list[int]]):
+    """Index lists for one process, micro-batch by micro-batch, from optimiser step `start` on, without end."""
+
+    def __init__(self, num_examples: int, options: Any, start: int, shares: Sequence[slice]):
+        self.num_examples = num_examples
+        self.options = options
+        self.start = start
+        self.shares = shares
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in itertools.count(self.start):
+            examples = global_batch(self.num_examples, self.options.batch_size, self.options.seed, step)
+            yield from (examples[share] for share in self.shares)
+
+
+def batch_shares(options: Any, accelerator: Accelerator) -> list[slice]:
+    """The parts of the global batch that this process computes, in order.
+
+    Raises:
+        ValueError: the batch cannot be divided evenly.
+    """
+    processes, parts = accelerator.num_processes, options.gradient_accumulation_steps
+    size, rest = divmod(options.batch_size, processes * parts)
+    if rest:
+        raise ValueError(
+            f"--batch-size {options.batch_size} cannot be divided evenly among "
+            f"{processes} process(es) x {parts} accumulation step(s)"
+        )
+    firsts = [(part * processes + accelerator.process_index) * size for part in range(parts)]
+    return [slice(first, first + size) for first in firsts]
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of one optimiser step, for the global batch of B images; dropout has its own.
+
+    Attributes:
+        timesteps: (B,), each uniform on 0 .. T-1.
+        noise: (B, C, H, W), standard normal.
+        flip: (B,), true for half.
+        coin: (B,), uniform on [0, 1): labels are dropped where it is below the probability.
+    """
+
+    timesteps: torch.Tensor
+    noise: torch.Tensor
+    flip: torch.Tensor
+    coin: torch.Tensor
+
+    def __getitem__(self, share: slice) -> "Draws":
+        return Draws(self.timesteps[share], self.noise[share], self.flip[share], self.coin[share])
+
+
+def draw_step(
+    options: Any, step: int, shape: Sequence[int], num_timesteps: int, device: torch.device | str = "cpu"
+) -> Draws:
+    """The draws of optimiser step `step` for images of `shape` (C, H, W); a function of (seed, step)."""
+    size = options.batch_size
+    generator = keyed_generator(device, options.seed, NOISE, step)
+    if options.timestep_sampling == "stratified":
+        # One timestep from each of B equal parts of the range; shuffled, so that no process gets only low noise.
+        places = torch.randperm(size, generator=generator, device=device) + torch.rand(
+            size, generator=generator, device=device
+        )
+        timesteps = (places * (num_timesteps / size)).long().clamp_(max=num_timesteps - 1)
+    else:
+        timesteps = torch.randint(num_timesteps, (size,), generator=generator, device=device)
+    noise = torch.randn((size, *shape), generator=generator, device=device)
+    flip, coin = torch.rand((2, size), generator=generator, device=device)
+    return Draws(timesteps, noise, flip < 0.5, coin)
+
+
+def training_steps(
+    state: TrainingState, data: ImageDataset, loss: Loss, options: Any, *, conditional: bool = False
+) -> Iterator[StepRecord]:
+    """Train up to `options.max_train_steps`, yielding a record after every optimiser step.
+
+    Between two records the caller may sample, save or stop. The loop owns torch's global generator, which dropout
+    uses, while it runs.
+
+    Args:
+        state: what is trained; the loop starts at `state.step`.
+        data: images in [-1, 1], with labels if `conditional`.
+        loss: per-example loss.
+        options: `DataOptions`, `OptimizationOptions` and, if `conditional`, `class_dropout_prob`, in one object.
+        conditional: whether the loss gets the labels.
+
+    Raises:
+        NonFiniteLossError: noticed one step late, so that the device is never waited for; call `check_finite` on a
+            record before saving.
+        ValueError: the batch cannot be divided evenly.
+    """
+    accelerator = state.accelerator
+    num_timesteps = len(loss.schedule)
+    shares = batch_shares(options, accelerator)
+    batches = load_batches(data, options, state.step, shares, accelerator.device)
+    state.network.train()
+    record = None
+    while state.step < options.max_train_steps:
+        started = time.perf_counter()
+        draws = draw_step(options, state.step, data.shape, num_timesteps, accelerator.device)
+        sums = torch.zeros(2, 4, device=accelerator.device)
+        for part, share in enumerate(shares):
+            drawn = draws[share]
+            x0, labels = prepare(next(batches), drawn, data, options, conditional)
+            torch.manual_seed(derive_seed(options.seed, DROPOUT, state.step, accelerator.process_index, part))
+            with nullcontext() if part == len(shares) - 1 else accelerator.no_sync(state.network):
+                losses = loss(state.network, x0, drawn.timesteps, drawn.noise, labels)
+                accelerator.backward(losses.mean() / len(shares))
+            sums += sums_by_quartile(losses.detach(), drawn.timesteps, num_timesteps)
+        learning_rate = state.lr_scheduler.get_last_lr()[0]
+        gradient_norm = state.update(options.max_grad_norm)
+        if record is not None:
+            record.check_finite()
+        loss_sums, counts = accelerator.reduce(sums, reduction="sum")
+        record = StepRecord(
+            step=state.step,
+            learning_rate=learning_rate,
+            ema_decay=state.ema and state.ema.cur_decay_value,
+            images_per_second=options.batch_size / (time.perf_counter() - started),
+            skipped=state.optimizer.step_was_skipped,
+            figures=torch.cat([loss_sums.sum()[None] / options.batch_size, gradient_norm[None], loss_sums / counts]),
+        )
+        yield record
+    if record is not None:
+        record.check_finite()
+
+
+def load_batches(
+    data: ImageDataset, options: Any, start: int, shares: Sequence[slice], device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This process's micro-batches from optimiser step `start` on; worker processes only decode what is not cached."""
+    loader = DataLoader(
+        data,
+        sampler=MicroBatches(len(data), options, start, shares),
+        batch_size=None,  # the sampler yields batches
+        num_workers=0 if data.in_memory else options.dataloader_num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    return iter(loader)
+
+
+def prepare(
+    batch: dict[str, torch.Tensor], draws: Draws, data: ImageDataset, options: Any, conditional: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(images, labels) of one micro-batch on the device, flipped and with labels dropped where `draws` say so."""
+    device = draws.noise.device
+    x0 = batch["images"].to(device, non_blocking=True)
+    if options.random_flip:
+        x0 = torch.where(draws.flip[:, None, None, None], x0.flip(-1), x0)
+    if not conditional:
+        return x0, None
+    labels = batch["labels"].to(device, non_blocking=True)
+    if options.class_dropout_prob:  # the index after the last class means "no label"
+        labels = labels.masked_fill(draws.coin < options.class_dropout_prob, data.num_classes)
+    return x0, labels
+
+
+def sums_by_quartile(losses: torch.Tensor, timesteps: torch.Tensor, num_timesteps: int) -> torch.Tensor:
+    """(sum of losses, number of examples) in each quarter of the timesteps, shape (2, 4)."""
+    rows = torch.stack([losses, torch.ones_like(losses)])
+    return rows.new_zeros(2, 4).index_add_(1, timesteps * 4 // num_timesteps, rows)
