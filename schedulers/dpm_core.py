@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -363,11 +363,10 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         for key, known in (("prediction_type", PREDICTIONS), ("timestep_spacing", SPACINGS)):
             if config[key] not in known:
                 raise ValueError(unknown(key, config[key], known))
-        if not 0 < config.dynamic_thresholding_ratio <= 1 or config.clip_sample_range <= 0:
-            raise ValueError(
-                f"dynamic_thresholding_ratio={config.dynamic_thresholding_ratio} must lie in (0, 1] and "
-                f"clip_sample_range={config.clip_sample_range} must be positive."
-            )
+        if config.thresholding and not 0 < config.dynamic_thresholding_ratio <= 1:
+            raise ValueError(f"dynamic_thresholding_ratio={config.dynamic_thresholding_ratio} must lie in (0, 1].")
+        if config.clip_sample and not config.clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range={config.clip_sample_range} must be positive.")
         if isinstance(config.trained_betas, torch.Tensor):  # JSON takes lists
             self.register_to_config(trained_betas=config.trained_betas.tolist())
         self.schedule = VPNoiseSchedule(self._betas())
@@ -397,6 +396,16 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         else:
             raise ValueError(unknown("beta_schedule", config.beta_schedule, BETA_SCHEDULES))
         return rescale_zero_terminal_snr(betas) if config.rescale_betas_zero_snr else betas
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As `ConfigMixin.from_config`, but a config in memory means what its JSON file says.
+
+        diffusers forgets the values that the other scheduler had by default, and so swaps in this class's defaults.
+        """
+        if isinstance(config, dict):
+            config = {key: value for key, value in config.items() if key != "_use_default_values"}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     def to_json_string(self) -> str:
         """The config as JSON; own keys at their default are left out, so that diffusers' class reads it silently."""
@@ -560,7 +569,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         x = sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
         output, variance = self._split(model_output, x)
         if isinstance(timestep, torch.Tensor) and timestep.numel() > 1:
-            rows = [self._locate(t) for t in timestep]
+            rows = [self._locate(t) for t in timestep.tolist()]
         else:
             rows = [self._locate(timestep)]
         if noise is None and any(self.updates[i].noise for i in rows):

@@ -1,0 +1,111 @@
+"""What the scheduler tests share: closed-form networks, loops, exact Gaussian data, exact tables for diffusers."""
+
+import logging
+import math
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+
+STOCK_SPACINGS = ("leading", "linspace", "trailing")
+SPACINGS = (*STOCK_SPACINGS, "quadratic", "logsnr")
+PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def noise(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(shape, generator=seeded(seed), dtype=torch.float64).to(dtype)
+
+
+def network(x, t):
+    """A stand-in for a U-Net: smooth, nonlinear, and sensitive to the timestep and to every pixel."""
+    return torch.sin(1.7 * x + 0.003 * float(t)) + 0.2 * x.flip(-1)
+
+
+def network_with_variance(x, t):
+    """The same with 2C channels; the second half is the variance."""
+    return torch.cat([network(x, t), torch.cos(x)], dim=1)
+
+
+def walk(scheduler, network, x, generator=None, **keywords):
+    """(x after every step, x_0 predicted in every step) of one full loop, of our schedulers or of diffusers'."""
+    path, x0s = [], []
+    for t in scheduler.timesteps:
+        x, x0 = scheduler.step(network(x, t), t, x, generator=generator, return_dict=False, **keywords)
+        path.append(x)
+        x0s.append(x0)
+    return torch.stack(path), torch.stack(x0s)
+
+
+def with_exact_tables(stock, schedule):
+    """diffusers' scheduler, computing with float64 tables instead of its float32 ones."""
+    stock.alphas_cumprod = schedule.alphas_cumprod
+    stock.one = torch.ones((), dtype=torch.float64)
+    if "set_alpha_to_one" in stock.config:
+        stock.final_alpha_cumprod = stock.one if stock.config.set_alpha_to_one else schedule.alphas_cumprod[0]
+    return stock
+
+
+class Gaussian(NamedTuple):
+    """Data N(mean, variance I): the network that minimises the training loss is known in closed form."""
+
+    mean: float
+    variance: float
+
+    def total(self, level):
+        """Variance of x at a level."""
+        return level.alpha**2 * self.variance + level.sigma**2
+
+    def predict(self, x, level, prediction_type="epsilon"):
+        centred = (x - level.alpha * self.mean) / self.total(level)
+        epsilon = level.sigma * centred
+        x0 = self.mean + level.alpha * self.variance * centred
+        return {"epsilon": epsilon, "sample": x0, "v_prediction": level.alpha * epsilon - level.sigma * x0}[
+            prediction_type
+        ]
+
+    def network(self, schedule, prediction_type="epsilon"):
+        return lambda x, t: self.predict(x, schedule[int(t)], prediction_type)
+
+    def carried(self, scheduler):
+        """(mean, variance) of x after every row (without history), begun at the exact distribution."""
+        start = scheduler.levels[0]
+        mean, variance = start.alpha * self.mean, self.total(start)
+        moments = []
+        for row, level in zip(scheduler.updates, scheduler.levels, strict=False):
+            (a, b, c) = row.sample, sum(row.x0), sum(row.epsilon)
+            slope = (level.alpha * b * self.variance + level.sigma * c) / self.total(level)
+            mean = a * mean + b * self.mean + slope * (mean - level.alpha * self.mean)
+            variance = (a + slope) ** 2 * variance + row.noise**2
+            moments.append((mean, variance))
+        return moments
+
+
+def order(counts, errors):
+    """Order of convergence: minus the slope of log error against log number of steps."""
+    return -np.polyfit(np.log(counts), np.log(errors), 1)[0]
+
+
+def beta_between(betas, s, t):
+    """1 - prod of (1 - beta) over s+1 .. t, from the betas themselves; s = -1 is clean data."""
+    return -math.expm1(math.fsum(math.log1p(-b) for b in betas[s + 1 : t + 1]))
+
+
+@contextmanager
+def diffusers_log():
+    """The messages that diffusers logs inside the block."""
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(handler)
+    try:
+        yield messages
+    finally:
+        logger.removeHandler(handler)

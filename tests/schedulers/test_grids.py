@@ -1,0 +1,160 @@
+"""Which timesteps a loop visits: equal to diffusers' wherever that is valid, and always n different ones."""
+
+from itertools import pairwise
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from diffusers_dpm.schedulers import ALL_SCHEDULERS, DDIMScheduler, DDPMScheduler
+from diffusers_dpm.schedulers.dpm_core import SPACINGS, spread
+
+from .helpers import STOCK_SPACINGS
+
+
+def grid(scheduler, n):
+    """What set_timesteps(n) visits, without planning the rows (a test below compares the two)."""
+    config = scheduler.config
+    ascending = SPACINGS[config.timestep_spacing](scheduler.schedule, n, config.steps_offset)
+    return spread(ascending, len(scheduler))[::-1]
+
+
+def stock_grid(n, **config):
+    stock = diffusers.DDPMScheduler(**config)
+    stock.set_timesteps(n)
+    return stock.timesteps.tolist()
+
+
+@pytest.mark.parametrize("steps_offset", [0, 1])
+@pytest.mark.parametrize("spacing", STOCK_SPACINGS)
+def test_every_n_visits_what_diffusers_visits(spacing, steps_offset):
+    config = {"timestep_spacing": spacing, "steps_offset": steps_offset}
+    ours = DDPMScheduler(**config)
+    different = {}
+    for n in range(1, 1001):
+        visited, expected = grid(ours, n), stock_grid(n, **config)
+        if spacing == "trailing" and len(expected) == n + 1:
+            assert expected.pop() == -1  # numpy.arange overshoots: a step too many, at a timestep that does not exist
+        if visited != expected:
+            different[n] = expected[0]
+    # The only other exception: the offset pushes the first timestep of the full grid out of the process.
+    assert different == ({1000: 1000} if (spacing, steps_offset) == ("leading", 1) else {})
+
+
+@pytest.mark.parametrize("num_train_timesteps", [10, 100, 1000])
+@pytest.mark.parametrize(("spacing", "steps_offset"), [*((spacing, 0) for spacing in SPACINGS), ("leading", 1)])
+def test_every_n_gives_n_descending_timesteps_of_the_process(spacing, steps_offset, num_train_timesteps):
+    config = {"timestep_spacing": spacing, "steps_offset": steps_offset, "num_train_timesteps": num_train_timesteps}
+    scheduler = DDPMScheduler(**config)
+    for n in range(1, num_train_timesteps + 1):
+        visited = grid(scheduler, n)
+        assert len(visited) == n
+        assert all(t > s for t, s in pairwise(visited))
+        assert 0 <= visited[-1] <= visited[0] < num_train_timesteps
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
+def test_set_timesteps_follows_the_spacing(scheduler_class, spacing):
+    scheduler = scheduler_class(timestep_spacing=spacing)
+    for n in (1, 2, 7, 50, 999, 1000):
+        scheduler.set_timesteps(n)
+        assert scheduler.timesteps.tolist() == grid(scheduler, n)
+        assert scheduler.timesteps.dtype == torch.int64
+        assert scheduler.num_inference_steps == n
+        assert len(scheduler.updates) == n
+        visited = [scheduler.schedule[t] for t in scheduler.timesteps.tolist()]
+        assert scheduler.levels[:-1] == visited
+
+
+def test_quadratic_golden_grid():
+    scheduler = DDPMScheduler(timestep_spacing="quadratic")
+    assert grid(scheduler, 10)[::-1] == [0, 9, 39, 88, 158, 246, 355, 483, 632, 800]
+
+
+@pytest.mark.parametrize("num", [100, 1000, 4000])
+def test_quadratic_is_the_floor_of_exact_squares(num):
+    """int(linspace(0, sqrt(0.8 T), n)^2) of Song et al.'s code, in integers: rounding must not cost a whole step."""
+    scheduler = DDPMScheduler(num, timestep_spacing="quadratic")
+    for n in range(2, num // 10):
+        exact = [8 * num * i * i // (10 * (n - 1) ** 2) for i in range(n)]
+        assert grid(scheduler, n)[::-1] == spread(exact, num)
+        authors = (np.linspace(0, np.sqrt(0.8 * num), n) ** 2).astype(int)
+        assert np.abs(authors - exact).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("config", "counts"),
+    [  # as many steps as the training timesteps can resolve: the last step of cosine alone is a quarter of its range
+        ({}, (2, 3, 5, 10, 20)),
+        ({"beta_schedule": "cosine"}, (2, 3, 4)),
+        ({"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}, (2, 3, 5, 10)),
+    ],
+)
+def test_logsnr_is_uniform_in_lambda_up_to_rounding(config, counts):
+    scheduler = DDPMScheduler(timestep_spacing="logsnr", **config)
+    lambda_ = scheduler.schedule.lambda_
+    finite = lambda_.isfinite()
+    beyond = int((~finite).sum())  # a level without signal is visited first, and by itself
+    for n in counts:
+        visited = grid(scheduler, n + beyond)
+        assert visited[:beyond] == list(range(999, 999 - beyond, -1))
+        wanted = torch.linspace(lambda_[finite][-1], lambda_[0], n, dtype=torch.float64)
+        nearest = torch.tensor(visited[beyond:]) - scheduler.schedule.timestep_of(wanted)
+        assert nearest.abs().max() <= 0.5
+        assert (visited[beyond], visited[-1]) == (999 - beyond, 0)
+
+
+@pytest.mark.parametrize("form", [list, tuple, np.array, torch.tensor, lambda t: torch.tensor(t, dtype=torch.int32)])
+@pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
+def test_explicit_timesteps(scheduler_class, form):
+    scheduler = scheduler_class()
+    scheduler.set_timesteps(timesteps=form([999, 500, 3, 1]))
+    assert scheduler.timesteps.tolist() == [999, 500, 3, 1]
+    assert scheduler.num_inference_steps == 4
+    assert scheduler.levels[:-1] == [scheduler.schedule[t] for t in (999, 500, 3, 1)]
+
+
+@pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "either"),
+        ({"num_inference_steps": 10, "timesteps": [3, 2]}, "either"),
+        ({"num_inference_steps": 0}, r"num_inference_steps=0 .*1 \.\. .*1000"),
+        ({"num_inference_steps": -1}, "num_inference_steps=-1"),
+        ({"num_inference_steps": 1001}, "1000"),
+        ({"timesteps": []}, "descending"),
+        ({"timesteps": [5, 5]}, "descending"),
+        ({"timesteps": [1, 5]}, "descending"),
+        ({"timesteps": [1000, 5]}, r"0 \.\. 999"),
+        ({"timesteps": [5, -1]}, r"0 \.\. 999"),
+        ({"timesteps": torch.tensor([5, 7])}, "descending"),
+        ({"timesteps": [9.7, 3.2]}, "timesteps"),  # a fraction of a timestep must not be dropped in silence
+    ],
+)
+def test_bad_grids_are_refused_with_the_reason(scheduler_class, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        scheduler_class().set_timesteps(**arguments)
+
+
+@pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
+def test_previous_timestep_is_the_next_entry(scheduler_class):
+    scheduler = scheduler_class()
+    scheduler.set_timesteps(timesteps=[700, 30, 2])
+    assert [scheduler.previous_timestep(t) for t in scheduler.timesteps] == [30, 2, -1]
+    assert scheduler.previous_timestep(30) == 2
+    with pytest.raises(ValueError, match="31"):
+        scheduler.previous_timestep(31)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_encoding_walks_the_decoding_grid_upward(spacing):
+    scheduler = DDIMScheduler(timestep_spacing=spacing, set_alpha_to_one=False)
+    scheduler.set_timesteps(20)
+    decoding, top = scheduler.timesteps.tolist(), scheduler.levels[0]
+    scheduler.set_timesteps(20, encode=True)
+    assert [*scheduler.timesteps.tolist(), decoding[0]] == sorted({0, *decoding})
+    assert scheduler.levels[0] == scheduler.schedule[0]
+    assert scheduler.levels[-1] == top
