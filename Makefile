@@ -23,7 +23,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check $(SOURCES)
 
 types: $(VENV)/.dev
-	$(BIN)/mypy
+	$(BIN)/mypy -p diffusers_dpm
 
 unit: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow and not gpu"
