@@ -10,16 +10,18 @@ from diffusers_dpm.schedulers.dpm_core import (
 )
 from diffusers_dpm.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers_dpm.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers_dpm.schedulers.scheduling_dpm_solver import DPMSolverScheduler
 
 
 # The one list that contract, row, parity and shippable tests are parametrised over.
-ALL_SCHEDULERS = (DDPMScheduler, DDIMScheduler)
+ALL_SCHEDULERS = (DDPMScheduler, DDIMScheduler, DPMSolverScheduler)
 
 __all__ = [
     "ALL_SCHEDULERS",
     "CLEAN",
     "DDIMScheduler",
     "DDPMScheduler",
+    "DPMSolverScheduler",
     "Level",
     "LinearScheduler",
     "LinearSchedulerOutput",

@@ -157,6 +157,15 @@ class VPNoiseSchedule:
             raise IndexError(f"timestep {t} is outside 0 .. {len(self) - 1}.")
         return self._levels[t]
 
+    def level(self, t: float) -> Level:
+        """The level of a real-valued timestep in 0 .. T-1; log alpha is linear between training timesteps."""
+        below = math.floor(t)
+        if below == t:
+            return self[below]
+        log_alpha = torch.lerp(self.log_alpha[below], self.log_alpha[below + 1], t - below).item()
+        sigma = math.sqrt(-math.expm1(2 * log_alpha))
+        return Level(math.exp(log_alpha), sigma, log_alpha - math.log(sigma))
+
     def timestep_of(self, lambda_: torch.Tensor) -> torch.Tensor:
         """Real-valued timestep at which log(alpha / sigma) = lambda_; log alpha is linear between training timesteps.
 
@@ -311,7 +320,7 @@ def weighted_sum(terms: Iterable[tuple[float, torch.Tensor]]) -> torch.Tensor:
     return total
 
 
-def unknown(key: str, value: object, known: Iterable[str]) -> str:
+def unknown(key: str, value: object, known: Iterable[object]) -> str:
     """The message for a config value that is not implemented."""
     return f"{key}={value!r} is not implemented; choose one of {', '.join(map(repr, known))}."
 
@@ -477,32 +486,69 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
     def _last_level(self) -> Level:
         return CLEAN
 
+    def _rederives_epsilon(self) -> bool:
+        """Whether epsilon follows from the clipped x_0, so that the pair stays consistent, or from the network."""
+        return False
+
     def _visit(
-        self, timesteps: list[int], levels: list[Level], device: str | torch.device | None, clip: bool = True
+        self,
+        timesteps: Sequence[float],
+        levels: list[Level],
+        device: str | torch.device | None,
+        clip: bool = True,
     ) -> None:
         """Plans the walk over `levels`, in which timesteps[i] is the network's label at levels[i]."""
         config = self.config
         self.num_inference_steps = len(timesteps)
-        self.timesteps = torch.tensor(timesteps, dtype=torch.long).to(device)
+        self.timesteps = torch.tensor(timesteps).to(device)  # integers, or float32 between the training timesteps
         self._grid_timesteps = self.timesteps  # callers assign slices to `timesteps`; rows are counted from here
         self.levels = levels
-        self._replan()
         self._index: dict[int | float, int] = {t: i for i, t in enumerate(timesteps)}
         self._conversions = [PREDICTIONS[config.prediction_type](level) for level in levels[:-1]]
         self._threshold = (config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None
         self._clip_range = config.clip_sample_range if config.clip_sample and not config.thresholding else None
         if not clip:
             self._threshold = self._clip_range = None
+        self._replan()
+
+    def _visit_upward(self, grid: Sequence[float], device: str | torch.device | None) -> None:
+        """The same grid from images to noise: the image is taken as x at timestep 0, and nothing is clipped.
+
+        Raises:
+            ValueError: the grid has no timestep above 0.
+        """
+        ascending = sorted({0, *grid})
+        if len(ascending) == 1:
+            raise ValueError("encoding needs a grid with a timestep above 0: use more steps or another spacing.")
+        self._visit(ascending[:-1], [self.schedule.level(t) for t in ascending], device, clip=False)
 
     def _replan(self) -> None:
         """Rows for the present levels and options, and an empty history."""
-        self.updates = self.plan(self.levels)
+        self.updates = self._planned = self.plan(self.levels)
+        self._derives_epsilon = self._rederives_epsilon()
+        self._entry = 0
         self._uses_epsilon = any(row.epsilon for row in self.updates)
         self._history_length = max(max(len(row.x0), len(row.epsilon)) for row in self.updates)
         self._has_state = self._history_length > 1 or any(row.anchored for row in self.updates)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop the history: what one loop leaves behind is nothing to the next."""
         self._last_index: int | None = None
         self._anchor: torch.Tensor | None = None
         self._predictions: tuple[Predicted, ...] = ()
+
+    def _enter(self, index: int) -> None:
+        """Begin a loop at row `index`, in mid-grid for image to image: from there the rows are those of a new walk."""
+        self._forget()
+        if index != self._entry:
+            self._entry = index
+            self.updates = [*self._planned[:index], *self.plan(self.levels[index:])] if index else self._planned
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Say at which entry of `timesteps` the loop will begin. Pipelines call it; `step` finds out by itself."""
+        self._ensure_grid()
+        self._enter(begin_index)
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
         """The sample itself: the network sees x_t. Present because pipelines call it."""
@@ -572,6 +618,8 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
             rows = [self._locate(t) for t in timestep.tolist()]
         else:
             rows = [self._locate(timestep)]
+        if self._has_state and rows[0] != (self._entry if self._last_index is None else self._last_index + 1):
+            self._enter(rows[0])
         if noise is None and any(self.updates[i].noise for i in rows):
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         if len(rows) > 1:
@@ -604,8 +652,11 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         """One row on a batch that stands at one level."""
         row, conversion = self.updates[index], self._conversions[index]
         x0 = self._clip(self._convert(conversion.x0, x, output))
-        # Without epsilon in any row its place is held by x_0, which no row then reads.
-        epsilon = self._convert(conversion.epsilon, x, output) if self._uses_epsilon else x0
+        epsilon = x0  # holds the place where no row reads it
+        if self._uses_epsilon and self._derives_epsilon:
+            epsilon = self._convert(PREDICTIONS["sample"](self.levels[index]).epsilon, x, x0)
+        elif self._uses_epsilon:
+            epsilon = self._convert(conversion.epsilon, x, output)
         predictions: tuple[Predicted, ...] = ((x0, epsilon),)
         anchor = x
         if self._has_state:
@@ -674,15 +725,10 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
     def _remember(
         self, index: int, predictions: tuple[Predicted, ...], x: torch.Tensor
     ) -> tuple[tuple[Predicted, ...], torch.Tensor]:
-        """(predictions newest first, x that opened the block); a step out of sequence begins a new history."""
-        row = self.updates[index]
-        if self._last_index is not None and index == self._last_index + 1:
-            predictions = (predictions + self._predictions)[: self._history_length]
-        else:
-            self._anchor = None
-        if not row.anchored:
-            self._anchor = x
-        if self._anchor is None or max(len(row.x0), len(row.epsilon)) > len(predictions):
-            raise ValueError(f"step {index} needs what earlier steps leave behind: begin the loop at timesteps[0].")
-        self._last_index, self._predictions = index, predictions
-        return predictions, self._anchor
+        """(predictions newest first, x that opened the block), this step's included."""
+        anchor = self._anchor if self.updates[index].anchored and self._anchor is not None else x
+        predictions = (predictions + self._predictions)[: self._history_length]
+        self._last_index, self._anchor, self._predictions = index, anchor, predictions
+        if index + 1 == len(self.updates):
+            self._forget()
+        return predictions, anchor

@@ -72,7 +72,7 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         """As `LinearScheduler.set_timesteps`; `encode=True` walks the same grid upward, from an image to its noise.
 
         The image is taken as x at timestep 0, the lowest level that the network knows; the walk ends at the highest
-        timestep of the grid, where decoding starts. Nothing is clipped on the way (clipping cannot be undone).
+        timestep of the grid, where decoding starts. Nothing is clipped on the way: clipping cannot be undone.
 
         Raises:
             ValueError: also if `encode` is asked for with eta > 0, or on a grid that has no level above timestep 0.
@@ -82,26 +82,23 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         if not encode:
             super().set_timesteps(num_inference_steps, device, timesteps)
             return
-        ascending = sorted({0, *self._grid(num_inference_steps, timesteps)})
-        if len(ascending) == 1:
-            raise ValueError("encoding needs a grid with a timestep above 0: use more steps or another spacing.")
-        self._visit(ascending[:-1], [self.schedule[t] for t in ascending], device, clip=False)
+        self._visit_upward(self._grid(num_inference_steps, timesteps), device)
 
     def _last_level(self) -> Level:
         return CLEAN if self.config.set_alpha_to_one else self.schedule[0]
+
+    def _rederives_epsilon(self) -> bool:
+        return self._options[1]
 
     def plan(self, levels: list[Level]) -> list[Update]:
         return [self.update(t, s) for t, s in pairwise(levels)]
 
     def update(self, t: Level, s: Level) -> Update:
         """Eq. 12 with the standard deviation of eq. 16, eta * s.sigma * sqrt(u), where u = 1 - SNR_t / SNR_s."""
-        eta, use_clipped_model_output = self._options
+        eta, _ = self._options
         u = -math.expm1(2 * (t.lambda_ - s.lambda_))
         std = eta * s.sigma * math.sqrt(u) if eta else 0.0
         direction = s.sigma * math.sqrt(1 - eta**2 * u) if eta else s.sigma
-        if use_clipped_model_output:  # epsilon = (x - alpha_t x_0) / sigma_t
-            ratio = direction / t.sigma
-            return Update(sample=ratio, x0=(s.alpha - ratio * t.alpha,), noise=std)
         return Update(x0=(s.alpha,), epsilon=(direction,), noise=std)
 
     def step(

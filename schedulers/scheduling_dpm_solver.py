@@ -1,0 +1,469 @@
+"""DPM-Solver (Lu et al. 2022a, https://arxiv.org/abs/2206.00927) and DPM-Solver++ (2022b, arXiv 2211.01095).
+
+All updates from level s to level t, with h = lambda_t - lambda_s, are one formula in the network's prediction m
+(epsilon or x_0) and its scaled derivatives D1 ~ h m', D2 ~ h^2 m'' with respect to lambda:
+
+    x_t = A x_s + B [phi_1(z) m + phi_2(z) D1 + phi_3(z) D2] + C noise
+
+| algorithm_type  | m       | A                        | B               | z   | C                            |
+|-----------------|---------|--------------------------|-----------------|-----|------------------------------|
+| dpmsolver       | epsilon | alpha_t / alpha_s        | -sigma_t h      | h   | 0                            |
+| dpmsolver++     | x_0     | sigma_t / sigma_s        | alpha_t h       | -h  | 0                            |
+| sde-dpmsolver   | epsilon | alpha_t / alpha_s        | -2 sigma_t h    | h   | sigma_t sqrt(exp(2h) - 1)    |
+| sde-dpmsolver++ | x_0     | sigma_t / sigma_s exp(-h) | 2 alpha_t h    | -2h | sigma_t sqrt(1 - exp(-2h))   |
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import NamedTuple
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .dpm_core import CLEAN, Level, LinearScheduler, Update, spread, unknown
+
+
+# diffusers' names, the reference code's, and those that diffusers' DPM-Solver accepts from other solvers' configs
+ALGORITHM_TYPES = {
+    "dpmsolver": "dpmsolver",
+    "dpmsolver++": "dpmsolver++",
+    "sde-dpmsolver": "sde-dpmsolver",
+    "sde-dpmsolver++": "sde-dpmsolver++",
+    "deis": "dpmsolver++",
+}
+SOLVER_TYPES = {
+    "midpoint": "midpoint",
+    "dpmsolver": "midpoint",
+    "heun": "heun",
+    "taylor": "heun",
+    "logrho": "midpoint",
+    "bh1": "midpoint",
+    "bh2": "midpoint",
+}
+METHODS = ("multistep", "singlestep", "singlestep_fixed")
+THIRD_ORDER_RULES = {"published": 1.0, "exact": 2.0}  # factor of the second difference
+
+
+def phi(k: int, z: float) -> float:
+    """phi_1(z) = (e^z - 1) / z and phi_{k+1}(z) = (phi_k(z) - 1/k!) / z, without cancellation; phi_k(0) = 1/k!."""
+    if abs(z) < 0.5:
+        term = total = 1 / math.factorial(k)
+        for j in range(1, 16):
+            term *= z / (j + k)
+            total += term
+        return total
+    value = math.expm1(z) / z
+    for j in range(1, k):
+        value = (value - 1 / math.factorial(j)) / z
+    return value
+
+
+class Kernel(NamedTuple):
+    """One line of the table above, for one step; `first` is B phi_1(z)."""
+
+    sample: float
+    weight: float
+    z: float
+    first: float
+    noise: float
+
+    def row(self, d1: Sequence[float], d2: Sequence[float], second: float, at: int = 0) -> tuple[float, ...]:
+        """Factors of the predictions, newest first, for D1 = sum d1_j m_j and D2 = sum d2_j m_j.
+
+        `second` is B phi_2(z) or what stands for it; `at` is the place of the prediction made at s.
+        """
+        third = self.weight * phi(3, self.z) if d2 else 0.0
+        d2 = d2 or (0.0,) * len(d1)
+        factors = [second * a + third * b for a, b in zip(d1, d2, strict=True)]
+        factors[at] += self.first
+        return tuple(factors)
+
+
+def kernel(algorithm_type: str, s: Level, t: Level) -> Kernel:
+    """The constants of the step s -> t, neither of them clean data nor pure noise."""
+    h = t.lambda_ - s.lambda_
+    if algorithm_type == "dpmsolver":
+        return Kernel(t.alpha / s.alpha, -t.sigma * h, h, -t.sigma * math.expm1(h), 0.0)
+    if algorithm_type == "dpmsolver++":
+        return Kernel(t.sigma / s.sigma, t.alpha * h, -h, -t.alpha * math.expm1(-h), 0.0)
+    if algorithm_type == "sde-dpmsolver":
+        noise = t.sigma * math.sqrt(math.expm1(2 * h))
+        return Kernel(t.alpha / s.alpha, -2 * t.sigma * h, h, -2 * t.sigma * math.expm1(h), noise)
+    decay = -math.expm1(-2 * h)
+    return Kernel(
+        t.sigma / s.sigma * math.exp(-h), 2 * t.alpha * h, -2 * h, t.alpha * decay, t.sigma * math.sqrt(decay)
+    )
+
+
+def first_order(algorithm_type: str, s: Level, t: Level) -> Update:
+    """The step that uses only the newest prediction; in its ODE forms it is DDIM with eta = 0."""
+    if t.sigma == 0:  # clean data is the prediction of x_0
+        return Update(x0=(1.0,))
+    if s.alpha == 0:  # nothing of x is signal: only the forms in x_0 have a limit
+        if algorithm_type.startswith("sde"):
+            return Update(x0=(t.alpha,), noise=t.sigma)
+        return Update(sample=t.sigma / s.sigma, x0=(t.alpha,))
+    k = kernel(algorithm_type, s, t)
+    return predictions(algorithm_type, k, (k.first,))
+
+
+def predictions(algorithm_type: str, k: Kernel, factors: tuple[float, ...], anchored: bool = False) -> Update:
+    """A row whose `factors` weigh the predictions that the algorithm works with."""
+    if algorithm_type.endswith("++"):
+        return Update(sample=k.sample, x0=factors, noise=k.noise, anchored=anchored)
+    return Update(sample=k.sample, epsilon=factors, noise=k.noise, anchored=anchored)
+
+
+def multistep_orders(num_steps: int, solver_order: int, lower_last: int, euler_at_final: bool) -> list[int]:
+    """Order of each step: it rises with the predictions at hand and falls over the last `lower_last` steps to 1."""
+    orders = [min(solver_order, i + 1) for i in range(num_steps)]
+    for left in range(1, min(lower_last, num_steps) + 1):
+        orders[-left] = min(orders[-left], left)
+    if euler_at_final:
+        orders[-1] = 1
+    return orders
+
+
+def singlestep_orders(num_calls: int, solver_order: int) -> list[int]:
+    """Orders of the blocks, which sum up to exactly `num_calls` (Lu et al. 2022a, section 3.4 and appendix)."""
+    blocks, rest = divmod(num_calls, solver_order)
+    if solver_order == 3 and blocks and not rest:
+        return [3] * (blocks - 1) + [2, 1]
+    return [solver_order] * blocks + ([rest] if rest else [])
+
+
+def multistep_row(algorithm_type: str, order: int, solver_type: str, factor: float, levels: Sequence[Level]) -> Update:
+    """Adams-type step from levels[-2] to levels[-1]; `levels` also holds the order - 1 levels before them.
+
+    Lu et al. 2022a, appendix, and 2022b, Algorithm 2. `factor` scales the second difference: 2 is what the Taylor
+    expansion needs and gives third order; 1 is in every published implementation and gives second order.
+    """
+    s, t = levels[-2:]
+    if order == 1 or t.sigma == 0 or s.alpha == 0:
+        return first_order(algorithm_type, s, t)
+    k = kernel(algorithm_type, s, t)
+    h = t.lambda_ - s.lambda_
+    h0 = s.lambda_ - levels[-3].lambda_
+    i0 = h / h0  # inverse ratios: 0 where the history begins at pure noise, so that it drops out
+    if order == 2:
+        second = k.first / 2 if solver_type == "midpoint" else k.weight * phi(2, k.z)
+        return predictions(algorithm_type, k, k.row((i0, -i0), (), second))
+    h1 = levels[-3].lambda_ - levels[-4].lambda_
+    i1, a, b = h / h1, h0 / (h0 + h1), factor * h / (h0 + h1)
+    d1 = ((1 + a) * i0, -(1 + a) * i0 - a * i1, a * i1)
+    d2 = (b * i0, -b * (i0 + i1), b * i1)
+    return predictions(algorithm_type, k, k.row(d1, d2, k.weight * phi(2, k.z)))
+
+
+def singlestep_rows(algorithm_type: str, solver_type: str, levels: Sequence[Level]) -> list[Update]:
+    """Runge-Kutta-type block from levels[0] to levels[-1] through the stages between them (Lu et al. 2022a, 3.3).
+
+    One row for each network call; all but the first start again from the x at levels[0]. Third order needs the second
+    stage at two thirds of the way in lambda.
+    """
+    s, t = levels[0], levels[-1]
+    rows = [first_order(algorithm_type, s, levels[1])]
+    if len(levels) == 2:
+        return rows
+    h = t.lambda_ - s.lambda_
+    r1 = (levels[1].lambda_ - s.lambda_) / h
+    k = kernel(algorithm_type, s, t)
+    second = k.weight * phi(2, k.z)
+    if len(levels) == 3:
+        d1 = (1 / r1, -1 / r1)
+        factors = k.row(d1, (), k.first / 2 if solver_type == "midpoint" else second, at=-1)
+        return [*rows, predictions(algorithm_type, k, factors, anchored=True)]
+    r2 = (levels[2].lambda_ - s.lambda_) / h
+    stage = kernel(algorithm_type, s, levels[2])
+    d1 = (r2 / r1, -r2 / r1)
+    factors = stage.row(d1, (), stage.weight * phi(2, stage.z), at=-1)
+    rows.append(predictions(algorithm_type, stage, factors, anchored=True))
+    if solver_type == "midpoint":
+        factors = k.row((1 / r2, 0.0, -1 / r2), (), second, at=-1)
+    else:
+        u, v = 1 / (r1 * (r2 - r1)), 1 / (r2 * (r2 - r1))
+        d1 = (-r1 * v, r2 * u, r1 * v - r2 * u)
+        d2 = (2 * v, -2 * u, 2 * (u - v))
+        factors = k.row(d1, d2, second, at=-1)
+    return [*rows, predictions(algorithm_type, k, factors, anchored=True)]
+
+
+# Grids ---------------------------------------------------------------------------------------------------------------
+
+
+def index_grid(spacing: str, top: int, n: int, steps_offset: int) -> list[int]:
+    """n ascending timesteps below `top`, spaced as in diffusers' DPM-Solver: as n + 1 points, the lowest left out."""
+    if spacing == "linspace":
+        return [round(i * ((top - 1) / n)) for i in range(1, n + 1)]
+    if spacing == "leading":
+        return [i * (top // (n + 1)) + steps_offset for i in range(1, n + 1)]
+    if spacing == "trailing":
+        return [round(top - i * (top / n)) - 1 for i in reversed(range(n))]
+    return [round(i**2 * (top - 1) / n**2) for i in range(1, n + 1)]  # quadratic in time
+
+
+def beta_quantiles(p: torch.Tensor, shape: float = 0.6) -> torch.Tensor:
+    """Inverse of the distribution function of Beta(shape, shape), by quadrature; error below 1e-7."""
+    angle = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)  # x = sin^2(angle) takes the poles away
+    density = (angle.sin() * angle.cos()) ** (2 * shape - 1)
+    mass = torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumulative_trapezoid(density)])
+    wanted = p * mass[-1]
+    right = torch.searchsorted(mass, wanted).clamp(1, len(mass) - 1)
+    left = right - 1
+    fraction = (wanted - mass[left]) / (mass[right] - mass[left])
+    return torch.lerp(angle[left], angle[right], fraction).sin() ** 2
+
+
+def lambda_grid(spacing: str, noisiest: float, cleanest: float, num: int) -> torch.Tensor:
+    """`num` ascending values of lambda with both ends, spaced in lambda or in sigma / alpha = exp(-lambda)."""
+    if num == 1:
+        return torch.tensor([noisiest], dtype=torch.float64)
+    u = torch.linspace(0, 1, num, dtype=torch.float64)
+    high, low = math.exp(-noisiest), math.exp(-cleanest)
+    if spacing == "karras":  # Karras et al. 2022, eq. 5
+        rho = 7
+        return -rho * torch.log(high ** (1 / rho) + u * (low ** (1 / rho) - high ** (1 / rho)))
+    if spacing == "beta":  # Lee et al. 2024, arXiv 2407.12173
+        return -torch.log(low + (high - low) * beta_quantiles(1 - u))
+    return torch.lerp(torch.tensor(noisiest).double(), torch.tensor(cleanest).double(), u)  # logsnr
+
+
+SIGMA_FLAGS = {
+    "use_karras_sigmas": "karras",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
+    "use_lu_lambdas": "logsnr",
+}
+INDEX_SPACINGS = ("linspace", "leading", "trailing", "quadratic")
+
+
+class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks for the mixin's name
+    """Fast solvers of the diffusion ODE and SDE, one network call for each entry of `timesteps`.
+
+    The config is that of `diffusers.DPMSolverMultistepScheduler` and `diffusers.DPMSolverSinglestepScheduler`:
+
+    - algorithm_type: dpmsolver (epsilon), dpmsolver++ (x_0), and sde-dpmsolver, sde-dpmsolver++ with fresh noise.
+    - solver_order: 1, 2 or 3. solver_type, for second order: midpoint (dpmsolver) or heun (taylor).
+    - lower_order_final: below 15 steps the last two have orders 2 and 1. euler_at_final: the last one has order 1.
+    - final_sigmas_type: zero ends at clean data, by a first-order step; sigma_min ends at the level of timestep 0.
+    - timestep_spacing: linspace, leading, trailing as diffusers' DPM-Solver has them (n + 1 points, the lowest is left
+      out), quadratic, logsnr; or one of use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas.
+    - lambda_min_clipped: the walk starts at the first timestep above it (cosine schedules: -5.1).
+
+    and keys of ours:
+
+    - method: multistep; singlestep, whose blocks make exactly the asked number of calls; or singlestep_fixed, with
+      blocks of solver_order only and up to solver_order - 1 calls fewer.
+    - third_order_rule: exact has third order; published, the rule of all other implementations, has second order.
+    - denoise_to_zero: ends at the level of timestep 0 and spends the last call on a prediction of x_0 from there.
+    - fractional_timesteps: real-valued timesteps where the grid has them; False rounds, and takes the level from the
+      rounded timestep, so that the network is told what it gets.
+    - clip_sample, clip_sample_range: as in DDPM; off by default, as diffusers' DPM-Solver has none.
+
+    Networks with 2C output channels work; the variance half is not used, whatever variance_type says.
+
+    Raises:
+        ValueError: a key that cannot be honoured, with its value (flow matching, SDE in singlestep form, ...).
+    """
+
+    own_keys = (
+        "method",
+        "third_order_rule",
+        "denoise_to_zero",
+        "fractional_timesteps",
+        "clip_sample",
+        "clip_sample_range",
+    )
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        solver_order: int = 2,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        algorithm_type: str = "dpmsolver++",
+        solver_type: str = "midpoint",
+        lower_order_final: bool = True,
+        euler_at_final: bool = False,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        use_flow_sigmas: bool = False,
+        final_sigmas_type: str = "zero",
+        lambda_min_clipped: float = -math.inf,
+        variance_type: str | None = None,
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        use_dynamic_shifting: bool = False,
+        method: str = "multistep",
+        third_order_rule: str = "exact",
+        denoise_to_zero: bool = False,
+        fractional_timesteps: bool = False,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+    ):
+        choices: dict[str, Sequence[object]] = {
+            "algorithm_type": tuple(ALGORITHM_TYPES),
+            "solver_type": tuple(SOLVER_TYPES),
+            "solver_order": (1, 2, 3),
+            "method": METHODS,
+            "third_order_rule": tuple(THIRD_ORDER_RULES),
+            "final_sigmas_type": ("zero", "sigma_min"),
+            "use_flow_sigmas": (False,),
+            "use_dynamic_shifting": (False,),
+        }
+        for key, known in choices.items():
+            if self.config[key] not in known:
+                raise ValueError(unknown(key, self.config[key], known))
+        if sum(self.config[flag] for flag in SIGMA_FLAGS) > 1:
+            raise ValueError(f"only one of {', '.join(SIGMA_FLAGS)} can be used.")
+        if method != "multistep" and algorithm_type.startswith("sde"):
+            raise ValueError(
+                f"algorithm_type={algorithm_type!r} needs method='multistep', not {method!r}: the noises of the "
+                "stages of a singlestep block would have to come from one Brownian path."
+            )
+        self._setup()
+
+    @property
+    def _spacing(self) -> str:
+        flags = [spacing for flag, spacing in SIGMA_FLAGS.items() if self.config[flag]]
+        return flags[0] if flags else self.config.timestep_spacing
+
+    # The grid ----------------------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[float] | torch.Tensor | None = None,
+        sigmas: Sequence[float] | torch.Tensor | None = None,
+        encode: bool = False,
+    ) -> None:
+        """As `LinearScheduler.set_timesteps`.
+
+        Args:
+            num_inference_steps: number of network calls.
+            device: where `timesteps` lies.
+            timesteps: explicit, strictly descending timesteps.
+            sigmas: explicit, descending values of sigma / alpha instead; a final 0 may be left out.
+            encode: walk the grid upward, from an image to its noise; see `DDIMScheduler.set_timesteps`.
+
+        Raises:
+            ValueError: not exactly one of the three is given, a value is out of range or order, or noise is added.
+        """
+        if sum(given is not None for given in (num_inference_steps, timesteps, sigmas)) != 1:
+            raise ValueError("give one of num_inference_steps, timesteps and sigmas.")
+        if encode and self._algorithm.startswith("sde"):
+            raise ValueError(f"encoding is deterministic: it cannot use algorithm_type={self._algorithm!r}.")
+        if sigmas is not None:
+            values = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+            grid = self._labels(self.schedule.timestep_of(-torch.log(values[values > 0])).tolist())
+        elif timesteps is not None and self.config.fractional_timesteps:
+            grid = self._labels([float(t) for t in timesteps])
+        elif timesteps is not None:
+            grid = self._grid(None, timesteps)
+        else:
+            self._grid(num_inference_steps, None)  # checks the number
+            grid = self._labels(self._nodes(num_inference_steps or 1))
+        if encode:
+            self._visit_upward(grid, device)
+        else:
+            self._visit(grid, [*map(self.schedule.level, grid), self._last_level()], device)
+
+    def _labels(self, nodes: list[float]) -> list[float]:
+        """Descending timesteps for the network, from real-valued ones."""
+        if self.config.fractional_timesteps:  # float32 is what the network will be told
+            grid = torch.tensor(nodes, dtype=torch.float32).tolist()
+        else:
+            grid = spread([round(t) for t in reversed(nodes)], len(self.schedule))[::-1]
+        if not grid or grid[0] > len(self.schedule) - 1 or grid[-1] < 0 or any(t <= s for t, s in pairwise(grid)):
+            raise ValueError(f"the grid must descend strictly inside 0 .. {len(self.schedule) - 1}; got {grid[:8]}.")
+        return grid
+
+    def _nodes(self, n: int) -> list[float]:
+        """Real-valued descending timesteps of n network calls."""
+        config, lambdas = self.config, self.schedule.lambda_
+        top = int((lambdas > config.lambda_min_clipped).sum())
+        if config.denoise_to_zero and n > 1:
+            return [*self._spaced(n - 1, top, to_zero=True), 0]
+        if config.rescale_betas_zero_snr and self._spacing not in INDEX_SPACINGS:
+            rest = self._spaced(n - 1, top - 1, config.final_sigmas_type == "sigma_min") if n > 1 else []
+            return [top - 1, *rest]  # lambda is infinite at the first
+        return self._spaced(n, top, config.final_sigmas_type == "sigma_min")
+
+    def _spaced(self, n: int, top: int, to_zero: bool) -> list[float]:
+        """n descending timesteps below `top`; `to_zero`: the walk ends at timestep 0, which is none of them."""
+        spacing, lambdas = self._spacing, self.schedule.lambda_
+        if self.config.method == "singlestep_fixed":
+            n = max(n // self.config.solver_order * self.config.solver_order, 1)
+        if spacing in INDEX_SPACINGS:
+            return [float(t) for t in reversed(index_grid(spacing, top, n, self.config.steps_offset))]
+        ends = lambdas[top - 1].item(), lambdas[0].item()
+        if spacing == "logsnr" and self.config.method == "singlestep":
+            grid = self._block_lambdas(n, *ends, to_zero)
+        else:
+            grid = lambda_grid(spacing, *ends, n + to_zero)[:n]
+        return self.schedule.timestep_of(grid).tolist()
+
+    def _block_lambdas(self, n: int, noisiest: float, cleanest: float, to_zero: bool) -> torch.Tensor:
+        """Blocks of equal width in lambda, whatever their order, each divided evenly by its stages."""
+        orders = self._block_orders(n, clean=not to_zero)
+        inner = orders if to_zero else orders[:-1]
+        edges = torch.linspace(noisiest, cleanest, len(inner) + 1, dtype=torch.float64)
+        parts = [
+            torch.lerp(a, b, torch.arange(k).double() / k) for (a, b), k in zip(pairwise(edges), inner, strict=True)
+        ]
+        return torch.cat(parts if to_zero else [*parts, edges[-1:]])
+
+    def _last_level(self) -> Level:
+        if self.config.final_sigmas_type == "zero" or self.config.denoise_to_zero:
+            return CLEAN
+        return self.schedule[0]
+
+    # The rows ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _algorithm(self) -> str:
+        return ALGORITHM_TYPES[self.config.algorithm_type]
+
+    def _rederives_epsilon(self) -> bool:
+        return not self._algorithm.endswith("++") and (self._clip_range, self._threshold) != (None, None)
+
+    def _block_orders(self, n: int, clean: bool) -> list[int]:
+        """Orders of singlestep blocks for n calls; only a first-order step can land on clean data."""
+        order = self.config.solver_order
+        if clean:
+            return [*self._block_orders(n - 1, clean=False), 1]
+        if self.config.method == "singlestep_fixed" and n >= order:
+            return [order] * (n // order) + ([n % order] if n % order else [])
+        return singlestep_orders(n, order)
+
+    def plan(self, levels: list[Level]) -> list[Update]:
+        config, n = self.config, len(levels) - 1
+        solver_type = SOLVER_TYPES[config.solver_type]
+        clean = levels[-1].sigma == 0
+        if config.method != "multistep":
+            edges = [0, *accumulate(self._block_orders(n, clean))]
+            blocks = (levels[a : b + 1] for a, b in pairwise(edges))
+            return [row for block in blocks for row in singlestep_rows(self._algorithm, solver_type, block)]
+        lower_last = 2 if config.lower_order_final and n < 15 else 0
+        if clean and config.denoise_to_zero:
+            orders = [*multistep_orders(n - 1, config.solver_order, lower_last, config.euler_at_final), 1]
+        else:
+            orders = multistep_orders(n, config.solver_order, max(lower_last, clean), config.euler_at_final)
+        factor = THIRD_ORDER_RULES[config.third_order_rule]
+        return [
+            multistep_row(self._algorithm, order, solver_type, factor, levels[i - order + 1 : i + 2])
+            for i, order in enumerate(orders)
+        ]
