@@ -184,11 +184,16 @@ class VPNoiseSchedule:
         """(alpha_t, sigma_t) of a batch of timesteps, shaped to broadcast over `like` and on its device.
 
         Args:
-            t: integer timesteps, shape (B,) or ().
+            t: timesteps, shape (B,) or (); real-valued ones are read on the host.
             like: shape (B, ...); the result is float64 for a float64 tensor and float32 for any other.
         """
-        table = self._table(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
-        alpha, sigma = table[:2, t.to(like.device)].reshape(2, -1, *(1,) * (like.ndim - 1))
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        if t.is_floating_point():
+            levels = torch.tensor([self.level(value)[:2] for value in t.flatten().tolist()], dtype=dtype)
+            pairs = levels.T.to(like.device)
+        else:
+            pairs = self._table(like.device, dtype)[:2, t.to(like.device)]
+        alpha, sigma = pairs.reshape(2, -1, *(1,) * (like.ndim - 1))
         return alpha, sigma
 
     def _table(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
@@ -309,15 +314,24 @@ def dynamic_threshold(x0: torch.Tensor, ratio: float, max_value: float) -> torch
     return torch.minimum(torch.maximum(x0, -s), s) / s
 
 
-def weighted_sum(terms: Iterable[tuple[float, torch.Tensor]]) -> torch.Tensor:
+def weighted_sum(factors: Iterable[float], tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """sum of factor * tensor, leaving out zero factors (0 * inf must not appear); always a new tensor."""
     total: torch.Tensor | None = None
-    for factor, tensor in terms:
+    for factor, tensor in zip(factors, tensors, strict=True):
         if factor:
             total = tensor * factor if total is None else total.add_(tensor, alpha=factor)
     if total is None:
         raise ValueError("a row needs at least one factor that is not zero.")
     return total
+
+
+def affine(factors: tuple[float, float], x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """factors[0] * x + factors[1] * output; the output itself, not a copy, where that is meant."""
+    a, b = factors
+    if a == 0:
+        return output if b == 1 else output * b
+    # Scaled after the sum: (x - sigma epsilon) / alpha rounds better than x / alpha - (sigma / alpha) epsilon.
+    return torch.add(x, output, alpha=b / a).mul_(a)
 
 
 def unknown(key: str, value: object, known: Iterable[object]) -> str:
@@ -338,7 +352,7 @@ class LinearSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor
 
 
-Predicted = tuple[torch.Tensor, torch.Tensor]  # (x_0, epsilon)
+Tensors = tuple[torch.Tensor, ...]
 
 
 class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
@@ -536,7 +550,8 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         """Drop the history: what one loop leaves behind is nothing to the next."""
         self._last_index: int | None = None
         self._anchor: torch.Tensor | None = None
-        self._predictions: tuple[Predicted, ...] = ()
+        self._x0: Tensors = ()
+        self._epsilon: Tensors = ()
 
     def _enter(self, index: int) -> None:
         """Begin a loop at row `index`, in mid-grid for image to image: from there the rows are those of a new walk."""
@@ -626,15 +641,15 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
             prev_sample, x0 = self._apply_each(rows, output, variance, x, noise)
         else:
             prev_sample, x0 = self._apply(rows[0], output, variance, x, noise)
-        return prev_sample.to(sample.dtype), x0.to(sample.dtype)
+        return (prev_sample, x0) if x is sample else (prev_sample.to(sample.dtype), x0.to(sample.dtype))
 
     def _split(self, model_output: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(prediction, variance channels or None), in x's dtype: a network may return C or 2C channels."""
-        channels = x.shape[1] if x.ndim > 1 else 0
-        if model_output.shape == x.shape:
-            return model_output.to(x.dtype), None
-        if x.ndim > 1 and model_output.shape[1] == 2 * channels:
-            mean, variance = model_output.to(x.dtype).split(channels, dim=1)
+        output = model_output if model_output.dtype == x.dtype else model_output.to(x.dtype)
+        if output.shape == x.shape:
+            return output, None
+        if x.ndim > 1 and output.shape[1] == 2 * x.shape[1]:
+            mean, variance = output.split(x.shape[1], dim=1)
             return mean, variance
         raise ValueError(
             f"model_output has shape {tuple(model_output.shape)}; for a sample of shape {tuple(x.shape)} it must have "
@@ -651,22 +666,20 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """One row on a batch that stands at one level."""
         row, conversion = self.updates[index], self._conversions[index]
-        x0 = self._clip(self._convert(conversion.x0, x, output))
-        epsilon = x0  # holds the place where no row reads it
-        if self._uses_epsilon and self._derives_epsilon:
-            epsilon = self._convert(PREDICTIONS["sample"](self.levels[index]).epsilon, x, x0)
-        elif self._uses_epsilon:
-            epsilon = self._convert(conversion.epsilon, x, output)
-        predictions: tuple[Predicted, ...] = ((x0, epsilon),)
+        x0 = affine(conversion.x0, x, output)
+        x0 = self._clip(x0, in_place=x0 is not output)
+        x0s: Tensors = (x0,)
+        epsilons: Tensors = ()
         anchor = x
-        if self._has_state:
-            predictions, anchor = self._remember(index, predictions, x)
+        if self._uses_epsilon and self._derives_epsilon:
+            epsilons = (affine(PREDICTIONS["sample"](self.levels[index]).epsilon, x, x0),)
+        elif self._uses_epsilon:
+            epsilons = (affine(conversion.epsilon, x, output),)
+        if self._has_state:  # what is kept must not be the network's own buffer, which it may write to again
+            x0s, epsilons = (tuple(t.clone() if t is output else t for t in kept) for kept in (x0s, epsilons))
+            x0s, epsilons, anchor = self._remember(index, x0s, epsilons, x)
         total = weighted_sum(
-            [
-                (row.sample, anchor),
-                *((factor, x0) for factor, (x0, _) in zip(row.x0, predictions, strict=False)),
-                *((factor, epsilon) for factor, (_, epsilon) in zip(row.epsilon, predictions, strict=False)),
-            ]
+            (row.sample, *row.x0, *row.epsilon), (anchor, *x0s[: len(row.x0)], *epsilons[: len(row.epsilon)])
         )
         if row.noise and noise is not None:
             if row.log_variance is None:
@@ -701,15 +714,12 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         prev_samples, x0s = zip(*parts, strict=True)
         return torch.cat(prev_samples)[place], torch.cat(x0s)[place]
 
-    @staticmethod
-    def _convert(factors: tuple[float, float], x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        return output if factors == (0.0, 1.0) else weighted_sum(zip(factors, (x, output), strict=True))
-
-    def _clip(self, x0: torch.Tensor) -> torch.Tensor:
+    def _clip(self, x0: torch.Tensor, in_place: bool) -> torch.Tensor:
         if self._threshold is not None:
             return dynamic_threshold(x0, *self._threshold)
         if self._clip_range is not None:
-            return x0.clamp(-self._clip_range, self._clip_range)
+            clamp = torch.clamp_ if in_place else torch.clamp
+            return clamp(x0, -self._clip_range, self._clip_range)
         return x0
 
     @staticmethod
@@ -723,12 +733,14 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         return torch.exp(0.25 * (high - low) * variance + 0.25 * (high + low))
 
     def _remember(
-        self, index: int, predictions: tuple[Predicted, ...], x: torch.Tensor
-    ) -> tuple[tuple[Predicted, ...], torch.Tensor]:
-        """(predictions newest first, x that opened the block), this step's included."""
+        self, index: int, x0s: Tensors, epsilons: Tensors, x: torch.Tensor
+    ) -> tuple[Tensors, Tensors, torch.Tensor]:
+        """(x_0 and epsilon predictions, newest first, and the x that opened the block), this step's included."""
         anchor = self._anchor if self.updates[index].anchored and self._anchor is not None else x
-        predictions = (predictions + self._predictions)[: self._history_length]
-        self._last_index, self._anchor, self._predictions = index, anchor, predictions
+        x0s, epsilons = x0s + self._x0, epsilons + self._epsilon
+        self._last_index, self._anchor = index, anchor
+        keep = self._history_length - 1
+        self._x0, self._epsilon = x0s[:keep], epsilons[:keep]
         if index + 1 == len(self.updates):
             self._forget()
-        return predictions, anchor
+        return x0s, epsilons, anchor

@@ -1,7 +1,7 @@
 """`diffusers-dpm demo`: the main job end to end on scikit-learn's handwritten digits, without a download.
 
-Trains a small U-Net, draws digits with DDPM and DDIM, then loads the run folder with plain diffusers in a process in
-which this package cannot be imported. The recipe is the `training` section of model_cards/ddpm-digits.yaml.
+Trains a small U-Net, draws digits with DDPM, DDIM and DPM-Solver, then loads the run folder with plain diffusers in a
+process in which this package cannot be imported. The recipe is the `training` section of model_cards/ddpm-digits.yaml.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.schedulers import DDIMScheduler
+from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler
 
 
 COLUMNS = 10
@@ -57,12 +57,13 @@ def main(argv: list[str] | None = None) -> int:
     figure(samples, run / "digits.png")
 
     heading("3/3  load the folder with plain diffusers, in a process that cannot import diffusers_dpm")
-    subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS, str(run), str(run / "plain_diffusers.png")], check=True)
+    picture = run / file_name("plain diffusers")
+    subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS, str(run), str(picture)], check=True)
 
     heading(f"done in {time.perf_counter() - start:.0f} s")
     print(f"model      {run}\npictures   {run / 'digits.png'}")
-    for name in [*samples, "plain_diffusers"]:
-        print(f"           {run / name}.png")
+    for name in [*samples, "plain diffusers"]:
+        print(f"           {run / file_name(name)}")
     return 0
 
 
@@ -89,14 +90,25 @@ def train(recipe: dict[str, object], run: Path) -> None:
 
 
 def draw(run: Path) -> dict[str, Image.Image]:
-    """The same seeds under DDPM and DDIM, saved as grids in the run folder."""
+    """The same seeds under each sampler, saved as grids in the run folder."""
     pipe = DPMPipeline.from_pretrained(run)
-    samples = {"ddpm_1000_steps": grid(pipe(seeds=SEEDS, num_inference_steps=1000, output_type="np").images)}
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-    samples["ddim_50_steps"] = grid(pipe(seeds=SEEDS, num_inference_steps=50, output_type="np").images)
+    config = pipe.scheduler.config
+    samplers = {
+        "DDPM, 1000 steps": (DDPMScheduler.from_config(config), 1000),
+        "DDIM, 50 steps": (DDIMScheduler.from_config(config, timestep_spacing="trailing"), 50),
+        "DPM-Solver, 10 steps": (DPMSolverScheduler.from_config(config, timestep_spacing="quadratic"), 10),
+    }
+    samples = {}
+    for name, (scheduler, steps) in samplers.items():
+        pipe.scheduler = scheduler
+        samples[name] = grid(pipe(seeds=SEEDS, num_inference_steps=steps, output_type="np").images)
     for name, image in samples.items():
-        image.resize((4 * image.width, 4 * image.height), Image.Resampling.NEAREST).save(run / f"{name}.png")
+        image.resize((4 * image.width, 4 * image.height), Image.Resampling.NEAREST).save(run / file_name(name))
     return samples
+
+
+def file_name(title: str) -> str:
+    return title.lower().replace(",", "").replace(" ", "_") + ".png"
 
 
 def grid(images: np.ndarray) -> Image.Image:
@@ -116,7 +128,7 @@ def figure(samples: dict[str, Image.Image], path: Path) -> None:
     canvas, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 2.8), layout="constrained")
     for axis, (title, image) in zip(axes, panels.items(), strict=True):
         axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axis.set_title(title.replace("_", " ").replace("ddpm", "DDPM,").replace("ddim", "DDIM,"))
+        axis.set_title(title)
         axis.axis("off")
     canvas.savefig(path, dpi=100)
 

@@ -33,10 +33,10 @@ def network_with_variance(x, t):
     return torch.cat([network(x, t), torch.cos(x)], dim=1)
 
 
-def walk(scheduler, network, x, generator=None, **keywords):
-    """(x after every step, x_0 predicted in every step) of one full loop, of our schedulers or of diffusers'."""
+def walk(scheduler, network, x, generator=None, begin=0, **keywords):
+    """(x after every step, x_0 predicted in every step) of one loop from entry `begin` on, ours or diffusers'."""
     path, x0s = [], []
-    for t in scheduler.timesteps:
+    for t in scheduler.timesteps[begin:]:
         x, x0 = scheduler.step(network(x, t), t, x, generator=generator, return_dict=False, **keywords)
         path.append(x)
         x0s.append(x0)

@@ -96,25 +96,32 @@ def ready(sampler):
     return scheduler
 
 
+def remaining(sampler, start):
+    """What a new scheduler makes of the rest of the grid."""
+    scheduler = sampler()
+    scheduler.set_timesteps(timesteps=GRID[start:])
+    return walk(scheduler, network, noise(2, 2))[0]
+
+
+@pytest.mark.parametrize("said", [True, False])
+@pytest.mark.parametrize("start", range(len(GRID)))
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_entering_in_the_middle_is_refused(sampler):
+def test_entering_in_the_middle_is_a_new_walk_of_the_rest(sampler, start, said):
     scheduler = ready(sampler)
-    x = noise(1, 2)
-    with pytest.raises(ValueError, match="begin the loop"):
-        scheduler.step(x, 800, x)
-    walk(scheduler, network, x)  # and the refusal leaves a scheduler that works
+    if said:
+        scheduler.set_begin_index(start)
+    assert torch.equal(walk(scheduler, network, noise(2, 2), begin=start)[0], remaining(sampler, start))
+    assert torch.equal(walk(scheduler, network, noise(2, 2))[0], remaining(sampler, 0))  # and then all of it again
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_leaving_out_or_repeating_a_step_is_refused(sampler):
-    x = noise(1, 2)
-    for path in ([900, 800, 450], [900, 800, 800]):
+def test_leaving_out_or_repeating_a_step_begins_again(sampler):
+    for done, start in ((2, 3), (2, 1), (1, 4)):
         scheduler = ready(sampler)
-        for t in path[:-1]:
-            scheduler.step(x, t, x)
-        if scheduler.updates[GRID.index(path[-1])].anchored or sampler is not Singlestep:
-            with pytest.raises(ValueError, match="begin the loop"):
-                scheduler.step(x, path[-1], x)
+        x = noise(2, 2, seed=3)
+        for t in scheduler.timesteps[:done]:
+            x = scheduler.step(network(x, t), t, x).prev_sample
+        assert torch.equal(walk(scheduler, network, noise(2, 2), begin=start)[0], remaining(sampler, start))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -130,11 +137,10 @@ def test_loops_start_again_at_the_first_timestep(sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_set_timesteps_forgets(sampler):
-    scheduler, x = ready(sampler), noise(2, 2)
+    scheduler, x = ready(sampler), noise(2, 2, seed=3)
     scheduler.step(x, 900, x)
     scheduler.set_timesteps(timesteps=GRID)
-    with pytest.raises(ValueError, match="begin the loop"):
-        scheduler.step(x, 800, x)
+    assert torch.equal(walk(scheduler, network, noise(2, 2), begin=1)[0], remaining(sampler, 1))
 
 
 @pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy])

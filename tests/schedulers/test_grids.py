@@ -55,7 +55,7 @@ def test_every_n_gives_n_descending_timesteps_of_the_process(spacing, steps_offs
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
+@pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler])
 def test_set_timesteps_follows_the_spacing(scheduler_class, spacing):
     scheduler = scheduler_class(timestep_spacing=spacing)
     for n in (1, 2, 7, 50, 999, 1000):
@@ -120,8 +120,8 @@ def test_explicit_timesteps(scheduler_class, form):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "either"),
-        ({"num_inference_steps": 10, "timesteps": [3, 2]}, "either"),
+        ({}, "give"),
+        ({"num_inference_steps": 10, "timesteps": [3, 2]}, "give"),
         ({"num_inference_steps": 0}, r"num_inference_steps=0 .*1 \.\. .*1000"),
         ({"num_inference_steps": -1}, "num_inference_steps=-1"),
         ({"num_inference_steps": 1001}, "1000"),

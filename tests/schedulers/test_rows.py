@@ -5,7 +5,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from diffusers_dpm.schedulers import CLEAN, DDIMScheduler, DDPMScheduler, Level, Update
+from diffusers_dpm.schedulers import CLEAN, DDIMScheduler, DDPMScheduler, DPMSolverScheduler, Level, Update
 
 from .helpers import SPACINGS, beta_between
 
@@ -23,6 +23,20 @@ KEEPS_MARGINALS = [
         (DDIMScheduler, {"eta": eta, "use_clipped_model_output": clipped, "set_alpha_to_one": one})
         for eta, clipped, one in product((0.0, 0.3, 1.0), (False, True), (True, False))
     ),
+    *(
+        (DPMSolverScheduler, {"solver_order": 3, "final_sigmas_type": end, "algorithm_type": algorithm, **options})
+        for (algorithm, options), end in product(
+            (
+                ("dpmsolver", {}),
+                ("dpmsolver++", {"third_order_rule": "published"}),
+                ("sde-dpmsolver++", {"denoise_to_zero": True}),
+                ("dpmsolver", {"method": "singlestep", "solver_type": "heun"}),
+                ("dpmsolver++", {"method": "singlestep"}),
+                ("dpmsolver++", {"method": "singlestep_fixed", "fractional_timesteps": True}),
+            ),
+            ("zero", "sigma_min"),
+        )
+    ),
 ]
 FEW = (1, 2, 3, 7, 10, 33, 50, 100, 333, 999, 1000)
 
@@ -39,8 +53,9 @@ def assert_lands(scheduler, n):
     scheduler.set_timesteps(n)
     for row, source, target in zip(scheduler.updates, sources(scheduler), scheduler.levels[1:], strict=True):
         signal, variance = row.defect(source, target)
-        assert abs(signal) < 1e-12, (n, source, target, row)
-        assert abs(variance) < 1e-12, (n, source, target, row)
+        rounding = 1e-12 * max(1.0, abs(row.sample))  # from alpha = 5e-5, x grows 20,000-fold
+        assert abs(signal) < rounding, (n, source, target, row)
+        assert abs(variance) < rounding, (n, source, target, row)
 
 
 @pytest.mark.parametrize("process", PROCESSES)
@@ -125,9 +140,7 @@ def test_ddim_rows_are_equations_12_and_16(eta):
         assert (row.sample, row.x0) == (0.0, (s.alpha,))
         assert row.epsilon == pytest.approx((direction,), abs=1e-12)
         assert row.noise == pytest.approx(std, abs=1e-12)
-        assert again.epsilon == ()
-        assert again.sample == pytest.approx(direction / t.sigma, abs=1e-12)
-        assert again.x0 == pytest.approx((s.alpha - t.alpha * direction / t.sigma,), abs=1e-12)
+        assert again == row  # only the epsilon that the row is given differs: test_exact_gaussian and test_parity
 
 
 @pytest.mark.parametrize("n", [10, 1000])

@@ -1,0 +1,137 @@
+"""What a scheduler costs: `step`, `set_timesteps` and a loop with a network that costs nothing, beside diffusers.
+
+Ours and theirs alternate within one run, and the figures are medians; on a shared machine only the ratios mean much.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import diffusers
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
+
+from diffusers_dpm import schedulers
+
+
+RESULTS = Path(__file__).parent / "results" / "scheduler_overhead.json"
+SHAPES = [(1, 3, 32, 32), (16, 3, 32, 32), (64, 3, 32, 32), (1, 4, 64, 64)]
+
+
+def families() -> dict[str, tuple[Callable, Callable]]:
+    """name -> (our scheduler, diffusers' scheduler), freshly built."""
+    rows: dict[str, tuple[Callable, Callable]] = {
+        "DDPM": (schedulers.DDPMScheduler, diffusers.DDPMScheduler),
+        "DDIM": (schedulers.DDIMScheduler, diffusers.DDIMScheduler),
+    }
+    for order in (1, 2, 3):
+        rows[f"DPM-Solver++ multistep {order}"] = (
+            lambda order=order: schedulers.DPMSolverScheduler(solver_order=order),
+            lambda order=order: diffusers.DPMSolverMultistepScheduler(solver_order=order),
+        )
+    for order in (2, 3):
+        rows[f"DPM-Solver++ singlestep {order}"] = (
+            lambda order=order: schedulers.DPMSolverScheduler(solver_order=order, method="singlestep"),
+            lambda order=order: diffusers.DPMSolverSinglestepScheduler(solver_order=order),
+        )
+    return rows
+
+
+class CountOperations(TorchDispatchMode):
+    """Counts what reaches the dispatcher."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def measure(scheduler, shape: tuple[int, ...], steps: int) -> dict[str, float]:
+    """Microseconds of one loop: per step, in set_timesteps, and in all."""
+    x, output = torch.zeros(shape), torch.zeros(shape)
+    start = time.perf_counter()
+    scheduler.set_timesteps(steps)
+    planned = time.perf_counter()
+    for t in scheduler.timesteps:
+        scheduler.step(output, t, x)
+    end = time.perf_counter()
+    return {
+        "step": (end - planned) / steps * 1e6,
+        "set_timesteps": (planned - start) * 1e6,
+        "loop": (end - start) * 1e6,
+    }
+
+
+def operations(scheduler, steps: int = 20) -> int:
+    """Tensor operations of one step in the middle of the grid."""
+    x = torch.zeros(1, 3, 32, 32)
+    scheduler.set_timesteps(steps)
+    timesteps = list(scheduler.timesteps)
+    for t in timesteps[: steps // 2]:
+        scheduler.step(x, t, x)
+    with CountOperations() as counter:
+        scheduler.step(x, timesteps[steps // 2], x)
+    return counter.count
+
+
+def compare(ours: Callable, theirs: Callable, shape: tuple[int, ...], steps: int, repeats: int) -> dict[str, float]:
+    runs: tuple[list, list] = ([], [])
+    pair = ours(), theirs()
+    for scheduler in pair:
+        measure(scheduler, shape, steps)  # warm
+    for _ in range(repeats):
+        for scheduler, results in zip(pair, runs, strict=True):
+            results.append(measure(scheduler, shape, steps))
+    row: dict[str, float] = {}
+    for key in ("step", "set_timesteps", "loop"):
+        mine, other = (median(result[key] for result in results) for results in runs)
+        row |= {f"{key}_us": round(mine, 2), f"{key}_us_diffusers": round(other, 2)}
+        row[f"{key}_ratio"] = round(mine / other, 3)
+    row["set_timesteps_us_per_row"] = round(row["set_timesteps_us"] / steps, 2)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--repeats", type=int, default=30, help="loops of each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[20, 50], help="steps of a loop (default: 20 50)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file (default: beside this script)")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    warnings.simplefilter("ignore")
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    rows = []
+    cases = [(name, shape, steps) for name in families() for shape in SHAPES for steps in arguments.steps]
+    for name, shape, steps in tqdm(cases):
+        ours, theirs = families()[name]
+        row = compare(ours, theirs, shape, steps, arguments.repeats)
+        counts = {"operations": operations(ours()), "operations_diffusers": operations(theirs())}
+        rows.append({"scheduler": name, "shape": shape, "steps": steps, **row, **counts})
+    print("| scheduler | shape | steps | step | plan, per row | loop | operations |\n|---|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['scheduler']} | {row['shape']} | {row['steps']} | {row['step_ratio']:.2f} | "
+            f"{row['set_timesteps_us_per_row']:.1f} us | {row['loop_ratio']:.2f} | "
+            f"{row['operations']} / {row['operations_diffusers']} |"
+        )
+    machine = {
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+        "threads": arguments.threads,
+        "repeats": arguments.repeats,
+    }
+    arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

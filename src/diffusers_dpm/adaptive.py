@@ -1,0 +1,556 @@
+"""Adaptive step sizes for DPM-Solver, and plans: an adaptive run frozen into an ordinary schedule.
+
+DPM-Solver-12 and -23 (Lu et al. 2022a, https://arxiv.org/abs/2206.00927, appendix C) make each step twice, with a
+singlestep solver of the wanted order and, from the same network calls, with one of an order less. The difference
+estimates the error, by which a controller accepts or rejects the step and chooses the length of the next.
+
+That decision is made for a batch as a whole, and it does not fit a list of timesteps known in advance. So
+
+    plan = plan_timesteps(pipe, tolerance=0.05)         # one adaptive run, on pilot noise
+    plan.save("plan.json")
+    pipe.scheduler.set_timesteps(plan=plan)             # for a loop of your own over scheduler.timesteps
+    pipe.scheduler = plan.scheduler(pipe.scheduler)     # for a pipeline, which calls set_timesteps(n) itself:
+    pipe(num_inference_steps=plan.num_calls)            # n == plan.num_calls walks the plan, any other n is as before
+
+In the second form the plan is part of the scheduler's config, so `save_pretrained` keeps it.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from diffusers_dpm.pipelines.pipeline_dpm import draw_labels, evaluation_mode, make_generators
+from diffusers_dpm.schedulers.dpm_core import (
+    CLEAN,
+    PREDICTIONS,
+    Level,
+    Update,
+    affine,
+    dynamic_threshold,
+    spread,
+    weighted_sum,
+)
+from diffusers_dpm.schedulers.scheduling_dpm_solver import (
+    ALGORITHM_TYPES,
+    SOLVER_TYPES,
+    DPMSolverScheduler,
+    first_order,
+    schedule_hash,
+    singlestep_rows,
+)
+
+
+ATOL = 0.0078  # 2 / 256: one grey level of an image in [-1, 1]
+RTOL = 0.05
+Predicted = tuple[torch.Tensor, torch.Tensor]  # (x_0, epsilon)
+
+
+class Node(NamedTuple):
+    """A place on the way: the time that the network is told, and the noise level there."""
+
+    t: float
+    level: Level
+
+
+# Controllers ---------------------------------------------------------------------------------------------------------
+
+
+class Controller(Protocol):
+    """Measures the error of a step in units of the tolerance, and judges it."""
+
+    def measure(self, step: "Step", atol: float, rtol: float) -> float:
+        """The error of a step; not finite if the step is not."""
+
+    def judge(self, error: float, accepted: Sequence[float], order: int) -> tuple[bool, float]:
+        """(whether the step is accepted, factor for the next step's length); `accepted` holds the earlier errors."""
+
+
+class Step(NamedTuple):
+    """One trial from s to t, all tensors (B, ...).
+
+    `lower` and `higher` are the two solutions at t; `previous` is the lower solution at s, or x itself at the start.
+    """
+
+    s: Level
+    t: Level
+    previous: torch.Tensor
+    lower: torch.Tensor
+    higher: torch.Tensor
+
+
+def scaled_error(
+    lower: torch.Tensor, higher: torch.Tensor, previous: torch.Tensor, atol: float, rtol: float
+) -> torch.Tensor:
+    """Elementwise (higher - lower) / max(atol, rtol max(|lower|, |previous|)); Lu et al. 2022a, appendix C."""
+    return (higher - lower) / (rtol * torch.maximum(lower.abs(), previous.abs())).clamp_min(atol)
+
+
+@dataclass(frozen=True)
+class ReferenceController:
+    """The law of Lu et al. 2022a, appendix C: accept if E <= 1, then h <- safety h E^(-1/order).
+
+    E is the RMS over each image, of which the largest in the batch counts.
+    """
+
+    safety: float = 0.9
+
+    def measure(self, step: Step, atol: float, rtol: float) -> float:
+        error = scaled_error(step.lower, step.higher, step.previous, atol, rtol)
+        return error.reshape(len(error), -1).square().mean(dim=1).sqrt().max().item()
+
+    def judge(self, error: float, accepted: Sequence[float], order: int) -> tuple[bool, float]:
+        return error <= 1, self.safety * max(error, 1e-30) ** (-1 / order)
+
+
+@dataclass(frozen=True)
+class PIDController:
+    """The PID law of k-diffusion (`PIDStepSizeController`), after Hairer, Norsett and Wanner, section II.4.
+
+    E is the RMS over the whole batch of x / alpha, so that `rtol` acts in units in which data has a fixed scale. With
+    e = 1 / E of this and the last two accepted steps, h <- f h where f = 1 + atan(e_0^b1 e_1^b2 e_2^b3 - 1) and
+    (b1, b2, b3) = (p + i + d, -p - 2 d, d) / order. A step is accepted if f >= `accept`.
+    """
+
+    p: float = 0.4
+    i: float = 0.6
+    d: float = 0.0
+    accept: float = 0.81
+
+    def measure(self, step: Step, atol: float, rtol: float) -> float:
+        lower, higher = step.lower / step.t.alpha, step.higher / step.t.alpha
+        return scaled_error(lower, higher, step.previous / step.s.alpha, atol, rtol).square().mean().sqrt().item()
+
+    def judge(self, error: float, accepted: Sequence[float], order: int) -> tuple[bool, float]:
+        errors = [error, *accepted[:-3:-1]]
+        errors += errors[-1:] * (3 - len(errors))
+        powers = (self.p + self.i + self.d, -self.p - 2 * self.d, self.d)
+        factor = math.prod((e + 1e-8) ** (-b / order) for e, b in zip(errors, powers, strict=True))
+        factor = 1 + math.atan(factor - 1)
+        return factor >= self.accept, factor
+
+
+CONTROLLERS: dict[str, Controller] = {"reference": ReferenceController(), "pid": PIDController()}
+
+
+# The integrator ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdaptiveResult:
+    """What `integrate_adaptive` returns.
+
+    Attributes:
+        sample: x at the end, of x_T's shape and dtype.
+        num_calls: network calls made. The reference code also repeats the call at the start of a rejected step: it
+            makes `num_calls + num_rejected`.
+        num_accepted, num_rejected: steps.
+        timesteps: of the calls on the accepted path, descending; `sum(orders)` of them.
+        lambdas: log(alpha / sigma) there.
+        orders: of the accepted steps, and 1 for the last step to clean data if there is one.
+        end: timestep at which the path ends; None for clean data.
+    """
+
+    sample: torch.Tensor
+    num_calls: int
+    num_accepted: int
+    num_rejected: int
+    timesteps: list[float]
+    lambdas: list[float]
+    orders: list[int]
+    end: float | None
+
+
+def combine(row: Update, x: torch.Tensor, predictions: Sequence[Predicted]) -> torch.Tensor:
+    """`row` applied to the x at which its block starts; predictions newest first."""
+    x0s = [x0 for x0, _ in predictions[: len(row.x0)]]
+    epsilons = [epsilon for _, epsilon in predictions[: len(row.epsilon)]]
+    return weighted_sum((row.sample, *row.x0, *row.epsilon), (x, *x0s, *epsilons))
+
+
+@dataclass
+class Integrator:
+    """The adaptive loop, for any noise schedule that can say the time of a lambda.
+
+    Args:
+        predict: (x, node) -> (x_0, epsilon), one network call.
+        node_at: lambda -> node. Nodes are asked for between the two ends of the walk only.
+        algorithm_type, solver_type: as in `singlestep_rows`.
+        order: 2 for DPM-Solver-12, 3 for DPM-Solver-23.
+        controller: error measure and law of the step size.
+        atol, rtol: tolerances of x, absolute and relative.
+        h_init: first step, in lambda.
+        min_step: smallest step, in lambda, that the controller may ask for.
+        max_calls: largest number of network calls.
+        resolution: times closer than this are the same.
+    """
+
+    predict: Callable[[torch.Tensor, Node], Predicted]
+    node_at: Callable[[float], Node]
+    algorithm_type: str
+    solver_type: str
+    order: int
+    controller: Controller
+    atol: float = ATOL
+    rtol: float = RTOL
+    h_init: float = 0.05
+    min_step: float = 1e-4
+    max_calls: int = 1000
+    resolution: float = 1e-5
+
+    def __call__(self, x: torch.Tensor, start: float, end: float, to_clean: bool) -> AdaptiveResult:
+        """x from lambda `start` to lambda `end`, and on to clean data by one step of first order if `to_clean`.
+
+        Raises:
+            RuntimeError: the tolerances ask for a step below `min_step` or for more than `max_calls` calls, or the
+                error is not finite.
+        """
+        here, last = self.node_at(start), self.node_at(end)
+        path: list[Node] = []
+        orders: list[int] = []
+        errors: list[float] = []
+        calls = rejected = 0
+        h, previous, opening = self.h_init, x, None
+        while abs(here.t - last.t) > self.resolution:
+            self._check_calls(calls + self.order - (opening is not None) + to_clean, here, h)
+            self._check_length(h, here)
+            h = min(h, last.level.lambda_ - here.level.lambda_)
+            nodes = [here, *(self.node_at(here.level.lambda_ + h * j / self.order) for j in range(1, self.order + 1))]
+            if opening is None:
+                opening = self.predict(x, here)
+                calls += 1
+            lower, higher = self._trial(x, nodes, opening)
+            calls += self.order - 1
+            step = Step(here.level, nodes[-1].level, previous, lower, higher)
+            error = self._measure(step, here)
+            accepted, factor = self.controller.judge(error, errors, self.order)
+            h *= factor
+            if accepted:
+                errors.append(error)
+                path += nodes[:-1]
+                orders.append(self.order)
+                x, previous, here, opening = higher, lower, nodes[-1], None
+            else:
+                rejected += 1
+        if to_clean:
+            x = combine(first_order(self.algorithm_type, here.level, CLEAN), x, (self.predict(x, here),))
+            path.append(here)
+            orders.append(1)
+        return AdaptiveResult(
+            sample=x,
+            num_calls=calls + to_clean,
+            num_accepted=len(orders) - to_clean,
+            num_rejected=rejected,
+            timesteps=[node.t for node in path],
+            lambdas=[node.level.lambda_ for node in path],
+            orders=orders,
+            end=None if to_clean else here.t,
+        )
+
+    def _trial(self, x: torch.Tensor, nodes: list[Node], opening: Predicted) -> tuple[torch.Tensor, torch.Tensor]:
+        """(solution of one order less, solution) at nodes[-1] from x at nodes[0], where the network said `opening`."""
+        levels = [node.level for node in nodes]
+        *stages, final = singlestep_rows(self.algorithm_type, self.solver_type, levels)
+        lower = singlestep_rows(self.algorithm_type, self.solver_type, [*levels[:-2], levels[-1]])[-1]
+        predictions = [opening]
+        for row, node in zip(stages, nodes[1:-1], strict=True):
+            predictions.insert(0, self.predict(combine(row, x, predictions), node))
+        return combine(lower, x, predictions[1:]), combine(final, x, predictions)
+
+    def _measure(self, step: Step, here: Node) -> float:
+        error = self.controller.measure(step, self.atol, self.rtol)
+        if not math.isfinite(error):
+            raise RuntimeError(
+                f"the error estimate is {error} at timestep {here.t:.6g} (lambda {here.level.lambda_:.4g}): the "
+                "network returned a value that is not finite, or x has overflowed. Check the network, its precision "
+                "and prediction_type."
+            )
+        return error
+
+    def _check_calls(self, needed: int, here: Node, h: float) -> None:
+        if needed > self.max_calls:
+            raise RuntimeError(
+                f"max_calls={self.max_calls} network calls were not enough: reached timestep {here.t:.6g} (lambda "
+                f"{here.level.lambda_:.4g}) with steps of {h:.3g} in lambda. Raise max_calls, or atol={self.atol:g} "
+                f"and rtol={self.rtol:g}."
+            )
+
+    def _check_length(self, h: float, here: Node) -> None:
+        if h < self.min_step:
+            raise RuntimeError(
+                f"the tolerances atol={self.atol:g}, rtol={self.rtol:g} cannot be met: at timestep {here.t:.6g} "
+                f"(lambda {here.level.lambda_:.4g}) they ask for a step of {h:.3g} in lambda, below "
+                f"min_step={self.min_step:g}. Raise the tolerances, compute in float64, or lower min_step."
+            )
+
+
+# The scheduler's problem ---------------------------------------------------------------------------------------------
+
+
+def predictor(model: Callable, scheduler: DPMSolverScheduler, dtype: torch.dtype) -> Callable[..., Predicted]:
+    """`Integrator.predict` for a network: converts, clips and thresholds as the scheduler's `step` does.
+
+    The network is given x in `dtype` and the timestep as a floating-point tensor of shape ().
+    """
+    config = scheduler.config
+
+    def predict(x: torch.Tensor, node: Node) -> Predicted:
+        output = model(x.to(dtype), torch.tensor(node.t, dtype=x.dtype, device=x.device))
+        if output.shape != x.shape:  # the second half of 2C channels is a variance
+            output = output[:, : x.shape[1]]
+        output = output.to(x.dtype, copy=True)  # the network may write to its own buffer again
+        of_x0, of_epsilon = PREDICTIONS[config.prediction_type](node.level)
+        x0 = affine(of_x0, x, output)
+        if config.thresholding:
+            x0 = dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
+        elif config.clip_sample:
+            x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
+        else:
+            return x0, affine(of_epsilon, x, output)
+        return x0, affine(PREDICTIONS["sample"](node.level).epsilon, x, x0)
+
+    return predict
+
+
+@torch.no_grad()
+def integrate_adaptive(
+    model: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    scheduler: DPMSolverScheduler,
+    x_T: torch.Tensor,
+    *,
+    order: int = 3,
+    atol: float = ATOL,
+    rtol: float = RTOL,
+    controller: str | Controller = "reference",
+    h_init: float = 0.05,
+    min_step: float = 1e-4,
+    max_calls: int = 1000,
+    end: float = 0.0,
+) -> AdaptiveResult:
+    """Solve the probability-flow ODE from noise with steps chosen by their error (DPM-Solver-12 and -23).
+
+    The walk leads from the scheduler's noisiest level to timestep `end` and, if its config ends at clean data
+    (`final_sigmas_type="zero"` or `denoise_to_zero`), from there by one step of first order, one more call. With zero
+    terminal SNR it starts at the noisiest level at which lambda is finite.
+
+    Args:
+        model: (x, t) -> network output in the scheduler's prediction_type; x of x_T's shape and dtype, t a real-valued
+            timestep, a tensor of shape ().
+        scheduler: its config says the schedule, algorithm_type, solver_type, prediction_type, clipping and the end.
+            It is not changed, nor does its grid matter.
+        x_T: standard normal noise, shape (B, ...). Half precision is computed in float32.
+        order: 2 compares orders 1 and 2 (DPM-Solver-12), 3 compares orders 2 and 3 (DPM-Solver-23).
+        atol, rtol: tolerance of one step, in units of x and relative to |x|.
+        controller: "reference" (Lu et al. 2022a), "pid" (k-diffusion), or one of their classes with other numbers.
+        h_init: first step, in lambda = log(alpha / sigma).
+        min_step: smallest step, in lambda.
+        max_calls: largest number of network calls.
+        end: real-valued timestep at which the adaptive steps end, at least 0.
+
+    Raises:
+        ValueError: an argument out of range, or an SDE's algorithm_type.
+        RuntimeError: the tolerances cannot be met within `min_step` and `max_calls`, or an error is not finite.
+    """
+    config, schedule = scheduler.config, scheduler.schedule
+    start = int((schedule.lambda_ > config.lambda_min_clipped).sum()) - 1
+    _check_arguments(scheduler, start, order, end, atol=atol, rtol=rtol, h_init=h_init, min_step=min_step)
+    if isinstance(controller, str):
+        if controller not in CONTROLLERS:
+            raise ValueError(f"controller={controller!r} is unknown; choose one of {', '.join(CONTROLLERS)}.")
+        controller = CONTROLLERS[controller]
+
+    def node_at(lambda_: float) -> Node:
+        t = schedule.timestep_of(torch.tensor(lambda_, dtype=torch.float64)).item()
+        return Node(t, schedule.level(t))
+
+    integrator = Integrator(
+        predict=predictor(model, scheduler, x_T.dtype),
+        node_at=node_at,
+        algorithm_type=ALGORITHM_TYPES[config.algorithm_type],
+        solver_type=SOLVER_TYPES[config.solver_type],
+        order=order,
+        controller=controller,
+        atol=atol,
+        rtol=rtol,
+        h_init=h_init,
+        min_step=min_step,
+        max_calls=max_calls,
+        resolution=1e-5 * len(schedule),  # 1e-5 of the time axis, as in the reference
+    )
+    x = x_T if x_T.dtype in (torch.float32, torch.float64) else x_T.float()
+    to_clean = config.final_sigmas_type == "zero" or config.denoise_to_zero
+    result = integrator(x, schedule[start].lambda_, schedule.level(end).lambda_, to_clean)
+    return replace(result, sample=result.sample.to(x_T.dtype))
+
+
+def _check_arguments(scheduler: DPMSolverScheduler, start: int, order: int, end: float, **positive: float) -> None:
+    if order not in (2, 3):
+        raise ValueError(f"order={order}: adaptive steps compare two orders; choose 2 (1 and 2) or 3 (2 and 3).")
+    if not 0 <= end < start:
+        raise ValueError(f"end={end} must lie in [0, {start}), below the timestep at which the walk starts.")
+    for name, value in positive.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value} must be positive.")
+    if scheduler.config.algorithm_type.startswith("sde"):
+        raise ValueError(
+            f"algorithm_type={scheduler.config.algorithm_type!r} adds noise, which the estimate would take for "
+            "an error; use 'dpmsolver' or 'dpmsolver++'."
+        )
+
+
+# Plans ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """An adaptive run, frozen: what `DPMSolverScheduler.set_timesteps(plan=...)` walks.
+
+    Attributes:
+        schedule_hash: of the alphas_cumprod of the schedule that it was made for.
+        algorithm_type, solver_type: of the scheduler that it was made for.
+        timesteps: of all network calls, strictly descending; integers, or float32 values.
+        orders: of the singlestep blocks into which the calls are divided.
+        end: timestep at which the walk ends; None for clean data.
+        tolerance: that was asked for.
+        made: how the plan was made; for people, nothing depends on it.
+    """
+
+    schedule_hash: str
+    algorithm_type: str
+    solver_type: str
+    timesteps: list[float]
+    orders: list[int]
+    end: float | None
+    tolerance: float
+    made: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_calls(self) -> int:
+        """Network calls, and so the `num_inference_steps` by which a pipeline asks for the plan."""
+        return len(self.timesteps)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain JSON types."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, from which `load` restores an equal one."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "StepPlan":
+        """Raises ValueError if the file is not a plan."""
+        try:
+            return cls(**json.loads(Path(path).read_text()))
+        except (TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a step plan: {error}.") from error
+
+    def scheduler(self, scheduler: Any) -> DPMSolverScheduler:
+        """A scheduler with the config of `scheduler` that walks the plan when it is asked for `num_calls` steps."""
+        return DPMSolverScheduler.from_config(
+            scheduler.config,
+            algorithm_type=self.algorithm_type,
+            solver_type=self.solver_type,
+            step_plan=self.to_dict(),
+        )
+
+
+def plan_timesteps(
+    pipeline: Any,
+    tolerance: float = RTOL,
+    num_pilot_images: int = 16,
+    *,
+    order: int = 3,
+    seeds: Iterable[int] | None = None,
+    generator: torch.Generator | None = None,
+    class_labels: Sequence[int] | torch.Tensor | None = None,
+    fractional: bool = True,
+    **options: Any,
+) -> StepPlan:
+    """Run `integrate_adaptive` once on pilot noise and freeze the steps that it accepted.
+
+    Args:
+        pipeline: anything with `unet` and `scheduler`, or the pair (unet, scheduler). A scheduler other than
+            `DPMSolverScheduler` is replaced by one made from its config.
+        tolerance: rtol; atol follows in the reference's proportion, 0.0078 to 0.05, unless it is among the options.
+        num_pilot_images: number of pilot images, whose worst error counts.
+        order: as in `integrate_adaptive`.
+        seeds: one for each pilot image; by default 0, 1, ...
+        generator: instead of seeds.
+        class_labels: one for each pilot image; by default drawn uniformly, for a class-conditional network.
+        fractional: False rounds the timesteps to integers, for networks that know no others; the steps are then no
+            longer exactly those whose error was measured.
+        options: further arguments of `integrate_adaptive`.
+
+    Raises:
+        ValueError, RuntimeError: as `integrate_adaptive`.
+    """
+    unet, scheduler = pipeline if isinstance(pipeline, tuple) else (pipeline.unet, pipeline.scheduler)
+    if not isinstance(scheduler, DPMSolverScheduler):
+        scheduler = DPMSolverScheduler.from_config(scheduler.config)
+    if generator is None:
+        seeds = range(num_pilot_images) if seeds is None else list(seeds)
+    noise, labels = _pilot(unet, num_pilot_images, seeds, generator, class_labels)
+    conditioning = {} if labels is None else {"class_labels": labels.to(noise.device)}
+    options = {"rtol": tolerance, "atol": tolerance * ATOL / RTOL, "order": order, **options}
+    with evaluation_mode(unet):
+        result = integrate_adaptive(lambda x, t: unet(x, t, **conditioning).sample, scheduler, noise, **options)
+    made = {
+        "pilot_images": num_pilot_images,
+        "seeds": None if seeds is None else list(seeds),
+        "calls": result.num_calls,
+        "rejected": result.num_rejected,
+        "options": {key: repr(value) for key, value in options.items()},
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    timesteps, end = _labels(result.timesteps, result.end, len(scheduler.schedule), fractional)
+    return StepPlan(
+        schedule_hash=schedule_hash(scheduler.schedule),
+        algorithm_type=ALGORITHM_TYPES[scheduler.config.algorithm_type],
+        solver_type=SOLVER_TYPES[scheduler.config.solver_type],
+        timesteps=timesteps,
+        orders=result.orders,
+        end=end,
+        tolerance=tolerance,
+        made=made,
+    )
+
+
+def _labels(
+    timesteps: list[float], end: float | None, num_train_timesteps: int, fractional: bool
+) -> tuple[list[float], float | None]:
+    """(what the network will be told, the end): float32 values, or distinct integers."""
+    path = timesteps if end is None else [*timesteps, end]
+    if fractional:
+        path = torch.tensor(path, dtype=torch.float32).tolist()
+    else:
+        path = [*spread([round(t) for t in reversed(path)], num_train_timesteps)[::-1]]
+    return (path, None) if end is None else (path[:-1], path[-1])
+
+
+def _pilot(
+    unet: Any,
+    num_images: int,
+    seeds: Iterable[int] | None,
+    generator: torch.Generator | None,
+    class_labels: Sequence[int] | torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(x_T, class labels or None) of the pilot images: what `DPMPipeline` starts from with these seeds."""
+    config = unet.config
+    if config.sample_size is None:
+        raise ValueError("the U-Net's config has no sample_size: use integrate_adaptive with noise of your own.")
+    generators = make_generators(generator, seeds)
+    size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
+    noise = randn_tensor(
+        (num_images, config.in_channels, *size), generator=generators, device=unet.device, dtype=unet.dtype
+    )
+    num_classes = config.get("num_class_embeds")
+    if class_labels is not None:
+        return noise, torch.as_tensor(class_labels)
+    return noise, None if num_classes is None else draw_labels(num_classes, num_images, generators)

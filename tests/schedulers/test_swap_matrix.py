@@ -1,0 +1,247 @@
+"""Each of our schedulers in place of the stock one, in diffusers' pipelines and ours, from old and new configs."""
+
+import inspect
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDPMPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.schedulers import ALL_SCHEDULERS, DPMSolverScheduler
+
+from .helpers import network, noise, seeded, walk
+
+
+CONFIGS = Path(__file__).parent / "configs"
+SOURCES = (
+    diffusers.DDPMScheduler,
+    diffusers.DDIMScheduler,
+    diffusers.PNDMScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.DPMSolverSinglestepScheduler,
+    diffusers.UniPCMultistepScheduler,
+    diffusers.DEISMultistepScheduler,
+)
+CHAIN = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+COUNTS = [1, 2, 10, 50, pytest.param(1000, marks=pytest.mark.slow)]
+# Ours, with what stock configs do not say.
+VARIANTS = [
+    *((c, {}) for c in ALL_SCHEDULERS),
+    (DPMSolverScheduler, {"algorithm_type": "dpmsolver", "method": "singlestep", "solver_order": 3}),
+    (DPMSolverScheduler, {"algorithm_type": "sde-dpmsolver++", "solver_order": 3, "denoise_to_zero": True}),
+    (DPMSolverScheduler, {"fractional_timesteps": True, "use_lu_lambdas": True}),
+]
+PROMPT = {"prompt_embeds": noise(1, 4, 8).float(), "negative_prompt_embeds": noise(1, 4, 8, seed=1).float()}
+
+
+def quiet(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def latent_parts():
+    """A Stable Diffusion of random weights, without tokenizer: prompts are given as embeddings."""
+    torch.manual_seed(0)
+    text = CLIPTextConfig(
+        hidden_size=8,
+        intermediate_size=8,
+        num_attention_heads=2,
+        num_hidden_layers=1,
+        projection_dim=8,
+        vocab_size=20,
+        bos_token_id=0,
+        eos_token_id=2,
+    )
+    return {
+        "unet": UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(4, 8),
+            layers_per_block=1,
+            norm_num_groups=2,
+            cross_attention_dim=8,
+            attention_head_dim=2,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        ).eval(),
+        "vae": AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2).eval(),
+        "text_encoder": CLIPTextModel(text).eval(),
+        "tokenizer": None,
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }  # fmt: skip
+
+
+def scheduler_of(scheduler_class, options, source, folder):
+    """Through a JSON file: one of 2022, or one that today's diffusers writes."""
+    if source == "old":
+        return scheduler_class.from_pretrained(CONFIGS / "stable_diffusion_2022", **options)
+    diffusers.DPMSolverMultistepScheduler(**CHAIN).save_pretrained(folder)
+    return scheduler_class.from_pretrained(folder, **options)
+
+
+@pytest.mark.parametrize("source", ["old", "new"])
+@pytest.mark.parametrize("n", COUNTS)
+@pytest.mark.parametrize(("scheduler_class", "options"), VARIANTS)
+def test_stock_and_own_image_pipelines(scheduler_class, options, n, source, unet, tmp_path):
+    scheduler = scheduler_of(scheduler_class, options, source, tmp_path)
+    for pipeline, keywords in (
+        (DDPMPipeline, {"batch_size": 1, "generator": seeded(), "output_type": "np"}),
+        (DPMPipeline, {"batch_size": 1, "generator": seeded(), "output_type": "np"}),
+    ):
+        images = quiet(pipeline(unet, scheduler))(num_inference_steps=n, **keywords).images
+        assert images.shape == (1, 8, 8, 3)
+        assert torch.tensor(images).isfinite().all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 10])
+@pytest.mark.parametrize(("scheduler_class", "options"), VARIANTS)
+def test_ddim_style_calls(scheduler_class, options, n, unet):
+    """DDIMPipeline passes eta and use_clipped_model_output to any scheduler: only DDIM takes them."""
+    scheduler = scheduler_class(**options)
+    if scheduler_class.__name__ == "DDIMScheduler":
+        images = quiet(DDIMPipeline(unet, scheduler))(num_inference_steps=n, eta=0.5, output_type="np").images
+        assert torch.tensor(images).isfinite().all()
+    scheduler.set_timesteps(n)
+    keywords = {"eta": 0.0, "use_clipped_model_output": True} if scheduler_class.__name__ == "DDIMScheduler" else {}
+    assert walk(scheduler, network, noise(1, 3), seeded(), **keywords)[0].isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("source", ["old", "new"])
+@pytest.mark.parametrize("n", COUNTS)
+@pytest.mark.parametrize(("scheduler_class", "options"), VARIANTS)
+def test_stable_diffusion(scheduler_class, options, n, source, latent_parts, tmp_path):
+    scheduler = scheduler_of(scheduler_class, options, source, tmp_path)
+    pipe = quiet(StableDiffusionPipeline(scheduler=scheduler, **latent_parts))
+    latents = pipe(
+        num_inference_steps=n,
+        height=16,
+        width=16,
+        guidance_scale=2.0,
+        generator=seeded(),
+        output_type="latent",
+        **PROMPT,
+    ).images
+    assert latents.shape == (1, 4, 8, 8)
+    assert latents.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("strength", [0.05, 0.5, 1.0])
+@pytest.mark.parametrize(("scheduler_class", "options"), VARIANTS)
+def test_image_to_image(scheduler_class, options, strength, latent_parts, tmp_path):
+    """The pipeline cuts the timesteps and says where it begins; a second call gives the same image."""
+    scheduler = scheduler_of(scheduler_class, options, "new", tmp_path)
+    pipe = quiet(StableDiffusionImg2ImgPipeline(scheduler=scheduler, **latent_parts))
+    image = noise(1, 3, 16, 16).float().clamp(-1, 1)
+    results = [
+        pipe(
+            image=image, strength=strength, num_inference_steps=20, generator=seeded(), output_type="latent", **PROMPT
+        ).images
+        for _ in range(2)
+    ]
+    assert results[0].isfinite().all()
+    assert torch.equal(*results)
+
+
+# DPMSolverScheduler from the configs of others -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        CHAIN,
+        {"solver_order": 3, "use_karras_sigmas": True},
+        {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
+        {"solver_type": "heun"},
+        {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_dpm_solver_takes_what_the_other_config_says(source, config, tmp_path):
+    known = inspect.signature(source).parameters
+    config = {key: value for key, value in config.items() if key in known}
+    if source is diffusers.UniPCMultistepScheduler and "solver_type" in config:
+        config["solver_type"] = "bh1"
+    if source is diffusers.DEISMultistepScheduler:
+        config = {key: value for key, value in config.items() if key not in ("solver_type", "algorithm_type")}
+    other = source(**config)
+    other.save_pretrained(tmp_path)
+    file = json.loads((tmp_path / "scheduler_config.json").read_text())
+    for scheduler in (DPMSolverScheduler.from_config(other.config), DPMSolverScheduler.from_pretrained(tmp_path)):
+        shared = [key for key in file if key in inspect.signature(DPMSolverScheduler).parameters]
+        assert {"beta_schedule", "prediction_type"} <= set(shared)
+        for key in shared:
+            expected = float(file[key]) if key == "lambda_min_clipped" else file[key]
+            assert scheduler.config[key] == expected, key
+        torch.testing.assert_close(
+            scheduler.alphas_cumprod.clamp(min=1e-6), other.alphas_cumprod.clamp(min=1e-6), rtol=3e-4, atol=1e-6
+        )
+        for n in (1, 5, 20):
+            scheduler.set_timesteps(n)
+            assert walk(scheduler, network, noise(1, 3), seeded())[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("source", "config", "message"),
+    [
+        (SOURCES[3], {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "use_flow_sigmas=True"),
+        (SOURCES[5], {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "use_flow_sigmas=True"),
+        (SOURCES[3], {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
+        (SOURCES[3], {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
+    ],
+)
+def test_dpm_solver_refuses_what_it_cannot_honour(source, config, message, tmp_path):
+    other = source(**config)
+    other.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        DPMSolverScheduler.from_config(other.config)
+    with pytest.raises(ValueError, match=message):
+        DPMSolverScheduler.from_pretrained(tmp_path)
+
+
+def test_own_keys_survive_a_swap_through_diffusers(tmp_path):
+    ours = DPMSolverScheduler(method="singlestep", third_order_rule="exact", solver_order=3)
+    stock = diffusers.DPMSolverMultistepScheduler.from_config(ours.config)
+    again = DPMSolverScheduler.from_config(stock.config)
+    ours.save_pretrained(tmp_path)
+    for scheduler in (again, DPMSolverScheduler.from_pretrained(tmp_path)):
+        assert (scheduler.config.method, scheduler.config.third_order_rule) == ("singlestep", "exact")
