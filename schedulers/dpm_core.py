@@ -473,7 +473,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         descending = self._grid(num_inference_steps, timesteps)
         self._visit(descending, [*map(self.schedule.__getitem__, descending), self._last_level()], device)
 
-    def _grid(self, num_inference_steps: int | None, timesteps: Sequence[int] | torch.Tensor | None) -> list[int]:
+    def _grid(self, num_inference_steps: int | None, timesteps: Sequence[float] | torch.Tensor | None) -> list[int]:
         """The descending timesteps that the arguments of `set_timesteps` ask for."""
         num = len(self.schedule)
         if num_inference_steps is not None and timesteps is None:

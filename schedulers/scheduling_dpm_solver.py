@@ -185,9 +185,9 @@ def singlestep_rows(algorithm_type: str, solver_type: str, levels: Sequence[Leve
         factors = k.row((1 / r2, 0.0, -1 / r2), (), second, at=-1)
     else:
         u, v = 1 / (r1 * (r2 - r1)), 1 / (r2 * (r2 - r1))
-        d1 = (-r1 * v, r2 * u, r1 * v - r2 * u)
-        d2 = (2 * v, -2 * u, 2 * (u - v))
-        factors = k.row(d1, d2, second, at=-1)
+        slope = (-r1 * v, r2 * u, r1 * v - r2 * u)
+        curvature = (2 * v, -2 * u, 2 * (u - v))
+        factors = k.row(slope, curvature, second, at=-1)
     return [*rows, predictions(algorithm_type, k, factors, anchored=True)]
 
 
