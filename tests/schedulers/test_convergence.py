@@ -1,6 +1,6 @@
 """DPM-Solver as mathematics: golden numbers, convergence to the exact flow, exact steps, weak order.
 
-Golden numbers: `../shared/specs/dpm_solver.md`, sections 2.7 and 7, from the reference code of Lu et al. 2022 and an
+Golden numbers: made with the reference code of Lu et al. 2022 and an
 independent implementation. Its rule `lower_order_final` acts below 10 steps, ours below 15.
 """
 
@@ -146,7 +146,7 @@ def test_the_published_rule_of_third_order_has_second_order(form):
 
 
 def exact_step(algorithm_type, s, t, polynomial, x):
-    """A x + B times the integral over u in 0 .. 1 of exp(z (1 - u)) p(lambda_s + u h): spec 2.2, by quadrature."""
+    """A x + B times the integral over u in 0 .. 1 of exp(z (1 - u)) p(lambda_s + u h), by quadrature."""
     h = t.lambda_ - s.lambda_
     factor, weight, z = {
         "dpmsolver": (t.alpha / s.alpha, -t.sigma * h, h),

@@ -1,7 +1,6 @@
 """DPMSolverScheduler against diffusers' two classes: equal where they are right, and shown to differ where not.
 
-`test_differs_*` shows one fault of diffusers 0.42.1 each; numbers in brackets are those of section 6 of
-`../shared/specs/dpm_solver.md`. All loops use third_order_rule="published", the rule of diffusers.
+`test_differs_*` shows one fault of diffusers 0.42.1 each. All loops use third_order_rule="published", as diffusers does.
 """
 
 import math
@@ -339,3 +338,12 @@ def test_differs_singlestep_sde_does_not_converge_to_the_second_order():
     errors = [stock_error(n) for n in (96, 192)]
     assert errors[1] > errors[0] / 2.1  # first order at best
     assert errors == pytest.approx([1.57e-1, 8.80e-2], rel=0.01)
+
+
+def test_differs_the_noise_form_ends_at_clean_data():
+    """diffusers refuses `dpmsolver` with a last sigma of 0, where its coefficients are 0 * inf; the limit is x_0."""
+    with pytest.raises(ValueError, match="final_sigmas_type"):
+        diffusers.DPMSolverMultistepScheduler(algorithm_type="dpmsolver", final_sigmas_type="zero")
+    ours = DPMSolverScheduler(algorithm_type="dpmsolver", final_sigmas_type="zero")
+    ours.set_timesteps(5)
+    assert ours.updates[-1].defect(*ours.levels[-2:]) == (0.0, 0.0)

@@ -251,7 +251,7 @@ def test_encoding_with_noise_is_refused(algorithm_type):
 
 @pytest.mark.parametrize(
     ("config", "expected"),
-    [  # section 2.8 of the specification, from diffusers; karras and the lambda-uniform ones with rounded labels
+    [  # made with diffusers 0.42.1; karras and the lambda-uniform ones with rounded labels
         ({}, [999, 899, 799, 699, 599, 500, 400, 300, 200, 100]),
         ({"timestep_spacing": "leading"}, [900, 810, 720, 630, 540, 450, 360, 270, 180, 90]),
         ({"timestep_spacing": "trailing"}, [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]),

@@ -149,7 +149,7 @@ MIXTURE = {"weight": (0.35, 0.65), "mean": (-1.0, 0.6), "std": (0.4, 0.25)}
 
 
 def mixture_epsilon(x, level):
-    """Exact epsilon of a Gaussian mixture (DPM-Solver specification, section 7.1)."""
+    """Exact epsilon of a Gaussian mixture."""
     weight, mean, std = (torch.tensor(v, dtype=torch.float64) for v in MIXTURE.values())
     variance = level.alpha**2 * std**2 + level.sigma**2
     centred = x[..., None] - level.alpha * mean
@@ -158,7 +158,7 @@ def mixture_epsilon(x, level):
 
 
 def test_mixture_golden_epsilon():
-    """The same at the specification's noise level of t = 0.5, continuous linear process."""
+    """The same at the noise level of t = 0.5, continuous linear process."""
     log_alpha = -0.25 * 0.5**2 * 19.9 - 0.5 * 0.5 * 0.1
     schedule = VPNoiseSchedule(torch.tensor([-math.expm1(2 * log_alpha)], dtype=torch.float64))
     x = torch.tensor([0.3], dtype=torch.float64)

@@ -80,7 +80,7 @@ def test_tables_agree_with_diffusers(name, num, start, end):
 
 
 def test_golden_levels_of_the_linear_schedule(linear):
-    """Values of the DPM-Solver specification, section 1.4, found with the authors' NoiseScheduleVP."""
+    """Values found with NoiseScheduleVP of the DPM-Solver authors."""
     expected = {
         999: (-5.05885677120655, 0.00635281808757003, 0.99997982064757, -5.05883659165051),
         249: (-0.323050340392323, 0.72393741015737, 0.689865658062959, 0.0482080584141937),

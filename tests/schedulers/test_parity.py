@@ -181,7 +181,7 @@ def test_dynamic_threshold_is_diffusers_when_that_is_dynamic(ratio):
 
 
 def test_dynamic_threshold_golden():
-    """DPM-Solver specification, section 4.1: quantiles 2.85 and 0.55; the second row is inside [-1, 1] already."""
+    """By the DPM-Solver authors' rule: quantiles 2.85 and 0.55; the second row is inside [-1, 1] already."""
     x0 = torch.tensor([[0.2, -0.5, 1.4, -2.6, 0.9, 3.1], [0.1, 0.2, -0.3, 0.4, -0.5, 0.6]], dtype=torch.float64)
     first = [0.07017543859649122, -0.17543859649122806, 0.49122807017543857]
     first += [-0.9122807017543859, 0.3157894736842105, 1.0]
@@ -410,3 +410,17 @@ def test_differs_ddim_draws_nothing_in_the_last_step():
     drawn = torch.randn(64, generator=seeded(), dtype=torch.float64).view(4, 16)
     assert torch.equal(left[0], drawn[2])
     assert torch.equal(left[1], drawn[3])
+
+
+def test_differs_a_steps_eta_of_zero_is_the_configs():
+    """diffusers' DDIM has no eta in its config, and its pipelines pass eta=0.0 unasked: ours then keeps its own."""
+    x = noise(*SHAPE)
+    ours, stock = DDIMScheduler(eta=0.5), diffusers.DDIMScheduler()
+    results = []
+    for scheduler in (ours, stock):
+        scheduler.set_timesteps(10)
+        results.append(scheduler.step(network(x, 500), 500, x, generator=seeded(), eta=0.0).prev_sample)
+    torch.testing.assert_close(
+        results[0], stock.step(network(x, 500), 500, x, generator=seeded(), eta=0.5).prev_sample, rtol=1e-5, atol=1e-5
+    )
+    assert (results[0] - results[1]).abs().max() > 0.1
