@@ -1,7 +1,7 @@
 """DPM-Solver as mathematics: golden numbers, convergence to the exact flow, exact steps, weak order.
 
-Golden numbers: made with the reference code of Lu et al. 2022 and an
-independent implementation. Its rule `lower_order_final` acts below 10 steps, ours below 15.
+Golden numbers: made with the reference code of Lu et al. 2022 and an independent implementation. Its rule
+`lower_order_final` acts below 10 steps, ours below 15.
 """
 
 import csv

@@ -1,6 +1,6 @@
 """DPMSolverScheduler against diffusers' two classes: equal where they are right, and shown to differ where not.
 
-`test_differs_*` shows one fault of diffusers 0.42.1 each. All loops use third_order_rule="published", as diffusers does.
+`test_differs_*` shows one fault of diffusers 0.42.1 each. All loops use third_order_rule="published", as theirs.
 """
 
 import math
