@@ -569,10 +569,10 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         """The sample itself: the network sees x_t. Present because pipelines call it."""
         return sample
 
-    def previous_timestep(self, timestep: int | torch.Tensor) -> int:
+    def previous_timestep(self, timestep: int | float | torch.Tensor) -> int | float:
         """The next timestep that the loop visits after `timestep`; -1 after the last one."""
         index = self._locate(timestep)
-        return -1 if index + 1 == len(self.updates) else int(self._grid_timesteps[index + 1])
+        return -1 if index + 1 == len(self.updates) else [*self._index][index + 1]
 
     def _locate(self, timestep: int | float | torch.Tensor) -> int:
         """Row of a timestep. One that is a view of the grid is found by its place in memory: no read from a device."""
