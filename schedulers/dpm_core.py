@@ -18,11 +18,15 @@ Names, against the papers and against other code:
 | t, s (source, target)| t, t-1                 | s, t          | timestep, prev_timestep                      |
 """
 
+import hashlib
 import json
 import math
+import operator
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from inspect import signature
 from itertools import pairwise
 from typing import Any, ClassVar, NamedTuple
@@ -76,6 +80,25 @@ class Update(NamedTuple):
         signal = self.sample * source.alpha + math.fsum(self.x0)
         noise = self.sample * source.sigma + math.fsum(self.epsilon)
         return signal - target.alpha, math.hypot(noise, self.noise) ** 2 - target.sigma**2
+
+
+def forward_step(t: Level, s: Level) -> float:
+    """u = 1 - SNR_t / SNR_s: q(x_t | x_s) has variance sigma_t^2 u, and q(x_s | x_t, x_0) of DDPM sigma_s^2 u."""
+    return -math.expm1(2 * (t.lambda_ - s.lambda_))
+
+
+def ddpm_mean(t: Level, s: Level) -> Update:
+    """The mean of q(x_s | x_t, x_0) in x_t and x_0 (Ho et al. 2020, eq. 7); the row has no noise yet."""
+    return Update(sample=s.sigma / t.sigma * math.exp(t.lambda_ - s.lambda_), x0=(s.alpha * forward_step(t, s),))
+
+
+def ddim_mean(t: Level, s: Level, eta: float) -> Update:
+    """The mean of q(x_s | x_t, x_0) with standard deviation eta s.sigma sqrt(u), in x_0 and epsilon.
+
+    Song et al. 2021, eq. 7 and 16, with u of `forward_step`; the row has no noise yet.
+    """
+    direction = s.sigma * math.sqrt(1 - eta**2 * forward_step(t, s)) if eta else s.sigma
+    return Update(x0=(s.alpha,), epsilon=(direction,))
 
 
 def betas_from_alpha_bar(alpha_bar: Callable[[float], float], num_train_timesteps: int) -> torch.Tensor:
@@ -179,6 +202,12 @@ class VPNoiseSchedule:
         left = right - 1
         fraction = (wanted - knots[left]) / (knots[right] - knots[left])
         return left + fraction.clamp(0, 1)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of alphas_cumprod, written to 7 digits so that no machine's rounding changes it."""
+        text = " ".join(f"{a:.6e}" for a in self.alphas_cumprod.tolist())
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def at(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(alpha_t, sigma_t) of a batch of timesteps, shaped to broadcast over `like` and on its device.
@@ -286,6 +315,8 @@ SPACINGS: dict[str, Callable[[VPNoiseSchedule, int, int], list[int]]] = {
 
 def spread(timesteps: Sequence[int], num_train_timesteps: int) -> list[int]:
     """The timesteps made strictly ascending inside 0 .. T-1: rounding makes some equal, an offset some too large."""
+    if all(map(operator.lt, timesteps, timesteps[1:])) and timesteps[0] >= 0 and timesteps[-1] < num_train_timesteps:
+        return [*timesteps]
     result: list[int] = []
     for t in timesteps:
         result.append(max(t, result[-1] + 1) if result else max(t, 0))
@@ -351,6 +382,11 @@ class LinearSchedulerOutput(BaseOutput):
     prev_sample: torch.Tensor
     pred_original_sample: torch.Tensor
 
+    def __post_init__(self) -> None:
+        # What BaseOutput does for any fields; its inspection of them would take longer than the arithmetic of a step.
+        OrderedDict.__setitem__(self, "prev_sample", self.prev_sample)
+        OrderedDict.__setitem__(self, "pred_original_sample", self.pred_original_sample)
+
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -368,6 +404,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
     order = 1
     init_noise_sigma = 1.0
     own_keys: ClassVar[tuple[str, ...]] = ()  # config keys that diffusers' class of the same name lacks
+    spacings: ClassVar[tuple[str, ...]] = tuple(SPACINGS)  # what `timestep_spacing` may be
 
     schedule: VPNoiseSchedule
     timesteps: torch.Tensor
@@ -383,7 +420,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
     def _setup(self) -> None:
         """Called at the end of `__init__`: checks the config and builds the forward process."""
         config = self.config
-        for key, known in (("prediction_type", PREDICTIONS), ("timestep_spacing", SPACINGS)):
+        for key, known in (("prediction_type", PREDICTIONS), ("timestep_spacing", self.spacings)):
             if config[key] not in known:
                 raise ValueError(unknown(key, config[key], known))
         if config.thresholding and not 0 < config.dynamic_thresholding_ratio <= 1:
@@ -481,8 +518,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
                 raise ValueError(
                     f"num_inference_steps={num_inference_steps} must lie in 1 .. num_train_timesteps={num}."
                 )
-            spacing = SPACINGS[self.config.timestep_spacing]
-            return spread(spacing(self.schedule, num_inference_steps, self.config.steps_offset), num)[::-1]
+            return spread(self._spaced_timesteps(num_inference_steps), num)[::-1]
         if timesteps is not None and num_inference_steps is None:
             grid = [int(t) for t in timesteps]
             descends = all(t > s for t, s in pairwise(grid))
@@ -492,6 +528,10 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
                 )
             return grid
         raise ValueError("give either num_inference_steps or timesteps.")
+
+    def _spaced_timesteps(self, n: int) -> list[int]:
+        """n ascending timesteps, spaced as the config says; `spread` makes them distinct."""
+        return SPACINGS[self.config.timestep_spacing](self.schedule, n, self.config.steps_offset)
 
     def _ensure_grid(self) -> None:
         if not self.updates:  # before set_timesteps is called diffusers' DDPM walks the full chain; so do we

@@ -8,7 +8,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .dpm_core import CLEAN, Level, LinearScheduler, LinearSchedulerOutput, Update
+from .dpm_core import CLEAN, Level, LinearScheduler, LinearSchedulerOutput, Update, ddim_mean, forward_step
 
 
 class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks for the mixin's name in this module
@@ -94,12 +94,10 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         return [self.update(t, s) for t, s in pairwise(levels)]
 
     def update(self, t: Level, s: Level) -> Update:
-        """Eq. 12 with the standard deviation of eq. 16, eta * s.sigma * sqrt(u), where u = 1 - SNR_t / SNR_s."""
+        """Eq. 12 with the standard deviation of eq. 16."""
         eta, _ = self._options
-        u = -math.expm1(2 * (t.lambda_ - s.lambda_))
-        std = eta * s.sigma * math.sqrt(u) if eta else 0.0
-        direction = s.sigma * math.sqrt(1 - eta**2 * u) if eta else s.sigma
-        return Update(x0=(s.alpha,), epsilon=(direction,), noise=std)
+        mean = ddim_mean(t, s, eta)
+        return mean._replace(noise=eta * s.sigma * math.sqrt(forward_step(t, s))) if eta else mean
 
     def step(
         self,
@@ -124,7 +122,7 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
             ValueError: also if both `generator` and `variance_noise` are given, or eta lies outside [0, 1].
             TypeError: a number in the place of the generator, where diffusers' DDIM has eta.
         """
-        if isinstance(generator, int | float):
+        if isinstance(generator, (int, float)):
             raise TypeError("the fourth argument of step is the generator; give eta by name.")
         if generator is not None and variance_noise is not None:
             raise ValueError("give either generator or variance_noise.")

@@ -7,7 +7,7 @@ from itertools import pairwise
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .dpm_core import Level, LinearScheduler, Update, unknown
+from .dpm_core import Level, LinearScheduler, Update, ddpm_mean, forward_step, unknown
 
 
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
@@ -54,12 +54,12 @@ class DDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         return [self.update(t, s) for t, s in pairwise(levels)]
 
     def update(self, t: Level, s: Level) -> Update:
-        """Eq. 6 and 7 for a step t -> s, written with u = 1 - SNR_t / SNR_s."""
-        u = -math.expm1(2 * (t.lambda_ - s.lambda_))
-        small, large = s.sigma * math.sqrt(u), t.sigma * math.sqrt(u)
-        mean = Update(sample=s.sigma / t.sigma * math.exp(t.lambda_ - s.lambda_), x0=(s.alpha * u,))
+        """Eq. 6 and 7 for a step t -> s."""
+        mean = ddpm_mean(t, s)
         if s.sigma == 0:
             return mean
+        root = math.sqrt(forward_step(t, s))
+        small, large = s.sigma * root, t.sigma * root
         variance_type = self.config.variance_type or "fixed_small"
         if variance_type == "learned":  # the interval in which the interpolation returns the network's own value
             return mean._replace(noise=small, log_variance=(-1.0, 1.0))

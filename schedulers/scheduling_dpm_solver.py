@@ -13,7 +13,6 @@ All updates from level s to level t, with h = lambda_t - lambda_s, are one formu
 | sde-dpmsolver++ | x_0     | sigma_t / sigma_s exp(-h) | 2 alpha_t h    | -2h | sigma_t sqrt(1 - exp(-2h))   |
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -23,7 +22,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .dpm_core import CLEAN, Level, LinearScheduler, Update, VPNoiseSchedule, spread, unknown
+from .dpm_core import CLEAN, Level, LinearScheduler, Update, spread, unknown
 
 
 # diffusers' names, the reference code's, and those that diffusers' DPM-Solver accepts from other solvers' configs
@@ -47,13 +46,16 @@ METHODS = ("multistep", "singlestep", "singlestep_fixed")
 THIRD_ORDER_RULES = {"published": 1.0, "exact": 2.0}  # factor of the second difference
 
 
+# 1 / (j + k)! for j = 14 ... 0: the Taylor series of phi_k for Horner's scheme; the first one left out is below 1e-17.
+TAYLOR = {k: tuple(1 / math.factorial(j + k) for j in reversed(range(15))) for k in (1, 2, 3)}
+
+
 def phi(k: int, z: float) -> float:
     """phi_1(z) = (e^z - 1) / z and phi_{k+1}(z) = (phi_k(z) - 1/k!) / z, without cancellation; phi_k(0) = 1/k!."""
     if abs(z) < 0.5:
-        term = total = 1 / math.factorial(k)
-        for j in range(1, 16):
-            term *= z / (j + k)
-            total += term
+        total = 0.0
+        for coefficient in TAYLOR[k]:
+            total = total * z + coefficient
         return total
     value = math.expm1(z) / z
     for j in range(1, k):
@@ -197,11 +199,6 @@ def last_orders(orders: Sequence[int], num_calls: int) -> list[int]:
     for order in reversed(orders):
         kept.insert(0, min(order, num_calls - sum(kept)))
     return [order for order in kept if order]
-
-
-def schedule_hash(schedule: VPNoiseSchedule) -> str:
-    """SHA-256 of alphas_cumprod, written to 7 digits so that no machine's rounding changes it."""
-    return hashlib.sha256(" ".join(f"{a:.6e}" for a in schedule.alphas_cumprod.tolist()).encode()).hexdigest()
 
 
 # Grids ---------------------------------------------------------------------------------------------------------------
@@ -427,7 +424,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
     def _check_plan(self, plan: Mapping[str, Any]) -> None:
         """Raises ValueError if the plan is not one for this schedule and solver."""
         own = {
-            "schedule_hash": schedule_hash(self.schedule),
+            "schedule_hash": self.schedule.hash,
             "algorithm_type": self._algorithm,
             "solver_type": SOLVER_TYPES[self.config.solver_type],
         }
@@ -536,12 +533,12 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
 
     def plan(self, levels: list[Level]) -> list[Update]:
         config, n = self.config, len(levels) - 1
-        solver_type = SOLVER_TYPES[config.solver_type]
+        algorithm_type, solver_type = self._algorithm, SOLVER_TYPES[config.solver_type]
         clean = levels[-1].sigma == 0
         if config.method != "multistep" or self._plan_orders:
             edges = [0, *accumulate(self._block_orders(n, clean, levels[0].alpha == 0))]
             blocks = (levels[a : b + 1] for a, b in pairwise(edges))
-            return [row for block in blocks for row in singlestep_rows(self._algorithm, solver_type, block)]
+            return [row for block in blocks for row in singlestep_rows(algorithm_type, solver_type, block)]
         lower_last = 2 if config.lower_order_final and n < 15 else 0
         if clean and config.denoise_to_zero:
             orders = [*multistep_orders(n - 1, config.solver_order, lower_last, config.euler_at_final), 1]
@@ -549,6 +546,6 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
             orders = multistep_orders(n, config.solver_order, max(lower_last, clean), config.euler_at_final)
         factor = THIRD_ORDER_RULES[config.third_order_rule]
         return [
-            multistep_row(self._algorithm, order, solver_type, factor, levels[i - order + 1 : i + 2])
+            multistep_row(algorithm_type, order, solver_type, factor, levels[i - order + 1 : i + 2])
             for i, order in enumerate(orders)
         ]

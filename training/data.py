@@ -164,11 +164,11 @@ def load_images(
     """Images (and labels, if there are any) as a map-style data set.
 
     Args:
-        data: "digits" (scikit-learn's 1,797 handwritten digits, 8x8, x = v / 8 - 1); a .npy file or a folder of them;
+        data: "digits" (scikit-learn's handwritten digits, 8x8, x = v / 8 - 1); a .npy file or a folder of them;
             a folder of images, with class names as subfolders if it is to have labels; parquet or arrow files or a
             folder of them; a folder written by `Dataset.save_to_disk`; or the name of a `datasets` data set.
         config: configuration of the `datasets` data set, where it has several.
-        split: part of the `datasets` data set.
+        split: part of the `datasets` data set; of the digits train (1,500), test (297) or all.
         image_column, label_column: by default found by their types, `datasets.Image` and `datasets.ClassLabel`.
         require_labels: fail if no labels are found.
         resolution: (H, W), or (S,) for a square; images are cropped at the centre to its shape and resized.
@@ -183,7 +183,7 @@ def load_images(
     """
     path = Path(data)
     if str(data) == "digits":
-        source = read_digits()
+        source = read_digits(split)
     elif path.suffix == ".npy" or (path.is_dir() and next(path.rglob("*.npy"), None)):
         source = read_npy(path, channels)
     else:
@@ -194,14 +194,21 @@ def load_images(
     return ImageDataset(source, size, channels, cache_bytes)
 
 
-def read_digits() -> ImageSource:
-    """The 1,797 handwritten digits that scikit-learn ships: 8x8, values 0..16."""
+def read_digits(split: str) -> ImageSource:
+    """The 1,797 handwritten digits that scikit-learn ships: 8x8, values 0..16; a sixth of each is held out as test."""
     from sklearn.datasets import load_digits  # slow to import
+    from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    images = digits.images.astype(np.uint8)[:, None]
+    everything = range(len(digits.target))
+    train, test = train_test_split(everything, test_size=297, random_state=0, stratify=digits.target)
+    parts = {"train": sorted(train), "test": sorted(test), "all": list(everything)}
+    if split not in parts:
+        raise DataError(f"the digits have no split {split!r}; choose one of {', '.join(parts)}")
+    images = digits.images[parts[split]].astype(np.uint8)[:, None]
+    labels = digits.target[parts[split]].tolist()
     names = [str(name) for name in digits.target_names]
-    return ImageSource(len(images), images.__getitem__, levels=16, labels=digits.target.tolist(), class_names=names)
+    return ImageSource(len(images), images.__getitem__, levels=16, labels=labels, class_names=names)
 
 
 def read_npy(path: Path, channels: int | None) -> ImageSource:

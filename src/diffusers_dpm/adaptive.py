@@ -42,7 +42,6 @@ from diffusers_dpm.schedulers.scheduling_dpm_solver import (
     SOLVER_TYPES,
     DPMSolverScheduler,
     first_order,
-    schedule_hash,
     singlestep_rows,
 )
 
@@ -511,7 +510,7 @@ def plan_timesteps(
     }
     timesteps, end = _labels(result.timesteps, result.end, len(scheduler.schedule), fractional)
     return StepPlan(
-        schedule_hash=schedule_hash(scheduler.schedule),
+        schedule_hash=scheduler.schedule.hash,
         algorithm_type=ALGORITHM_TYPES[scheduler.config.algorithm_type],
         solver_type=SOLVER_TYPES[scheduler.config.solver_type],
         timesteps=timesteps,

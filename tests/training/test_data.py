@@ -35,7 +35,7 @@ def in_range(images):
 
 
 def test_digits():
-    data = load_images("digits")
+    data = load_images("digits", split="all")
     assert (len(data), data.shape, data.num_classes) == (1797, (1, 8, 8), 10)
     batch = data[[0, 5, 7]]
     expected = torch.from_numpy(load_digits().images[[0, 5, 7]]).float()[:, None] / 8 - 1
@@ -50,8 +50,22 @@ def test_digits():
     assert (everything.min(), everything.max()) == (-1, 1)
 
 
+def test_digits_are_split_into_train_and_test():
+    parts = {split: load_images("digits", split=split) for split in ("all", "train", "test")}
+    assert {split: len(part) for split, part in parts.items()} == {"all": 1797, "train": 1500, "test": 297}
+    drawn = {
+        split: sorted((*part["images"].flatten().tolist(), label) for part in part for label in [part["labels"]])
+        for split, part in parts.items()
+    }
+    assert sorted(drawn["train"] + drawn["test"]) == drawn["all"]  # every digit once
+    counts = torch.bincount(torch.tensor([example["labels"] for example in parts["test"]]))
+    assert counts.min() >= 28  # stratified
+    with pytest.raises(DataError, match="no split 'validation'; choose one of train, test, all"):
+        load_images("digits", split="validation")
+
+
 def test_works_in_a_plain_data_loader():
-    batch = next(iter(torch.utils.data.DataLoader(load_images("digits"), batch_size=4)))
+    batch = next(iter(torch.utils.data.DataLoader(load_images("digits", split="all"), batch_size=4)))
     assert batch["images"].shape == (4, 1, 8, 8)
     assert batch["labels"].tolist() == [0, 1, 2, 3]
 
