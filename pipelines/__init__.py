@@ -1,6 +1,14 @@
 """Pipelines: sampling from trained U-Nets."""
 
-from diffusers_dpm.pipelines.pipeline_dpm import DPMPipeline, DPMPipelineOutput, DPMTrajectory
+from diffusers_dpm.pipelines.modeling_noisy_classifier import NoisyClassifier, NoisyClassifierOutput
+from diffusers_dpm.pipelines.pipeline_dpm import ClassifierGuidance, DPMPipeline, DPMPipelineOutput, DPMTrajectory
 
 
-__all__ = ["DPMPipeline", "DPMPipelineOutput", "DPMTrajectory"]
+__all__ = [
+    "ClassifierGuidance",
+    "DPMPipeline",
+    "DPMPipelineOutput",
+    "DPMTrajectory",
+    "NoisyClassifier",
+    "NoisyClassifierOutput",
+]
