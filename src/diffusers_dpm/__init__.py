@@ -1,10 +1,12 @@
-"""Schedulers, a pipeline and training for Hugging Face diffusers: DDPM, DDIM and DPM-Solver, exact to float64."""
+"""DDPM, DDIM, Analytic-DPM and DPM-Solver for Hugging Face diffusers: schedulers, pipeline, training, likelihoods."""
 
 from importlib.metadata import version
 
 from diffusers_dpm.adaptive import StepPlan, integrate_adaptive, plan_timesteps
-from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.likelihood import evidence_lower_bound, ode_log_likelihood
+from diffusers_dpm.pipelines import ClassifierGuidance, DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import (
+    AnalyticDPMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverScheduler,
@@ -12,19 +14,28 @@ from diffusers_dpm.schedulers import (
     Update,
     VPNoiseSchedule,
 )
+from diffusers_dpm.statistics import PosteriorStatistics, estimate_statistics, import_ms_eps
 
 
 __version__ = version("diffusers-dpm")
 
 __all__ = [
+    "AnalyticDPMScheduler",
+    "ClassifierGuidance",
     "DDIMScheduler",
     "DDPMScheduler",
     "DPMPipeline",
     "DPMSolverScheduler",
     "LinearScheduler",
+    "NoisyClassifier",
+    "PosteriorStatistics",
     "StepPlan",
     "Update",
     "VPNoiseSchedule",
+    "estimate_statistics",
+    "evidence_lower_bound",
+    "import_ms_eps",
     "integrate_adaptive",
+    "ode_log_likelihood",
     "plan_timesteps",
 ]

@@ -1,0 +1,366 @@
+"""Analytic-DPM (Bao, Li, Zhu and Zhang 2022, https://arxiv.org/abs/2201.06503): the optimal reverse variances."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .dpm_core import (
+    SPACINGS,
+    Level,
+    LinearScheduler,
+    Update,
+    ddim_mean,
+    ddpm_mean,
+    forward_step,
+    unknown,
+)
+
+
+FORWARD_PROCESSES = ("ddpm", "ddim")
+STATISTICS = "_posterior_statistics"  # config key; diffusers neither prints nor loses keys that begin like this
+ESTIMATES = ("residual", "analytic")  # entries of the statistics, and so values of reverse_variance that need them
+REVERSE_VARIANCES = (*ESTIMATES, "small", "large")
+
+
+def even_timesteps(num_train_timesteps: int, n: int) -> list[int]:
+    """The even trajectory of Bao et al.: both ends, halves rounded to even in their 1-based count; n = 1: the top."""
+    stride = (num_train_timesteps - 1) / max(n - 1, 1)
+    return [round(1 + i * stride) - 1 for i in range(n)] if n > 1 else [num_train_timesteps - 1]
+
+
+def power_timesteps(num_train_timesteps: int, n: int, power: float) -> list[int]:
+    """Denser at low noise for powers above 1: t / (T - 1) = 1 - (1 - i / (n - 1))^(1 / power)."""
+    fractions = [1 - (1 - i / (n - 1)) ** (1 / power) for i in range(n)] if n > 1 else [1.0]
+    return [round((num_train_timesteps - 1) * x) for x in fractions]
+
+
+def signal_gain(alpha_s: Any, u: Any, free: Any, direction: Any, ratio: Any) -> Any:
+    """g = d mean / d x_0 = alpha_s - direction alpha_t / sigma_t, without the cancellation of close levels.
+
+    Args:
+        alpha_s, u: of the target; of `forward_step`. Floats, or tensors that broadcast, as all of them.
+        free: lam^2, the variance of q(x_s | x_t, x_0).
+        direction: sqrt(sigma_s^2 - lam^2).
+        ratio: alpha_t / sigma_t.
+    """
+    return (alpha_s**2 * u + free * ratio**2) / (alpha_s + direction * ratio)
+
+
+def least_cost_paths(costs: torch.Tensor, num_nodes: int) -> torch.Tensor:
+    """For each number of nodes up to `num_nodes`, where a cheapest path from node 0 to any node comes from.
+
+    Args:
+        costs: (N, N) cost of the edge from column s to row t; only s < t is used.
+        num_nodes: largest number of nodes of a path, both ends included.
+
+    Returns:
+        (num_nodes + 1, N): entry [k, t] is the node before t on the cheapest path of k nodes that ends at t.
+    """
+    costs = costs.masked_fill(torch.ones_like(costs, dtype=torch.bool).triu(), math.inf)
+    total = torch.full_like(costs[0], math.inf)
+    total[0] = 0
+    before = torch.zeros(num_nodes + 1, len(costs), dtype=torch.int32)
+    for k in range(2, num_nodes + 1):
+        total, before[k] = (costs + total).min(dim=1)
+    return before
+
+
+def path_to(before: torch.Tensor, num_nodes: int) -> list[int]:
+    """The cheapest path of `num_nodes` nodes from the first to the last node, from `least_cost_paths`."""
+    path = [before.shape[1] - 1]
+    for k in range(num_nodes, 1, -1):
+        path.append(int(before[k, path[-1]]))
+    return path[::-1]
+
+
+class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks for the mixin's name
+    """Ancestral sampling with the reverse variance that maximises the likelihood, for any pretrained network.
+
+    For q(x_s | x_t, x_0) with variance lam^2 the best variance of p(x_s | x_t) is (Bao et al., theorem 1, eq. 6 and 8)
+
+        sigma^2 = lam^2 + g^2 C_t,      C_t = E tr Cov[x_0 | x_t] / d,
+
+    where g = d mean / d x_0, and C_t, one number for each training timestep, is estimated from data once for a
+    checkpoint: `diffusers_dpm.estimate_statistics`, or the command `diffusers-dpm statistics`. One table serves every
+    number of steps, every spacing, and both forward processes.
+
+    Config keys beyond those of DDPM:
+
+    - forward_process: ddpm, lam^2 the posterior variance beta-tilde; or ddim, lam^2 eta^2 times that. With ddim and
+      eta = 0 sampling is not deterministic: its noise is g^2 C_t.
+    - reverse_variance: residual, C_t from E|eps - eps_hat|^2, right for the mean that the network has; analytic, C_t
+      from E|eps_hat|^2 as published, for a network that is exact; small, C_t = 0; large, sigma^2 = beta (ddpm only).
+    - posterior_variance_range: C_t is clipped to it. [0, 1] holds for data in [-1, 1]; [0, None] for latents. It does
+      not depend on clip_sample.
+    - sigma_clip_steps, sigma_clip_pixels: the noise of the last noisy steps, which one sees in the image, is capped at
+      so many grey levels (Bao et al., section 4 and appendix F.2). None means 2 for ddpm and 1 for ddim if clip_sample
+      is on, and no cap otherwise (latents have no grey levels); 0 is no cap.
+    - timestep_spacing: those of all schedulers; even, the paper's trajectory with its rounding; power, denser at low
+      noise (spacing_power); optimal, the least-cost path of `optimal_timesteps`.
+    - missing_statistics: error, or lower_bound to sample with C_t = 0 where there are no statistics.
+
+    The statistics are in the config under an underscore key, so that saving, loading and swapping carry them.
+    """
+
+    own_keys = (
+        "forward_process",
+        "eta",
+        "reverse_variance",
+        "posterior_variance_range",
+        "sigma_clip_steps",
+        "sigma_clip_pixels",
+        "spacing_power",
+        "missing_statistics",
+    )
+    spacings = (*SPACINGS, "even", "power", "optimal")
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "even",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        forward_process: str = "ddpm",
+        eta: float = 0.0,
+        reverse_variance: str = "residual",
+        posterior_variance_range: Sequence = [0.0, 1.0],  # a list, as JSON has it; nothing writes to it
+        sigma_clip_steps: int = 1,
+        sigma_clip_pixels: float | None = None,
+        spacing_power: float = 2.0,
+        missing_statistics: str = "error",
+    ):
+        choices = {
+            "forward_process": FORWARD_PROCESSES,
+            "reverse_variance": REVERSE_VARIANCES,
+            "missing_statistics": ("error", "lower_bound"),
+        }
+        for key, known in choices.items():
+            if self.config[key] not in known:
+                raise ValueError(unknown(key, self.config[key], known))
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta={eta} must lie in 0 .. 1 (the variance of DDPM).")
+        if reverse_variance == "large" and forward_process != "ddpm":
+            raise ValueError("reverse_variance='large' is DDPM's: it needs forward_process='ddpm'.")
+        low, high = posterior_variance_range
+        if low is None or low < 0 or (high is not None and high < low):
+            raise ValueError(f"posterior_variance_range={posterior_variance_range} must be [low, high] with low >= 0.")
+        if sigma_clip_steps < 0 or (sigma_clip_pixels is not None and sigma_clip_pixels < 0):
+            raise ValueError(
+                f"sigma_clip_steps={sigma_clip_steps} and sigma_clip_pixels={sigma_clip_pixels} must not be negative."
+            )
+        if not spacing_power > 0:
+            raise ValueError(f"spacing_power={spacing_power} must be positive.")
+        self._setup()
+        self._paths: dict[Any, torch.Tensor] = {}
+
+    # Statistics --------------------------------------------------------------------------------------------------
+
+    @property
+    def statistics(self) -> Mapping[str, Any] | None:
+        """What `set_statistics` was given, as a dict; None if nothing was."""
+        return self.config.get(STATISTICS)
+
+    def set_statistics(self, statistics: Any) -> None:
+        """Take over the statistics of the checkpoint, and with them the config.
+
+        Args:
+            statistics: a `diffusers_dpm.PosteriorStatistics`, or its `to_dict()`: at least one of the lists residual
+                and analytic, C_t for t = 0 .. T-1, with the schedule_hash of the schedule it was estimated for.
+
+        Raises:
+            ValueError: no list, a wrong length, a value that is not finite, or another schedule.
+        """
+        given = dict(statistics if isinstance(statistics, Mapping) else statistics.to_dict())
+        self._check_statistics(given)
+        self.register_to_config(**{STATISTICS: given})
+        self._paths = {}
+
+    def _check_statistics(self, statistics: Mapping[str, Any]) -> None:
+        if statistics.get("schedule_hash") != self.schedule.hash:
+            raise ValueError(
+                "the statistics were estimated for another noise schedule (schedule_hash "
+                f"{str(statistics.get('schedule_hash'))[:12]}, this scheduler has {self.schedule.hash[:12]})."
+            )
+        lists = {name: statistics[name] for name in ESTIMATES if statistics.get(name) is not None}
+        if not lists:
+            raise ValueError(f"the statistics hold none of the lists {', '.join(ESTIMATES)}.")
+        for name, values in lists.items():
+            if len(values) != len(self.schedule):
+                raise ValueError(
+                    f"the statistics hold {len(values)} values of {name}, one is needed for each of the "
+                    f"{len(self.schedule)} training timesteps."
+                )
+            if not all(map(math.isfinite, values)):
+                raise ValueError(f"the statistics hold values of {name} that are not finite.")
+
+    def posterior_variance(self) -> list[float]:
+        """C_t for t = 0 .. T-1, clipped to `posterior_variance_range`: the estimate that `reverse_variance` names, or
+        residual where it names none.
+
+        Raises:
+            ValueError: there are no statistics and no fallback was asked for, or they do not fit the schedule.
+        """
+        return self._clipped(self._estimate())
+
+    def _clipped(self, posterior_variances: Iterable[float]) -> list[float]:
+        low, high = self.config.posterior_variance_range
+        high = math.inf if high is None else high
+        return [min(max(value, low), high) for value in posterior_variances]
+
+    def _estimate(self) -> Sequence[float]:
+        name = self.config.reverse_variance
+        name = name if name in ESTIMATES else "residual"
+        statistics = self.statistics
+        if statistics is None and self.config.missing_statistics == "lower_bound":
+            return [0.0] * len(self.schedule)
+        if statistics is None or statistics.get(name) is None:
+            raise ValueError(
+                f"no {name!r} statistics of the checkpoint: run 'diffusers-dpm statistics RUN --data ...', or call "
+                "diffusers_dpm.estimate_statistics and set_statistics; or choose reverse_variance='small', or "
+                "missing_statistics='lower_bound'."
+            )
+        self._check_statistics(statistics)
+        return statistics[name]
+
+    # The grid ----------------------------------------------------------------------------------------------------
+
+    def _spaced_timesteps(self, n: int) -> list[int]:
+        spacing, num = self.config.timestep_spacing, len(self.schedule)
+        own: dict[str, Callable[[], list[int]]] = {
+            "even": lambda: even_timesteps(num, n),
+            "power": lambda: power_timesteps(num, n, self.config.spacing_power),
+            "optimal": lambda: self.optimal_timesteps(n),
+        }
+        return own[spacing]() if spacing in own else super()._spaced_timesteps(n)
+
+    def optimal_timesteps(self, num_inference_steps: int) -> list[int]:
+        """The ascending timesteps with the highest evidence lower bound (Bao et al., theorem 3 and section 4.1).
+
+        Both ends are fixed. The path crowds at low noise: it serves the likelihood and harms FID (their figure 13), so
+        it is no spacing to sample images with. All numbers of steps up to the largest that was asked for come from one
+        pass of dynamic programming, kept until the statistics change. With the ddim process and eta = 0 the bound is
+        infinite, and the path is that of DDPM.
+
+        Args:
+            num_inference_steps: 1 (the top alone) to T.
+
+        Raises:
+            ValueError: there are no statistics, or too many of them are negative.
+        """
+        if self.statistics is None:
+            raise ValueError(
+                "an optimal trajectory needs statistics of the checkpoint: run 'diffusers-dpm statistics RUN --data "
+                "...', or call set_statistics."
+            )
+        n, num = num_inference_steps, len(self.schedule)
+        optimal, even = self._split_path(n)
+        if optimal < 2:
+            return even_timesteps(num, n)
+        return [*path_to(self._least_cost_paths(num - len(even), optimal), optimal), *even]
+
+    def _split_path(self, n: int) -> tuple[int, list[int]]:
+        """(nodes of the optimal part, timesteps of the even part above it).
+
+        At high noise an estimate of ms_eps may exceed 1, which no exact network's does. From twice the length of that
+        tail on the path is even, with fewer nodes, as in the code of Bao et al.
+        """
+        num = len(self.schedule)
+        bad = next((t for t, value in enumerate(self._estimate()) if value < 0), num)
+        tail = 2 * (num - bad)
+        if not tail:
+            return n, []
+        if num - tail < 2:
+            raise ValueError(
+                f"the estimate is negative from timestep {bad} of {num} on: too early for an optimal trajectory. Use "
+                "reverse_variance='residual', more images, or timestep_spacing='even'."
+            )
+        optimal = min(math.ceil((1 - 0.8 * tail / num) * n), num - tail)
+        rest = min(n - optimal, tail) or 1
+        return n - rest, [round(num - tail / rest * j) - 1 for j in reversed(range(rest))]
+
+    def _least_cost_paths(self, num_nodes: int, length: int) -> torch.Tensor:
+        """`least_cost_paths` over the first `num_nodes` timesteps, at least up to paths of `length` nodes."""
+        known = self._paths.get(num_nodes)
+        if known is None or len(known) <= length:
+            known = self._paths[num_nodes] = least_cost_paths(self._edge_costs()[:num_nodes, :num_nodes], length)
+        return known
+
+    def _edge_costs(self) -> torch.Tensor:
+        """(t, s) -> twice the expected KL divergence per dimension of the transition t -> s (theorem 3).
+
+        With the best variance it is log(sigma^2 / lam^2).
+        """
+        alpha, sigma, lambda_ = self.schedule.alpha, self.schedule.sigma, self.schedule.lambda_
+        posterior = torch.tensor(self.posterior_variance(), dtype=torch.float64)[:, None]
+        u = -torch.expm1(2 * (lambda_[:, None] - lambda_))
+        eta = 1.0 if self.config.forward_process == "ddpm" else self.config.eta or 1.0
+        free = eta**2 * sigma**2 * u
+        direction = sigma * torch.sqrt(1 - eta**2 * u)
+        best = free + signal_gain(alpha, u, free, direction, (alpha / sigma)[:, None]) ** 2 * posterior
+        used = {"small": free, "large": sigma[:, None] ** 2 * u}.get(self.config.reverse_variance, best)
+        return best / used - 1 + torch.log(used / free)
+
+    # The rows ----------------------------------------------------------------------------------------------------
+
+    def transition(self, t: Level, s: Level, posterior_variance: float) -> Update:
+        """The row t -> s whose noise is the reverse variance, without the cap in grey levels."""
+        config, u = self.config, forward_step(t, s)
+        if config.forward_process == "ddpm":
+            eta, mean = 1.0, ddpm_mean(t, s)
+        else:
+            eta = config.eta
+            mean = ddim_mean(t, s, eta)
+        free = eta * s.sigma * math.sqrt(u)  # lambda
+        direction = s.sigma * math.sqrt(1 - eta**2 * u)
+        gain = signal_gain(s.alpha, u, free**2, direction, t.alpha / t.sigma)
+        best = math.hypot(free, gain * math.sqrt(posterior_variance))
+        used = {"small": free, "large": t.sigma * math.sqrt(u)}.get(config.reverse_variance, best)
+        return mean._replace(noise=used)
+
+    def reverse_variances(self) -> list[float]:
+        """sigma^2 of each transition of the present grid, without the cap in grey levels.
+
+        The last entry is that of the step to clean data, which the sampler makes without noise.
+        """
+        self._ensure_grid()
+        return [row.noise**2 for row in self._transitions(self.levels)]
+
+    def _transitions(self, levels: list[Level]) -> list[Update]:
+        timesteps = [*self._index][1 - len(levels) :]  # those of `levels`, which may begin in mid-grid
+        posterior = [0.0] * len(timesteps)
+        if self.config.reverse_variance in ESTIMATES:
+            estimate = self._estimate()
+            posterior = self._clipped(estimate[int(t)] for t in timesteps)
+        return [self.transition(t, s, c) for (t, s), c in zip(pairwise(levels), posterior, strict=True)]
+
+    def plan(self, levels: list[Level]) -> list[Update]:
+        rows = self._transitions(levels)
+        cap = self._sigma_cap()
+        first_capped = max(len(rows) - 1 - self.config.sigma_clip_steps, 0)
+        rows[first_capped:] = [row._replace(noise=min(row.noise, cap)) for row in rows[first_capped:]]
+        rows[-1] = rows[-1]._replace(noise=0.0)
+        return rows
+
+    def _sigma_cap(self) -> float:
+        """Standard deviation at which E|noise| is `sigma_clip_pixels` of 255 grey levels; infinite for no cap."""
+        pixels = self.config.sigma_clip_pixels
+        if pixels is None:
+            clips = self.config.clip_sample or self.config.thresholding
+            pixels = {"ddpm": 2, "ddim": 1}[self.config.forward_process] if clips else 0
+        return pixels * 2 / 255 * math.sqrt(math.pi / 2) * self.config.clip_sample_range if pixels else math.inf

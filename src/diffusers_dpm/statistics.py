@@ -1,0 +1,626 @@
+"""How much of an image is still open at each noise level: the statistics that Analytic-DPM samples with.
+
+    statistics = estimate_statistics(pipe.unet, pipe.scheduler, images)    # once for a checkpoint
+    statistics.save("statistics.json")
+    pipe.scheduler = statistics.scheduler(pipe.scheduler)                  # an AnalyticDPMScheduler
+
+The number wanted for each training timestep is the mean posterior variance C_t = E tr Cov[x_0 | x_t] / d, of d = C H W
+dimensions. With k_t = sigma_t^2 / alpha_t^2, one pass of the network gives two estimates of it:
+
+- residual: E|x_0 - x_0_hat|^2 / d = k_t E|epsilon - epsilon_hat|^2 / d, the training loss. It is the best variance for
+  the mean that the network has, exact or not, and its Monte-Carlo error is small everywhere.
+- analytic: k_t (1 - E|epsilon_hat|^2 / d) (Bao et al. 2022, https://arxiv.org/abs/2201.06503, eq. 8 and 10), as
+  published. It takes the network for exact. At high noise it is the difference of two numbers near 1 times a large
+  k_t: there it is mostly noise, and what one samples with is the range that it is clipped to.
+
+Both are kept as C_t and not as E|epsilon_hat|^2, which float32 or a process that ends in pure noise would spoil.
+"""
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils import logging
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file
+from safetensors.torch import save_file
+
+from diffusers_dpm.pipelines.pipeline_dpm import evaluation_mode
+from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level, VPNoiseSchedule
+from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
+
+
+Pair = tuple[int, int]  # (place of an image among the chosen ones, place of a timestep among the computed ones)
+
+
+@dataclass(frozen=True)
+class PosteriorStatistics:
+    """C_t of a checkpoint for t = 0 .. T-1, unclipped, with the standard errors of the estimates.
+
+    Attributes:
+        residual, analytic: the two estimates, T floats each; None where there is no such estimate.
+        residual_error, analytic_error: their standard errors over the images; None where they are unknown.
+        timesteps: those that were computed, ascending; the others are interpolated, see `interpolate`.
+        schedule_hash: of the noise schedule.
+        prediction_type: of the network.
+        num_images: how many images were averaged over; None if unknown.
+        made: how the statistics were made; for people, nothing depends on it.
+
+    Raises:
+        ValueError: no estimate at all, or lists of different lengths.
+    """
+
+    residual: list[float] | None
+    analytic: list[float] | None
+    residual_error: list[float] | None
+    analytic_error: list[float] | None
+    timesteps: list[int]
+    schedule_hash: str
+    prediction_type: str
+    num_images: int | None = None
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lists = (self.residual, self.analytic, self.residual_error, self.analytic_error)
+        lengths = {len(values) for values in lists if values is not None}
+        if self.residual is None and self.analytic is None:
+            raise ValueError("statistics need at least one of residual and analytic.")
+        if len(lengths) > 1:
+            raise ValueError(f"the lists of the statistics have different lengths: {sorted(lengths)}.")
+
+    def ms_eps(self, schedule: VPNoiseSchedule) -> list[float]:
+        """E|epsilon_hat|^2 / d for t = 0 .. T-1, from `analytic`: what Bao et al. store, with their index t + 1.
+
+        Raises:
+            ValueError: there is no analytic estimate, or it is of another schedule.
+        """
+        if self.analytic is None:
+            raise ValueError("ms_eps is a form of the analytic estimate, which these statistics do not have.")
+        if schedule.hash != self.schedule_hash:
+            raise ValueError("the statistics are of another noise schedule.")
+        return (1 - torch.tensor(self.analytic, dtype=torch.float64) * torch.exp(2 * schedule.lambda_)).tolist()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The statistics as plain JSON types: what `AnalyticDPMScheduler.set_statistics` takes."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "PosteriorStatistics":
+        """The inverse of `to_dict`. Raises ValueError for missing or unknown keys."""
+        try:
+            return cls(**values)
+        except TypeError as error:
+            names = ", ".join(item.name for item in fields(cls))
+            raise ValueError(f"statistics have the keys {names}; got {', '.join(map(str, values))}.") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, from which `load` restores an equal object."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "PosteriorStatistics":
+        """Raises ValueError if the file does not hold statistics."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no statistics: {error}") from error
+
+    def scheduler(self, scheduler: Any, **options: Any) -> AnalyticDPMScheduler:
+        """An `AnalyticDPMScheduler` with the config of `scheduler`, these statistics, and `options` of its own.
+
+        Raises:
+            ValueError: the statistics are of another noise schedule; options that do not exist.
+        """
+        if self.residual is None:
+            options = {"reverse_variance": "analytic", **options}
+        analytic = AnalyticDPMScheduler.from_config(scheduler.config, **options)
+        analytic.set_statistics(self)
+        return analytic
+
+
+def noise_schedule_of(scheduler: Any) -> VPNoiseSchedule:
+    """The forward process of any diffusers scheduler that has one of DDPM's kind, in float64.
+
+    It is made from the config, as `AnalyticDPMScheduler.from_config` would: the float32 betas of diffusers' own
+    classes are another schedule in the seventh digit.
+
+    Raises:
+        ValueError: the scheduler has no betas (flow matching, EDM, ...), or others than its config says.
+    """
+    schedule = getattr(scheduler, "schedule", None)
+    if isinstance(schedule, VPNoiseSchedule):
+        return schedule
+    name, betas = type(scheduler).__name__, getattr(scheduler, "betas", None)
+    if betas is None:
+        raise ValueError(f"{name} has no betas: the statistics are those of a DDPM process.")
+    schedule = AnalyticDPMScheduler.from_config(scheduler.config, timestep_spacing="even").schedule
+    if betas.shape != schedule.betas.shape or not torch.allclose(betas.double().cpu(), schedule.betas, rtol=1e-3):
+        raise ValueError(f"the betas of this {name} are not those of its config: give them as trained_betas.")
+    return schedule
+
+
+def interpolate(schedule: VPNoiseSchedule, timesteps: Sequence[int], values: Sequence[float]) -> list[float]:
+    """`values` at all of 0 .. T-1, linear in log sigma_t: in log C between two positive values, else in C itself.
+
+    Towards t = 0, C_t becomes proportional to sigma_t^2 and falls by orders of magnitude between neighbours of a
+    coarse grid. From 50 even timesteps of 1000 this form is right to 7 %, and above t = 50 to 0.2 %, where one linear
+    in t would be off by 68 % and 3 % (data of four variances, 1 to 0.001). The analytic estimate may be zero or
+    negative where it is mostly noise. Computed values stay as they are, bit for bit.
+    """
+    everywhere = schedule.sigma.log().numpy()
+    places, known = everywhere[list(timesteps)], np.array(values, dtype=np.float64)
+    logarithms = np.log(known, out=np.full_like(known, np.nan), where=known > 0)
+    curve = np.exp(np.interp(everywhere, places, logarithms))
+    curve = np.where(np.isnan(curve), np.interp(everywhere, places, known), curve)
+    curve[list(timesteps)] = known
+    return curve.tolist()
+
+
+# Estimation ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def estimate_statistics(
+    unet: Any,
+    scheduler: Any,
+    images: Any,
+    num_samples: int = 256,
+    *,
+    timesteps: Iterable[int] | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    class_labels: Sequence[int] | torch.Tensor | None = None,
+    accelerator: Any = None,
+    folder: str | Path | None = None,
+    save_every: float = 60.0,
+) -> PosteriorStatistics:
+    """Both estimates of C_t from one network call for each of `num_samples` images and each timestep.
+
+    The images are drawn by the seed, and the noise of an image at a timestep is a function of (seed, index of the
+    image in the data, timestep) alone. So neither batch size, number of processes, choice of timesteps nor an
+    interruption changes the result, beyond the rounding of the network in other batches; more samples include fewer.
+    With `accelerator` every process must make the call, and gets the result.
+
+    A class-conditional network gets the true labels. Guidance is no part of the statistics: it moves the mean only.
+
+    Args:
+        unet: a `UNet2DModel` with epsilon, sample or v prediction, C or 2C output channels, on its device.
+        scheduler: any diffusers scheduler of a DDPM process: the noise schedule and prediction_type.
+        images: training images as the network knows them, or latents: a tensor (N, C, H, W), a map-style data set, or
+            an iterable of batches, which is read whole. An item or batch is the images, (images, labels), or a dict of
+            "images" and "labels".
+        num_samples: number of images to average over, at least 2; all, if the data has fewer.
+        timesteps: where to compute; 0 and T-1 are added, and the others interpolated. Default: everywhere.
+        batch_size: (image, timestep) pairs in a network call.
+        seed: of the choice of images and of the noise, at least 0.
+        class_labels: (N,), for a class-conditional network, if `images` does not hold them.
+        accelerator: an `accelerate.Accelerator` whose processes share the work, with the network on its device.
+        folder: keeps partial results, from which the same call goes on after an interruption. Deleted when done.
+        save_every: seconds between saves; an exception, KeyboardInterrupt included, also saves.
+
+    Raises:
+        ValueError: images or labels that do not fit the network, arguments out of range, a schedule that is none of
+            DDPM's, a network output that is not finite, or a folder with partial results of other settings.
+    """
+    schedule = noise_schedule_of(scheduler)
+    grid = computed_timesteps(timesteps, len(schedule))
+    if num_samples < 2 or batch_size < 1 or seed < 0:
+        raise ValueError(
+            f"num_samples={num_samples} must be at least 2, batch_size={batch_size} at least 1, and seed={seed} not "
+            "negative."
+        )
+    (x0, labels), indices, num_available = choose_images(images, class_labels, num_samples, seed)
+    labels = checked_labels(unet, x0, labels)
+    prediction_type = scheduler.config.prediction_type
+    draw = NoiseSource(seed, x0.shape[1:])
+
+    def evaluate(pairs: Sequence[Pair]) -> torch.Tensor:
+        rows = [row for row, _ in pairs]
+        t = [grid[place] for _, place in pairs]
+        noise = [draw(indices[row], t_) for row, t_ in zip(rows, t, strict=True)]
+        return posterior_variances(
+            unet,
+            schedule,
+            prediction_type,
+            x0[rows].to(unet.device, torch.float64),
+            torch.stack(noise).to(unet.device, torch.float64),
+            torch.tensor(t, device=unet.device),
+            None if labels is None else labels[rows].to(unet.device),
+        )
+
+    store = None
+    if folder is not None:
+        settings = {
+            "schedule_hash": schedule.hash,
+            "prediction_type": prediction_type,
+            "seed": seed,
+            "timesteps": grid,
+            "dtype": str(unet.dtype),
+            "images": fingerprint([x0] if labels is None else [x0, labels]),
+            "weights": fingerprint(unet.state_dict().values()),
+        }
+        store = PartialResults(Path(folder), settings, accelerator, save_every)
+    with evaluation_mode(unet):
+        values = measure(evaluate, (len(x0), len(grid), 2), batch_size, accelerator, store)
+    residual, analytic = values.unbind(-1)
+    return PosteriorStatistics(
+        residual=interpolate(schedule, grid, residual.mean(dim=0).tolist()),
+        analytic=interpolate(schedule, grid, analytic.mean(dim=0).tolist()),
+        residual_error=interpolate(schedule, grid, standard_errors(residual)),
+        analytic_error=interpolate(schedule, grid, standard_errors(analytic)),
+        timesteps=grid,
+        schedule_hash=schedule.hash,
+        prediction_type=prediction_type,
+        num_images=len(x0),
+        made={
+            "seed": seed,
+            "dtype": str(unet.dtype).removeprefix("torch."),
+            "images_available": num_available,
+            "versions": {name: version(name) for name in ("diffusers-dpm", "diffusers", "torch")},
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        },
+    )
+
+
+def posterior_variances(
+    unet: Any,
+    schedule: VPNoiseSchedule,
+    prediction_type: str,
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    t: torch.Tensor,
+    class_labels: torch.Tensor | None,
+) -> torch.Tensor:
+    """The contribution of each (image, noise, timestep) to (residual, analytic): float64 (B, 2), on the device.
+
+    Where alpha is 0, k_t is infinite and epsilon_hat says nothing. There the analytic value is the difference of the
+    second moments, |x_0|^2 - |x_0_hat|^2, whose mean is C_t for an exact network at any noise level.
+
+    Args:
+        x0, noise: float64 (B, C, H, W).
+        t: (B,).
+        class_labels: (B,) or None.
+    """
+
+    def mean_square(x: torch.Tensor) -> torch.Tensor:
+        return x.square().flatten(1).mean(dim=1)
+
+    alpha, sigma = schedule.at(t, x0)
+    x_t = alpha * x0 + sigma * noise
+    output = network_output(unet, x_t, t, class_labels)
+    of_x0, of_epsilon = PREDICTIONS[prediction_type](Level(alpha, sigma, math.nan))
+    x0_hat = of_x0[0] * x_t + of_x0[1] * output
+    epsilon_hat = of_epsilon[0] * x_t + of_epsilon[1] * output
+    alpha, sigma = alpha.flatten(), sigma.flatten()
+    published = (sigma / alpha) ** 2 * (1 - mean_square(epsilon_hat))
+    analytic = torch.where(alpha > 0, published, mean_square(x0) - mean_square(x0_hat))
+    return torch.stack([mean_square(x0 - x0_hat), analytic], dim=1)
+
+
+def network_output(
+    unet: Any, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None
+) -> torch.Tensor:
+    """The prediction, without the variance half of 2C channels: computed in the network's dtype, float64 from here."""
+    conditioning = {} if class_labels is None else {"class_labels": class_labels}
+    output = unet(x.to(unet.dtype), timesteps, **conditioning).sample
+    return output[:, : x.shape[1]].double()
+
+
+class NoiseSource:
+    """(image, timestep) -> standard normal float32 of `shape`, a function of (seed, image, timestep) alone.
+
+    Seeding one of torch's generators anew for every draw takes 5 microseconds, and its numbers are the cheapest to be
+    had on the CPU. It keeps 32 bits of a seed: among the draws for 256 images and 1000 timesteps a handful are equal.
+    """
+
+    def __init__(self, seed: int, shape: Sequence[int]):
+        self.seed, self.shape, self.generator = seed, tuple(shape), torch.Generator()
+
+    def __call__(self, image: int, timestep: int) -> torch.Tensor:
+        digest = hashlib.blake2b(f"{self.seed} {image} {timestep}".encode(), digest_size=8).digest()
+        return torch.randn(self.shape, generator=self.generator.manual_seed(int.from_bytes(digest, "little")))
+
+
+def standard_errors(values: torch.Tensor) -> list[float]:
+    """Of the means over the images, (N, n) -> n floats."""
+    return (values.std(dim=0) / math.sqrt(len(values))).tolist()
+
+
+def computed_timesteps(timesteps: Iterable[int] | None, num_train_timesteps: int) -> list[int]:
+    """Ascending, with both ends.
+
+    Raises:
+        ValueError: one outside 0 .. T-1.
+    """
+    last = num_train_timesteps - 1
+    grid = sorted({0, last, *(range(num_train_timesteps) if timesteps is None else map(int, timesteps))})
+    if grid[0] < 0 or grid[-1] > last:
+        raise ValueError(f"timesteps must lie in 0 .. {last}, got {grid[0]} .. {grid[-1]}.")
+    return grid
+
+
+# The images ----------------------------------------------------------------------------------------------------------
+
+
+Images = tuple[torch.Tensor, torch.Tensor | None]  # (N, C, H, W), and labels (N,) if there are any
+
+
+def choose_images(
+    data: Any, class_labels: Sequence[int] | torch.Tensor | None, num_samples: int, seed: int
+) -> tuple[Images, list[int], int]:
+    """(the images chosen by the seed, their indices in the data, how many there are in the data).
+
+    Raises:
+        ValueError: fewer than two images, or not one label for each.
+    """
+    if isinstance(data, torch.Tensor):
+        everything: Images | None = (data, None)
+    elif isinstance(data, list | tuple) or not hasattr(data, "__getitem__"):
+        everything = joined([images_and_labels(batch) for batch in data])
+    else:
+        everything = None
+    num = len(data) if everything is None else len(everything[0])
+    order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))[:num_samples]
+    indices = order.tolist()
+    if len(indices) < 2:
+        raise ValueError(f"the data holds {num} images; standard errors need at least 2.")
+    if everything is None:
+        items = [images_and_labels(data[i]) for i in indices]
+        images = torch.stack([image for image, _ in items])
+        labels = None if items[0][1] is None else torch.stack([torch.as_tensor(label) for _, label in items])
+    else:
+        images, labels = everything[0][order], None if everything[1] is None else everything[1][order]
+    if class_labels is not None:
+        if len(class_labels) != num:
+            raise ValueError(f"{len(class_labels)} class_labels for {num} images.")
+        labels = torch.as_tensor(class_labels)[order]
+    return (images, labels), indices, num
+
+
+def images_and_labels(item: Any) -> tuple[torch.Tensor, Any]:
+    """An item of a data set or a batch, in any of the forms that `estimate_statistics` takes."""
+    if isinstance(item, Mapping):
+        return torch.as_tensor(item["images"]), item.get("labels")
+    images, *labels = [item] if isinstance(item, torch.Tensor) else item
+    return torch.as_tensor(images), labels[0] if labels else None
+
+
+def joined(batches: Sequence[Images]) -> Images:
+    if not batches:
+        raise ValueError("the data holds no images.")
+    labels = None if batches[0][1] is None else torch.cat([torch.as_tensor(label) for _, label in batches])
+    return torch.cat([images for images, _ in batches]), labels
+
+
+def checked_labels(unet: Any, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:
+    """The labels that the network needs: None if it is not class-conditional.
+
+    Raises:
+        ValueError: images or labels do not fit the network.
+    """
+    config = unet.config
+    size = config.sample_size
+    height_width = (size, size) if isinstance(size, int) else tuple(size or images.shape[2:])
+    wanted = (config.in_channels, *height_width)
+    if images.shape[1:] != wanted:
+        raise ValueError(f"the images have shape {tuple(images.shape[1:])}, the network's have {wanted}.")
+    if config.get("num_class_embeds") is None:
+        return None
+    if labels is None or bool((labels < 0).any()):
+        raise ValueError("the network is class-conditional: it needs the label of every image.")
+    if bool((labels >= config.num_class_embeds).any()):
+        raise ValueError(
+            f"the labels go up to {int(labels.max())}, the network has {config.num_class_embeds} classes."
+        )
+    return labels
+
+
+# The pass over all pairs ---------------------------------------------------------------------------------------------
+
+
+def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 of shapes, types and values."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class PartialResults:
+    """What is known of the values so far, in one file for each process; NaN is not known yet.
+
+    Raises:
+        ValueError: the folder holds results of other settings, or a broken file.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], accelerator: Any, save_every: float):
+        self.folder = folder
+        self.settings = {name: json.dumps(value) for name, value in settings.items()}
+        self.own = folder / f"partial-{0 if accelerator is None else accelerator.process_index}.safetensors"
+        self.save_every = save_every
+        self.last_save = time.monotonic()
+
+    def load(self, shape: Sequence[int]) -> torch.Tensor:
+        """All that any process of an earlier call has saved."""
+        values = torch.full(tuple(shape), math.nan, dtype=torch.float64)
+        for path in self.folder.glob("partial-*.safetensors"):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    self._check(file.metadata())
+                    saved = file.get_tensor("values")
+            except SafetensorError as error:
+                raise ValueError(f"{path} is broken ({error}): delete it.") from error
+            values = torch.where(values.isnan(), saved, values)
+        return values
+
+    def _check(self, saved: Mapping[str, str]) -> None:
+        changed = [name for name, value in self.settings.items() if saved.get(name) != value]
+        if changed:
+            raise ValueError(
+                f"{self.folder} holds partial results of other settings ({', '.join(changed)}): repeat that call, "
+                "delete the folder, or use another one."
+            )
+
+    def save(self, values: torch.Tensor) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        temporary = self.own.with_suffix(".tmp")
+        save_file({"values": values}, temporary, metadata=self.settings)
+        os.replace(temporary, self.own)
+        self.last_save = time.monotonic()
+
+    def save_if_due(self, values: torch.Tensor) -> None:
+        if time.monotonic() - self.last_save > self.save_every:
+            self.save(values)
+
+    def delete(self) -> None:
+        for path in self.folder.glob("partial-*"):
+            path.unlink()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+def measure(
+    evaluate: Callable[[Sequence[Pair]], torch.Tensor],
+    shape: tuple[int, int, int],
+    batch_size: int,
+    accelerator: Any = None,
+    store: PartialResults | None = None,
+) -> torch.Tensor:
+    """`evaluate` of all (image, timestep) pairs in whole batches, which processes take in turn; float64 of `shape`.
+
+    A batch holds the same pairs for any number of processes and in a resumed call, so that its rounding is the same.
+    """
+    known = torch.full(shape, math.nan, dtype=torch.float64) if store is None else store.load(shape)
+    rank, num_processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+    if num_processes > 1:
+        accelerator.wait_for_everyone()  # until all have read what others will write over
+    pairs = known[..., 0].isnan().nonzero().tolist()
+    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)][rank::num_processes]
+    own = torch.full_like(known, math.nan)
+    bar = logging.tqdm(total=sum(map(len, batches)), unit="call", desc="images x timesteps", disable=rank > 0)
+
+    def record(pairs: Sequence[Pair], values: torch.Tensor) -> None:
+        values = values.cpu()
+        if not values.isfinite().all():
+            raise ValueError("the network's predictions are not finite.")
+        own[tuple(torch.tensor(pairs).T)] = values
+        bar.update(len(pairs))
+        if store is not None:
+            store.save_if_due(merged(known, own))
+
+    try:
+        waiting = None  # read one batch late: the noise of the next is drawn while the device computes
+        for batch in batches:
+            started = batch, evaluate(batch)
+            if waiting is not None:
+                record(*waiting)
+            waiting = started
+        if waiting is not None:
+            record(*waiting)
+    except BaseException:
+        if store is not None:
+            store.save(merged(known, own))
+        raise
+    finally:
+        bar.close()
+    if num_processes > 1:  # each value is NaN in all processes but one
+        own = accelerator.reduce(own.nan_to_num().to(accelerator.device), reduction="sum").cpu()
+    if store is not None and rank == 0:
+        store.delete()
+    if num_processes > 1:
+        accelerator.wait_for_everyone()
+    return merged(known, own)
+
+
+def merged(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """`first`, and `second` where it is NaN."""
+    return torch.where(first.isnan(), second, first)
+
+
+# Published statistics ------------------------------------------------------------------------------------------------
+
+
+def import_ms_eps(
+    path: str | Path,
+    schedule: VPNoiseSchedule,
+    *,
+    prediction_type: str = "epsilon",
+    num_images: int | None = None,
+    allow_pickle: bool = False,
+) -> PosteriorStatistics:
+    """Statistics from a vector of E|epsilon_hat|^2 / d, the form in which those of Bao et al. are distributed.
+
+    The result has the analytic estimate alone: a residual cannot be had from it. Errors are unknown.
+
+    Args:
+        path: .npy, .npz, .safetensors (one array, or the one named ms_eps) or .json (a list, or a dict with ms_eps) of
+            T values, or T + 1 of which the first means nothing. Any other file is taken for one of `torch.save`.
+        schedule: that the statistics are of; the file does not say.
+        prediction_type: of the network; the file does not say.
+        num_images: that were averaged over, if known.
+        allow_pickle: read files of `torch.save`, which can run any code: only from sources that you trust.
+
+    Raises:
+        ValueError: the file cannot be read, or is a pickle without `allow_pickle`; a wrong number of values, negative
+            ones or some not finite; a schedule that ends in pure noise, where ms_eps says nothing.
+    """
+    values = read_vector(Path(path), allow_pickle)
+    num = len(schedule)
+    if values.shape not in ((num,), (num + 1,)):
+        raise ValueError(f"{path} has shape {values.shape}; wanted are {num} values, or {num + 1} with a dummy first.")
+    values = values[-num:]
+    if not (np.isfinite(values) & (values >= 0)).all():
+        raise ValueError(f"{path} holds values that are negative or not finite: mean squares are not.")
+    if schedule.alpha[-1] == 0:
+        raise ValueError("where alpha is 0, ms_eps says nothing about C_t: estimate the statistics anew.")
+    analytic = torch.exp(-2 * schedule.lambda_) * (1 - torch.from_numpy(values))
+    return PosteriorStatistics(
+        residual=None,
+        analytic=analytic.tolist(),
+        residual_error=None,
+        analytic_error=None,
+        timesteps=list(range(num)),
+        schedule_hash=schedule.hash,
+        prediction_type=prediction_type,
+        num_images=num_images,
+        made={"imported_from": Path(path).name},
+    )
+
+
+def read_vector(path: Path, allow_pickle: bool) -> np.ndarray:
+    """The file's vector as float64."""
+    readers: dict[str, Callable[[Path], Any]] = {
+        ".npy": lambda path: np.load(path, allow_pickle=False),
+        ".npz": lambda path: dict(np.load(path, allow_pickle=False)),
+        ".safetensors": load_file,
+        ".json": lambda path: json.loads(path.read_text()),
+    }
+    if path.suffix not in readers and not allow_pickle:
+        raise ValueError(
+            f"{path} is none of {', '.join(readers)}. If it is a file of torch.save from a source that you trust, "
+            "pass allow_pickle=True: reading it can run any code."
+        )
+    try:
+        found = readers.get(path.suffix, read_pickle)(path)
+        if isinstance(found, Mapping):
+            found = found["ms_eps"] if "ms_eps" in found or len(found) != 1 else next(iter(found.values()))
+        return np.asarray(found, dtype=np.float64)
+    except KeyError as error:
+        raise ValueError(f"{path} holds several arrays and none is named ms_eps.") from error
+    except Exception as error:  # a damaged file fails in as many ways as there are formats
+        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+
+
+def read_pickle(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=False)

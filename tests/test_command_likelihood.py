@@ -1,0 +1,275 @@
+"""`diffusers-dpm likelihood` on small real models and files, against the functions that it calls."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusers_dpm.cli import main as cli
+from diffusers_dpm.command_likelihood import main, measure_resumably
+from diffusers_dpm.likelihood import evidence_lower_bound, ode_log_likelihood
+from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
+from diffusers_dpm.training.data import load_images
+
+
+T = 20
+
+
+def save_run(folder, num_classes=None, channels=1):
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
+        num_class_embeds=num_classes,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    pipeline = DPMPipeline(unet=unet, scheduler=DDPMScheduler(num_train_timesteps=T, beta_end=0.3))
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def run(tmp_path):
+    save_run(tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def call(run):
+    """The command on the digits."""
+
+    def call(*arguments, data="digits", num_images=3, code=0):
+        options = [f"--data={data}", f"--num-images={num_images}", "--device=cpu", *arguments]
+        assert main([str(run), *options]) == code
+        return json.loads((run / "likelihood.json").read_text()) if code == 0 else None
+
+    return call
+
+
+def digits(indices):
+    return load_images("digits", split="test")[indices]["images"]
+
+
+def add_statistics(run):
+    scheduler = AnalyticDPMScheduler.from_config(DPMPipeline.from_pretrained(run).scheduler.config)
+    values = (scheduler.schedule.sigma**2 / (1 + 3 * scheduler.schedule.alpha**2)).tolist()
+    scheduler.set_statistics({"residual": values, "analytic": values, "schedule_hash": scheduler.schedule.hash})
+    scheduler.save_pretrained(run / "analytic_dpm")
+    return scheduler
+
+
+def test_bounds_are_those_of_the_functions(call, run, capsys):
+    bounds = call("--num-inference-steps", "4", "20")["elbo"]
+    shown = capsys.readouterr().out
+    kinds = [(row["reverse_variance"], row["num_inference_steps"]) for row in bounds["bounds"]]
+    assert kinds == [("small", 4), ("small", 20), ("large", 4), ("large", 20)]
+    pipeline = DPMPipeline.from_pretrained(run)
+    for row in bounds["bounds"]:
+        scheduler = AnalyticDPMScheduler.from_config(
+            pipeline.scheduler.config, timestep_spacing="even", reverse_variance=row["reverse_variance"]
+        )
+        scheduler.set_timesteps(row["num_inference_steps"])
+        expected = evidence_lower_bound(
+            pipeline.unet, scheduler, digits(bounds["indices"]), indices=bounds["indices"], num_levels=17
+        )
+        assert row["bits_per_dim"] == pytest.approx(expected.bits_per_dim, rel=1e-5)
+        assert row["standard_error"] == pytest.approx(expected.standard_error, rel=1e-4)
+        assert row["prior"] == pytest.approx(expected.terms()[0].bits_per_dim, rel=1e-6)
+        assert row["decoder"] == pytest.approx(expected.terms()[-1].bits_per_dim, rel=1e-4, abs=1e-6)
+        assert f"{row['bits_per_dim']:.4f}" in shown
+    with (run / "likelihood_terms.csv").open() as file:
+        terms = list(csv.DictReader(file))
+    assert len(terms) == 2 * (5 + 21)
+    first = [float(term["bits_per_dim"]) for term in terms[:5]]
+    assert math.fsum(first) == pytest.approx(bounds["bounds"][0]["bits_per_dim"], rel=1e-12)
+    with Image.open(run / "likelihood.png") as picture:
+        assert picture.width > 500
+
+
+def test_statistics_and_trajectories(call, run):
+    add_statistics(run)
+    spacings = ("--timestep-spacing", "even", "optimal", "leading")
+    rows = call("--num-inference-steps", "3", "6", *spacings)["elbo"]["bounds"]
+    bits = {(r["timestep_spacing"], r["num_inference_steps"], r["reverse_variance"]): r["bits_per_dim"] for r in rows}
+    assert len(bits) == 3 * 2 * 3
+    pipeline = DPMPipeline.from_pretrained(run)
+    for (spacing, steps, variance), value in bits.items():
+        grids = AnalyticDPMScheduler.from_pretrained(run / "analytic_dpm", timestep_spacing=spacing)
+        grids.set_timesteps(steps)
+        scheduler = AnalyticDPMScheduler.from_pretrained(run / "analytic_dpm", reverse_variance=variance)
+        scheduler.set_timesteps(timesteps=grids.timesteps)
+        indices = json.loads((run / "likelihood.json").read_text())["elbo"]["indices"]
+        images = digits(indices)
+        expected = evidence_lower_bound(pipeline.unet, scheduler, images, indices=indices, num_levels=17)
+        assert value == pytest.approx(expected.bits_per_dim, rel=1e-5)
+
+
+def test_ode_is_that_of_the_function_and_keeps_the_bounds(call, run, capsys):
+    call("--num-inference-steps", "4")
+    options = ("--method=ode", "--solver=rk4", "--num-steps=6", "--num-passes=2", "--num-probes=2", "--seed=4")
+    results = call(*options)
+    ode = results["ode"]
+    assert "elbo" in results
+    expected = ode_log_likelihood(
+        DPMPipeline.from_pretrained(run).unet,
+        DPMPipeline.from_pretrained(run).scheduler,
+        digits(ode["indices"]),
+        indices=ode["indices"],
+        num_levels=17,
+        solver="rk4",
+        num_steps=6,
+        num_passes=2,
+        num_probes=2,
+        seed=4,
+    )
+    assert ode["per_image"] == pytest.approx(expected.per_image.tolist(), rel=1e-5)
+    assert ode["bits_per_dim"] == pytest.approx(expected.bits_per_dim, rel=1e-5)
+    assert ode["num_evaluations"] == 24
+    assert f"{ode['bits_per_dim']:.4f} +- {ode['standard_error']:.4f}" in capsys.readouterr().out
+
+
+def test_more_images_go_on_where_fewer_stopped(call, run):
+    few = call("--num-inference-steps", "4", num_images=2)["elbo"]
+    stored = load_file(run / "likelihood_elbo.safetensors")
+    assert {len(tensor) for tensor in stored.values()} == {2}
+    more = call("--num-inference-steps", "4", num_images=5)["elbo"]
+    kept = load_file(run / "likelihood_elbo.safetensors")
+    assert more["indices"][:2] == few["indices"]
+    assert all(torch.equal(kept[name][:2], tensor) for name, tensor in stored.items())
+    assert len(kept["decoder"]) == 5
+    again = call("--num-inference-steps", "4", num_images=2)["elbo"]
+    assert again == few
+    assert len(load_file(run / "likelihood_elbo.safetensors")["decoder"]) == 5  # nothing that was done is lost
+    with torch.no_grad():
+        pipeline = DPMPipeline.from_pretrained(run)
+        pipeline.unet.conv_out.bias += 1
+        pipeline.save_pretrained(run)
+    changed = call("--num-inference-steps", "4", num_images=2)["elbo"]  # another model: all is measured again
+    assert changed["bounds"][0]["bits_per_dim"] != few["bounds"][0]["bits_per_dim"]
+
+
+def test_an_interrupted_measurement_goes_on(tmp_path):
+    path, seen, interrupts = tmp_path / "measured.safetensors", [], [4]
+
+    def measure(rows):
+        if rows.start in interrupts:
+            interrupts.remove(rows.start)
+            raise KeyboardInterrupt
+        seen.append(rows)
+        return {"values": torch.arange(rows.start, rows.stop).double()}
+
+    with pytest.raises(KeyboardInterrupt):
+        measure_resumably(path, {"seed": 0}, 7, 2, measure)
+    assert seen == [range(0, 2), range(2, 4)]
+    values = measure_resumably(path, {"seed": 0}, 7, 2, measure)["values"]
+    assert values.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert seen[2:] == [range(4, 6), range(6, 7)]
+    assert measure_resumably(path, {"seed": 0}, 3, 2, measure)["values"].tolist() == [0, 1, 2]
+    assert len(seen) == 4
+    measure_resumably(path, {"seed": 1}, 2, 2, measure)  # other settings: from the start
+    assert seen[4:] == [range(0, 2)]
+    path.write_bytes(b"broken")
+    with pytest.raises(ValueError, match="delete it"):
+        measure_resumably(path, {"seed": 1}, 2, 2, measure)
+
+
+def test_class_conditional_images_of_8_bits(tmp_path):
+    run = tmp_path / "conditional"
+    pipeline = save_run(run, num_classes=2, channels=3)
+    values = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    for i, image in enumerate(values):
+        folder = tmp_path / "images" / "test" / ("a", "b")[i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{i}.png")
+    data = str(tmp_path / "images")
+    assert cli(["likelihood", str(run), "--data", data, "--num-inference-steps", "4", "--device=cpu"]) == 0
+    elbo = json.loads((run / "likelihood.json").read_text())["elbo"]
+    assert elbo["num_levels"] == 256
+    assert sorted(elbo["indices"]) == [0, 1, 2, 3]
+    examples = load_images(data, split="test")[elbo["indices"]]
+    assert set(examples["labels"].tolist()) == {0, 1}
+    scheduler = AnalyticDPMScheduler.from_config(
+        pipeline.scheduler.config, timestep_spacing="even", reverse_variance="small"
+    )
+    scheduler.set_timesteps(4)
+    bits = [
+        evidence_lower_bound(
+            pipeline.unet, scheduler, examples["images"], class_labels=labels, indices=elbo["indices"]
+        ).bits_per_dim
+        for labels in (examples["labels"], 1 - examples["labels"])
+    ]
+    assert elbo["bounds"][0]["bits_per_dim"] == pytest.approx(bits[0], rel=1e-6)
+    assert bits[0] != pytest.approx(bits[1], rel=1e-5)
+
+
+def test_one_image_has_no_standard_error(call):
+    results = call("--num-inference-steps", "4", num_images=1)
+    assert results["elbo"]["bounds"][0]["standard_error"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-inference-steps", "21"], "num_inference_steps=21"),
+        (["--reverse-variance", "residual"], "diffusers-dpm statistics"),
+        (["--timestep-spacing", "optimal"], "diffusers-dpm statistics"),
+        (["--timestep-spacing", "odd"], "timestep_spacing='odd'"),
+        (["--reverse-variance", "big"], "reverse_variance='big'"),
+        (["--forward-process", "ddim"], "infinite"),
+        (["--statistics", "nowhere"], "no statistics in nowhere"),
+        (["--num-images", "298"], "297 images"),
+        (["--num-probes", "0"], "--num-probes must be positive"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--random-flip"], "--random-flip"),
+        (["--resolution", "4"], "(1, 4, 4), the network's have (1, 8, 8)"),
+        (["--num-levels", "256"], "256 levels"),
+        (["--device", "abacus"], "--device abacus"),
+        (["--num-step", "3"], "--num-steps"),
+    ],
+)
+def test_bad_options(call, capsys, arguments, message):
+    call("--num-inference-steps", "4", *arguments, code=2)
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_bad_models_and_data(run, tmp_path, capsys):
+    np.save(tmp_path / "floats.npy", np.zeros((3, 1, 8, 8), dtype=np.float32))
+    for arguments, message in (
+        ([], "first argument"),
+        ([str(run)], "--data is missing"),
+        ([str(tmp_path), "--data=digits"], "model_index.json"),
+        (["org/name", "--data=digits"], "--output-dir"),
+        ([str(run), "--data=digits", "--split=none"], "no split 'none'"),
+        ([str(run), f"--data={tmp_path / 'floats.npy'}"], "--num-levels"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    assert "--num-inference-steps" in capsys.readouterr().out

@@ -1,0 +1,205 @@
+"""`diffusers-dpm statistics` on a run folder that was really trained, against the functions that it calls."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import UNet2DModel
+from PIL import Image
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from diffusers_dpm.cli import main as cli
+from diffusers_dpm.command_statistics import main
+from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
+from diffusers_dpm.statistics import PosteriorStatistics, estimate_statistics, interpolate, noise_schedule_of
+from diffusers_dpm.training.data import load_images
+from diffusers_dpm.training.train_diffusion import TrainingOptions, train
+from diffusers_dpm.training.unet_presets import ddpm_unet
+
+
+T = 40
+
+
+@pytest.fixture(autouse=True)
+def fresh_process():
+    """accelerate keeps its state for the life of a process; one thread, for small networks on shared machines."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Makes a class-conditional network for the digits, trained for two steps."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "config.json").write_text(json.dumps(ddpm_unet((8, 16), layers=1, attention=(1,), groups=4)))
+    options = {"unet_config": str(folder / "config.json"), "data": "digits", "class_conditional": True}
+    run = {"output_dir": str(folder / "run"), "max_train_steps": 2, "batch_size": 8, "sample_every": 0}
+    schedule = {"num_train_timesteps": T, "beta_end": 0.3, "prediction_type": "v_prediction"}
+    train(TrainingOptions(**options, **run, **schedule, log_with="none", cpu=True))
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def command(run, *arguments, data="digits"):
+    return [str(run), f"--data={data}", "--cpu", "--num-samples=6", "--seed=5", *arguments]
+
+
+def estimates(folder):
+    values = json.loads((folder / "statistics.json").read_text())
+    return {name: value for name, value in values.items() if name != "made"}
+
+
+def test_end_to_end(run, capsys):
+    assert cli(["statistics", *command(run)]) == 0
+    folder = run / "analytic_dpm"
+    assert sorted(path.name for path in folder.iterdir()) == ["scheduler_config.json", "statistics.json"]
+    statistics = PosteriorStatistics.load(folder / "statistics.json")
+    pipeline = DPMPipeline.from_pretrained(run)
+    expected = estimate_statistics(
+        pipeline.unet, pipeline.scheduler, load_images("digits", split="train"), 6, seed=5, batch_size=64
+    )
+    assert statistics.residual == expected.residual
+    assert statistics.analytic_error == expected.analytic_error
+    assert statistics.timesteps == list(range(T))
+    assert statistics.made["data"] == "digits"
+    assert statistics.made["images_available"] == 1500
+
+    pipeline.scheduler = AnalyticDPMScheduler.from_pretrained(run, subfolder="analytic_dpm")
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert pipeline.scheduler.posterior_variance() == [min(value, 1.0) for value in statistics.residual]
+    images = pipeline(seeds=[0, 1], num_inference_steps=5, output_type="pt").images
+    assert images.isfinite().all()
+    assert pipeline.scheduler.timesteps.tolist() == [39, 29, 19, 10, 0]  # 20.5 rounds to 20 of 1 .. 40
+
+    shown = capsys.readouterr().out
+    rows = [line.split() for line in shown.split("\n") if re.fullmatch(r" +\d+( +\S+){4}", line)]
+    assert [int(row[0]) for row in rows] == [0, 4, 8, 12, 16, 20, 23, 27, 31, 35, 39]
+    for t, *values in rows:
+        for name, value in zip(("residual", "residual_error", "analytic", "analytic_error"), values, strict=True):
+            assert float(value) == pytest.approx(getattr(statistics, name)[int(t)], rel=0.06)
+    errors = [e / c for e, c in zip(statistics.residual_error, statistics.residual, strict=True)]
+    assert f"{np.median(errors):.2%} (median), {max(errors):.2%} (largest)" in shown
+    lost = sum(e > abs(c) for e, c in zip(statistics.analytic_error, statistics.analytic, strict=True))
+    assert f"at {lost} of 40 timesteps" in shown
+
+
+def test_a_subset_of_the_timesteps_and_another_folder(run, tmp_path):
+    assert main(command(run, "--timesteps=5", f"--output-dir={tmp_path / 'some' / 'where'}")) == 0
+    assert not (run / "analytic_dpm").exists()
+    subset = estimates(tmp_path / "some" / "where")
+    assert subset["timesteps"] == [0, 10, 19, 29, 39]
+    assert main(command(run)) == 0
+    whole = estimates(run / "analytic_dpm")
+    # the same pairs, in network calls of other composition
+    schedule = noise_schedule_of(DPMPipeline.from_pretrained(run).scheduler)
+    known = [whole["residual"][t] for t in subset["timesteps"]]
+    assert subset["residual"] == pytest.approx(interpolate(schedule, subset["timesteps"], known), rel=1e-4)
+
+
+def test_interrupted_and_repeated(run, capsys):
+    """KeyboardInterrupt in the third network call, as Ctrl-C raises it."""
+    assert main(command(run)) == 0
+    whole = estimates(run / "analytic_dpm")
+    shutil.rmtree(run / "analytic_dpm")
+    calls = []
+
+    def interrupt(module, arguments):
+        if isinstance(module, UNet2DModel):
+            calls.append(module)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+
+    hook = register_module_forward_pre_hook(interrupt)
+    try:
+        assert main(command(run)) == 130
+        partial = run / "analytic_dpm" / "partial"
+        assert len(list(partial.iterdir())) == 1
+        assert "interrupted" in capsys.readouterr().err
+        assert main([*command(run), "--seed=6"]) == 2
+        assert "partial results of other settings" in capsys.readouterr().err
+        calls.clear()
+        calls.extend([None] * 10)
+        assert main(command(run)) == 0
+        assert len(calls) == 10 + 3  # 240 pairs are four calls, of which the first was read
+    finally:
+        hook.remove()
+    assert estimates(run / "analytic_dpm") == whole
+    assert not partial.exists()
+
+
+def test_two_processes_equal_one(run):
+    """Bit for bit: the four batches of 64, 64, 64 and 48 pairs are the same, whoever computes them."""
+    assert main(command(run)) == 0
+    one = estimates(run / "analytic_dpm")
+    shutil.rmtree(run / "analytic_dpm")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*launch, "-m", "diffusers_dpm.command_statistics", *command(run)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert estimates(run / "analytic_dpm") == one
+    assert result.stdout.count("relative Monte-Carlo error") == 1
+    assert not (run / "analytic_dpm" / "partial").exists()
+    assert "128/128" in result.stderr  # the progress bar of the first process
+
+
+@pytest.fixture
+def unlabelled(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((8, 8), 40 * i, dtype=np.uint8)).save(folder / f"{i}.png")
+    return str(folder)
+
+
+def test_what_cannot_be_used_is_told_in_one_line(run, unlabelled, tmp_path, capsys):
+    cases = {
+        (): "needs the run folder",
+        ("--data=digits",): "needs the run folder",
+        (str(run),): "--data is missing",
+        (str(tmp_path), "--data=digits"): "holds no model_index.json",
+        ("someone/model", "--data=digits"): "say with --output-dir where the result goes",
+        (str(run), "--data=digits", "--num-samples=1"): "--num-samples must be at least 2",
+        (str(run), "--data=digits", "--timesteps=1"): "--timesteps must be at least 2",
+        (str(run), "--data=digits", "--timesteps=41"): "--timesteps 41 is more than the model's 40",
+        (str(run), "--data=digits", "--batch-size=0"): "--batch-size must be at least 1",
+        (str(run), "--data=digits", "--random-flip"): "--random-flip is for training",
+        (str(run), "--data=digits", "--sede=3"): "did you mean --seed",
+        (str(run), "--data=digits", "--split=none"): "no split 'none'",
+        (str(run), f"--data={unlabelled}"): "no labels",
+        (str(run), "--data=digits", "--resolution=16"): "images have shape (1, 16, 16), the network's have (1, 8, 8)",
+    }
+    for arguments, message in cases.items():
+        assert main(list(arguments)) == 2, arguments
+        error = capsys.readouterr().err.strip().split("\n")[-1]
+        assert error.startswith("error: ")
+        assert message in error
+    assert not (run / "analytic_dpm").exists()
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli(["statistics", "--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("--data", "--num-samples", "--timesteps", "--output-dir", "RUN"))

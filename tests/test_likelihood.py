@@ -1,0 +1,756 @@
+"""Likelihoods against closed forms: Gaussian data, golden numbers, diffusers' own steps, the cube."""
+
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch.distributions import Normal, kl_divergence
+
+from diffusers_dpm.likelihood import (
+    PredictionErrors,
+    bound_from_errors,
+    decoder_variances,
+    dequantize,
+    discretized_gaussian_log_prob,
+    draw,
+    evidence_lower_bound,
+    exact_trace,
+    largest_error,
+    measure_errors,
+    ode_log_likelihood,
+    probed_traces,
+)
+from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler
+from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
+
+
+LOG2 = math.log(2)
+VARIANCE = 0.25  # of the Gaussian data
+ENTROPY = 0.5 * math.log(2 * math.pi * math.e * VARIANCE)
+
+
+class ExactNetwork(torch.nn.Module):
+    """The best network for data N(mean, covariance), (C, H, W) flattened; at real-valued timesteps too."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, schedule, covariance, mean=0.0, prediction_type="epsilon", dtype=torch.float64, channels=1):
+        super().__init__()
+        self.schedule, self.covariance, self.mean = schedule, covariance, mean
+        self.prediction_type, self.dtype, self.channels = prediction_type, dtype, channels
+
+    def forward(self, x, t, class_labels=None):
+        assert x.dtype == self.dtype
+        flat = x.double().flatten(1)
+        output = torch.empty_like(flat)
+        for time in t.unique():
+            output[t == time] = self.predict(flat[t == time], self.schedule.level(time.item()))
+        output = output.view(x.shape).to(x.dtype)
+        return SimpleNamespace(sample=torch.cat([output] + [torch.full_like(x, 7.0)] * (self.channels - 1), dim=1))
+
+    def predict(self, x, level):
+        total = level.alpha**2 * self.covariance + level.sigma**2 * torch.eye(x.shape[1], dtype=torch.float64)
+        score = torch.linalg.solve(total, (x - level.alpha * self.mean).T).T
+        epsilon, x0 = level.sigma * score, self.mean + level.alpha * score @ self.covariance
+        v = level.alpha * epsilon - level.sigma * x0
+        return {"epsilon": epsilon, "sample": x0, "v_prediction": v}[self.prediction_type]
+
+
+class WhiteNetwork(ExactNetwork):
+    """The same for the covariance v I, fast."""
+
+    def forward(self, x, t, class_labels=None):
+        alpha, sigma = self.schedule.at(t, x)
+        centred = (x - alpha * self.mean) / (alpha**2 * self.covariance + sigma**2)
+        return SimpleNamespace(sample=sigma * centred)
+
+
+class Contrived(torch.nn.Module):
+    """A smooth network that is wrong, so that clipping is busy."""
+
+    device, dtype = torch.device("cpu"), torch.float64
+
+    def forward(self, x, t, class_labels=None):
+        return SimpleNamespace(sample=torch.sin(1.7 * x + 0.003 * t.view(-1, 1, 1, 1)) + 0.2 * x.flip(-1))
+
+
+def normal(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def grey_images(count, shape=(1, 4, 4), num_levels=256, seed=0):
+    levels = torch.randint(num_levels, (count, *shape), generator=torch.Generator().manual_seed(seed))
+    return levels.double() * 2 / (num_levels - 1) - 1
+
+
+def posterior_variances(schedule, variance=VARIANCE):
+    """C_t of N(0, v I): v sigma^2 / (alpha^2 v + sigma^2)."""
+    return (schedule.sigma**2 * variance / (schedule.alpha**2 * variance + schedule.sigma**2)).tolist()
+
+
+def analytic(reverse_variance="residual", variance=VARIANCE, **options):
+    scheduler = AnalyticDPMScheduler(reverse_variance=reverse_variance, clip_sample=False, **options)
+    values = posterior_variances(scheduler.schedule, variance)
+    statistics = {"residual": values, "analytic": values, "schedule_hash": scheduler.schedule.hash}
+    scheduler.set_statistics(statistics)
+    return scheduler
+
+
+def expected_errors(schedule, decoder_variance=None, variance=VARIANCE):
+    """What an infinite sample of the Gaussian data would measure, as one image, with the continuous decoder."""
+    posterior = torch.tensor(posterior_variances(schedule, variance), dtype=torch.float64)
+    moments = torch.stack([posterior, torch.zeros_like(posterior), torch.zeros_like(posterior)], dim=1)
+    decoder = torch.tensor(decoder_variances(schedule, range(len(schedule))), dtype=torch.float64)
+    decoder = decoder if decoder_variance is None else torch.full_like(decoder, decoder_variance)
+    nll = 0.5 * (posterior / decoder + torch.log(2 * math.pi * decoder))
+    mean_square = torch.tensor([variance], dtype=torch.float64)
+    return PredictionErrors(tuple(range(len(schedule))), moments[None], nll[None], mean_square, schedule.hash)
+
+
+# The decoder ---------------------------------------------------------------------------------------------------------
+
+# x, mean, variance, log-probability with the tanh approximation (None: clamped) and exact, to 12 digits by the formula
+# log(Phi(high) - Phi(low)); the exact value in the tail is from 60-digit arithmetic.
+DECODER = [
+    (0, 0, 1e-4, -1.18737117149, -1.18725438924),
+    (3 / 255, 0, 1e-4, -1.84493146077, -1.84477653644),
+    (1 / 255, 1 / 255, 5.4525e-5, -0.904960787977, -0.90476149421),
+    (-1, -0.99, 1e-4, -1.30304785349, -1.30325642182),
+    (1, 0.98, 1e-4, -2.91789754523, -2.91997994297),
+    (0.5, 0.1, 1e-4, -27.6310211159, -788.98922110844),
+    (-1, -1, 1e-4, -0.426927234396, -0.426899937726),
+    (-1 / 255, 0.02, 2.5e-3, -2.88704035584, -2.88656126765),
+]
+
+
+@pytest.mark.parametrize(("x", "mean", "variance", "tanh", "exact"), DECODER)
+def test_decoder_golden_values(x, mean, variance, tanh, exact):
+    x, mean = torch.tensor([x], dtype=torch.float64), torch.tensor([mean], dtype=torch.float64)
+    for cdf, expected in (("tanh", tanh), ("exact", exact)):
+        assert discretized_gaussian_log_prob(x, mean, variance, cdf=cdf).item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("cdf", ["exact", "tanh"])
+@pytest.mark.parametrize("num_levels", [2, 17, 256])
+def test_decoder_bins_sum_to_one(num_levels, cdf):
+    levels = torch.linspace(-1, 1, num_levels, dtype=torch.float64)
+    for mean in (-1.3, -0.4, 0.0, 0.999):
+        for variance in (1e-4, 0.01, 4.0):
+            log_prob = discretized_gaussian_log_prob(levels, torch.tensor(mean), variance, num_levels, cdf)
+            assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-9)
+
+
+def test_decoder_is_symmetric_and_accurate_in_both_tails():
+    x = torch.linspace(-1, 1, 256, dtype=torch.float64)
+    left = discretized_gaussian_log_prob(x, torch.full_like(x, 0.1), 1e-5)
+    right = discretized_gaussian_log_prob(-x, torch.full_like(x, -0.1), 1e-5)
+    torch.testing.assert_close(left, right, rtol=1e-12, atol=0)
+    assert left.isfinite().all()
+    # Far out the bin's edge that is nearest decides: log p = log_ndtr of it, up to the log of 1.
+    edge = (abs(x[0] - 0.1) - 1 / 255) / math.sqrt(1e-5)
+    assert left[0].item() == pytest.approx(torch.special.log_ndtr(-edge).item(), rel=1e-12)
+
+
+def test_decoder_variances_are_those_of_the_step_from_1_to_0():
+    """beta-tilde of 1 -> 0 is 5.4531876613e-05 (linear), 2.17894961457e-05 (cosine); a perfect mean: 1.31 bits."""
+    linear, cosine = DDPMScheduler().schedule, DDPMScheduler(beta_schedule="squaredcos_cap_v2").schedule
+    assert decoder_variances(linear, [0, 112])[0] == pytest.approx(5.4531876613e-05, rel=1e-9)
+    assert decoder_variances(linear, [0, 112])[1] == pytest.approx(1 - linear.alphas_cumprod[112].item(), rel=1e-12)
+    assert decoder_variances(cosine, [0])[0] == pytest.approx(2.17894961457e-05, rel=1e-9)
+    zero = torch.zeros(1, dtype=torch.float64)
+    bits = -discretized_gaussian_log_prob(zero, zero, decoder_variances(linear, [0])[0]) / LOG2
+    assert bits.item() == pytest.approx(1.31, abs=0.005)
+
+
+# The bound -----------------------------------------------------------------------------------------------------------
+
+# Sums of E KL = 0.5 (lam2/v + g^2 C/v + log v - log lam2 - 1) over the steps of the even trajectory, in nats.
+TOY = {
+    10: {"small": 458.526716621, "large": 4.01439724491, "residual": 3.91216793797},
+    50: {"small": 32.8929096192, "large": 3.93388792448, "residual": 3.91216793797},
+    1000: {"small": 4.36851635121, "large": 3.91326017056, "residual": 3.91216793797},
+}
+
+
+@pytest.mark.parametrize("num_steps", TOY)
+@pytest.mark.parametrize("reverse_variance", ["small", "large", "residual"])
+def test_golden_bound_of_gaussian_data(num_steps, reverse_variance):
+    scheduler = analytic(reverse_variance)
+    scheduler.set_timesteps(num_steps)
+    terms = bound_from_errors(expected_errors(scheduler.schedule), scheduler).terms()
+    steps = [term.bits_per_dim for term in terms if term.name == "step"]
+    assert len(steps) == num_steps - 1
+    assert math.fsum(steps) * LOG2 == pytest.approx(TOY[num_steps][reverse_variance], rel=1e-9)
+    assert terms[0].bits_per_dim * LOG2 == pytest.approx(5.04519441569e-06, rel=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"forward_process": "ddim", "eta": 1.0}])
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 1000])
+def test_optimal_variances_make_the_bound_tight_for_every_grid(num_steps, options):
+    """The reverse kernels are then the true q(x_s | x_t): what is left is the entropy and KL(q(x_T) || N(0, I))."""
+    scheduler = analytic(timestep_spacing="trailing", **options)
+    scheduler.set_timesteps(num_steps)
+    last = scheduler.timesteps[-1].item()
+    decoder_variance = posterior_variances(scheduler.schedule)[last]
+    bound = bound_from_errors(expected_errors(scheduler.schedule, decoder_variance), scheduler)
+    total = scheduler.levels[0].alpha ** 2 * VARIANCE + scheduler.levels[0].sigma ** 2
+    expected = ENTROPY + 0.5 * (total - 1 - math.log(total))
+    assert bound.bits_per_dim * LOG2 == pytest.approx(expected, abs=1e-10)
+    for reverse_variance in ("small",) if options else ("small", "large"):
+        other = analytic(reverse_variance, timestep_spacing="trailing", **options)
+        other.set_timesteps(num_steps)
+        assert (
+            num_steps == 1
+            or bound_from_errors(expected_errors(scheduler.schedule, decoder_variance), other).bits_per_dim
+            > bound.bits_per_dim + 1e-6
+        )
+
+
+def test_optimal_variances_with_less_noise_in_the_forward_process():
+    """Each step then costs log(sigma^2 / lam^2) / 2 (Bao et al. 2022, theorem 3), the least that any variance can."""
+    options = {"forward_process": "ddim", "eta": 0.2}
+    scheduler, small = analytic(**options), analytic("small", **options)
+    for sampler in (scheduler, small):
+        sampler.set_timesteps(20)
+    bound = bound_from_errors(expected_errors(scheduler.schedule), scheduler)
+    for step, term in zip(bound.transitions, bound.terms()[1:-1], strict=True):
+        expected = 0.5 * math.log2(step.reverse_variance / step.posterior_variance)
+        assert term.bits_per_dim == pytest.approx(expected, rel=1e-9)
+    assert bound.bits_per_dim < bound_from_errors(expected_errors(scheduler.schedule), small).bits_per_dim
+
+
+@pytest.mark.parametrize("reverse_variance", ["small", "large", "residual"])
+def test_measured_bound_agrees_with_the_closed_form(reverse_variance):
+    scheduler = analytic(reverse_variance)
+    scheduler.set_timesteps(10)
+    network = WhiteNetwork(scheduler.schedule, VARIANCE)
+    images = math.sqrt(VARIANCE) * normal(200, 1, 16, 16)
+    bound = evidence_lower_bound(network, scheduler, images, num_levels=None)
+    expected = bound_from_errors(expected_errors(scheduler.schedule), scheduler)
+    assert abs(bound.bits_per_dim - expected.bits_per_dim) < 4 * bound.standard_error
+    assert bound.standard_error < 0.01 * expected.bits_per_dim
+    for term, closed in zip(bound.terms(), expected.terms(), strict=True):
+        assert term[:5] == closed[:5]
+        assert abs(term.bits_per_dim - closed.bits_per_dim) < 4.5 * term.standard_error
+
+
+def stock_ddpm(**options):
+    scheduler = diffusers.DDPMScheduler(**options)
+    scheduler.alphas_cumprod = DDPMScheduler(**options).schedule.alphas_cumprod  # float64
+    scheduler.one = torch.ones((), dtype=torch.float64)
+    return scheduler
+
+
+def clipping_analytic_ddim():
+    config = analytic(forward_process="ddim", eta=0.6).config
+    return AnalyticDPMScheduler.from_config(config, clip_sample=True, sigma_clip_pixels=0)
+
+
+SAMPLERS = {
+    "diffusers, fixed_small": (stock_ddpm(), 1.0),
+    "diffusers, fixed_large": (stock_ddpm(variance_type="fixed_large"), 1.0),
+    "fixed_large": (DDPMScheduler(variance_type="fixed_large", clip_sample_range=0.5), 1.0),
+    "thresholding": (DDPMScheduler(thresholding=True, dynamic_thresholding_ratio=0.5), 1.0),
+    "ddim": (DDIMScheduler(eta=0.6), 0.6),
+    "ddim, clipped epsilon": (DDIMScheduler(eta=0.6, use_clipped_model_output=True), 0.6),
+    "analytic ddim": (clipping_analytic_ddim(), 0.6),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_steps_are_the_divergence_from_what_the_sampler_draws(name):
+    """Mean and variance of p are read off the sampler's own `step`, those of q are written out (Song et al. eq. 7)."""
+    scheduler, eta = SAMPLERS[name]
+    scheduler.set_timesteps(8)
+    images, network = grey_images(3), Contrived()
+    bound = evidence_lower_bound(network, scheduler, images, seed=5)
+    abar = DDPMScheduler().schedule.alphas_cumprod
+    for i, (t, s) in enumerate(pairwise(scheduler.timesteps.tolist())):
+        noise = torch.stack([draw("normal", 5, image, (0, t), (1, 4, 4)) for image in range(3)]).double()
+        x_t = abar[t].sqrt() * images + (1 - abar[t]).sqrt() * noise
+        output = network(x_t, torch.full((3,), t)).sample
+        drawn = [scheduler.step(output, t, x_t, generator=seeded(k)).prev_sample for k in (0, 1)]
+        z = [torch.randn(x_t.shape, generator=seeded(k), dtype=torch.float64) for k in (0, 1)]
+        std = ((drawn[0] - drawn[1]) / (z[0] - z[1])).median()
+        free = eta**2 * (1 - abar[s]) / (1 - abar[t]) * (1 - abar[t] / abar[s])
+        true_mean = abar[s].sqrt() * images + (1 - abar[s] - free).sqrt() * noise
+        q, p = Normal(true_mean, free.sqrt()), Normal(drawn[0] - std * z[0], std)
+        expected = kl_divergence(q, p).flatten(1).mean(dim=1) / LOG2
+        torch.testing.assert_close(bound.per_image[:, i + 1], expected, rtol=1e-5, atol=1e-9)
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_prior_and_decoder_terms_of_a_grid_that_ends_early():
+    scheduler = DDPMScheduler()
+    scheduler.set_timesteps(timesteps=[700, 400, 30])
+    images, network = grey_images(3), Contrived()
+    bound = evidence_lower_bound(network, scheduler, images, seed=5)
+    t, schedule = 700, scheduler.schedule
+    q, p = Normal(schedule.alpha[t] * images, schedule.sigma[t]), Normal(torch.zeros(()).double(), 1.0)
+    expected = kl_divergence(q, p).flatten(1).mean(dim=1) / LOG2
+    torch.testing.assert_close(bound.per_image[:, 0], expected, rtol=1e-9, atol=0)
+    t = 30
+    noise = torch.stack([draw("normal", 5, image, (0, t), (1, 4, 4)) for image in range(3)]).double()
+    x_t = schedule.add_noise(images, noise, torch.tensor([t]))
+    x0 = scheduler.step(network(x_t, torch.full((3,), t)).sample, t, x_t).pred_original_sample
+    log_prob = discretized_gaussian_log_prob(images, x0, schedule.sigma[t].item() ** 2)
+    torch.testing.assert_close(bound.per_image[:, -1], -log_prob.flatten(1).mean(dim=1) / LOG2, rtol=1e-9, atol=0)
+    assert [(term.name, term.t, term.s) for term in bound.terms()] == [
+        ("prior", None, 700),
+        ("step", 700, 400),
+        ("step", 400, 30),
+        ("decoder", 30, None),
+    ]
+
+
+def test_prior_of_the_whole_chain_is_negligible():
+    """At most 2.9e-5 bits per dimension for data in [-1, 1] under the linear schedule; 0 with zero terminal SNR."""
+    images, network = torch.ones(2, 1, 2, 2), Contrived()
+    for scheduler, most in (
+        (DDPMScheduler(), 2.95e-5),
+        (DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"), 1e-15),
+    ):
+        scheduler.set_timesteps(timesteps=[999, 0])
+        prior = evidence_lower_bound(network, scheduler, images).terms()[0].bits_per_dim
+        assert 0 <= prior < most
+
+
+def test_terms_sum_to_the_total():
+    scheduler = stock_ddpm()
+    scheduler.set_timesteps(20)
+    bound = evidence_lower_bound(Contrived(), scheduler, grey_images(4))
+    assert math.fsum(term.bits_per_dim for term in bound.terms()) == pytest.approx(bound.bits_per_dim, rel=1e-12)
+    total = bound.per_image.sum(dim=1)
+    assert bound.standard_error == pytest.approx(total.std().item() / 2, rel=1e-12)
+    steps = bound.terms()[1:-1]
+    assert all(term.posterior_variance == pytest.approx(term.reverse_variance, rel=1e-9) for term in steps)
+
+
+def test_a_grid_that_was_not_set_is_the_whole_chain():
+    for scheduler in (diffusers.DDPMScheduler(num_train_timesteps=6), DDPMScheduler(num_train_timesteps=6)):
+        bound = evidence_lower_bound(Contrived(), scheduler, grey_images(2))
+        assert [(step.t, step.s) for step in bound.transitions] == [(5, 4), (4, 3), (3, 2), (2, 1), (1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        (diffusers.DDPMScheduler(), {"reverse_variance": "small"}),
+        (
+            diffusers.DDPMScheduler(variance_type="fixed_large", timestep_spacing="trailing"),
+            {"reverse_variance": "large"},
+        ),
+        (DDIMScheduler(eta=0.3), {"reverse_variance": "small", "forward_process": "ddim", "eta": 0.3}),
+    ],
+)
+def test_schedulers_with_their_own_variance_equal_their_analytic_twin(theirs, ours):
+    theirs.set_timesteps(9)
+    twin = AnalyticDPMScheduler(**ours)
+    twin.set_timesteps(timesteps=theirs.timesteps)
+    network, images = Contrived(), grey_images(2)
+    bounds = [evidence_lower_bound(network, scheduler, images).per_image for scheduler in (theirs, twin)]
+    torch.testing.assert_close(*bounds, rtol=1e-12, atol=0)
+
+
+def test_one_measurement_serves_every_grid_and_is_independent_of_batches():
+    scheduler = DDPMScheduler()
+    images, network = grey_images(5), Contrived()
+    errors = measure_errors(network, scheduler, images, [0, 200, 500, 700, 999], batch_size=7)
+    for grid in ([999, 500, 0], [999, 700, 200, 0], [500]):
+        scheduler.set_timesteps(timesteps=grid)
+        direct = evidence_lower_bound(network, scheduler, images, batch_size=1)
+        torch.testing.assert_close(
+            bound_from_errors(errors, scheduler).per_image, direct.per_image, rtol=1e-9, atol=1e-12
+        )
+    part = measure_errors(network, scheduler, images[[3, 1]], [200], indices=[3, 1])
+    torch.testing.assert_close(part.moments[:, 0], errors.moments[[3, 1], 1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(part.decoder[:, 0], errors.decoder[[3, 1], 1], rtol=1e-12, atol=0)
+    other = measure_errors(network, scheduler, images, [200], seed=1)
+    assert (other.moments[:, 0, 0] != errors.moments[:, 1, 0]).all()
+
+
+def test_draws_are_standard_and_distinct():
+    values = torch.stack([draw("normal", 0, image, (0, t), (4000,)) for image in range(3) for t in range(3)])
+    assert values.mean(dim=1).abs().max() < 4 / math.sqrt(4000)
+    assert (values.square().mean(dim=1) - 1).abs().max() < 4 * math.sqrt(2 / 4000)
+    off_diagonal = torch.corrcoef(values) - torch.eye(9)
+    assert off_diagonal.abs().max() < 4.5 / math.sqrt(4000)
+    signs = draw("sign", 0, 0, (1, 0), (4000,))
+    assert set(signs.tolist()) == {-1.0, 1.0}
+    assert signs.mean().abs() < 4 / math.sqrt(4000)
+    uniform = draw("uniform", 0, 0, (0, 0), (4000,))
+    assert 0 <= uniform.min() < 0.01
+    assert 0.99 < uniform.max() < 1
+
+
+@pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+def test_prediction_types_and_channels_agree(prediction_type):
+    """The same exact model as an epsilon network and as another one with 2C channels."""
+    reference, other = DDPMScheduler(), DDPMScheduler(prediction_type=prediction_type)
+    for scheduler in (reference, other):
+        scheduler.set_timesteps(5)
+    covariance = VARIANCE * torch.eye(4, dtype=torch.float64)
+    images = grey_images(3, (1, 2, 2))
+    networks = (
+        ExactNetwork(reference.schedule, covariance),
+        ExactNetwork(other.schedule, covariance, prediction_type=prediction_type, channels=2),
+    )
+    bounds = [
+        evidence_lower_bound(network, scheduler, images).per_image
+        for network, scheduler in zip(networks, (reference, other), strict=True)
+    ]
+    torch.testing.assert_close(*bounds, rtol=1e-8, atol=1e-10)
+    likelihoods = [
+        ode_log_likelihood(network, scheduler, images, solver="rk4", num_steps=20).samples
+        for network, scheduler in zip(networks, (reference, other), strict=True)
+    ]
+    torch.testing.assert_close(*likelihoods, rtol=1e-8, atol=1e-8)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=4,
+        in_channels=1,
+        out_channels=2,
+        num_class_embeds=3,
+        dropout=0.5,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    ).train()
+
+
+def test_a_conditional_unet_with_dropout_and_a_variance_half(unet):
+    scheduler = stock_ddpm()
+    scheduler.set_timesteps(4)
+    images, labels = grey_images(3).float(), torch.tensor([0, 2, 1])
+    options = {"class_labels": labels, "batch_size": 5}
+    bound = evidence_lower_bound(unet, scheduler, images, **options)
+    again = evidence_lower_bound(unet, scheduler, images, **{**options, "batch_size": 1})
+    torch.testing.assert_close(bound.per_image, again.per_image, rtol=1e-4, atol=1e-6)
+    relabelled = evidence_lower_bound(unet, scheduler, images, **{**options, "class_labels": torch.tensor([0, 2, 2])})
+    changed = (relabelled.per_image != bound.per_image).any(dim=1)
+    assert changed.tolist() == [False, False, True]
+    ode = ode_log_likelihood(unet, scheduler, images, class_labels=labels, solver="rk4", num_steps=5)
+    alone = ode_log_likelihood(
+        unet, scheduler, images[2:], class_labels=labels[2:], indices=[2], solver="rk4", num_steps=5
+    )
+    torch.testing.assert_close(ode.per_image[2:], alone.per_image, rtol=1e-4, atol=1e-4)
+    assert unet.training
+    assert unet.conv_in.weight.grad is None
+
+
+# What cannot be computed ---------------------------------------------------------------------------------------------
+
+
+def grid(scheduler, n=4):
+    scheduler.set_timesteps(n)
+    return scheduler
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        (grid(DDIMScheduler()), "infinite"),
+        (grid(diffusers.DDIMScheduler()), "infinite"),
+        (grid(analytic(forward_process="ddim", eta=0.0)), "infinite"),
+        (grid(DDPMScheduler(variance_type="learned_range")), "learned_range"),
+        (grid(DPMSolverScheduler()), "reverse_variance"),
+        (grid(diffusers.FlowMatchEulerDiscreteScheduler()), "reverse_variance"),
+        (AnalyticDPMScheduler(), "statistics"),
+        (grid(diffusers.DDPMScheduler(timestep_spacing="trailing"), 61), "descending"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else value,
+)
+def test_schedulers_without_a_bound_are_refused_before_the_network_is_called(scheduler, message):
+    with pytest.raises(ValueError, match=message):
+        evidence_lower_bound(None, scheduler, grey_images(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"images": grey_images(2) * 0.99}, "256 levels"),
+        ({"images": grey_images(2) * 2}, "256 levels"),
+        ({"num_levels": 1}, "num_levels"),
+        ({"cdf": "erf"}, "cdf"),
+        ({"decoder_variance": 0.0}, "decoder_variance"),
+        ({"class_labels": torch.zeros(3)}, "3 class_labels for 2"),
+        ({"indices": [1]}, "1 indices for 2"),
+        ({"timesteps": [1000]}, "999"),
+        ({"timesteps": []}, "999"),
+        ({"seed": -1}, "seed"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"images": torch.zeros(0, 1, 2, 2)}, "batch"),
+    ],
+)
+def test_bad_arguments(options, message):
+    arguments = {"images": grey_images(2), "timesteps": [0, 999], **options}
+    with pytest.raises(ValueError, match=message):
+        measure_errors(Contrived(), DDPMScheduler(), **arguments)
+
+
+def test_a_scheduler_of_another_process():
+    with pytest.raises(ValueError, match="betas"):
+        measure_errors(Contrived(), diffusers.FlowMatchEulerDiscreteScheduler(), grey_images(1), [0])
+    with pytest.raises(ValueError, match="betas"):
+        ode_log_likelihood(Contrived(), diffusers.FlowMatchEulerDiscreteScheduler(), grey_images(1))
+
+
+def test_errors_of_another_schedule_or_grid():
+    errors = measure_errors(Contrived(), DDPMScheduler(), grey_images(1), [0, 999])
+    with pytest.raises(ValueError, match="schedule"):
+        bound_from_errors(errors, DDPMScheduler(beta_end=0.01))
+    with pytest.raises(ValueError, match="998 timesteps"):
+        bound_from_errors(errors, DDPMScheduler())
+
+
+def test_a_network_that_returns_nan():
+    network = ExactNetwork(DDPMScheduler().schedule, torch.full((4, 4), math.nan).double())
+    images = grey_images(1, (1, 2, 2))
+    with pytest.raises(ValueError, match="not finite"):
+        measure_errors(network, DDPMScheduler(), images, [0])
+    for solver in ("rk4", "dopri5"):
+        with pytest.raises(ValueError, match=r"not finite|cannot be solved"):
+            ode_log_likelihood(network, DDPMScheduler(), images, solver=solver, num_steps=2)
+
+
+# The ODE -------------------------------------------------------------------------------------------------------------
+
+
+def closed_form(schedule, x, mean, covariance, last=-1):
+    """-log2 p(x) / d: the ODE carries N(alpha m, S) at timestep 0 to that of the end, where x is taken as N(0, I)."""
+    x, d = x.flatten(1), x[0].numel()
+    eye = torch.eye(d, dtype=torch.float64)
+    spectrum, basis = torch.linalg.eigh(covariance)
+    assert torch.allclose(basis @ basis.T, eye)
+    start, end = (schedule.alpha[t] ** 2 * spectrum + schedule.sigma[t] ** 2 for t in (0, last))
+    centred = (x - schedule.alpha[0] * mean) @ basis * (end / start).sqrt()
+    carried = centred @ basis.T + schedule.alpha[last] * mean
+    log_p = Normal(0.0, 1.0).log_prob(carried).sum(dim=1) + 0.5 * (end / start).log().sum()
+    return -log_p / d / LOG2
+
+
+COVARIANCE = torch.tensor(
+    [[0.5, 0.2, 0.0, 0.1], [0.2, 0.3, 0.05, 0.0], [0.0, 0.05, 0.05, 0.02], [0.1, 0.0, 0.02, 0.2]], dtype=torch.float64
+)
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "rk4"])
+@pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
+def test_exact_likelihood_of_a_correlated_gaussian(beta_schedule, solver):
+    scheduler = DDPMScheduler(beta_schedule=beta_schedule)
+    network = ExactNetwork(scheduler.schedule, COVARIANCE, mean=0.3)
+    images = normal(3, 1, 2, 2) * 0.5
+    result = ode_log_likelihood(
+        network,
+        scheduler,
+        images,
+        num_levels=None,
+        divergence="exact",
+        solver=solver,
+        num_steps=200,
+        rtol=1e-7,
+        atol=1e-7,
+    )
+    expected = closed_form(scheduler.schedule, images, 0.3, COVARIANCE)
+    torch.testing.assert_close(result.per_image, expected, rtol=0, atol=1e-4)
+    assert result.samples.shape == (3, 1, 1)
+    assert result.bits_per_dim == pytest.approx(expected.mean().item(), abs=1e-4)
+    assert result.num_evaluations == 800 if solver == "rk4" else result.num_evaluations > 20
+
+
+def test_zero_terminal_snr_starts_at_the_last_level_with_a_signal():
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    network = ExactNetwork(scheduler.schedule, COVARIANCE, prediction_type="v_prediction")
+    images = normal(2, 1, 2, 2) * 0.5
+    result = ode_log_likelihood(network, scheduler, images, num_levels=None, divergence="exact", solver="rk4")
+    expected = closed_form(scheduler.schedule, images, 0.0, COVARIANCE, last=-2)
+    torch.testing.assert_close(result.per_image, expected, rtol=0, atol=1e-3)
+
+
+def test_a_float32_network_is_good_to_its_rounding():
+    scheduler = diffusers.DDPMScheduler()
+    network = ExactNetwork(DDPMScheduler().schedule, COVARIANCE, dtype=torch.float32)
+    images = normal(2, 1, 2, 2) * 0.5
+    result = ode_log_likelihood(network, scheduler, images, num_levels=None, divergence="exact", solver="rk4")
+    torch.testing.assert_close(
+        result.per_image, closed_form(network.schedule, images, 0.0, COVARIANCE), rtol=0, atol=1e-3
+    )
+
+
+def test_rademacher_probes_are_exact_where_the_jacobian_is_diagonal():
+    scheduler = DDPMScheduler()
+    covariance = torch.diag(torch.tensor([1.0, 0.1, 0.01, 0.3], dtype=torch.float64))
+    network = ExactNetwork(scheduler.schedule, covariance)
+    options = {"num_levels": None, "solver": "rk4", "num_steps": 60}
+    images = normal(2, 1, 2, 2)
+    exact = ode_log_likelihood(network, scheduler, images, divergence="exact", **options)
+    probed = ode_log_likelihood(network, scheduler, images, num_probes=3, **options)
+    torch.testing.assert_close(probed.samples, exact.samples.expand(-1, -1, 3), rtol=1e-9, atol=1e-9)
+    assert probed.per_image_error.max() < 1e-9
+
+
+@pytest.mark.parametrize("divergence", ["rademacher", "gaussian"])
+def test_probed_likelihood_is_unbiased_and_knows_its_error(divergence):
+    scheduler = DDPMScheduler()
+    network = ExactNetwork(scheduler.schedule, COVARIANCE)
+    images = normal(4, 1, 2, 2) * 0.5
+    options = {"num_levels": None, "solver": "rk4", "num_steps": 12}
+    exact = ode_log_likelihood(network, scheduler, images, divergence="exact", **options)
+    probed = ode_log_likelihood(network, scheduler, images, divergence=divergence, num_probes=40, **options)
+    z = (probed.per_image - exact.per_image) / probed.per_image_error
+    assert z.abs().max() < 4
+    assert probed.per_image_error.min() > 1e-3  # there was something to estimate
+    passes = ode_log_likelihood(network, scheduler, images, divergence=divergence, num_passes=30, **options)
+    z = (passes.per_image - exact.per_image) / passes.per_image_error
+    assert z.abs().max() < 4
+    assert len({round(value, 9) for value in passes.samples[0, :, 0].tolist()}) > (
+        1 if divergence == "rademacher" else 29
+    )
+    assert ode_log_likelihood(network, scheduler, images[:1], **options).per_image_error.isnan().all()
+
+
+def test_traces_of_a_known_jacobian():
+    matrix = normal(6, 6)
+    x = normal(5, 1, 2, 3).requires_grad_()
+    y = (torch.sin(x).flatten(1) @ matrix.T).view(x.shape)
+    expected = (x.cos().flatten(1) * matrix.diagonal()).sum(dim=1)
+    torch.testing.assert_close(exact_trace(y, x)[:, 0], expected)
+    # The unit vectors, scaled to unit variance, are a complete set of probes.
+    probes = math.sqrt(6) * torch.eye(6, dtype=torch.float64).view(6, 1, 1, 2, 3).expand(-1, 5, -1, -1, -1)
+    torch.testing.assert_close(probed_traces(y, x, probes).mean(dim=1), expected)
+
+
+def test_batches_and_subsets_do_not_matter_at_fixed_steps_and_hardly_at_adaptive_ones():
+    scheduler = DDPMScheduler()
+    network = ExactNetwork(scheduler.schedule, COVARIANCE)
+    images = grey_images(4, (1, 2, 2))
+    for solver, tolerance in (("rk4", 1e-10), ("dopri5", 1e-3)):
+        options = {"solver": solver, "num_steps": 20, "num_probes": 2, "num_passes": 2, "seed": 3}
+        whole = ode_log_likelihood(network, scheduler, images, **options)
+        parts = ode_log_likelihood(network, scheduler, images[[2, 0]], indices=[2, 0], batch_size=1, **options)
+        torch.testing.assert_close(parts.samples, whole.samples[[2, 0]], rtol=0, atol=tolerance)
+
+
+def test_the_adaptive_solver_follows_its_tolerance():
+    scheduler = DDPMScheduler()
+    network = ExactNetwork(scheduler.schedule, COVARIANCE)
+    images = normal(2, 1, 2, 2) * 0.5
+    expected = closed_form(scheduler.schedule, images, 0.0, COVARIANCE)
+    results = [
+        ode_log_likelihood(network, scheduler, images, num_levels=None, divergence="exact", rtol=tol, atol=tol)
+        for tol in (1e-2, 1e-7)
+    ]
+    loose, tight = ((result.per_image - expected).abs().max().item() for result in results)
+    assert tight < 1e-5
+    assert tight < 0.1 * loose
+    assert results[1].num_evaluations > 1.5 * results[0].num_evaluations
+
+
+def test_the_solver_looks_at_the_worst_image_and_at_log_densities():
+    x, gained = torch.zeros(3, 1, 2, 2).double(), torch.zeros(3, 2).double()
+    x[1] = 2.0
+    assert largest_error((x, gained)).item() == 2
+    gained[2] = torch.tensor([3.0, 4.0])
+    assert largest_error((x, gained)).item() == pytest.approx(math.sqrt(12.5))
+
+
+def test_bound_and_ode_are_the_same_number_where_the_bound_is_tight_and_ordered_elsewhere():
+    images = math.sqrt(VARIANCE) * normal(100, 1, 8, 8)
+    scheduler = analytic("residual")
+    network = WhiteNetwork(scheduler.schedule, VARIANCE)
+    # Rademacher probes are exact here. The ODE's data is x at timestep 0, of variance 0.250075: nothing at this scale.
+    network_ode = ode_log_likelihood(
+        Interpolated(scheduler.schedule, VARIANCE), scheduler, images, num_levels=None, solver="rk4", num_steps=40
+    )
+    optimal = posterior_variances(scheduler.schedule)[0]
+    bits = {}
+    for name in ("residual", "small", "large"):
+        sampler = analytic(name)
+        sampler.set_timesteps(10)
+        bound = evidence_lower_bound(network, sampler, images, num_levels=None, decoder_variance=optimal)
+        bits[name] = bound
+    tight = bits["residual"].per_image.sum(dim=1) - network_ode.per_image
+    assert abs(tight.mean().item()) < 4 * tight.std().item() / 10
+    for name in ("small", "large"):
+        gap = bits[name].per_image.sum(dim=1) - network_ode.per_image
+        assert gap.mean() > 8 * gap.std() / 10
+
+
+class Interpolated(WhiteNetwork):
+    def forward(self, x, t, class_labels=None):
+        level = self.schedule.level(t[0].item())
+        return SimpleNamespace(sample=level.sigma * x / (level.alpha**2 * self.covariance + level.sigma**2))
+
+
+# Dequantisation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dequantization", ["centered", "score_sde"])
+@pytest.mark.parametrize("num_levels", [17, 256])
+def test_a_uniform_density_over_all_bins_has_the_bits_of_the_levels(num_levels, dequantization):
+    """Its density is 1 / width: log2(width) + offset is log2 of the number of levels, 8 bits for 256."""
+    ends = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    x, offset = dequantize(ends, num_levels, dequantization, torch.tensor([0.0, 1.0]).double())
+    width = (x[1] - x[0]).item()
+    assert math.log2(width) + offset == pytest.approx(math.log2(num_levels), rel=1e-12)
+    # Neighbouring bins touch, so the noise fills all of the width.
+    levels = torch.linspace(-1, 1, num_levels, dtype=torch.float64)
+    low, _ = dequantize(levels, num_levels, dequantization, torch.zeros_like(levels))
+    high, _ = dequantize(levels, num_levels, dequantization, torch.ones_like(levels))
+    torch.testing.assert_close(low[1:], high[:-1], rtol=0, atol=1e-12)
+    middle, _ = dequantize(levels, num_levels, dequantization, torch.full_like(levels, 0.5))
+    shrink = 1.0 if dequantization == "centered" else (num_levels - 1) / num_levels
+    torch.testing.assert_close(middle, shrink * levels, rtol=0, atol=1e-12)
+
+
+def test_offsets_of_8_bits():
+    """7 in the code of Song et al.; log2(127.5) = 6.9944 for bins as wide as the levels are apart."""
+    x = torch.zeros(1)
+    assert dequantize(x, 256, "score_sde", x)[1] == 7
+    assert dequantize(x, 256, "centered", x)[1] == pytest.approx(6.9944, abs=5e-5)
+
+
+def test_discrete_bits_are_those_of_the_bins():
+    """White Gaussian data much wider than a bin: -log2 of the bin's probability, up to what the noise costs."""
+    scheduler = DDPMScheduler()
+    network = Interpolated(scheduler.schedule, VARIANCE)
+    images = grey_images(3, (1, 2, 2), num_levels=17) * 0.5
+    images = (images * 8).round() / 8
+    options = {"num_levels": 17, "solver": "rk4", "num_steps": 20, "num_passes": 40}
+    bits = ode_log_likelihood(network, scheduler, images, **options)
+    total = scheduler.schedule.alpha[0] ** 2 * VARIANCE + scheduler.schedule.sigma[0] ** 2
+    density = Normal(0.0, total.sqrt())
+    expected = -(density.cdf(images + 1 / 16) - density.cdf(images - 1 / 16)).log2().flatten(1).mean(dim=1)
+    z = (bits.per_image - expected) / bits.per_image_error
+    assert z.abs().max() < 4
+    assert bits.per_image_error.max() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"divergence": "exactly"}, "divergence"),
+        ({"solver": "euler"}, "solver"),
+        ({"dequantization": "none"}, "dequantization"),
+        ({"num_probes": 0}, "num_probes"),
+        ({"images": torch.zeros(1, 1, 2, 2)}, "256 levels"),
+    ],
+)
+def test_bad_ode_options(options, message):
+    arguments = {"images": grey_images(1, (1, 2, 2)), **options}
+    network = ExactNetwork(DDPMScheduler().schedule, COVARIANCE)
+    with pytest.raises(ValueError, match=message):
+        ode_log_likelihood(network, DDPMScheduler(), **arguments)
