@@ -1,8 +1,8 @@
 """The training loop: a generator of step records, for any network and any loss over noised images.
 
 Everything counts in optimiser steps, and everything random is a function of (seed, step): data order, noise, timesteps
-and flips are drawn for the global batch and shared out to processes and accumulation steps. So a run that stops and
-goes on equals one that did not, and the same global batch gives the same update on any number of processes.
+and augmentation are drawn for the global batch and shared out to processes and accumulation steps. So a run that stops
+and goes on equals one that did not, and the same global batch gives the same update on any number of processes.
 """
 
 import copy
@@ -26,11 +26,13 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Sampler
 
 from diffusers_dpm.schedulers import VPNoiseSchedule
+from diffusers_dpm.training.augmentation import random_crop, random_flip, random_shift
 from diffusers_dpm.training.data import ImageDataset
+from diffusers_dpm.training.loss_history import LossHistory
 
 
 # Streams of random numbers that must not meet.
-DATA, NOISE, DROPOUT = range(3)
+DATA, NOISE, DROPOUT, EVALUATION = range(4)
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -38,7 +40,7 @@ class NonFiniteLossError(FloatingPointError):
 
 
 class Loss(Protocol):
-    """Per-example loss (B,) of a network on noised images; `DenoisingLoss` is one."""
+    """Per-example loss (B,) of a network on noised images: `DenoisingLoss`, `ClassifierLoss`."""
 
     schedule: VPNoiseSchedule
 
@@ -63,6 +65,7 @@ class StepRecord:
         images_per_second: of this step alone.
         skipped: the gradient scaler (fp16) met an overflow and left the weights as they were.
         figures: (loss, gradient norm before clipping, loss in each quarter of the timesteps), float32 of shape (6,).
+            Under importance sampling they are estimates for timesteps drawn evenly.
     """
 
     step: int
@@ -104,18 +107,20 @@ class TrainingState:
         model: the network, in float32.
         options: `OptimizationOptions` and `EMAOptions` in one object.
         accelerator: wraps the network for its device, precision and processes.
+        num_timesteps: number of noise levels T that are trained on.
 
     Attributes:
         step: optimiser steps done, skipped ones included.
         model: the bare network with the raw weights.
         ema_model: a network in evaluation mode that holds the average; None without EMA.
         network: `model` as wrapped by accelerate, for training.
+        loss_history: what timesteps are drawn by; None unless `timestep_sampling` is "loss-second-moment".
 
     Raises:
         ValueError: accelerate is configured for sharded weights (FSDP, DeepSpeed, ...), which this loop cannot save.
     """
 
-    def __init__(self, model: torch.nn.Module, options: Any, accelerator: Accelerator):
+    def __init__(self, model: torch.nn.Module, options: Any, accelerator: Accelerator, num_timesteps: int = 1000):
         kind = accelerator.distributed_type
         if kind is not DistributedType.NO and not kind.value.startswith("MULTI_"):
             raise ValueError(f"training runs on one device or data-parallel ones, not under {kind.value}")
@@ -127,6 +132,7 @@ class TrainingState:
         self.ema: EMAModel | None = None
         if options.ema:
             self.ema_model, self.ema = average_of(model, options)
+        self.loss_history = LossHistory(num_timesteps) if options.timestep_sampling == "loss-second-moment" else None
         optimizer = torch.optim.AdamW(
             self.parameters,
             lr=options.learning_rate,
@@ -169,6 +175,8 @@ class TrainingState:
         }
         save_file(self.model.state_dict(), folder / "model.safetensors")
         save_file(moments, folder / "optimizer.safetensors")
+        if self.loss_history is not None:
+            save_file(self.loss_history.state_dict(), folder / "loss_history.safetensors")
         scaler = self.accelerator.scaler
         numbers = {
             "step": self.step,
@@ -190,6 +198,8 @@ class TrainingState:
             moments.setdefault(names[parameter], {})[key] = value
         self.optimizer.load_state_dict({"state": moments, "param_groups": numbers["param_groups"]})
         self.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
+        if self.loss_history is not None:
+            self.loss_history.load_state_dict(load_file(folder / "loss_history.safetensors"))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
         if self.ema is not None and self.ema_model is not None:
@@ -275,38 +285,60 @@ class Draws:
     """The random numbers of one optimiser step, for the global batch of B images; dropout has its own.
 
     Attributes:
-        timesteps: (B,), each uniform on 0 .. T-1.
+        timesteps: (B,), on 0 .. T-1.
+        weights: (B,), factors of the losses, of mean 1: 1 / (T p) for timesteps drawn with probabilities p.
         noise: (B, C, H, W), standard normal.
         flip: (B,), true for half.
         coin: (B,), uniform on [0, 1): labels are dropped where it is below the probability.
+        shift: (B, 2), uniform on [0, 1), see `random_shift`.
+        crop: (B, 3), uniform on [0, 1), see `random_crop`.
     """
 
     timesteps: torch.Tensor
+    weights: torch.Tensor
     noise: torch.Tensor
     flip: torch.Tensor
     coin: torch.Tensor
+    shift: torch.Tensor
+    crop: torch.Tensor
 
     def __getitem__(self, share: slice) -> "Draws":
-        return Draws(self.timesteps[share], self.noise[share], self.flip[share], self.coin[share])
+        return Draws(**{name: value[share] for name, value in vars(self).items()})
 
 
 def draw_step(
-    options: Any, step: int, shape: Sequence[int], num_timesteps: int, device: torch.device | str = "cpu"
+    options: Any,
+    step: int,
+    shape: Sequence[int],
+    num_timesteps: int,
+    device: torch.device | str = "cpu",
+    probabilities: torch.Tensor | None = None,
 ) -> Draws:
-    """The draws of optimiser step `step` for images of `shape` (C, H, W); a function of (seed, step)."""
+    """The draws of optimiser step `step` for images of `shape` (C, H, W); a function of (seed, step).
+
+    Args:
+        probabilities: of the timesteps, (T,); None draws them evenly.
+    """
     size = options.batch_size
     generator = keyed_generator(device, options.seed, NOISE, step)
-    if options.timestep_sampling == "stratified":
+    weights = torch.ones(size, device=device)
+    if options.timestep_sampling == "uniform":
+        timesteps = torch.randint(num_timesteps, (size,), generator=generator, device=device)
+    else:
         # One timestep from each of B equal parts of the range; shuffled, so that no process gets only low noise.
         places = torch.randperm(size, generator=generator, device=device) + torch.rand(
             size, generator=generator, device=device
         )
         timesteps = (places * (num_timesteps / size)).long().clamp_(max=num_timesteps - 1)
-    else:
-        timesteps = torch.randint(num_timesteps, (size,), generator=generator, device=device)
+        if probabilities is not None:  # the range is then that of the distribution function
+            probabilities = probabilities.to(device, torch.float32)
+            timesteps = torch.searchsorted(probabilities.cumsum(0), places / size, right=True)
+            timesteps.clamp_(max=num_timesteps - 1)
+            weights = 1 / (num_timesteps * probabilities[timesteps])
     noise = torch.randn((size, *shape), generator=generator, device=device)
     flip, coin = torch.rand((2, size), generator=generator, device=device)
-    return Draws(timesteps, noise, flip < 0.5, coin)
+    shift, crop = torch.rand((size, 5), generator=generator, device=device).split([2, 3], dim=1)
+    return Draws(timesteps, weights, noise, flip < 0.5, coin, shift, crop)
 
 
 def training_steps(
@@ -321,7 +353,7 @@ def training_steps(
         state: what is trained; the loop starts at `state.step`.
         data: images in [-1, 1], with labels if `conditional`.
         loss: per-example loss.
-        options: `DataOptions`, `OptimizationOptions` and, if `conditional`, `class_dropout_prob`, in one object.
+        options: `DataOptions`, `OptimizationOptions`, `AugmentationOptions` and `class_dropout_prob`, in one object.
         conditional: whether the loss gets the labels.
 
     Raises:
@@ -337,28 +369,33 @@ def training_steps(
     record = None
     while state.step < options.max_train_steps:
         started = time.perf_counter()
-        draws = draw_step(options, state.step, data.shape, num_timesteps, accelerator.device)
-        sums = torch.zeros(2, 4, device=accelerator.device)
+        history = state.loss_history
+        probabilities = None if history is None else history.probabilities()
+        draws = draw_step(options, state.step, data.shape, num_timesteps, accelerator.device, probabilities)
+        sums, part_losses = torch.zeros(2, 4, device=accelerator.device), []
         for part, share in enumerate(shares):
             drawn = draws[share]
             x0, labels = prepare(next(batches), drawn, data, options, conditional)
             torch.manual_seed(derive_seed(options.seed, DROPOUT, state.step, accelerator.process_index, part))
             with nullcontext() if part == len(shares) - 1 else accelerator.no_sync(state.network):
                 losses = loss(state.network, x0, drawn.timesteps, drawn.noise, labels)
-                accelerator.backward(losses.mean() / len(shares))
-            sums += sums_by_quartile(losses.detach(), drawn.timesteps, num_timesteps)
+                accelerator.backward((losses * drawn.weights).mean() / len(shares))
+            part_losses.append(losses.detach())
+            sums += sums_by_quartile(losses.detach(), drawn, num_timesteps)
+        if history is not None:
+            history.update(draws.timesteps, gather_parts(part_losses, accelerator))
         learning_rate = state.lr_scheduler.get_last_lr()[0]
         gradient_norm = state.update(options.max_grad_norm)
         if record is not None:
             record.check_finite()
-        loss_sums, counts = accelerator.reduce(sums, reduction="sum")
+        loss_sums, weights = accelerator.reduce(sums, reduction="sum")
         record = StepRecord(
             step=state.step,
             learning_rate=learning_rate,
             ema_decay=state.ema and state.ema.cur_decay_value,
             images_per_second=options.batch_size / (time.perf_counter() - started),
             skipped=state.optimizer.step_was_skipped,
-            figures=torch.cat([loss_sums.sum()[None] / options.batch_size, gradient_norm[None], loss_sums / counts]),
+            figures=torch.cat([loss_sums.sum()[None] / options.batch_size, gradient_norm[None], loss_sums / weights]),
         )
         yield record
     if record is not None:
@@ -382,11 +419,15 @@ def load_batches(
 def prepare(
     batch: dict[str, torch.Tensor], draws: Draws, data: ImageDataset, options: Any, conditional: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(images, labels) of one micro-batch on the device, flipped and with labels dropped where `draws` say so."""
+    """(images, labels) of one micro-batch on the device, augmented and with labels dropped as `draws` say."""
     device = draws.noise.device
     x0 = batch["images"].to(device, non_blocking=True)
     if options.random_flip:
-        x0 = torch.where(draws.flip[:, None, None, None], x0.flip(-1), x0)
+        x0 = random_flip(x0, draws.flip)
+    if options.random_crop:
+        x0 = random_crop(x0, draws.crop)
+    if options.random_shift:
+        x0 = random_shift(x0, draws.shift, options.random_shift)
     if not conditional:
         return x0, None
     labels = batch["labels"].to(device, non_blocking=True)
@@ -395,7 +436,13 @@ def prepare(
     return x0, labels
 
 
-def sums_by_quartile(losses: torch.Tensor, timesteps: torch.Tensor, num_timesteps: int) -> torch.Tensor:
-    """(sum of losses, number of examples) in each quarter of the timesteps, shape (2, 4)."""
-    rows = torch.stack([losses, torch.ones_like(losses)])
-    return rows.new_zeros(2, 4).index_add_(1, timesteps * 4 // num_timesteps, rows)
+def gather_parts(parts: Sequence[torch.Tensor], accelerator: Accelerator) -> torch.Tensor:
+    """(B,) values of the global batch in its own order, from those of each process's parts, see `batch_shares`."""
+    own = torch.stack(list(parts))
+    return accelerator.gather(own).unflatten(0, (accelerator.num_processes, len(own))).transpose(0, 1).flatten()
+
+
+def sums_by_quartile(losses: torch.Tensor, draws: Draws, num_timesteps: int) -> torch.Tensor:
+    """Weighted sum of losses, and sum of weights, in each quarter of the timesteps, shape (2, 4)."""
+    rows = torch.stack([losses * draws.weights, draws.weights])
+    return rows.new_zeros(2, 4).index_add_(1, draws.timesteps * 4 // num_timesteps, rows)

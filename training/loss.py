@@ -1,10 +1,13 @@
-"""L_simple (Ho et al. 2020, eq. 14) and its relatives: prediction targets, distances, weights over noise levels."""
+"""L_simple (Ho et al. 2020, eq. 14) and its relatives: prediction targets, distances, weights over noise levels.
+
+And the loss of a classifier of noisy images.
+"""
 
 from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch.nn.functional import huber_loss, l1_loss, mse_loss
+from torch.nn.functional import cross_entropy, huber_loss, l1_loss, mse_loss
 
 from diffusers_dpm.schedulers import VPNoiseSchedule
 
@@ -127,3 +130,39 @@ class DenoisingLoss:
             raise ValueError(f"the network returned {tuple(output.shape)} for images of {tuple(target.shape)}")
         self.weights = self.weights.to(t.device)
         return self.distance(output, target, reduction="none").flatten(1).mean(dim=1) * self.weights[t]
+
+
+class ClassifierLoss:
+    """How surprised a classifier of noisy images is: -log p(y | x_t) in nats; log K for one that has learned nothing.
+
+    Its minimum is the posterior of the noised data at every t. Noise, noising and cross-entropy are float32; only the
+    network may compute in less.
+
+    Args:
+        schedule: the forward process.
+    """
+
+    def __init__(self, schedule: VPNoiseSchedule):
+        self.schedule = schedule
+
+    def __call__(
+        self,
+        model: Callable[..., Any],
+        x0: torch.Tensor,
+        t: torch.Tensor,
+        noise: torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Cross-entropy per example, shape (B,), float32.
+
+        Args:
+            model: called as a `NoisyClassifier`, `model(x_t, t).logits`.
+            x0: clean images (B, C, H, W).
+            t: timesteps (B,), integers in 0 .. T-1.
+            noise: standard normal, of x0's shape.
+            class_labels: (B,), required.
+        """
+        if class_labels is None:
+            raise ValueError("the loss of a classifier needs class_labels")
+        x_t = self.schedule.add_noise(x0.float(), noise.float(), t)
+        return cross_entropy(model(x_t, t).logits.float(), class_labels, reduction="none")

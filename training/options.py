@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
+from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS
 from diffusers_dpm.training.loss import LossType, PredictionType, Weighting
 from diffusers_dpm.training.unet_presets import PRESETS
 
@@ -51,6 +52,16 @@ class DataOptions:
 
 
 @dataclass
+class AugmentationOptions:
+    _argument_group_name = "augmentation"
+
+    random_shift: int = field(default=0, metadata={"help": "move images by up to so many pixels each way"})
+    random_crop: bool = field(
+        default=False, metadata={"help": "enlarge parts of images, whose sides are 0.8 to 1 of the image's"}
+    )
+
+
+@dataclass
 class ModelOptions:
     _argument_group_name = "model"
 
@@ -68,6 +79,31 @@ class ModelOptions:
     class_conditional: bool = field(default=False, metadata={"help": "the network gets the labels"})
     class_dropout_prob: float = field(
         default=0.0, metadata={"help": "part of the images trained without label; adds a class that means none"}
+    )
+
+
+@dataclass
+class ClassifierOptions:
+    _argument_group_name = "model"
+
+    preset: str | None = field(
+        default=None,
+        metadata={"choices": tuple(CLASSIFIER_PRESETS), "help": "classifier (default: made for the images' size)"},
+    )
+    classifier_config: str | None = field(
+        default=None, metadata={"help": "NoisyClassifier config.json, or its folder, instead of a preset"}
+    )
+    init_from_unet: bool = field(
+        default=False, metadata={"help": "start from the encoder of the run's U-Net, instead of a preset"}
+    )
+    pool: Literal["adaptive", "attention", "spatial"] | None = field(
+        default=None, metadata={"help": "the classifier's head (default: the config's; presets adaptive)"}
+    )
+    dropout: float | None = field(
+        default=None, metadata={"help": "dropout in residual blocks (default: the config's; presets none)"}
+    )
+    num_classes: int | None = field(
+        default=None, metadata={"help": "number of classes; must fit the labels (default: the data's)"}
     )
 
 
@@ -118,21 +154,34 @@ class OptimizationOptions:
         default=1, metadata={"help": "parts that each process computes its batch in"}
     )
     learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate"})
-    lr_scheduler: Literal["constant", "cosine"] = field(default="constant", metadata={"help": "after the warm-up"})
+    lr_scheduler: Literal["constant", "linear", "cosine"] = field(
+        default="constant", metadata={"help": "after the warm-up: constant, or down to 0 at the end"}
+    )
     lr_warmup_steps: int = field(default=500, metadata={"help": "optimiser steps of linear warm-up"})
     adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta 1"})
     adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta 2"})
     adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon"})
     adam_weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay"})
     max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm; 0 does not clip"})
-    timestep_sampling: Literal["stratified", "uniform"] = field(
-        default="stratified", metadata={"help": "noise levels of a batch: spread evenly, or independent"}
+    timestep_sampling: Literal["stratified", "uniform", "loss-second-moment"] = field(
+        default="stratified",
+        metadata={"help": "noise levels of a batch: spread evenly, independent, or more where the loss is large"},
     )
     mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
         default=None, metadata={"help": "precision of the network (default: as accelerate is configured, else no)"}
     )
     cpu: bool = field(default=False, metadata={"help": "use the CPU even if there is an accelerator"})
     seed: int = field(default=0, metadata={"help": "weights, data order and noise all follow from it"})
+
+
+@dataclass
+class ClassifierOptimizationOptions(OptimizationOptions):
+    max_train_steps: int = field(default=10_000, metadata={"help": "optimiser steps in all, resumed ones included"})
+    learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate"})
+    lr_scheduler: Literal["constant", "linear", "cosine"] = field(
+        default="linear", metadata={"help": "after the warm-up: constant, or down to 0 at the end"}
+    )
+    adam_weight_decay: float = field(default=0.05, metadata={"help": "AdamW's weight decay"})
 
 
 @dataclass
@@ -152,10 +201,16 @@ class EMAOptions:
 
 
 @dataclass
-class CheckpointOptions:
-    _argument_group_name = "run folder and checkpoints"
+class RunFolderOptions:
+    _argument_group_name = "run folder"
 
     output_dir: str | None = field(default=None, metadata={"help": "run folder; it becomes the trained pipeline"})
+
+
+@dataclass
+class CheckpointOptions:
+    _argument_group_name = "checkpoints"
+
     checkpoint_every: int = field(
         default=1000, metadata={"help": "optimiser steps between checkpoints; 0: only at the end"}
     )
@@ -169,7 +224,7 @@ class CheckpointOptions:
             "help": "go on from PATH, or from the run's latest checkpoint",
         },
     )
-    overwrite: bool = field(default=False, metadata={"help": "delete an earlier run in the run folder"})
+    overwrite: bool = field(default=False, metadata={"help": "delete an earlier run in the same folder"})
     dry_run: bool = field(default=False, metadata={"help": "print what would run; write nothing"})
 
 
@@ -181,6 +236,12 @@ class LoggingOptions:
         default="tensorboard", metadata={"help": "log in the run folder's logs/"}
     )
     log_every: int = field(default=50, metadata={"help": "optimiser steps per log entry, which is their mean"})
+
+
+@dataclass
+class SampleOptions:
+    _argument_group_name = "samples"
+
     sample_every: int = field(default=1000, metadata={"help": "optimiser steps between sample grids; 0: none"})
     sample_steps: int = field(default=25, metadata={"help": "DDIM steps of the sample grids"})
     num_samples: int = field(
@@ -188,12 +249,24 @@ class LoggingOptions:
     )
 
 
+@dataclass
+class EvaluationOptions:
+    _argument_group_name = "held-out accuracy"
+
+    eval_split: str | None = field(
+        default=None, metadata={"help": "part of the data to measure on (default: measure only with --eval-data)"}
+    )
+    eval_data: str | None = field(default=None, metadata={"help": "as --data, if it is not the same"})
+    eval_draws: int = field(default=4, metadata={"help": "noises for each image in each range of timesteps"})
+
+
 AT_LEAST_ONE = (
-    "num_train_timesteps max_train_steps batch_size gradient_accumulation_steps log_every sample_steps num_samples"
+    "num_train_timesteps max_train_steps batch_size gradient_accumulation_steps log_every sample_steps num_samples "
+    "eval_draws num_classes"
 )
 NOT_NEGATIVE = (
     "cache_gigabytes dataloader_num_workers lr_warmup_steps learning_rate adam_weight_decay max_grad_norm seed "
-    "checkpoint_every checkpoints_total_limit sample_every huber_delta"
+    "checkpoint_every checkpoints_total_limit sample_every huber_delta random_shift"
 )
 FRACTIONS = "dropout class_dropout_prob ema_decay adam_beta1 adam_beta2"
 
@@ -209,7 +282,7 @@ def check_ranges(options: Any) -> None:
         (FRACTIONS, lambda value: 0 <= value < 1, "lie in [0, 1)"),
         ("channels", lambda value: value == "auto" or (value.isdigit() and int(value) > 0), "be auto or a number"),
         ("resolution", lambda value: len(value) in (1, 2) and min(value) > 0, "be one or two positive numbers"),
-        ("data output_dir", lambda value: value != "", "not be empty"),
+        ("data output_dir eval_data", lambda value: value != "", "not be empty"),
     )
     for names, holds, demand in rules:
         for name in names.split():

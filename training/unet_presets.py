@@ -54,21 +54,29 @@ def choose_preset(size: tuple[int, int]) -> str:
     )
 
 
-def read_unet_config(path: str | Path) -> dict[str, Any]:
-    """The config of a UNet2DModel from its JSON file or the folder that holds it, without diffusers' private keys.
+def read_config(path: str | Path, class_name: str) -> dict[str, Any]:
+    """The config of a model from its JSON file or the folder that holds it, without diffusers' private keys.
 
     Raises:
-        ValueError: no such file, or not the config of a UNet2DModel.
+        ValueError: no such file, or not the config of a `class_name`.
     """
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the U-Net config {path}: {error}") from error
-    if not isinstance(config, dict) or config.get("_class_name", "UNet2DModel") != "UNet2DModel":
-        raise ValueError(f"{path} is not the config of a UNet2DModel")
+        raise ValueError(f"cannot read the config {path}: {error}") from error
+    if not isinstance(config, dict) or config.get("_class_name", class_name) != class_name:
+        raise ValueError(f"{path} is not the config of a {class_name}")
     return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def check_demands(config: dict[str, Any], required: dict[str, Any]) -> None:
+    """Raise ValueError for a key to which `config` gives another value than the data requires."""
+    for key, value in required.items():
+        given = config.get(key)
+        if given is not None and (tuple(given) if isinstance(given, list) else given) != value:
+            raise ValueError(f"the config has {key} {given}, the data needs {value}")
 
 
 def build_unet(
@@ -94,10 +102,7 @@ def build_unet(
     channels, height, width = shape
     size = height if height == width else (height, width)
     required = {"in_channels": channels, "out_channels": channels, "sample_size": size}
-    for key, value in required.items():
-        given = config.get(key)
-        if given is not None and (tuple(given) if isinstance(given, list) else given) != value:
-            raise ValueError(f"the U-Net config has {key} {given}, the images need {value}")
+    check_demands(config, required)
     config = {**config, **required, "num_class_embeds": num_class_embeds}
     if dropout is not None:
         config["dropout"] = dropout

@@ -26,7 +26,7 @@ def test_version(capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["trian"], "did you mean train?"), (["xyz"], "the commands are train, demo")],
+    [(["trian"], "did you mean train?"), (["xyz"], f"the commands are {', '.join(COMMANDS)}")],
 )
 def test_unknown_command(arguments, message, capsys):
     assert main(arguments) == 2

@@ -71,7 +71,7 @@ def test_stratified_timesteps_spread_evenly(options):
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
-@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_learning_rate_counts_optimiser_steps(trainer, schedule, accumulation):
     run = trainer(lr_scheduler=schedule, gradient_accumulation_steps=accumulation, max_train_steps=10)
     rates = [record.learning_rate for _, record in train(run)]
@@ -79,7 +79,8 @@ def test_learning_rate_counts_optimiser_steps(trainer, schedule, accumulation):
     def rate(step):
         if step < 2:
             return step / 2
-        return 1.0 if schedule == "constant" else 0.5 * (1 + math.cos(math.pi * (step - 2) / 8))
+        done = (step - 2) / 8
+        return {"constant": 1.0, "linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done))}[schedule]
 
     assert rates == pytest.approx([1e-3 * rate(step) for step in range(10)])
     assert run.state.lr_scheduler.get_last_lr()[0] == pytest.approx(1e-3 * rate(10))

@@ -1,0 +1,141 @@
+"""How well a classifier of noisy images does at each noise level: accuracy, cross-entropy, calibration."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import tqdm
+from torch.nn.functional import cross_entropy
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from diffusers_dpm.schedulers import VPNoiseSchedule
+from diffusers_dpm.training.data import ImageDataset
+from diffusers_dpm.training.loop import EVALUATION, keyed_generator
+
+
+CALIBRATION_BINS = 15
+TITLES = {"accuracy": "accuracy", "cross_entropy": "cross-entropy (nats)", "calibration_error": "calibration error"}
+
+
+@torch.no_grad()
+def accuracy_by_noise_level(
+    classifier: torch.nn.Module,
+    data: ImageDataset,
+    schedule: VPNoiseSchedule,
+    *,
+    num_ranges: int = 10,
+    draws: int = 4,
+    batch_size: int = 128,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Accuracy, cross-entropy and expected calibration error in equal ranges of the timesteps, and on clean images.
+
+    Timesteps and noise of image i depend on (seed, i) alone: the same in any batch, on any device, for any classifier.
+
+    Args:
+        classifier: called as a `NoisyClassifier`; in evaluation mode meanwhile.
+        data: held-out images with labels.
+        schedule: the forward process, of T timesteps.
+        num_ranges: number of ranges; no more than T are made.
+        draws: timesteps and noises for each image in each range.
+        batch_size: images per call of the classifier.
+        seed: of the timesteps and noises.
+
+    Returns:
+        {"num_images", "draws_per_image", "seed"; "clean": measures, "all": measures, "ranges": [{"timesteps": [first,
+        last], **measures}, ...]}, where measures are {"accuracy", "cross_entropy" (nats), "calibration_error" (15
+        equal bins of confidence)}. Clean images are passed with t = 0; "all" is over all ranges.
+    """
+    ranges = equal_ranges(len(schedule), num_ranges)
+    device = next(classifier.parameters()).device
+    clean: list[torch.Tensor] = []
+    noisy: list[list[torch.Tensor]] = [[] for _ in ranges]
+    labels: list[torch.Tensor] = []
+    was_training = classifier.training
+    classifier.eval()
+    for indices in batches(len(data), batch_size):
+        batch = data[indices]
+        x0 = batch["images"].to(device)
+        generators = [keyed_generator("cpu", seed, EVALUATION, i) for i in indices]
+        clean.append(classifier(x0, 0).logits.float().cpu())
+        labels.append(batch["labels"])
+        for (low, high), found in zip(ranges, noisy, strict=True):
+            for _ in range(draws):
+                x_t, t = noised(x0, schedule, low, high, generators)
+                found.append(classifier(x_t, t).logits.float().cpu())
+    classifier.train(was_training)
+    repeated = torch.cat([part.repeat(draws) for part in labels])
+    return {
+        "num_images": len(data),
+        "draws_per_image": draws,
+        "seed": seed,
+        "clean": measures(torch.cat(clean), torch.cat(labels)),
+        "all": measures(torch.cat([logits for found in noisy for logits in found]), repeated.repeat(len(ranges))),
+        "ranges": [
+            {"timesteps": [low, high - 1], **measures(torch.cat(found), repeated)}
+            for (low, high), found in zip(ranges, noisy, strict=True)
+        ],
+    }
+
+
+def noised(
+    x0: torch.Tensor, schedule: VPNoiseSchedule, low: int, high: int, generators: Sequence[torch.Generator]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x_t, t) with t from low .. high - 1, drawn for each image by its own generator on the CPU."""
+    uniform = torch.stack([torch.rand((), generator=generator) for generator in generators])
+    noise = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators])
+    t = (low + uniform * (high - low)).long().clamp(max=high - 1).to(x0.device)
+    return schedule.add_noise(x0, noise.to(x0.device), t), t
+
+
+def equal_ranges(num_timesteps: int, num_ranges: int) -> list[tuple[int, int]]:
+    """(first, end) of `num_ranges` equal parts of the timesteps, or of as many as there are."""
+    num_ranges = min(num_ranges, num_timesteps)
+    return list(pairwise(num_timesteps * i // num_ranges for i in range(num_ranges + 1)))
+
+
+def batches(num_examples: int, batch_size: int) -> Iterator[list[int]]:
+    """All indices in order, with a progress bar."""
+    starts = tqdm(range(0, num_examples, batch_size), desc="held-out accuracy", unit="batch", leave=False)
+    return (list(range(start, min(start + batch_size, num_examples))) for start in starts)
+
+
+def measures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Accuracy, cross-entropy and expected calibration error of logits (N, K) for labels (N,), summed in float64."""
+    logits = logits.double()
+    calibration_error = multiclass_calibration_error(
+        logits.softmax(dim=1), labels, num_classes=logits.shape[1], n_bins=CALIBRATION_BINS
+    )
+    return {
+        "accuracy": (logits.argmax(dim=1) == labels).double().mean().item(),
+        "cross_entropy": cross_entropy(logits, labels).item(),
+        "calibration_error": calibration_error.item(),
+    }
+
+
+def accuracy_table(result: dict[str, Any]) -> str:
+    """The result as a Markdown table."""
+    rows = [("clean, t = 0", result["clean"])]
+    rows += [("{} to {}".format(*row["timesteps"]), row) for row in result["ranges"]]
+    rows += [("all noisy", result["all"])]
+    lines = ["| timesteps | " + " | ".join(TITLES.values()) + " |", "|---|" + "---|" * len(TITLES)]
+    lines += [f"| {name} | " + " | ".join(f"{row[key]:.3f}" for key in TITLES) + " |" for name, row in rows]
+    return "\n".join(lines)
+
+
+def plot_accuracy(result: dict[str, Any], path: Path, num_classes: int) -> None:
+    """The result over the timesteps, as a picture; dotted is what guessing gives."""
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(11, 3), layout="constrained")
+    guessing: Sequence[float] = (1 / num_classes, torch.tensor(num_classes).log().item(), 0.0)
+    for axis, (key, title), guess in zip(figure.subplots(1, len(TITLES)), TITLES.items(), guessing, strict=True):
+        middles = [sum(row["timesteps"]) / 2 for row in result["ranges"]]
+        axis.plot(middles, [row[key] for row in result["ranges"]], marker="o", label="noisy")
+        axis.plot(0, result["clean"][key], marker="s", linestyle="", label="clean")
+        axis.axhline(guess, color="grey", linestyle=":")
+        axis.set(title=title, xlabel="timestep", ylim=(0, None))
+    axis.legend()
+    figure.savefig(path, dpi=120)

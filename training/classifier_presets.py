@@ -1,0 +1,53 @@
+"""Classifiers of noisy images for the usual image sizes: a preset for each of the U-Nets'."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers import UNet2DModel
+
+from diffusers_dpm.pipelines.modeling_noisy_classifier import NoisyClassifier
+from diffusers_dpm.training.unet_presets import check_demands, ddpm_unet
+
+
+def ddpm_encoder(block_out_channels: Sequence[int], layers: int, attention: Sequence[int], groups: int = 32) -> dict:
+    """Config of the encoder of `ddpm_unet`, without its dropout."""
+    unet = ddpm_unet(block_out_channels, layers, attention, groups)
+    return {key: value for key, value in unet.items() if key not in ("up_block_types", "dropout")}
+
+
+# By the names of `unet_presets.PRESETS`, with about half of the U-Net's parameters or fewer.
+CLASSIFIER_PRESETS: dict[str, dict[str, Any]] = {
+    "digits-8x8": ddpm_encoder((32, 64), layers=1, attention=(1,), groups=8),
+    "28x28": ddpm_encoder((32, 64, 128), layers=1, attention=(1,)),
+    "cifar10-small": ddpm_encoder((64, 128, 128), layers=2, attention=(1, 2)),
+    "cifar10-ddpm": ddpm_encoder((64, 128, 256, 256), layers=2, attention=(1, 2)),
+    "64x64": ddpm_encoder((64, 128, 192, 256), layers=2, attention=(2, 3)),
+}
+
+
+def build_classifier(
+    config: dict[str, Any] | UNet2DModel, shape: Sequence[int], num_classes: int, **changes: Any
+) -> NoisyClassifier:
+    """A new classifier for images of `shape` (C, H, W), its weights drawn from torch's global generator.
+
+    Args:
+        config: keywords of `NoisyClassifier`; or a trained U-Net, whose encoder is taken over.
+        shape: (C, H, W).
+        num_classes: number of classes.
+        changes: keywords that go before the config; None leaves the config's.
+
+    Raises:
+        ValueError: the config has a key that the class does not know, or the classifier does not fit the images.
+    """
+    channels, height, width = shape
+    size = height if height == width else (height, width)
+    required = {"num_classes": num_classes, "in_channels": channels, "sample_size": size}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if isinstance(config, UNet2DModel):
+        return NoisyClassifier.from_unet(config, **{**changes, **required})
+    unknown = config.keys() - inspect.signature(NoisyClassifier).parameters.keys()
+    if unknown:
+        raise ValueError(f"NoisyClassifier has no option {', '.join(sorted(unknown))}")
+    check_demands(config, required)
+    return NoisyClassifier(**{**config, **changes, **required})

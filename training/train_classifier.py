@@ -1,0 +1,235 @@
+"""Train a classifier of noisy images for a trained pipeline: what classifier guidance needs.
+
+diffusers-dpm train-classifier runs/digits --data digits --eval-split test
+python -m diffusers_dpm.training.train_classifier runs/digits runs/digits/classifier_training/training_options.json \
+    --resume
+
+It learns p(y | x_t) at the noise levels of the run's own scheduler. The run folder gets
+
+    classifier/                  the `NoisyClassifier`, and nothing else
+    classifier_accuracy.*        held-out accuracy by noise level: JSON and a plot
+    classifier_training/         options, checkpoints, log
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import UNet2DModel
+
+from diffusers_dpm.command_line import load_pipeline, take_model
+from diffusers_dpm.pipelines import NoisyClassifier
+from diffusers_dpm.schedulers import DDPMScheduler
+from diffusers_dpm.training.checkpoints import atomic_folder
+from diffusers_dpm.training.classifier_accuracy import (
+    accuracy_by_noise_level,
+    accuracy_table,
+    plot_accuracy,
+)
+from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS, build_classifier
+from diffusers_dpm.training.data import ImageDataset, describe
+from diffusers_dpm.training.loss import ClassifierLoss
+from diffusers_dpm.training.options import (
+    AugmentationOptions,
+    CheckpointOptions,
+    ClassifierOptimizationOptions,
+    ClassifierOptions,
+    DataOptions,
+    EMAOptions,
+    EvaluationOptions,
+    LoggingOptions,
+    check_ranges,
+    parse_options,
+)
+from diffusers_dpm.training.trainer import OPTIONS_FILE, Trainer, load_data, remove, run_command, write_json
+from diffusers_dpm.training.unet_presets import choose_preset, read_config
+
+
+@dataclasses.dataclass
+class ClassifierTrainingOptions(
+    DataOptions,
+    AugmentationOptions,
+    ClassifierOptions,
+    ClassifierOptimizationOptions,
+    EMAOptions,
+    CheckpointOptions,
+    LoggingOptions,
+    EvaluationOptions,
+):
+    """Options of `diffusers-dpm train-classifier`. Raises ValueError for numbers out of range."""
+
+    class_dropout_prob = 0.0  # every image keeps its label
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+class ClassifierTrainer(Trainer):
+    """The training of a `NoisyClassifier` for the pipeline in a folder.
+
+    Args:
+        pipeline_folder: its scheduler gives the noise levels, its U-Net the shape of the images.
+        options: what to train, on what and how.
+
+    Attributes:
+        eval_data: what accuracy is measured on at the end; None if the options name nothing.
+
+    Raises:
+        ValueError: as `Trainer`; no pipeline in the folder; images, labels or class names that do not fit.
+    """
+
+    weights = "classifier/diffusion_pytorch_model.safetensors"
+    conditional = True
+
+    def __init__(self, pipeline_folder: str | Path, options: ClassifierTrainingOptions):
+        self.folder = Path(pipeline_folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"{self.folder} is not a folder")
+        run_folder = self.folder / "classifier_training"
+        if (self.folder / "classifier").exists() and not run_folder.exists() and not options.overwrite:
+            raise ValueError(f"{self.folder / 'classifier'} exists already; --overwrite replaces it")
+        self.pipeline = load_pipeline(str(self.folder))
+        super().__init__(options, run_folder)
+
+    def _load_data(self) -> ImageDataset:
+        options = self.options
+        self.eval_data: ImageDataset | None = None
+        if options.eval_data or options.eval_split:
+            self.eval_data = load_data(options, require_labels=True, data=options.eval_data, split=options.eval_split)
+        return load_data(options, require_labels=True)
+
+    def _build(self) -> tuple[NoisyClassifier, ClassifierLoss]:
+        data, unet = self.data, self.pipeline.unet
+        self.num_classes = self.options.num_classes or data.num_classes
+        for images in (data, self.eval_data or data):
+            check_shape(images, unet)
+            check_labels(images, self.num_classes)
+            if images.class_names != data.class_names:
+                raise ValueError(f"the held-out data's classes are {images.class_names}, not {data.class_names}")
+        scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        return build_network(unet, data, self.num_classes, self.options), ClassifierLoss(scheduler.schedule)
+
+    def _facts(self) -> dict[str, Any]:
+        """Also the pipeline's noise levels: it may have been trained anew."""
+        ends = self.loss.schedule.alphas_cumprod[[0, len(self.loss.schedule) // 2, -1]].tolist()
+        levels = f"{len(self.loss.schedule)} timesteps, alphas_cumprod {', '.join(f'{value:.6g}' for value in ends)}"
+        return {**super()._facts(), "noise schedule": levels, "classes": self.data.class_names}
+
+    def _warnings(self) -> list[str]:
+        unmeasured = ["no --eval-split or --eval-data: held-out accuracy will not be measured"]
+        return super()._warnings() + ([] if self.eval_data else unmeasured)
+
+    def _save_model(self, folder: Path) -> None:
+        self.model.save_pretrained(folder / "classifier")
+
+    def _finish(self) -> str:
+        """Write the classifier and its held-out accuracy beside the pipeline."""
+        if self.accelerator.is_main_process:
+            with atomic_folder(self.folder / "classifier") as folder:
+                self.model.save_pretrained(folder)
+            for path in self._accuracy_files():  # of an earlier classifier
+                remove(path)
+            if self.eval_data is not None:
+                self._measure(self.eval_data)
+        self.accelerator.wait_for_everyone()
+        return f"the classifier is {self.folder / 'classifier'}"
+
+    def _measure(self, data: ImageDataset) -> None:
+        options = self.options
+        result = accuracy_by_noise_level(
+            self.model,
+            data,
+            self.loss.schedule,
+            draws=options.eval_draws,
+            batch_size=options.batch_size,
+        )
+        source = {"data": options.eval_data or options.data, "split": options.eval_split or options.split}
+        record, picture = self._accuracy_files()
+        write_json(record, {**source, **result})
+        print(accuracy_table(result))
+        plot_accuracy(result, picture, self.num_classes)
+
+    def _accuracy_files(self) -> list[Path]:
+        return [self.folder / f"classifier_accuracy.{suffix}" for suffix in ("json", "png")]
+
+    def _outputs(self) -> list[Path]:
+        training = [self.run_folder / name for name in ("checkpoints", "logs", OPTIONS_FILE)]
+        return [self.folder / "classifier", *self._accuracy_files(), *training]
+
+    def _resume_command(self) -> str:
+        return f"diffusers-dpm train-classifier {self.folder} {self.run_folder / OPTIONS_FILE} --resume"
+
+
+def train_classifier(pipeline_folder: str | Path, options: ClassifierTrainingOptions) -> Path:
+    """Train as `options` say; returns the classifier's folder. Raises as `ClassifierTrainer` does."""
+    ClassifierTrainer(pipeline_folder, options).run()
+    return Path(pipeline_folder) / "classifier"
+
+
+def build_network(
+    unet: UNet2DModel, data: ImageDataset, num_classes: int, options: ClassifierTrainingOptions
+) -> NoisyClassifier:
+    """The classifier for the data, from the options' preset or config file, or from the U-Net."""
+    if sum(map(bool, (options.preset, options.classifier_config, options.init_from_unet))) > 1:
+        raise ValueError("pass only one of --preset, --classifier-config and --init-from-unet")
+    config: dict[str, Any] | UNet2DModel
+    if options.init_from_unet:
+        config = unet
+    elif options.classifier_config:
+        config = read_config(options.classifier_config, "NoisyClassifier")
+    else:
+        config = CLASSIFIER_PRESETS[options.preset or choose_preset((data.shape[1], data.shape[2]))]
+    names = data.class_names
+    id2label = {str(i): name for i, name in enumerate(names)} if names else None
+    return build_classifier(
+        config, data.shape, num_classes, id2label=id2label, pool=options.pool, dropout=options.dropout
+    )
+
+
+def check_shape(data: ImageDataset, unet: UNet2DModel) -> None:
+    """Raise ValueError for images of another shape than the U-Net's."""
+    size = unet.config.sample_size or data.shape[1:]
+    shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    if data.shape != shape:
+        raise ValueError(
+            f"the pipeline's U-Net is for {describe(shape)}, the data is {describe(data.shape)}; "
+            "--resolution and --channels convert it"
+        )
+
+
+def check_labels(data: ImageDataset, num_classes: int) -> None:
+    """Raise ValueError for another number of named classes, and for labels outside 0 .. num_classes - 1."""
+    if data.class_names and len(data.class_names) != num_classes:
+        raise ValueError(
+            f"--num-classes is {num_classes}, the data has {len(data.class_names)}: {', '.join(data.class_names)}"
+        )
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"labels must lie in 0 .. {num_classes - 1}, the data's go from {low} to {high}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code, see `run_command`."""
+
+    def make_trainer() -> ClassifierTrainer:
+        prog = "diffusers-dpm train-classifier"
+        folder, rest = take_model(sys.argv[1:] if argv is None else argv, prog)
+        options = parse_options(
+            ClassifierTrainingOptions.__bases__,
+            ClassifierTrainingOptions,
+            rest,
+            prog=f"{prog} RUN",
+            description="Train a classifier of noisy images for the pipeline in RUN, for classifier guidance.",
+        )
+        return ClassifierTrainer(folder, options)
+
+    return run_command(make_trainer)
+
+
+if __name__ == "__main__":
+    # The installed module and not this second copy, so that every class exists once.
+    from diffusers_dpm.training.train_classifier import main as installed_main
+
+    sys.exit(installed_main())

@@ -1,0 +1,359 @@
+"""What every training command does: one run with its folder, checkpoints, resuming, plan and log."""
+
+import dataclasses
+import json
+import math
+import shutil
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean, harmonic_mean
+from typing import Any, ClassVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed, tqdm
+
+from diffusers_dpm.training.checkpoints import (
+    atomic_folder,
+    checkpoint_folder,
+    list_checkpoints,
+    prune_checkpoints,
+    remove_incomplete,
+)
+from diffusers_dpm.training.data import DataError, ImageDataset, describe, load_images
+from diffusers_dpm.training.loop import (
+    Loss,
+    NonFiniteLossError,
+    StepRecord,
+    TrainingState,
+    batch_shares,
+    training_steps,
+)
+from diffusers_dpm.training.options import flag
+
+
+# About this call of the command and not about the run: not written down.
+CALL_OPTIONS = frozenset({"resume", "overwrite", "dry_run"})
+# What a resumed run may change: nothing that its weights depend on, beyond rounding.
+MAY_CHANGE = frozenset(
+    {
+        *("output_dir", "checkpoint_every", "checkpoints_total_limit", "log_with", "log_every"),
+        *("sample_every", "sample_steps", "num_samples", "eval_split", "eval_data", "eval_draws"),
+        *("cache_gigabytes", "dataloader_num_workers", "gradient_accumulation_steps", "cpu"),
+    }
+)
+OPTIONS_FILE = "training_options.json"
+
+
+class Trainer(ABC):
+    """One training run. Whatever can be refused is refused on construction, before anything is written.
+
+    A subclass builds the network and the loss, and says how the model is saved and what the run leaves.
+
+    Args:
+        options: what to train, on what and how: the groups of options that all commands share, and the subclass's.
+        run_folder: where checkpoints, log and options lie.
+
+    Attributes:
+        data, loss, state: what is trained on, towards, and trained.
+
+    Raises:
+        ValueError: options that contradict each other, the data, the run folder or the checkpoint to resume.
+    """
+
+    conditional: bool  # whether the loss gets the labels
+    weights: ClassVar[str]  # where a checkpoint holds the averaged weights
+
+    def __init__(self, options: Any, run_folder: Path):
+        if options.data is None:
+            raise ValueError("--data is missing")
+        self.run_folder = run_folder
+        checkpoint = find_checkpoint(options, run_folder)
+        self.accelerator = Accelerator(
+            cpu=options.cpu,
+            mixed_precision=options.mixed_precision,
+            log_with=None if options.log_with == "none" else options.log_with,
+            project_dir=run_folder / "logs",
+        )
+        self.options = dataclasses.replace(options, mixed_precision=self.accelerator.mixed_precision)
+        batch_shares(options, self.accelerator)
+        set_seed(options.seed)
+        with self.accelerator.main_process_first():  # which fills the cache of `datasets`
+            self.data = self._load_data()
+        model, self.loss = self._build()
+        self.state = TrainingState(model, self.options, self.accelerator, len(self.loss.schedule))
+        self.checkpointed_step: int | None = None
+        if checkpoint is not None:
+            self._load(checkpoint)
+
+    @abstractmethod
+    def _load_data(self) -> ImageDataset:
+        """What to train on."""
+
+    @abstractmethod
+    def _build(self) -> tuple[torch.nn.Module, Loss]:
+        """The network for `self.data`, and its loss."""
+
+    @abstractmethod
+    def _save_model(self, folder: Path) -> None:
+        """Write the model into `folder`, its averaged weights as `self.weights`."""
+
+    @abstractmethod
+    def _finish(self) -> str:
+        """Leave what the run is for; called by all processes at the end. Returns a line about it."""
+
+    @abstractmethod
+    def _outputs(self) -> list[Path]:
+        """All that the run writes: what `--overwrite` deletes."""
+
+    @abstractmethod
+    def _resume_command(self) -> str:
+        """The command that resumes the run with all of its options."""
+
+    def _after_step(self, step: int) -> None:  # noqa: B027 (optional)
+        """Called by all processes after each optimiser step."""
+
+    def run(self) -> Path:
+        """Train; returns the run folder. With `dry_run` only prints what would happen.
+
+        Raises:
+            NonFiniteLossError: names the step and the last good checkpoint.
+            DataError: an image that is read during training is broken.
+        """
+        self.accelerator.print(self.plan())
+        if not self.options.dry_run:
+            self._open_run_folder()
+            try:
+                self._train()
+                self._checkpoint()
+                done = self._finish()
+            finally:
+                self.accelerator.end_training()
+            self.accelerator.print(f"trained {self.state.step} steps; {done}")
+        return self.run_folder
+
+    def plan(self) -> str:
+        """What the run does, in a few aligned lines."""
+        options, data, accelerator = self.options, self.data, self.accelerator
+        parameters = sum(parameter.numel() for parameter in self.state.parameters)
+        images = options.max_train_steps * options.batch_size
+        classes = f", {data.num_classes} classes" if data.num_classes else ""
+        start = f", from step {self.state.step:,}" if self.state.step else ""
+        # float32: the model, and in a checkpoint also the raw weights and AdamW's two moments
+        model, checkpoint = 4 * parameters / 1e6, 16 * parameters / 1e6
+        kept = 1 + (options.max_train_steps - 1) // options.checkpoint_every if options.checkpoint_every else 1
+        kept = min(kept, options.checkpoints_total_limit or kept)
+        lines = {
+            "data": f"{len(data):,} images, {describe(data.shape)}{classes}",
+            "network": f"{parameters:,} parameters",
+            "training": f"{options.max_train_steps:,} steps x {options.batch_size} images = {images:,} images, "
+            f"{images / len(data):,.1f} epochs{start}",
+            "device": f"{accelerator.device}, processes {accelerator.num_processes}, accumulation steps "
+            f"{options.gradient_accumulation_steps}, mixed precision {accelerator.mixed_precision}",
+            "disk": f"{model + kept * checkpoint:,.1f} MB: model {model:,.1f} MB, {kept} x checkpoint "
+            f"{checkpoint:,.1f} MB; the log and pictures beside",
+            "run folder": str(self.run_folder),
+        }
+        text = [f"{name:<12}{line}" for name, line in lines.items()]
+        return "\n".join(text + [f"warning: {warning}" for warning in self._warnings()])
+
+    def _warnings(self) -> list[str]:
+        options, warnings = self.options, []
+        if self.state.ema is not None:
+            horizon = 1 / (1 - self.state.ema.get_decay(options.max_train_steps))
+            if horizon > options.max_train_steps:
+                warnings.append(
+                    f"the EMA averages over {horizon:,.0f} steps, more than the run has: it will still hold early "
+                    "weights; lower --ema-decay or leave --ema-warmup on"
+                )
+        if options.random_flip and any(name in Path(str(options.data)).name.lower() for name in ("digit", "mnist")):
+            warnings.append("--random-flip mirrors the digits too")
+        if options.resume and not self.state.step:
+            warnings.append(f"no checkpoint in {self.run_folder} to resume: starting at step 0")
+        return warnings
+
+    def _load(self, checkpoint: Path) -> None:
+        """Take over a checkpoint, after checking that it is of the same run."""
+        folder = checkpoint / "trainer_state"
+        saved = json.loads((folder / OPTIONS_FILE).read_text())
+        self._check_unchanged(saved["options"], checkpoint)
+        for name, value in self._facts().items():
+            if saved.get(name) != value:
+                raise ValueError(f"{checkpoint} was trained with the {name} {saved.get(name)}, now it is {value}")
+        self.state.load(folder, checkpoint / self.weights)
+        self.checkpointed_step = self.state.step
+        if self.state.step > self.options.max_train_steps:
+            raise ValueError(f"{checkpoint} is past --max-train-steps {self.options.max_train_steps}")
+
+    def _facts(self) -> dict[str, Any]:
+        """What the weights depend on beside the options, as JSON."""
+        return {"data": f"{len(self.data)} images of {describe(self.data.shape)}"}
+
+    def _check_unchanged(self, saved: dict[str, Any], checkpoint: Path) -> None:
+        """Raise ValueError for the first option that would make the resumed run another one."""
+        may_change = MAY_CHANGE | ({"max_train_steps"} if self.options.lr_scheduler == "constant" else set())
+        for name, value in saved_options(self.options).items():
+            if name not in may_change and saved.get(name) != value:
+                raise ValueError(
+                    f"{flag(name)} was {saved.get(name)} and now is {value}: a resumed run keeps it ({checkpoint}; "
+                    f"'{self._resume_command()}' keeps all options)"
+                )
+
+    def _open_run_folder(self) -> None:
+        self.accelerator.wait_for_everyone()  # all have looked at the folder before it changes
+        if self.accelerator.is_main_process:
+            if self.options.overwrite:
+                for path in self._outputs():
+                    remove(path)
+            self.run_folder.mkdir(parents=True, exist_ok=True)
+            remove_incomplete(self.run_folder)
+            write_json(self.run_folder / OPTIONS_FILE, saved_options(self.options))
+        self.accelerator.wait_for_everyone()
+        config = {name: str(value) for name, value in saved_options(self.options).items()}
+        self.accelerator.init_trackers("train", config=config)
+
+    def _train(self) -> None:
+        options, recent = self.options, []
+        steps = training_steps(self.state, self.data, self.loss, options, conditional=self.conditional)
+        with tqdm(total=options.max_train_steps, initial=self.state.step, unit="step") as bar:
+            try:
+                for record in steps:
+                    bar.update()
+                    recent.append(record)
+                    if is_due(record.step, options.log_every) or record.step == options.max_train_steps:
+                        bar.set_postfix_str(self._log(recent))
+                        recent = []
+                    self._after_step(record.step)
+                    if is_due(record.step, options.checkpoint_every):
+                        record.check_finite()
+                        self._checkpoint()
+            except NonFiniteLossError as error:
+                raise NonFiniteLossError(f"{error}; {self._last_good()}") from error
+
+    def _last_good(self) -> str:
+        checkpoints = list_checkpoints(self.run_folder)
+        return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+
+    def _log(self, records: list[StepRecord]) -> str:
+        """Log the means of the steps since the last call; returns the progress bar's text."""
+        last = records[-1]
+        by_quartile = zip(*(record.loss_by_quartile for record in records), strict=True)
+        values = {
+            "loss": fmean(record.loss for record in records),
+            "gradient_norm": fmean(record.gradient_norm for record in records),
+            "learning_rate": last.learning_rate,
+            "images_per_second": harmonic_mean([record.images_per_second for record in records]),
+            "images_seen": last.step * self.options.batch_size,
+            "skipped_steps": fmean(record.skipped for record in records),
+        }
+        if last.ema_decay is not None:
+            values["ema_decay"] = last.ema_decay
+        for i, losses in enumerate(by_quartile):
+            known = [loss for loss in losses if not math.isnan(loss)]
+            if known:
+                values[f"loss_by_timestep/quartile_{i + 1}"] = fmean(known)
+        self.accelerator.log(values, step=last.step)
+        return f"loss {values['loss']:.4f}, {values['images_per_second']:,.0f} images/s"
+
+    def _checkpoint(self) -> None:
+        """Save the step's model and trainer state, then delete what is beyond the limit."""
+        step = self.state.step
+        if self.accelerator.is_main_process and step != self.checkpointed_step:
+            with atomic_folder(checkpoint_folder(self.run_folder, step)) as folder:
+                self._save_model(folder)
+                self.state.save(folder / "trainer_state")
+                about = {"options": saved_options(self.options), **self._facts()}
+                write_json(folder / "trainer_state" / OPTIONS_FILE, about)
+            prune_checkpoints(self.run_folder, self.options.checkpoints_total_limit)
+        self.checkpointed_step = step
+        self.accelerator.wait_for_everyone()
+
+    @property
+    def model(self) -> Any:
+        """What gets saved, a diffusers model: the averaged network, or the raw one without EMA."""
+        return self.state.ema_model or self.state.model
+
+
+def load_data(
+    options: Any, *, require_labels: bool, data: str | None = None, split: str | None = None
+) -> ImageDataset:
+    """The data that `DataOptions` name; `data` and `split` go before theirs."""
+    return load_images(
+        data or options.data,
+        config=options.data_config,
+        split=split or options.split,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        require_labels=require_labels,
+        resolution=options.resolution,
+        channels=None if options.channels == "auto" else int(options.channels),
+        cache_bytes=int(options.cache_gigabytes * 2**30),
+    )
+
+
+def find_checkpoint(options: Any, run: Path) -> Path | None:
+    """The checkpoint to resume, or None to start at step 0.
+
+    Raises:
+        ValueError: the run folder is in use and the options do not say what to do with it; no such checkpoint.
+    """
+    if options.resume and options.overwrite:
+        raise ValueError("pass either --resume or --overwrite, not both")
+    if options.resume and options.resume != "latest":
+        if not (Path(options.resume) / "trainer_state").is_dir():
+            raise ValueError(f"{options.resume} is not a checkpoint")
+        return Path(options.resume)
+    in_use = run.exists() and (not run.is_dir() or any(run.iterdir()))
+    if in_use and options.resume and not (run / OPTIONS_FILE).exists():
+        raise ValueError(f"{run} is not the folder of a training run")
+    if in_use and not options.resume and not options.overwrite:
+        raise ValueError(f"{run} is not empty; --resume goes on with the run in it, --overwrite deletes that run")
+    checkpoints = list_checkpoints(run) if options.resume else []
+    return checkpoints[-1] if checkpoints else None
+
+
+def saved_options(options: Any) -> dict[str, Any]:
+    """The options that describe the run."""
+    return {name: value for name, value in dataclasses.asdict(options).items() if name not in CALL_OPTIONS}
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def run_command(make_trainer: Callable[[], Trainer]) -> int:
+    """Make a trainer and run it; returns the exit code: 2 for options or data that cannot be used, 1 for a run that
+    failed, 130 when interrupted.
+    """
+    try:
+        trainer = make_trainer()
+    except ValueError as error:
+        return fail(error, 2)
+    try:
+        trainer.run()
+    except DataError as error:
+        return fail(error, 2)
+    except NonFiniteLossError as error:
+        return fail(error, 1)
+    except KeyboardInterrupt:
+        return fail("interrupted; --resume goes on from the last checkpoint", 130)
+    return 0
+
+
+def fail(message: object, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
