@@ -669,7 +669,7 @@ def step_variance(scheduler, i, t, model_output, sample) -> float | torch.Tensor
     if hasattr(scheduler, "updates"):  # one of diffusers-dpm
         row = scheduler.updates[i]
         if row.log_variance is not None:
-            return scheduler._learned_std(row.log_variance, predicted) ** 2
+            return scheduler.learned_std(row.log_variance, predicted) ** 2
         if max(len(row.x0), len(row.epsilon)) == 1 and (row.noise or i + 1 == len(scheduler.updates)):
             return row.noise**2
     elif is_ddpm(scheduler):
@@ -698,8 +698,8 @@ def check_finite(finite, timesteps) -> None:
 def clip_function(scheduler) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """What the scheduler does to a predicted x_0; None if nothing."""
     config = scheduler.config
-    if hasattr(scheduler, "_clip"):  # one of diffusers-dpm
-        return partial(scheduler._clip, in_place=False)
+    if hasattr(scheduler, "clip_x0"):  # one of diffusers-dpm
+        return scheduler.clip_x0
     if config.get("thresholding"):
         return scheduler._threshold_sample
     if config.get("clip_sample"):

@@ -438,6 +438,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         # float32, as diffusers' own code expects to find them; exact values are in `schedule`.
         self.betas = self.schedule.betas.float()
         self.alphas_cumprod = self.schedule.alphas_cumprod.float()
+        self._set_clipping(True)
         self.num_inference_steps: int | None = None
         self.timesteps = torch.arange(len(self.schedule) - 1, -1, -1)
         self.updates = []
@@ -466,6 +467,11 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         if isinstance(config, dict):
             config = {key: value for key, value in config.items() if key != "_use_default_values"}
         return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        """diffusers' schedulers and these: what only another of them can read is kept for it, without a warning."""
+        return [*super()._get_compatibles(), *LinearScheduler.__subclasses__()]
 
     def to_json_string(self) -> str:
         """The config as JSON; own keys at their default are left out, so that diffusers' class reads it silently."""
@@ -559,11 +565,14 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         self.levels = levels
         self._index: dict[int | float, int] = {t: i for i, t in enumerate(timesteps)}
         self._conversions = [PREDICTIONS[config.prediction_type](level) for level in levels[:-1]]
-        self._threshold = (config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None
-        self._clip_range = config.clip_sample_range if config.clip_sample and not config.thresholding else None
-        if not clip:
-            self._threshold = self._clip_range = None
+        self._set_clipping(clip)
         self._replan()
+
+    def _set_clipping(self, clip: bool) -> None:
+        config = self.config
+        thresholds, clips = clip and config.thresholding, clip and config.clip_sample and not config.thresholding
+        self._threshold = (config.dynamic_thresholding_ratio, config.sample_max_value) if thresholds else None
+        self._clip_range = config.clip_sample_range if clips else None
 
     def _visit_upward(self, grid: Sequence[float], device: str | torch.device | None) -> None:
         """The same grid from images to noise: the image is taken as x at timestep 0, and nothing is clipped.
@@ -707,7 +716,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         """One row on a batch that stands at one level."""
         row, conversion = self.updates[index], self._conversions[index]
         x0 = affine(conversion.x0, x, output)
-        x0 = self._clip(x0, in_place=x0 is not output)
+        x0 = self.clip_x0(x0, in_place=x0 is not output)
         x0s: Tensors = (x0,)
         epsilons: Tensors = ()
         anchor = x
@@ -725,7 +734,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
             if row.log_variance is None:
                 total.add_(noise, alpha=row.noise)
             else:
-                total = total + self._learned_std(row.log_variance, variance) * noise
+                total = total + self.learned_std(row.log_variance, variance) * noise
         return total, x0
 
     def _apply_each(
@@ -754,7 +763,8 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         prev_samples, x0s = zip(*parts, strict=True)
         return torch.cat(prev_samples)[place], torch.cat(x0s)[place]
 
-    def _clip(self, x0: torch.Tensor, in_place: bool) -> torch.Tensor:
+    def clip_x0(self, x0: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+        """A prediction of x_0 as `step` uses it: clipped or thresholded if the config says so, but not in encoding."""
         if self._threshold is not None:
             return dynamic_threshold(x0, *self._threshold)
         if self._clip_range is not None:
@@ -763,7 +773,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         return x0
 
     @staticmethod
-    def _learned_std(log_variance: tuple[float, float], variance: torch.Tensor | None) -> torch.Tensor:
+    def learned_std(log_variance: tuple[float, float], variance: torch.Tensor | None) -> torch.Tensor:
         """Network output -1 means the lower, 1 the upper end of the interval (Nichol and Dhariwal 2021, eq. 15)."""
         if variance is None:
             raise ValueError(

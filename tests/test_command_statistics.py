@@ -85,7 +85,7 @@ def test_end_to_end(run, capsys):
     assert pipeline.scheduler.posterior_variance() == [min(value, 1.0) for value in statistics.residual]
     images = pipeline(seeds=[0, 1], num_inference_steps=5, output_type="pt").images
     assert images.isfinite().all()
-    assert pipeline.scheduler.timesteps.tolist() == [39, 29, 19, 10, 0]  # 20.5 rounds to 20 of 1 .. 40
+    assert pipeline.scheduler.timesteps.tolist() == [39, 29, 20, 10, 0]
 
     shown = capsys.readouterr().out
     rows = [line.split() for line in shown.split("\n") if re.fullmatch(r" +\d+( +\S+){4}", line)]

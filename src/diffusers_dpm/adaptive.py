@@ -33,7 +33,6 @@ from diffusers_dpm.schedulers.dpm_core import (
     Level,
     Update,
     affine,
-    dynamic_threshold,
     spread,
     weighted_sum,
 )
@@ -298,6 +297,7 @@ def predictor(model: Callable, scheduler: DPMSolverScheduler, dtype: torch.dtype
     The network is given x in `dtype` and the timestep as a floating-point tensor of shape ().
     """
     config = scheduler.config
+    clips = config.thresholding or config.clip_sample
 
     def predict(x: torch.Tensor, node: Node) -> Predicted:
         output = model(x.to(dtype), torch.tensor(node.t, dtype=x.dtype, device=x.device))
@@ -305,14 +305,10 @@ def predictor(model: Callable, scheduler: DPMSolverScheduler, dtype: torch.dtype
             output = output[:, : x.shape[1]]
         output = output.to(x.dtype, copy=True)  # the network may write to its own buffer again
         of_x0, of_epsilon = PREDICTIONS[config.prediction_type](node.level)
-        x0 = affine(of_x0, x, output)
-        if config.thresholding:
-            x0 = dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
-        elif config.clip_sample:
-            x0 = x0.clamp(-config.clip_sample_range, config.clip_sample_range)
-        else:
-            return x0, affine(of_epsilon, x, output)
-        return x0, affine(PREDICTIONS["sample"](node.level).epsilon, x, x0)
+        x0 = scheduler.clip_x0(affine(of_x0, x, output))
+        if clips:  # the pair stays consistent
+            return x0, affine(PREDICTIONS["sample"](node.level).epsilon, x, x0)
+        return x0, affine(of_epsilon, x, output)
 
     return predict
 

@@ -91,7 +91,7 @@ def estimate(model: str, options: StatisticsOptions) -> None:
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         statistics.save(folder / "statistics.json")
-        statistics.scheduler(scheduler, timestep_spacing="even").save_pretrained(folder)
+        statistics.scheduler(scheduler, timestep_spacing="linspace").save_pretrained(folder)
         print(report(statistics))
         print(f"written to {folder}: AnalyticDPMScheduler.from_pretrained loads it")
 

@@ -26,7 +26,7 @@ import torch
 from torch.special import log_ndtr
 
 from diffusers_dpm.pipelines.pipeline_dpm import evaluation_mode, is_ddpm
-from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level, VPNoiseSchedule, affine, dynamic_threshold
+from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level, VPNoiseSchedule, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 from diffusers_dpm.statistics import network_output, noise_schedule_of
 
@@ -75,15 +75,6 @@ def forward_process(scheduler: Any, **options: Any) -> AnalyticDPMScheduler:
         return scheduler
     noise_schedule_of(scheduler)  # checks it
     return AnalyticDPMScheduler.from_config(scheduler.config, timestep_spacing="even", **options)
-
-
-def clip_x0(config: Any, x0: torch.Tensor) -> torch.Tensor:
-    """The prediction of x_0 as the sampler would use it."""
-    if config.thresholding:
-        return dynamic_threshold(x0, config.dynamic_thresholding_ratio, config.sample_max_value)
-    if config.clip_sample:
-        return x0.clamp(-config.clip_sample_range, config.clip_sample_range)
-    return x0
 
 
 class Evaluation:
@@ -287,7 +278,7 @@ def measure_errors(
         x_t = level.alpha * x0 + level.sigma * noise
         of_sample, of_output = PREDICTIONS[config.prediction_type](level).x0
         raw = of_sample * x_t + of_output * network_output(unet, x_t, t, labels)
-        predicted = clip_x0(config, raw)
+        predicted = process.clip_x0(raw)
         error, clipping = x0 - predicted, predicted - raw
         variance = x0.new_tensor([variances[place] for place in places]).view(-1, *(1,) * (x0.ndim - 1))
         if num_levels is None:
