@@ -292,7 +292,7 @@ def tiny_unet(**config):
         "down_block_types": ("DownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "UpBlock2D"),
     }
-    # Without gradients, as inside a pipeline: for weights with them torch takes other kernels, which round differently.
+    # Without gradients, as inside a pipeline: for weights with them torch takes other kernels, which round otherwise.
     return UNet2DModel(**{**defaults, **config}).eval().requires_grad_(False)
 
 
