@@ -318,7 +318,7 @@ def build_samplers(task: Task) -> list[Sampler]:
     if variances is None:
         variances = ["small"] if options.forward_process == "ddim" else ["small", "large"]
         variances += [] if with_statistics is None else ["residual"]
-    samplers = []
+    samplers: list[Sampler] = []
     for spacing, variance in product(options.timestep_spacing or ["even"], variances):
         # The optimal trajectory is made for the variances of an estimate, whichever the sampler then uses.
         estimate = variance if variance in ESTIMATES or spacing != "optimal" else "residual"

@@ -274,7 +274,7 @@ def measure_errors(
         x0, labels = evaluation.batch(rows)
         noise = evaluation.draw("normal", rows, ((0, grid[place]) for place in places))
         t = torch.tensor([grid[place] for place in places], device=x0.device)
-        level = Level(*schedule.at(t, x0), math.nan)
+        level = Level._make((*schedule.at(t, x0), math.nan))
         x_t = level.alpha * x0 + level.sigma * noise
         of_sample, of_output = PREDICTIONS[config.prediction_type](level).x0
         raw = of_sample * x_t + of_output * network_output(unet, x_t, t, labels)
@@ -414,7 +414,7 @@ class EvidenceLowerBound:
         heads += [("step", *transition[:4]) for transition in self.transitions]
         heads += [("decoder", last, None, None, None)]
         return [
-            Term(*head, term.mean().item(), standard_error(term))
+            Term._make((*head, term.mean().item(), standard_error(term)))
             for head, term in zip(heads, self.per_image.T, strict=True)
         ]
 
@@ -656,7 +656,9 @@ class ProbabilityFlow:
         gained = x.new_zeros(len(x), 1 if self.probes is None else len(self.probes))
         options: dict[str, Any] = {"norm": largest_error}
         if solver == "rk4":
-            grid = torch.linspace(*span.tolist(), num_steps + 1, dtype=span.dtype, device=span.device)
+            grid = torch.linspace(
+                -lowest.lambda_, -highest.lambda_, num_steps + 1, dtype=span.dtype, device=span.device
+            )
             options = {"grid_constructor": lambda f, y, t: grid}
         try:
             states = odeint(self, (x, gained), span, rtol=rtol, atol=atol, method=solver, options=options)

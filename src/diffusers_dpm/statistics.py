@@ -298,7 +298,7 @@ def posterior_variances(
     alpha, sigma = schedule.at(t, x0)
     x_t = alpha * x0 + sigma * noise
     output = network_output(unet, x_t, t, class_labels)
-    of_x0, of_epsilon = PREDICTIONS[prediction_type](Level(alpha, sigma, math.nan))
+    of_x0, of_epsilon = PREDICTIONS[prediction_type](Level._make((alpha, sigma, math.nan)))
     x0_hat = of_x0[0] * x_t + of_x0[1] * output
     epsilon_hat = of_epsilon[0] * x_t + of_epsilon[1] * output
     alpha, sigma = alpha.flatten(), sigma.flatten()
