@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from operator import index
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Optional
 
 import diffusers
 import numpy as np
@@ -87,7 +87,8 @@ class ClassifierGuidance:
         mode, through_unet: what the pipeline does with this object; see `DPMPipeline.__call__`.
         interval: (low, high), the timesteps at which to guide, both included.
         max_gradient_norm: upper bound of each image's Euclidean norm of g.
-        clip: applied to the x_0 of the network before the shift; None leaves it as it is.
+        clip, clip_after: applied to x_0 before and after the shift; None leaves it as it is. Output and x_0 stay
+            consistent. A DDIM that clips x_0 and keeps an epsilon that was shifted far leaves the data.
     """
 
     log_prob: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -98,6 +99,7 @@ class ClassifierGuidance:
     max_gradient_norm: float | None = None
     through_unet: bool = False
     clip: Callable[[torch.Tensor], torch.Tensor] | None = None
+    clip_after: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __post_init__(self):
         if self.prediction_type not in OUTPUTS:
@@ -165,6 +167,9 @@ class ClassifierGuidance:
             mean = p * x_t + q * self.clip(self._x0(output, x_t, alpha, sigma))
         if gradient is not None:
             mean = mean + q * sigma**2 / alpha * gradient
+        if gradient is not None and self.clip_after is not None:
+            guided = torch.as_tensor(self.scale).to(mean).view(-1, *(1,) * (x_t.ndim - 1)) != 0
+            mean = torch.where(guided, p * x_t + q * self.clip_after(self._x0(mean, x_t, alpha, sigma)), mean)
         return torch.cat([mean, variance], dim=1) if variance.shape[1] else mean
 
     def _x0(self, output, x_t, alpha, sigma) -> torch.Tensor:
@@ -199,7 +204,8 @@ class DPMPipeline(DiffusionPipeline):
     scheduler: SchedulerMixin
     classifier: ModelMixin | None
 
-    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, classifier: ModelMixin | None = None):
+    # Optional: diffusers < 0.36 reads no unions when it looks for optional components.
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, classifier: Optional[ModelMixin] = None):  # noqa: UP045
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, classifier=classifier)
 
@@ -246,8 +252,8 @@ class DPMPipeline(DiffusionPipeline):
                 scheduler whose steps have a variance, such as DDPM.
             guidance_interval: (low, high), the timesteps at which to guide, both included.
             clip_order: where the scheduler's config asks for clipping or thresholding of x_0, in "score" mode:
-                "after" the guidance, so that images stay in range; "before" it and not again (guided-diffusion's
-                order); "both".
+                "after" the guidance, so that images stay in range, with the epsilon that belongs to the clipped x_0;
+                "before" it and not again (guided-diffusion's order); "both".
             max_gradient_norm: upper bound of the Euclidean norm of each image's gradient, before the scale.
             cond_fn: f(x_t, t, x0_hat) -> (B,) instead of a classifier: a log-probability, or minus an energy, whose
                 gradient with respect to x_t is followed upward. x0_hat, the network's estimate of x_0, varies with
@@ -447,8 +453,10 @@ class DPMPipeline(DiffusionPipeline):
             scale = scale.masked_fill(labels.to(latents.device) < 0, 0)
         if not scale.any():
             return None
-        clip = clip_function(self.scheduler) if clip_order != "after" else None
-        return ClassifierGuidance(cond_fn, self.scheduler.config.get("prediction_type"), scale, clip=clip, **options)
+        clip = clip_function(self.scheduler)
+        options["clip"] = clip if clip_order != "after" else None
+        options["clip_after"] = clip if clip_order != "before" else None
+        return ClassifierGuidance(cond_fn, self.scheduler.config.get("prediction_type"), scale, **options)
 
     @contextmanager
     def _without_clipping(self) -> Iterator[None]:
@@ -698,14 +706,14 @@ def check_finite(finite, timesteps) -> None:
 def clip_function(scheduler) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """What the scheduler does to a predicted x_0; None if nothing."""
     config = scheduler.config
+    if not config.get("clip_sample") and not config.get("thresholding"):
+        return None
     if hasattr(scheduler, "clip_x0"):  # one of diffusers-dpm
         return scheduler.clip_x0
     if config.get("thresholding"):
         return scheduler._threshold_sample
-    if config.get("clip_sample"):
-        bound = config.get("clip_sample_range", 1.0)
-        return partial(torch.clamp, min=-bound, max=bound)
-    return None
+    bound = config.get("clip_sample_range", 1.0)
+    return partial(torch.clamp, min=-bound, max=bound)
 
 
 def is_ddpm(scheduler) -> bool:

@@ -100,8 +100,8 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
     - sigma_clip_steps, sigma_clip_pixels: the noise of the last noisy steps, which one sees in the image, is capped at
       so many grey levels (Bao et al., section 4 and appendix F.2). None means 2 for ddpm and 1 for ddim if clip_sample
       is on, and no cap otherwise (latents have no grey levels); 0 is no cap.
-    - timestep_spacing: those of all schedulers; even, the paper's trajectory with its rounding; power, denser at low
-      noise (spacing_power); optimal, the least-cost path of `optimal_timesteps`.
+    - timestep_spacing: those of all schedulers; even, the paper's trajectory, linspace but for the rounding of
+      halves; power, denser at low noise (spacing_power); optimal, the least-cost path of `optimal_timesteps`.
     - missing_statistics: error, or lower_bound to sample with C_t = 0 where there are no statistics.
 
     The statistics are in the config under an underscore key, so that saving, loading and swapping carry them.
@@ -133,7 +133,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         dynamic_thresholding_ratio: float = 0.995,
         clip_sample_range: float = 1.0,
         sample_max_value: float = 1.0,
-        timestep_spacing: str = "even",
+        timestep_spacing: str = "linspace",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         forward_process: str = "ddpm",
@@ -269,13 +269,13 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
                 "...', or call set_statistics."
             )
         n, num = num_inference_steps, len(self.schedule)
-        optimal, even = self._split_path(n)
+        optimal, below, even = self._split_path(n)
         if optimal < 2:
             return even_timesteps(num, n)
-        return [*path_to(self._least_cost_paths(num - len(even), optimal), optimal), *even]
+        return [*path_to(self._least_cost_paths(below, optimal), optimal), *even]
 
-    def _split_path(self, n: int) -> tuple[int, list[int]]:
-        """(nodes of the optimal part, timesteps of the even part above it).
+    def _split_path(self, n: int) -> tuple[int, int, list[int]]:
+        """(nodes of the optimal part, number of timesteps it chooses from, timesteps of the even part above them).
 
         At high noise an estimate of ms_eps may exceed 1, which no exact network's does. From twice the length of that
         tail on the path is even, with fewer nodes, as in the code of Bao et al.
@@ -284,7 +284,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         bad = next((t for t, value in enumerate(self._estimate()) if value < 0), num)
         tail = 2 * (num - bad)
         if not tail:
-            return n, []
+            return n, num, []
         if num - tail < 2:
             raise ValueError(
                 f"the estimate is negative from timestep {bad} of {num} on: too early for an optimal trajectory. Use "
@@ -292,7 +292,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
             )
         optimal = min(math.ceil((1 - 0.8 * tail / num) * n), num - tail)
         rest = min(n - optimal, tail) or 1
-        return n - rest, [round(num - tail / rest * j) - 1 for j in reversed(range(rest))]
+        return n - rest, num - tail, [round(num - tail / rest * j) - 1 for j in reversed(range(rest))]
 
     def _least_cost_paths(self, num_nodes: int, length: int) -> torch.Tensor:
         """`least_cost_paths` over the first `num_nodes` timesteps, at least up to paths of `length` nodes."""

@@ -16,7 +16,7 @@ from diffusers.pipelines.pipeline_loading_utils import _fetch_class_library_tupl
 from diffusers.utils.dynamic_modules_utils import check_imports, find_pipeline_class, get_relative_imports
 
 from diffusers_dpm import pipelines, schedulers
-from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +25,7 @@ FILES = [
 ]
 COMPONENTS = [path for path in FILES if path.stem.startswith(("scheduling_", "modeling_"))]
 LIBRARIES = {"torch", "numpy", "PIL", "diffusers"}
-PUBLIC_CLASSES = [*schedulers.ALL_SCHEDULERS, DPMPipeline]
+PUBLIC_CLASSES = [*schedulers.ALL_SCHEDULERS, DPMPipeline, NoisyClassifier]
 
 
 def module_name(path):
@@ -46,7 +46,15 @@ def imports(path):
 
 
 def test_files_are_found():
-    assert {"dpm_core", "scheduling_ddpm", "scheduling_ddim", "pipeline_dpm"} <= {path.stem for path in FILES}
+    assert {path.stem for path in FILES} == {
+        "dpm_core",
+        "scheduling_ddpm",
+        "scheduling_ddim",
+        "scheduling_analytic_dpm",
+        "scheduling_dpm_solver",
+        "pipeline_dpm",
+        "modeling_noisy_classifier",
+    }
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

@@ -229,6 +229,17 @@ class CheckpointOptions:
 
 
 @dataclass
+class HubOptions:
+    _argument_group_name = "Hub"
+
+    push_to_hub: str | None = field(
+        default=None,
+        metadata={"metavar": "ORG/NAME", "help": "publish the trained pipeline, as `diffusers-dpm publish` does"},
+    )
+    hub_private: bool = field(default=False, metadata={"help": "the repository is, or is created, private"})
+
+
+@dataclass
 class LoggingOptions:
     _argument_group_name = "logging"
 

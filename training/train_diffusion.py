@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import UNet2DModel
+from huggingface_hub import HfApi
 from PIL import Image
 
+from diffusers_dpm.hub import check_repo_id, log_in, publish
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.training.checkpoints import TEMPORARY, flush_tree, move_children
@@ -26,6 +28,7 @@ from diffusers_dpm.training.options import (
     CheckpointOptions,
     DataOptions,
     EMAOptions,
+    HubOptions,
     LoggingOptions,
     LossOptions,
     ModelOptions,
@@ -52,6 +55,7 @@ class TrainingOptions(
     CheckpointOptions,
     LoggingOptions,
     SampleOptions,
+    HubOptions,
 ):
     """Options of `diffusers-dpm train`, described by its `--help`. Raises ValueError for numbers out of range."""
 
@@ -63,7 +67,13 @@ class TrainingOptions(
         check_ranges(self)
 
 
-RUN_CONTENTS = ("checkpoints", "samples", "logs", "unet", "scheduler", "model_index.json", OPTIONS_FILE)
+# What the run writes, and what other commands then found out about its model.
+RUN_CONTENTS = (
+    *("checkpoints", "samples", "logs", "unet", "scheduler", "model_index.json", OPTIONS_FILE),
+    *("classifier", "classifier_training", "classifier_accuracy.json", "classifier_accuracy.png"),
+    *("analytic_dpm", "metrics.json", "likelihood.json", "likelihood.png", "likelihood_terms.csv"),
+    *("likelihood_elbo.safetensors", "likelihood_ode.safetensors"),
+)
 
 
 class DiffusionTrainer(Trainer):
@@ -81,8 +91,23 @@ class DiffusionTrainer(Trainer):
     def __init__(self, options: TrainingOptions):
         if options.output_dir is None and options.data is not None:
             raise ValueError("--output-dir is missing")
+        if options.push_to_hub is not None:  # refused now, and not when the training is over
+            check_repo_id(options.push_to_hub)
+            if not options.dry_run:
+                log_in(HfApi())
         self.conditional = options.class_conditional
         super().__init__(options, Path(str(options.output_dir)))
+
+    def run(self) -> Path:
+        """As `Trainer.run`; then publishes the run folder, if the options say so.
+
+        Raises:
+            PublishError: the run folder is complete, and `diffusers-dpm publish` tries again.
+        """
+        run, options = super().run(), self.options
+        if options.push_to_hub is not None and not options.dry_run and self.accelerator.is_main_process:
+            publish(run, options.push_to_hub, private=options.hub_private)
+        return run
 
     def _load_data(self) -> ImageDataset:
         return load_data(self.options, require_labels=self.options.class_conditional)

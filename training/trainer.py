@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 
+from diffusers_dpm.hub import PublishError
 from diffusers_dpm.training.checkpoints import (
     atomic_folder,
     checkpoint_folder,
@@ -35,7 +36,7 @@ from diffusers_dpm.training.options import flag
 
 
 # About this call of the command and not about the run: not written down.
-CALL_OPTIONS = frozenset({"resume", "overwrite", "dry_run"})
+CALL_OPTIONS = frozenset({"resume", "overwrite", "dry_run", "push_to_hub", "hub_private"})
 # What a resumed run may change: nothing that its weights depend on, beyond rounding.
 MAY_CHANGE = frozenset(
     {
@@ -106,7 +107,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def _outputs(self) -> list[Path]:
-        """All that the run writes: what `--overwrite` deletes."""
+        """All that the run writes, and what was made from its model: what `--overwrite` deletes."""
 
     @abstractmethod
     def _resume_command(self) -> str:
@@ -345,7 +346,7 @@ def run_command(make_trainer: Callable[[], Trainer]) -> int:
         return fail(error, 2)
     try:
         trainer.run()
-    except DataError as error:
+    except (DataError, PublishError) as error:
         return fail(error, 2)
     except NonFiniteLossError as error:
         return fail(error, 1)

@@ -19,6 +19,14 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "train": Command("diffusers_dpm.training.train_diffusion:main", "train", "train a diffusion U-Net on images"),
+    "train-classifier": Command("diffusers_dpm.training.train_classifier:main", "train", "train a noisy classifier"),
+    "train-features": Command("diffusers_dpm.training.train_features:main", "train", "train features for evaluate"),
+    "sample": Command("diffusers_dpm.command_sample:main", "train", "draw images, one for each seed, resumably"),
+    "evaluate": Command("diffusers_dpm.command_evaluate:main", "train", "image quality by sampler and steps"),
+    "compare": Command("diffusers_dpm.command_compare:main", "train", "two evaluations side by side"),
+    "statistics": Command("diffusers_dpm.command_statistics:main", "train", "variances for AnalyticDPMScheduler"),
+    "likelihood": Command("diffusers_dpm.command_likelihood:main", "train", "bits per dimension, bound and ODE"),
+    "publish": Command("diffusers_dpm.command_publish:main", "train", "put a run folder on the Hub, checked"),
     "demo": Command("diffusers_dpm.demo:main", "demo", "train, sample and reload on scikit-learn's digits"),
 }
 
@@ -26,7 +34,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns its exit code, 2 for a command line that makes no sense."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    rows = "\n".join(f"  {name:<10}{command.help}" for name, command in COMMANDS.items())
+    width = max(map(len, COMMANDS)) + 2
+    rows = "\n".join(f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="diffusers-dpm",
         usage="diffusers-dpm COMMAND [--help] ...",

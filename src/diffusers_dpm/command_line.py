@@ -49,7 +49,7 @@ def quiet() -> Iterator[None]:
         diffusers_logging.set_verbosity(verbosity)
 
 
-def run_command(command: Callable[[], None]) -> int:
+def run_command(command: Callable[[], object]) -> int:
     """The exit code of `command`: 2 for input that cannot be used, 130 when interrupted, both told in one line."""
     try:
         command()

@@ -1,7 +1,9 @@
 """`diffusers-dpm demo`: the main job end to end on scikit-learn's handwritten digits, without a download.
 
-Trains a small U-Net, draws digits with DDPM, DDIM and DPM-Solver, then loads the run folder with plain diffusers in a
-process in which this package cannot be imported. The recipe is the `training` section of model_cards/ddpm-digits.yaml.
+Trains a small U-Net, estimates its posterior variances, trains a classifier of noisy digits, draws with DDPM, DDIM,
+Analytic-DPM and DPM-Solver, and ten of each digit with classifier guidance; then loads the run folder with plain
+diffusers in a process in which this package cannot be imported, and shows what publishing it would upload. The recipe
+is the `training` section of model_cards/ddpm-digits.yaml.
 """
 
 import argparse
@@ -16,12 +18,24 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler
+from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.schedulers import AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler, DPMSolverScheduler
 
 
 COLUMNS = 10
-SEEDS = range(60)
+SEEDS = range(100)
+STATISTICS = ("--timesteps", "100", "--num-samples", "128", "--batch-size", "256")
+CLASSIFIER = (
+    "--max-train-steps",
+    "1000",
+    "--batch-size",
+    "128",
+    "--learning-rate",
+    "1e-3",
+    "--lr-scheduler",
+    "cosine",
+)
+GUIDED = "guided by class, DPM-Solver, 20 steps"
 
 PLAIN_DIFFUSERS = """
 import sys
@@ -46,19 +60,28 @@ def main(argv: list[str] | None = None) -> int:
     run: Path = arguments.output_dir
     start = time.perf_counter()
 
-    heading("1/3  train")
+    heading("1/6  train")
     recipe = training_recipe()
     if arguments.max_train_steps is not None:
         recipe["max_train_steps"] = arguments.max_train_steps
     train(recipe, run)
 
-    heading("2/3  sample")
+    heading("2/6  estimate the variances of Analytic-DPM")
+    command("statistics", run, "--data", "digits", *STATISTICS)
+
+    heading("3/6  train a classifier of noisy digits")
+    command("train-classifier", run, "--data", "digits", "--eval-split", "test", "--overwrite", *CLASSIFIER)
+
+    heading("4/6  sample")
     samples = draw(run)
     figure(samples, run / "digits.png")
 
-    heading("3/3  load the folder with plain diffusers, in a process that cannot import diffusers_dpm")
+    heading("5/6  load the folder with plain diffusers, in a process that cannot import diffusers_dpm")
     picture = run / file_name("plain diffusers")
     subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS, str(run), str(picture)], check=True)
+
+    heading("6/6  what publishing would upload")
+    command("publish", run, "your-name/ddpm-digits", "--dry-run")
 
     heading(f"done in {time.perf_counter() - start:.0f} s")
     print(f"model      {run}\npictures   {run / 'digits.png'}")
@@ -80,28 +103,39 @@ def training_recipe() -> dict[str, object]:
 
 
 def train(recipe: dict[str, object], run: Path) -> None:
-    """Runs the command that a user would run."""
     run.mkdir(parents=True, exist_ok=True)
     options = run.with_name(run.name + "_options.json")
     options.write_text(json.dumps({**recipe, "output_dir": str(run), "overwrite": True}, indent=2) + "\n")
-    command = [sys.executable, "-m", "diffusers_dpm.cli", "train", str(options)]
-    print("diffusers-dpm", *command[3:], flush=True)
-    subprocess.run(command, check=True)
+    command("train", options)
+
+
+def command(*words: object) -> None:
+    """Runs the command that a user would run."""
+    line = [str(word) for word in words]
+    print("diffusers-dpm", *line, flush=True)
+    subprocess.run([sys.executable, "-m", "diffusers_dpm.cli", *line], check=True)
 
 
 def draw(run: Path) -> dict[str, Image.Image]:
-    """The same seeds under each sampler, saved as grids in the run folder."""
-    pipe = DPMPipeline.from_pretrained(run)
+    """The same seeds under each sampler, and rows of one digit each, saved as grids in the run folder."""
+    classifier = NoisyClassifier.from_pretrained(run, subfolder="classifier")
+    pipe = DPMPipeline.from_pretrained(run, classifier=classifier)
     config = pipe.scheduler.config
+    solver = DPMSolverScheduler.from_config(config, timestep_spacing="quadratic")
     samplers = {
         "DDPM, 1000 steps": (DDPMScheduler.from_config(config), 1000),
         "DDIM, 50 steps": (DDIMScheduler.from_config(config, timestep_spacing="trailing"), 50),
-        "DPM-Solver, 10 steps": (DPMSolverScheduler.from_config(config, timestep_spacing="quadratic"), 10),
+        "Analytic-DPM, 25 steps": (AnalyticDPMScheduler.from_pretrained(run, subfolder="analytic_dpm"), 25),
+        "DPM-Solver, 10 steps": (solver, 10),
     }
     samples = {}
     for name, (scheduler, steps) in samplers.items():
         pipe.scheduler = scheduler
         samples[name] = grid(pipe(seeds=SEEDS, num_inference_steps=steps, output_type="np").images)
+    pipe.scheduler = solver
+    labels = [seed // COLUMNS for seed in SEEDS]
+    guided = pipe(seeds=SEEDS, class_labels=labels, guidance_scale=4.0, num_inference_steps=20, output_type="np")
+    samples[GUIDED] = grid(guided.images)
     for name, image in samples.items():
         image.resize((4 * image.width, 4 * image.height), Image.Resampling.NEAREST).save(run / file_name(name))
     return samples
@@ -119,14 +153,14 @@ def grid(images: np.ndarray) -> Image.Image:
 
 
 def figure(samples: dict[str, Image.Image], path: Path) -> None:
-    """Training images beside the samples."""
+    """Digits of the data set beside the samples."""
     from matplotlib import pyplot
     from sklearn.datasets import load_digits
 
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))[: len(SEEDS)]
-    panels = {"training images": grid(load_digits().images[order][..., None] / 16), **samples}
-    canvas, axes = pyplot.subplots(1, len(panels), figsize=(4 * len(panels), 2.8), layout="constrained")
-    for axis, (title, image) in zip(axes, panels.items(), strict=True):
+    panels = {"data": grid(load_digits().images[order][..., None] / 16), **samples}
+    canvas, axes = pyplot.subplots(2, 3, figsize=(12, 8.4), layout="constrained")
+    for axis, (title, image) in zip(axes.flat, panels.items(), strict=True):
         axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(title)
         axis.axis("off")

@@ -391,21 +391,26 @@ class EvidenceLowerBound:
 
     Attributes:
         transitions: the steps of the reverse process.
-        per_image: float64 (N, len(transitions) + 2), every term of every image in bits per dimension.
+        per_term: float64 (N, len(transitions) + 2), every term of every image in bits per dimension.
     """
 
     transitions: tuple[Transition, ...]
-    per_image: torch.Tensor
+    per_term: torch.Tensor
+
+    @property
+    def per_image(self) -> torch.Tensor:
+        """Bits per dimension of each image, float64 (N,)."""
+        return self.per_term.sum(dim=1)
 
     @property
     def bits_per_dim(self) -> float:
         """Mean over the images of the sum of the terms."""
-        return self.per_image.sum(dim=1).mean().item()
+        return self.per_image.mean().item()
 
     @property
     def standard_error(self) -> float:
         """Of `bits_per_dim`, from the spread over the images (noise draws included); NaN for one image."""
-        return standard_error(self.per_image.sum(dim=1))
+        return standard_error(self.per_image)
 
     def terms(self) -> list[Term]:
         """One row per term. They sum to `bits_per_dim`; their standard errors do not add up."""
@@ -415,7 +420,7 @@ class EvidenceLowerBound:
         heads += [("decoder", last, None, None, None)]
         return [
             Term._make((*head, term.mean().item(), standard_error(term)))
-            for head, term in zip(heads, self.per_image.T, strict=True)
+            for head, term in zip(heads, self.per_term.T, strict=True)
         ]
 
 

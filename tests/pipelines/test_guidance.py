@@ -12,7 +12,14 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from diffusers_dpm.pipelines import ClassifierGuidance
 from diffusers_dpm.pipelines.pipeline_dpm import noise_level
-from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler, VPNoiseSchedule
+from diffusers_dpm.schedulers import (
+    AnalyticDPMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverScheduler,
+    VPNoiseSchedule,
+)
+from tests.schedulers.helpers import working
 
 
 SCHEDULE = VPNoiseSchedule(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
@@ -232,6 +239,8 @@ OURS = [
     DPMSolverScheduler(**LINEAR, algorithm_type="dpmsolver", solver_order=3),
     DPMSolverScheduler(**LINEAR, algorithm_type="sde-dpmsolver++"),
     DPMSolverScheduler(**LINEAR, algorithm_type="sde-dpmsolver", timestep_spacing="logsnr"),
+    working(AnalyticDPMScheduler, **FREE),
+    working(AnalyticDPMScheduler, **FREE, forward_process="ddim"),
 ]
 STOCK = [
     diffusers.DDPMScheduler(**FREE),

@@ -68,6 +68,21 @@ def test_scale_zero_is_no_guidance_bit_for_bit(make_pipe, scheduler):
     assert torch.equal(path(pipe, seeds=[3, 4], cond_fn=lambda *a: 1 / 0, guidance_scale=0), unguided)
 
 
+@pytest.mark.parametrize("library", [diffusers, None], ids=["diffusers", "ours"])
+def test_epsilon_belongs_to_the_clipped_x0(make_pipe, library):
+    """A strong shift under a DDIM that clips x_0: as if it derived epsilon from the clipped x_0 by itself."""
+    scheduler = (library.DDIMScheduler if library else DDIMScheduler)()
+
+    def push(x_t, t, x0_hat):
+        return 40 * x_t.flatten(1).sum(dim=1)
+
+    pipe = make_pipe(scheduler, out_channels=3)
+    drawn = path(pipe, seeds=[3, 4], cond_fn=push)
+    assert drawn.abs().max() < 10  # it stays with the data, times a standard normal
+    pipe.scheduler = DDIMScheduler(use_clipped_model_output=True)
+    torch.testing.assert_close(drawn, path(pipe, seeds=[3, 4], cond_fn=push), rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("scheduler", [SOME[0], SOME[2], SOME[3]], ids=lambda s: type(s).__name__)
 def test_an_image_depends_on_its_seed_label_and_scale_alone(make_pipe, scheduler):
     pipe = make_pipe(scheduler, MixtureUNet())

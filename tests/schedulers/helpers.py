@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from diffusers_dpm.schedulers import AnalyticDPMScheduler
+
 
 STOCK_SPACINGS = ("leading", "linspace", "trailing")
 SPACINGS = (*STOCK_SPACINGS, "quadratic", "logsnr")
@@ -62,6 +64,15 @@ class Gaussian(NamedTuple):
         """Variance of x at a level."""
         return level.alpha**2 * self.variance + level.sigma**2
 
+    def posterior_variance(self, level):
+        """C_t = Cov[x_0 | x_t], which does not depend on x_t."""
+        return level.sigma**2 * self.variance / self.total(level)
+
+    def statistics(self, schedule):
+        """What `AnalyticDPMScheduler.set_statistics` takes; for an exact network both estimates are the same."""
+        values = [self.posterior_variance(schedule[t]) for t in range(len(schedule))]
+        return {"residual": values, "analytic": values, "schedule_hash": schedule.hash}
+
     def predict(self, x, level, prediction_type="epsilon"):
         centred = (x - level.alpha * self.mean) / self.total(level)
         epsilon = level.sigma * centred
@@ -73,10 +84,10 @@ class Gaussian(NamedTuple):
     def network(self, schedule, prediction_type="epsilon"):
         return lambda x, t: self.predict(x, schedule[int(t)], prediction_type)
 
-    def carried(self, scheduler):
-        """(mean, variance) of x after every row (without history), begun at the exact distribution."""
-        start = scheduler.levels[0]
-        mean, variance = start.alpha * self.mean, self.total(start)
+    def carried(self, scheduler, start=None):
+        """(mean, variance) of x after every row (without history), begun at the exact variance or at `start`."""
+        first = scheduler.levels[0]
+        mean, variance = first.alpha * self.mean, self.total(first) if start is None else start
         moments = []
         for row, level in zip(scheduler.updates, scheduler.levels, strict=False):
             (a, b, c) = row.sample, sum(row.x0), sum(row.epsilon)
@@ -85,6 +96,21 @@ class Gaussian(NamedTuple):
             variance = (a + slope) ** 2 * variance + row.noise**2
             moments.append((mean, variance))
         return moments
+
+
+QUARTER = Gaussian(0.0, 0.25)
+
+
+def with_statistics(scheduler, data=QUARTER):
+    """The scheduler itself, ready to sample: Analytic-DPM gets the statistics of exact Gaussian data."""
+    if isinstance(scheduler, AnalyticDPMScheduler):
+        scheduler.set_statistics(data.statistics(scheduler.schedule))
+    return scheduler
+
+
+def working(scheduler_class, **config):
+    """An instance of any of our schedulers that can sample."""
+    return with_statistics(scheduler_class(**config))
 
 
 def order(counts, errors):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_dpm.schedulers import ALL_SCHEDULERS, DDIMScheduler, DDPMScheduler
+from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler
 
-from .helpers import DTYPES, PREDICTION_TYPES, network, network_with_variance, noise, seeded, walk
+from .helpers import DTYPES, PREDICTION_TYPES, network, network_with_variance, noise, seeded, walk, working
 
 
 # Methods that keep nothing between steps: any of their steps can be taken alone, and images may differ in timestep.
@@ -19,13 +19,15 @@ PURE = [
     (DDPMScheduler, {"variance_type": "fixed_large", "thresholding": True}),
     (DDIMScheduler, {}),
     (DDIMScheduler, {"eta": 0.7, "use_clipped_model_output": True}),
+    (AnalyticDPMScheduler, {}),
+    (AnalyticDPMScheduler, {"forward_process": "ddim", "eta": 0.5, "thresholding": True}),
 ]
 GRID = [900, 600, 300, 100, 0]
 SHAPE = (4, 3, 4, 4)  # 48 numbers an image: torch draws the same for a batch as for its images one by one
 
 
 def ready(scheduler_class, **config):
-    scheduler = scheduler_class(**config)
+    scheduler = working(scheduler_class, **config)
     scheduler.set_timesteps(timesteps=GRID)
     return scheduler
 
@@ -110,7 +112,7 @@ def test_inputs_are_left_untouched(scheduler_class, prediction_type, dtype):
 
 @pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
 def test_the_config_is_never_written(scheduler_class):
-    scheduler = scheduler_class()
+    scheduler = working(scheduler_class)
     before = dict(scheduler.config)
     scheduler.set_timesteps(5)
     run(scheduler)
@@ -120,7 +122,7 @@ def test_the_config_is_never_written(scheduler_class):
 
 @pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
 def test_what_pipelines_rely_on(scheduler_class):
-    scheduler = scheduler_class()
+    scheduler = working(scheduler_class)
     assert isinstance(scheduler, diffusers.SchedulerMixin)
     assert (scheduler.init_noise_sigma, scheduler.order, len(scheduler)) == (1.0, 1, 1000)
     assert scheduler.timesteps.tolist() == list(range(999, -1, -1))
@@ -171,7 +173,7 @@ def test_a_learned_variance_is_differentiable():
 @pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
 def test_a_loop_is_differentiable(scheduler_class):
     def loop(x):
-        scheduler = scheduler_class(clip_sample=False)
+        scheduler = working(scheduler_class, clip_sample=False)
         scheduler.set_timesteps(timesteps=[500, 300, 100])
         return run(scheduler, x)
 
@@ -290,10 +292,10 @@ def test_a_timestep_off_the_grid_is_refused(scheduler_class):
 
 @pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
 def test_before_set_timesteps_the_chain_is_the_training_process(scheduler_class):
-    fresh, full = scheduler_class(num_train_timesteps=20), scheduler_class(num_train_timesteps=20)
+    walked, asked, full = (working(scheduler_class, num_train_timesteps=20) for _ in range(3))
     full.set_timesteps(20)
-    assert fresh.previous_timestep(7) == 6
-    assert torch.equal(run(scheduler_class(num_train_timesteps=20)), run(full))
+    assert asked.previous_timestep(7) == 6
+    assert torch.equal(run(walked), run(full))
 
 
 # One timestep for each image -----------------------------------------------------------------------------------------

@@ -5,7 +5,15 @@ from itertools import pairwise, product
 
 import pytest
 
-from diffusers_dpm.schedulers import CLEAN, DDIMScheduler, DDPMScheduler, DPMSolverScheduler, Level, Update
+from diffusers_dpm.schedulers import (
+    CLEAN,
+    AnalyticDPMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverScheduler,
+    Level,
+    Update,
+)
 
 from .helpers import SPACINGS, beta_between
 
@@ -15,6 +23,7 @@ PROCESSES = {
     "cosine": {"beta_schedule": "cosine"},
     "ztsnr": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
 }
+NO_CAP = {"sigma_clip_pixels": 0}  # in grey levels: it takes noise away on purpose
 # Every sampler (and option) that keeps the marginals q(x_t | x_0). A new one is one more line.
 KEEPS_MARGINALS = [
     (DDPMScheduler, {}),
@@ -22,6 +31,10 @@ KEEPS_MARGINALS = [
     *(
         (DDIMScheduler, {"eta": eta, "use_clipped_model_output": clipped, "set_alpha_to_one": one})
         for eta, clipped, one in product((0.0, 0.3, 1.0), (False, True), (True, False))
+    ),
+    *(
+        (AnalyticDPMScheduler, {"missing_statistics": "lower_bound", "forward_process": process, "eta": eta, **NO_CAP})
+        for process, eta in (("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.3), ("ddim", 1.0))
     ),
     *(
         (DPMSolverScheduler, {"solver_order": 3, "final_sigmas_type": end, "algorithm_type": algorithm, **options})

@@ -1,0 +1,118 @@
+"""Image quality of our samplers beside diffusers', on the same weights, seeds and numbers of network calls.
+
+    diffusers-dpm train-features --data digits --eval-split test --output-dir runs/digits-features
+    python benchmarks/quality.py runs/demo --data digits --features runs/digits-features --held-out-split test
+
+The measurements are those of `diffusers-dpm evaluate` and lie in RUN/quality; what is there is not measured again.
+Heun calls the network twice in a step and is given as many steps as fit; where that leaves a call over, the table says
+so. The stock schedulers have the settings that diffusers' documentation recommends for them, and its defaults.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from diffusers_dpm.command_evaluate import EvaluateOptions, Evaluation
+from diffusers_dpm.command_line import run_command
+from diffusers_dpm.evaluation import grouped
+from diffusers_dpm.model_card import format_value, sampler_name
+
+
+RESULTS = Path(__file__).parent / "results" / "quality.json"
+CALLS = (5, 6, 8, 10, 12, 15, 20, 25, 50, 100)
+SAMPLERS = (
+    "ddpm,timestep_spacing=trailing",
+    "ddim,timestep_spacing=trailing",
+    "ddim,timestep_spacing=quadratic",
+    "dpm-solver,timestep_spacing=quadratic",
+    "dpm-solver,timestep_spacing=quadratic,solver_order=3",
+    "dpm-solver,timestep_spacing=quadratic,solver_order=3,method=singlestep",
+    "dpm-solver,timestep_spacing=logsnr",
+    "diffusers:DDPMScheduler,timestep_spacing=trailing",
+    "diffusers:DDIMScheduler,timestep_spacing=trailing",
+    "diffusers:DPMSolverMultistepScheduler,timestep_spacing=linspace",
+    "diffusers:DPMSolverMultistepScheduler,timestep_spacing=linspace,solver_order=3",
+    "diffusers:DPMSolverMultistepScheduler,timestep_spacing=linspace,use_karras_sigmas=true",
+    "diffusers:DPMSolverMultistepScheduler,timestep_spacing=linspace,use_lu_lambdas=true",
+    "diffusers:DPMSolverMultistepScheduler,timestep_spacing=linspace,euler_at_final=true",
+    "diffusers:DPMSolverSinglestepScheduler,solver_order=3,final_sigmas_type=zero",
+    "diffusers:DPMSolverSinglestepScheduler,solver_order=3,final_sigmas_type=zero,use_karras_sigmas=true",
+    "diffusers:UniPCMultistepScheduler,timestep_spacing=linspace",
+    "diffusers:DEISMultistepScheduler,timestep_spacing=linspace",
+    "diffusers:HeunDiscreteScheduler,timestep_spacing=linspace",
+    "diffusers:HeunDiscreteScheduler,timestep_spacing=linspace,use_karras_sigmas=true",
+    "diffusers:EulerDiscreteScheduler,timestep_spacing=linspace",
+)
+
+
+def steps_for(sampler: str, calls: int) -> int:
+    """The largest number of steps that take at most so many network calls."""
+    return (calls + 1) // 2 if "Heun" in sampler else calls
+
+
+def cells(rows: list[dict[str, Any]], budgets: list[int]) -> dict[str, list[str]]:
+    """Sampler -> its values by number of calls allowed."""
+    found = {(sampler_name(row), row["steps"]): row for row in rows}
+    table: dict[str, list[str]] = {}
+    for name in dict.fromkeys(sampler_name(row) for row in rows):
+        chosen = [(budget, found.get((name, steps_for(name, budget)))) for budget in budgets]
+        table[name] = [
+            "" if row is None else format_value(row) + (f" ({row['calls']} calls)" if row["calls"] != budget else "")
+            for budget, row in chosen
+        ]
+    return table
+
+
+def markdown(rows: list[dict[str, Any]], budgets: list[int]) -> str:
+    """A table for each metric."""
+    parts = []
+    for title, group in grouped(rows).items():
+        lines = ["| sampler | " + " | ".join(map(str, budgets)) + " |", "|---" * (1 + len(budgets)) + "|"]
+        lines += [f"| {name} | {' | '.join(texts)} |" for name, texts in cells(group, budgets).items()]
+        parts += [f"## {title}, by network calls", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    run = Path(arguments.run)
+    options = EvaluateOptions(
+        data=arguments.data,
+        split=arguments.split,
+        held_out_split=arguments.held_out_split,
+        features=arguments.features,
+        schedulers=[*SAMPLERS, *(["analytic-dpm"] if (run / "analytic_dpm").is_dir() else [])],
+        steps=arguments.calls,
+        num_images=arguments.images,
+        batch_size=arguments.batch_size,
+        output_dir=str(run / "quality"),
+    )
+    pairs = [(name, steps_for(name, calls)) for calls in arguments.calls for name in options.schedulers or []]
+    evaluation = Evaluation(str(run), options, pairs)
+    evaluation.run()
+    if evaluation.accelerator.is_main_process:
+        results = json.loads((run / "quality" / "metrics.json").read_text())
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        arguments.output.with_suffix(".md").write_text(markdown(results["rows"], arguments.calls))
+        print(f"tables by network calls in {arguments.output.with_suffix('.md')}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", help="folder of a trained pipeline, such as runs/demo")
+    parser.add_argument("--data", required=True, help="what it was trained on")
+    parser.add_argument("--split", default="train", help="part of the data to compare with [%(default)s]")
+    parser.add_argument("--held-out-split", help="part of the data that was not trained on")
+    parser.add_argument("--features", required=True, help="folder of 'diffusers-dpm train-features', or inception")
+    parser.add_argument("--images", type=int, default=5000, help="images of each cell [%(default)s]")
+    parser.add_argument("--calls", type=int, nargs="+", default=[*CALLS], help="numbers of network calls")
+    parser.add_argument("--batch-size", type=int, default=256, help="images in a network call [%(default)s]")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the tables lie beside it")
+    arguments = parser.parse_args()
+    return run_command(lambda: measure(arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

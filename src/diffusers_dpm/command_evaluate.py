@@ -1,0 +1,380 @@
+"""`diffusers-dpm evaluate`: how good a model's images are under which sampler, in how many network calls.
+
+diffusers-dpm train-features --data digits --eval-split test --output-dir runs/digits-features
+diffusers-dpm evaluate runs/demo --data digits --features runs/digits-features --num-images 1500 \
+    --schedulers ddim ddim,eta=1 dpm-solver,timestep_spacing=quadratic diffusers:UniPCMultistepScheduler \
+    --steps 5 10 20 50 --held-out-split test
+accelerate launch -m diffusers_dpm.command_evaluate runs/demo ...      # several devices
+
+Every scheduler is run with every number of steps from the same seeds. What is measured goes into the folder of the
+results after each of them: metrics.json, which the model card reads, metrics.md with tables, and metrics.png.
+"""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from accelerate import Accelerator
+
+from diffusers_dpm.command_likelihood import find_num_levels
+from diffusers_dpm.command_line import load_pipeline, run_command, take_model
+from diffusers_dpm.evaluation import (
+    FeatureExtractor,
+    Reference,
+    Score,
+    load_features,
+    plot,
+    quality,
+    report,
+    score_row,
+    to_bytes,
+)
+from diffusers_dpm.likelihood import evidence_lower_bound, reverse_process
+from diffusers_dpm.model_card import LOCAL_DATA, describe_data, read_json, read_metrics
+from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.sampling import (
+    PACKAGES,
+    SampleFolder,
+    Sampler,
+    build_scheduler,
+    load_classifier,
+    parse_assignments,
+    scheduler_name,
+    weights_hash,
+    write_text,
+)
+from diffusers_dpm.training.data import ImageDataset
+from diffusers_dpm.training.options import DataOptions, check_ranges, parse_options
+from diffusers_dpm.training.trainer import OPTIONS_FILE, load_data
+
+
+PROG = "diffusers-dpm evaluate"
+BOUND = "bits per dimension, upper bound"
+
+
+@dataclass
+class SamplerOptions:
+    _argument_group_name = "samplers"
+
+    schedulers: list[str] | None = field(
+        default=None,
+        metadata={"help": "ddpm, ddim, analytic-dpm, dpm-solver or diffusers:CLASS, with options: ddim,eta=0.5"},
+    )
+    steps: list[int] | None = field(default=None, metadata={"metavar": "N", "help": "numbers of steps of each"})
+    num_images: int = field(default=10_000, metadata={"help": "images of each scheduler and number of steps"})
+    seed: int = field(default=0, metadata={"help": "of the first image; the others follow"})
+    class_labels: list[int] | None = field(
+        default=None, metadata={"metavar": "N", "help": "one class, or several in turn (default: at random)"}
+    )
+    guidance_scale: float | None = field(default=None, metadata={"help": "guide by the model's classifier"})
+    batch_size: int = field(default=64, metadata={"help": "images in a network call"})
+    cpu: bool = field(default=False, metadata={"help": "use the CPU even if there is an accelerator"})
+
+
+@dataclass
+class MeasurementOptions:
+    _argument_group_name = "measurement"
+
+    features: str | None = field(
+        default=None,
+        metadata={"help": "folder of 'diffusers-dpm train-features', or inception (needs torch-fidelity)"},
+    )
+    inception_weights: str | None = field(
+        default=None, metadata={"help": "torch-fidelity's file (default: where its own download leaves it)"}
+    )
+    held_out_split: str | None = field(
+        default=None, metadata={"help": "part of the data that was not trained on: the best that can be reached"}
+    )
+    likelihood_images: int = field(
+        default=0, metadata={"help": "held-out images to bound the bits per dimension on, where there is a bound"}
+    )
+    num_resamples: int = field(default=50, metadata={"help": "of the bootstrap, for the errors; 0: no errors"})
+    weights: Literal["EMA", "raw"] | None = field(
+        default=None, metadata={"help": "which weights the model has (default: as its training_options.json says)"}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "folder of the results (default: the run folder; needed for Hub ids)"}
+    )
+
+
+@dataclass
+class EvaluateOptions(DataOptions, SamplerOptions, MeasurementOptions):
+    """Options of `diffusers-dpm evaluate`, described by its `--help`. Raises ValueError for numbers out of range."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        for name in ("data", "schedulers", "steps", "features"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is missing")
+        if self.random_flip:
+            raise ValueError("--random-flip is for training: the reference is the images as they are")
+        if min(self.steps or []) < 1:
+            raise ValueError(f"--steps must be at least 1, got {min(self.steps or [])}")
+        if self.num_images < 20:
+            raise ValueError(f"--num-images must be at least 20, got {self.num_images}")
+        if self.likelihood_images and self.held_out_split is None:
+            raise ValueError("--likelihood-images needs --held-out-split")
+
+
+# What is measured ----------------------------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """One scheduler with one number of steps, set up; and its row, but for what is measured."""
+
+    sampler: Sampler
+    row: dict[str, Any]
+
+
+class Results:
+    """The rows of a folder's metrics.json, with what they are to be compared with; written whenever one is added.
+
+    Raises:
+        ValueError: the file is there and broken.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / "metrics.json"
+        known = read_json(self.path) if self.path.is_file() else {}
+        self.rows = read_metrics(self.path) if known else []
+        self.baselines: list[dict[str, Any]] = known.get("baselines", [])
+
+    def has(self, row: dict[str, Any], metrics: Sequence[str] | None = None) -> bool:
+        """Whether there is a row with all that `row` says; of one of the metrics, if given."""
+        return any(
+            all(known.get(key) == value for key, value in row.items()) and (not metrics or known["metric"] in metrics)
+            for known in (*self.rows, *self.baselines)
+        )
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        versions = {name: version(name) for name in (*PACKAGES, "torchmetrics")}
+        self.rows += [{**row, "versions": versions} for row in rows]
+        self._save()
+
+    def add_baselines(self, rows: Iterable[dict[str, Any]]) -> None:
+        self.baselines += rows
+        self._save()
+
+    def _save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        results = {"rows": self.rows, "baselines": self.baselines}
+        write_text(self.path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+    def show(self) -> None:
+        """Print the tables, and write them and the plots."""
+        if self.rows:
+            tables = report(self.rows, self.baselines)
+            print(tables)
+            write_text(self.path.with_suffix(".md"), tables)
+            plot(self.rows, self.path.with_suffix(".png"))
+            print(f"written to {self.path}")
+
+
+class Evaluation:
+    """A model, the images that it is compared with, and the features that are compared.
+
+    Args:
+        model: run folder or Hub id.
+        options: what to measure and how.
+        pairs: (scheduler with options, number of steps); default: all that the options' `schedulers` and `steps` make.
+
+    Raises:
+        ValueError: the model, the data, the features or the options cannot be used.
+    """
+
+    def __init__(self, model: str, options: EvaluateOptions, pairs: Iterable[tuple[str, int]] | None = None):
+        if options.output_dir is None and not Path(model).is_dir():
+            raise ValueError(f"{model} is not a folder here: say with --output-dir where the results go")
+        self.model, self.options = model, options
+        self.folder = Path(options.output_dir or model)
+        self.pipeline = load_pipeline(model)
+        if options.guidance_scale is not None:
+            self.pipeline.register_modules(classifier=load_classifier(model))
+        pairs = product(options.schedulers or [], options.steps or []) if pairs is None else pairs
+        self.cells = [self._cell(text, steps) for text, steps in dict.fromkeys(pairs)]
+        self.extractor: FeatureExtractor = load_features(str(options.features), options.inception_weights)
+        self.accelerator = Accelerator(cpu=options.cpu)
+        self.extractor.to(self.accelerator.device)
+        with self.accelerator.main_process_first():  # which fills the caches
+            data = load_data(options, require_labels=False)
+            check_shape(data, self.pipeline)
+            self.held_out: ImageDataset | None = None
+            if options.held_out_split is not None:
+                self.held_out = load_data(options, require_labels=False, split=options.held_out_split)
+            name = f"{describe_source(str(options.data))}, {options.split}"
+            self.reference = Reference.of(name, all_bytes(data), self.extractor, self.folder / "evaluation")
+        self.results = Results(self.folder)
+        self.common = {
+            "weights": options.weights or recorded_weights(model),
+            "weights_sha256": weights_hash(self.pipeline.unet),
+            "reference": self.reference.name,
+            "reference_sha256": self.reference.hash,
+        }
+
+    def _cell(self, text: str, steps: int) -> Cell:
+        """`text` is a scheduler's name and options, such as "ddim,eta=0.5"."""
+        options = self.options
+        name, *assignments = text.split(",")
+        config = parse_assignments(assignments)
+        pipeline = DPMPipeline(**self.pipeline.components)
+        pipeline.scheduler = build_scheduler(name, config, pipeline, self.model)
+        guided = {"class_labels": options.class_labels, "guidance_scale": options.guidance_scale}
+        shown = {**config, **{key: value for key, value in guided.items() if value is not None}}
+        row = {"scheduler": scheduler_name(pipeline.scheduler), "options": shown, "steps": steps}
+        return Cell(Sampler(pipeline, steps, options.class_labels, options.guidance_scale), row)
+
+    def run(self) -> None:
+        """Measure what is not in the results yet, and print the tables."""
+        failures = []
+        try:
+            if self.accelerator.is_main_process:
+                self._measure_baselines()
+            for number, cell in enumerate(self.cells, 1):
+                title = f"{number}/{len(self.cells)} {cell.row['scheduler']}, {cell.row['steps']} steps"
+                try:
+                    self._measure_quality(cell, title)
+                    self._measure_bound(cell)
+                except ValueError as error:  # the other cells are still wanted
+                    failures.append(f"not measured: {title}: {error}")
+        finally:
+            if self.accelerator.is_main_process:
+                self.results.show()
+                for failure in failures:
+                    print(failure)
+
+    def _identity(self, cell: Cell, num_images: int) -> dict[str, Any]:
+        first = self.options.seed
+        return {**cell.row, **self.common, "seeds": f"{first}-{first + num_images - 1}"}
+
+    def _measure_quality(self, cell: Cell, title: str) -> None:
+        """Draw the images into a folder, which goes when they are measured."""
+        options = self.options
+        identity = self._identity(cell, options.num_images)
+        if self.results.has({**identity, "feature_extractor": self.extractor.name}):
+            return
+        seeds = range(options.seed, options.seed + options.num_images)
+        images = SampleFolder(self.folder / "evaluation" / f"cell-{short_hash(identity)}", cell.sampler, ".npy")
+        images.fill(seeds, options.batch_size, self.accelerator, title)
+        if self.accelerator.is_main_process:
+            pixels = torch.from_numpy(images.read(seeds)).permute(0, 3, 1, 2)
+            calls, seconds = images.cost()
+            cost = {"calls": calls, "seconds": seconds, "device": str(self.accelerator.device)}
+            self.results.add(
+                {**identity, **row, **cost}
+                for row in quality(pixels, self.reference, self.extractor, options.num_resamples)
+            )
+            shutil.rmtree(images.folder)
+
+    def _measure_bound(self, cell: Cell) -> None:
+        """The variational bound on held-out images, where the sampler has one; on the first process."""
+        count, scheduler = self.options.likelihood_images, cell.sampler.pipeline.scheduler
+        if not count or self.held_out is None or not self.accelerator.is_main_process:
+            return
+        identity = {**self._identity(cell, count), "reference": self._held_out_name(), "num_images": count}
+        if self.results.has(identity, [BOUND]):
+            return
+        scheduler.set_timesteps(cell.row["steps"])
+        try:
+            reverse_process(scheduler)
+        except ValueError:
+            return  # no such bound
+        order = torch.randperm(len(self.held_out), generator=torch.Generator().manual_seed(self.options.seed))
+        indices = order[:count].tolist()
+        examples = self.held_out[indices]
+        conditional = self.pipeline.unet.config.num_class_embeds is not None
+        bound = evidence_lower_bound(
+            self.pipeline.unet.to(self.accelerator.device),
+            scheduler,
+            examples["images"],
+            class_labels=examples["labels"] if conditional else None,
+            indices=indices,
+            num_levels=find_num_levels(self.held_out, None),
+            seed=self.options.seed,
+            batch_size=self.options.batch_size,
+        )
+        score = score_row(BOUND, Score(bound.bits_per_dim, bound.standard_error), count, None)
+        self.results.add([{**identity, **score, "calls": cell.row["steps"], "seconds": None}])
+
+    def _measure_baselines(self) -> None:
+        """Held-out images, which no sampler should beat, and the training images with their pixels shuffled."""
+        count = self.options.num_images
+        baselines = {"shuffled pixels": shuffled_pixels(self.reference.images[:count])}
+        if self.held_out is not None:
+            baselines["held-out images"] = all_bytes(self.held_out)[:count]
+        for name, images in baselines.items():
+            identity: dict[str, Any] = {"scheduler": name, "options": {}, "steps": 0, **self.common, "weights": None}
+            if not self.results.has({**identity, "feature_extractor": self.extractor.name, "num_images": len(images)}):
+                rows = quality(images, self.reference, self.extractor, self.options.num_resamples)
+                self.results.add_baselines({**identity, **row} for row in rows)
+
+    def _held_out_name(self) -> str:
+        return f"{describe_source(str(self.options.data))}, {self.options.held_out_split}"
+
+
+def check_shape(data: ImageDataset, pipeline: DPMPipeline) -> None:
+    """Raise ValueError for images of another number of channels or size than the model draws."""
+    config = pipeline.unet.config
+    size = config.sample_size or data.shape[1:]
+    drawn = (config.in_channels, *((size, size) if isinstance(size, int) else size))
+    if data.shape != drawn:
+        raise ValueError(f"the model draws images (C, H, W) of {drawn}, the data has {data.shape}; see --resolution")
+
+
+def all_bytes(data: ImageDataset, block: int = 1024) -> torch.Tensor:
+    """uint8 (N, C, H, W)."""
+    starts = range(0, len(data), block)
+    return torch.cat([to_bytes(data[[*range(i, min(i + block, len(data)))]]["images"]) for i in starts])
+
+
+def shuffled_pixels(images: torch.Tensor) -> torch.Tensor:
+    """Each image with its pixels in another order of its own."""
+    generator = torch.Generator().manual_seed(0)
+    order = torch.rand(len(images), 1, images[0, 0].numel(), generator=generator).argsort(dim=2)
+    return images.flatten(2).gather(2, order.expand(-1, images.shape[1], -1)).view_as(images)
+
+
+def describe_source(data: str) -> str:
+    """The data set's name, or that of a local folder or file without its path."""
+    return Path(data).name if describe_data(data) == LOCAL_DATA and data != "digits" else data
+
+
+def recorded_weights(model: str) -> str | None:
+    """Whether a run saved the EMA or the raw weights; None if that is not known."""
+    path = Path(model) / OPTIONS_FILE
+    averaged = read_json(path).get("ema") if path.is_file() else None
+    return None if averaged is None else "EMA" if averaged else "raw"
+
+
+def short_hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """The command, as `run_command` calls it."""
+    model, rest = take_model(argv, PROG)
+    options = parse_options(
+        EvaluateOptions.__bases__,
+        EvaluateOptions,
+        rest,
+        prog=f"{PROG} RUN",
+        description="Measure the images of the model of a run folder or Hub id: every scheduler with every number of "
+        "steps, from the same seeds. Interrupted, the same command goes on.",
+    )
+    Evaluation(model, options).run()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 2 for input that cannot be used."""
+    return run_command(lambda: evaluate(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

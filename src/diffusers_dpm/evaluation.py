@@ -1,0 +1,494 @@
+"""Image quality: distances between sets of images with their errors, and tables and plots of them.
+
+Images are uint8 (N, C, H, W) throughout, rounded to 8 bits, because that is what is published and compared. A number
+of this module says what it was measured with: below 50,000 images the Fréchet distance in InceptionV3's features is
+called FID@n and not FID, and in the features of any other network it is no FID at all. Precision and recall are left
+out: torchmetrics has none.
+"""
+
+import math
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
+from torchmetrics.image.inception import InceptionScore
+from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
+from torchmetrics.utilities.imports import _TORCH_FIDELITY_AVAILABLE
+
+from diffusers_dpm.model_card import format_value, metric_table, sampler_name
+from diffusers_dpm.pipelines import NoisyClassifier
+from diffusers_dpm.statistics import fingerprint
+
+
+FEATURES_FILE = "features.json"
+INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+FULL_FID = 50_000  # images that an FID is of
+NUM_PROJECTIONS = 512
+KERNEL_SUBSETS, KERNEL_SUBSET_SIZE, KERNEL_BLOCKS = 100, 1000, 10
+INCEPTION_SPLITS = 10
+ALONE: dict[str, Any] = {"sync_on_compute": False}  # one process measures; torchmetrics would wait for the others
+
+
+class Score(NamedTuple):
+    """A measured number and its standard error; None where that is unknown."""
+
+    value: float
+    error: float | None
+
+
+# Features ------------------------------------------------------------------------------------------------------------
+
+
+class ClassifierFeatures(nn.Module):
+    """uint8 images (B, C, H, W) -> the input of a classifier's last layer, (B, num_features).
+
+    Args:
+        classifier: trained on clean images, and never the one that guides: it would grade itself.
+    """
+
+    def __init__(self, classifier: NoisyClassifier):
+        super().__init__()
+        self.classifier = classifier.eval()
+        head: Any = classifier.head
+        self.num_features = head.out.in_features
+        self.name = f"clean classifier {fingerprint(classifier.state_dict().values())[:12]}"
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        handle = self.classifier.head.out.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+        try:
+            self.classifier(images.float() / 127.5 - 1, 0)
+        finally:
+            handle.remove()
+        return found[0]
+
+
+class InceptionFeatures(nn.Module):
+    """uint8 images (B, C, H, W) -> the 2048 pooled features of the InceptionV3 of 2015, by torch-fidelity's port.
+
+    Grey images are repeated to RGB.
+
+    Args:
+        weights: torch-fidelity's file of weights; default: where torch-fidelity's own download leaves it.
+
+    Raises:
+        ValueError: no torch-fidelity, or no weights.
+    """
+
+    num_features = 2048
+    name = "InceptionV3 of torch-fidelity"
+
+    def __init__(self, weights: str | Path | None = None):
+        super().__init__()
+        path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS)
+        if not _TORCH_FIDELITY_AVAILABLE:
+            raise ValueError("features of InceptionV3 need torch-fidelity: pip install torch-fidelity")
+        if not path.is_file():
+            raise ValueError(
+                f"no weights of InceptionV3 at {path}: {INCEPTION_WEIGHTS} is among the releases of torch-fidelity"
+            )
+        self.network = NoTrainInceptionV3("inception-v3-compat", [str(self.num_features)], str(path))
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"InceptionV3 reads grey and RGB images, these have {images.shape[1]} channels")
+        return self.network(images.expand(-1, 3, -1, -1))
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Of the 1008 classes, without bias, as the Inception Score takes them."""
+        return features.to(self.network.fc.weight.device) @ self.network.fc.weight.T
+
+
+FeatureExtractor = ClassifierFeatures | InceptionFeatures
+
+
+def load_features(where: str, inception_weights: str | None = None) -> FeatureExtractor:
+    """The extractor in a folder that `diffusers-dpm train-features` wrote, or "inception".
+
+    Raises:
+        ValueError: there is none; a classifier that was not trained for this.
+    """
+    if where == "inception":
+        return InceptionFeatures(inception_weights)
+    if not (Path(where) / FEATURES_FILE).is_file():
+        raise ValueError(
+            f"{where} holds no {FEATURES_FILE}: 'diffusers-dpm train-features' makes such a folder. A classifier for "
+            "guidance will not do, it would grade its own work"
+        )
+    return ClassifierFeatures(NoisyClassifier.from_pretrained(where))
+
+
+def extract(extractor: FeatureExtractor, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+    """float32 (N, num_features) on the CPU.
+
+    Raises:
+        ValueError: images with other channels than the extractor reads.
+    """
+    device = next(extractor.parameters()).device
+    return torch.cat([extractor(batch.to(device)).float().cpu() for batch in images.split(batch_size)])
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] -> uint8, rounded."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with.
+
+    Attributes:
+        name: data set and split, in words.
+        images: uint8 (N, C, H, W).
+        features: float32 (N, num_features).
+        hash: SHA-256 of the images.
+    """
+
+    name: str
+    images: torch.Tensor
+    features: torch.Tensor
+    hash: str
+
+    @classmethod
+    def of(cls, name: str, images: torch.Tensor, extractor: FeatureExtractor, cache: Path) -> "Reference":
+        """With the features from the folder `cache`, if it has those of the same images and extractor."""
+        digest = fingerprint([images])
+        path = cache / f"{digest[:16]}-{extractor.name.replace(' ', '-')}.safetensors"
+        if path.is_file():
+            features = load_file(path)["features"]
+        else:
+            features = extract(extractor, images)
+            cache.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            save_file({"features": features}, temporary)
+            temporary.replace(path)
+        return cls(name, images, features, digest)
+
+
+# Distances -----------------------------------------------------------------------------------------------------------
+
+
+class Given(nn.Module):
+    """The feature network of torchmetrics' metrics, where the features are there already."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+def bootstrap(
+    statistic: Callable[[torch.Tensor], float], samples: torch.Tensor, num_resamples: int, seed: int = 0
+) -> Score:
+    """The statistic of the samples, and its standard deviation over resamples with replacement.
+
+    A statistic with a bias that shrinks with n, such as a Fréchet distance, has more of it on resamples; so they give
+    the error and no other value.
+
+    Args:
+        statistic: samples (N, ...) -> number.
+        num_resamples: 0 gives no error.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values = [
+        statistic(samples[torch.randint(len(samples), (len(samples),), generator=generator)])
+        for _ in range(num_resamples)
+    ]
+    error = torch.tensor(values, dtype=torch.float64).std().item() if num_resamples > 1 else None
+    return Score(statistic(samples), error)
+
+
+def frechet_distance(features: torch.Tensor, reference: torch.Tensor, num_resamples: int = 50, seed: int = 0) -> Score:
+    """The squared Fréchet distance of the Gaussians with the moments of two sets, in float64 (Heusel et al. 2017).
+
+    |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)). Its bias is about d^2 / (4 n) + d / n for whitened features.
+
+    Args:
+        features: (N, d).
+        reference: (M, d); the error leaves out that it is a sample, too.
+        num_resamples: of the bootstrap.
+    """
+    metric = FrechetInceptionDistance(feature=Given(features.shape[1]), reset_real_features=False, **ALONE)
+    metric.update(reference.double(), real=True)
+
+    def distance(features: torch.Tensor) -> float:
+        metric.reset()
+        metric.update(features, real=False)
+        return metric.compute().item()
+
+    return bootstrap(distance, features.double(), num_resamples, seed)
+
+
+def kernel_distance(features: torch.Tensor, reference: torch.Tensor, seed: int = 0) -> Score:
+    """Squared maximum mean discrepancy for the kernel (x y / d + 1)^3, without bias (Bińkowski et al. 2018).
+
+    The value is the mean over 100 random subsets of 1,000, or of all if there are fewer. The error is that of the mean
+    over ten disjoint blocks of both sets, which covers the sampling of both; where they are alike it is too large.
+
+    Args:
+        features: (N, d).
+        reference: (M, d); at least 20 of both.
+    """
+    features, reference = features.double(), reference.double()
+    fewest = min(len(features), len(reference))
+    if fewest < 2 * KERNEL_BLOCKS:
+        raise ValueError(f"the kernel distance needs at least {2 * KERNEL_BLOCKS} images, got {fewest}")
+    size = min(KERNEL_SUBSET_SIZE, fewest)
+    subsets = 1 if len(features) == len(reference) == size else KERNEL_SUBSETS  # all of them are the same
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", UserWarning)  # it keeps all features; they are few
+        torch.manual_seed(seed)
+        metric = KernelInceptionDistance(feature=Given(features.shape[1]), subsets=subsets, subset_size=size, **ALONE)
+        metric.update(reference, real=True)
+        metric.update(features, real=False)
+        value = metric.compute()[0].item()
+    generator = torch.Generator().manual_seed(seed)
+    num = fewest // KERNEL_BLOCKS * KERNEL_BLOCKS  # drawn at random, because data may be sorted by class
+    parts = [x[torch.randperm(len(x), generator=generator)[:num]].chunk(KERNEL_BLOCKS) for x in (reference, features)]
+    blocks = torch.stack([poly_mmd(theirs, ours) for theirs, ours in zip(*parts, strict=True)])
+    return Score(value, (blocks.std() / math.sqrt(KERNEL_BLOCKS)).item())
+
+
+def sliced_wasserstein_distance(
+    x: torch.Tensor, reference: torch.Tensor, num_resamples: int = 50, seed: int = 0
+) -> Score:
+    """The 2-Wasserstein distance of one-dimensional projections, RMS over 512 random directions (Rabin et al. 2011).
+
+    Args:
+        x: (N, ...), flattened.
+        reference: (M, ...); of the larger set as many are used as the smaller one has.
+        num_resamples: of the bootstrap.
+        seed: of the directions, the choice and the resamples.
+
+    For N(m, I) and N(0, I) in d dimensions the square is |m|^2 / d on average over directions.
+    """
+    x, reference = x.flatten(1).float(), reference.flatten(1).float()
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(x.shape[1], NUM_PROJECTIONS, generator=generator)
+    directions /= directions.norm(dim=0)
+    n = min(len(x), len(reference))
+    x, reference = (part[torch.randperm(len(part), generator=generator)[:n]] for part in (x, reference))
+    quantiles = (reference @ directions).sort(dim=0).values
+
+    def distance(projections: torch.Tensor) -> float:
+        return (projections.sort(dim=0).values - quantiles).double().square().mean().sqrt().item()
+
+    return bootstrap(distance, x @ directions, num_resamples, seed)
+
+
+def inception_score(logits: torch.Tensor, seed: int = 0) -> Score:
+    """exp E KL(p(y | x) || p(y)), mean and standard deviation over ten splits (Salimans et al. 2016)."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", UserWarning)
+        torch.manual_seed(seed)
+        metric = InceptionScore(feature=Given(logits.shape[1]), splits=INCEPTION_SPLITS, **ALONE)
+        metric.update(logits)
+        mean, std = metric.compute()
+    return Score(mean.item(), std.item())
+
+
+def frechet_name(extractor: FeatureExtractor, num_images: int) -> str:
+    """What a Fréchet distance in these features may be called."""
+    if not isinstance(extractor, InceptionFeatures):
+        return "Fréchet distance"
+    return "FID" if num_images >= FULL_FID else f"FID@{num_images}"
+
+
+def quality(
+    images: torch.Tensor, reference: Reference, extractor: FeatureExtractor, num_resamples: int = 50, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Rows {"metric", "value", "error", "num_images", "feature_extractor"} about uint8 images (N, C, H, W)."""
+    features = extract(extractor, images)
+    pixels, theirs = (part.float() / 127.5 - 1 for part in (images, reference.images))
+    inception = extractor if isinstance(extractor, InceptionFeatures) else None
+    scores = {
+        frechet_name(extractor, len(images)): frechet_distance(features, reference.features, num_resamples, seed),
+        "KID" if inception else "kernel distance": kernel_distance(features, reference.features, seed),
+    }
+    if inception:
+        scores["Inception Score"] = inception_score(inception.logits(features), seed)
+    rows = [score_row(metric, score, len(images), extractor.name) for metric, score in scores.items()]
+    distance = sliced_wasserstein_distance(pixels, theirs, num_resamples, seed)
+    compared = min(len(images), len(theirs))
+    return [*rows, score_row("sliced Wasserstein distance", distance, compared, "pixels in [-1, 1]")]
+
+
+def score_row(metric: str, score: Score, num_images: int, feature_extractor: str | None) -> dict[str, Any]:
+    return {"metric": metric, **score._asdict(), "num_images": num_images, "feature_extractor": feature_extractor}
+
+
+# Tables and plots ----------------------------------------------------------------------------------------------------
+
+Row = Mapping[
+    str, Any
+]  # of metrics.json, see `diffusers_dpm.model_card.read_metrics`; here also "calls" and "seconds"
+Table = dict[str, dict[int, Row]]  # label of a line -> column -> row
+
+
+def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows that can be compared, by a title that says what they are."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[metric_table([row])["title"]].append(row)
+    return groups
+
+
+def by_calls(rows: Iterable[Row]) -> Table:
+    """Samplers by network calls, the shape of the tables for Analytic-DPM and DPM-Solver."""
+    table: Table = defaultdict(dict)
+    for row in rows:
+        table[sampler_name(row)][row["calls"]] = row
+    return table
+
+
+def by_eta(rows: Iterable[Row]) -> Table:
+    """DDIM's eta by steps, the shape of table 1 of Song et al. 2021; other options of DDIM's stand beside eta.
+
+    Empty if there are fewer than two values of eta.
+    """
+    table: Table = defaultdict(dict)
+    etas = set()
+    for row in rows:
+        if row["scheduler"] == "DDIMScheduler":
+            others = {key: value for key, value in row["options"].items() if key != "eta"}
+            etas.add(row["options"].get("eta", 0))
+            label = ", ".join(
+                [f"\u03b7 = {row['options'].get('eta', 0):g}", *(f"{k}={v!r}" for k, v in others.items())]
+            )
+            table[label][row["steps"]] = row
+    return table if len(etas) > 1 else {}
+
+
+def markdown(table: Table, column: str) -> str:
+    """The table in Markdown; `column` says what the columns count."""
+    columns = sorted({key for cells in table.values() for key in cells})
+    lines = [
+        "| sampler | " + " | ".join(f"{key} {column}" for key in columns) + " |",
+        "|---" * (1 + len(columns)) + "|",
+    ]
+    for label, cells in table.items():
+        texts = [format_value(cells[key]) if key in cells else "" for key in columns]
+        lines.append(f"| {label} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def report(rows: Sequence[Row], baselines: Sequence[Row] = ()) -> str:
+    """All rows as Markdown tables, and below each what the same measurement gives for other images."""
+
+    def measurement(row: Row) -> tuple[str, str, str]:
+        return row["metric"].split("@")[0], row["feature_extractor"], row["reference"]
+
+    parts = []
+    for title, group in grouped(rows).items():
+        parts += [f"## {title}", markdown(by_calls(group), "calls")]
+        if etas := by_eta(group):
+            parts.append(markdown(etas, "steps"))
+        others = [row for row in baselines if measurement(row) == measurement(group[0])]
+        if others:
+            lines = [f"- {row['scheduler']} ({row['num_images']:,}): {format_value(row)}" for row in others]
+            parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Each group of rows against network calls and against seconds, as a picture."""
+    from matplotlib.figure import Figure  # slow to import
+
+    groups = grouped(rows)
+    figure = Figure(figsize=(12, 4 * len(groups)), layout="constrained")
+    panels = figure.subplots(len(groups), 2, squeeze=False)
+    for (title, group), (left, right) in zip(groups.items(), panels, strict=True):
+        plot_lines(left, group, "calls", "network calls")
+        plot_lines(right, group, "seconds", "seconds for an image")
+        left.set_title(title, loc="left", fontsize="medium")
+        left.legend(fontsize="x-small")
+    figure.savefig(path, dpi=120)
+
+
+def plot_lines(axis: Any, rows: Sequence[Row], key: str, label: str) -> None:
+    """A line for each sampler over `key`; the axis disappears where no row has one."""
+    rows = [row for row in rows if row[key] is not None]
+    if not rows:
+        axis.set_axis_off()
+        return
+    for name, cells in by_calls(rows).items():
+        line = [cells[calls] for calls in sorted(cells)]
+        errors = [row["error"] or 0 for row in line]
+        axis.errorbar([row[key] for row in line], [row["value"] for row in line], errors, marker="o", label=name)
+    positive = all(row["value"] > 0 for row in rows)
+    axis.set(xlabel=label, xscale="log", yscale="log" if positive else "linear")
+    if key == "calls":
+        calls = sorted({row[key] for row in rows})
+        axis.set_xticks(calls, labels=calls)
+    axis.minorticks_off()
+    axis.grid(alpha=0.3)
+
+
+class Difference(NamedTuple):
+    """The same measurement in two files; `error` is that of b - a, or None if one of the two has none."""
+
+    sampler: str
+    steps: int
+    metric: str
+    a: float
+    b: float
+    error: float | None
+
+    @property
+    def value(self) -> float:
+        return self.b - self.a
+
+
+def compare(a: Iterable[Row], b: Iterable[Row]) -> list[Difference]:
+    """What was measured alike in both: of the same sampler, steps, metric, number of images, features and reference.
+
+    Where one of them has it more than once, of other weights or seeds, the last counts. The errors are taken as
+    independent; where the images have the same seeds, the error of the difference is smaller.
+
+    Raises:
+        ValueError: there is nothing of the kind.
+    """
+
+    def key(row: Row) -> tuple[Any, ...]:
+        same = ("metric", "num_images", "feature_extractor", "reference", "reference_sha256")
+        return (sampler_name(row), row["steps"], *(row.get(name) for name in same))
+
+    first, second = ({key(row): row for row in rows} for rows in (a, b))
+    pairs = [(row, second[known]) for known, row in first.items() if known in second]
+    if not pairs:
+        raise ValueError("the two have no sampler, steps, metric, number of images, features and reference in common")
+    return [
+        Difference(
+            sampler_name(row),
+            row["steps"],
+            row["metric"],
+            row["value"],
+            other["value"],
+            None if None in (row["error"], other["error"]) else math.hypot(row["error"], other["error"]),
+        )
+        for row, other in pairs
+    ]
+
+
+def comparison(differences: Iterable[Difference], a: str = "A", b: str = "B") -> str:
+    """The differences in Markdown; the last column is the difference in units of its error."""
+    lines = [f"| sampler | steps | metric | {a} | {b} | difference | in errors |", "|---" * 7 + "|"]
+    for item in differences:
+        error = "" if item.error is None else f" \u00b1 {item.error:.2g}"
+        ratio = f"{item.value / item.error:+.1f}" if item.error else ""
+        lines.append(
+            f"| {item.sampler} | {item.steps} | {item.metric} | {item.a:.4g} | {item.b:.4g} "
+            f"| {item.value:+.4g}{error} | {ratio} |"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""Code that ships in a Hub repository, for `trust_remote_code=True` without this package.
+
+diffusers copies the code of all repositories into one folder and imports it by its bare name: of two repositories made
+by different versions of a file, the classes of the first would find the functions of the second. So the code of a
+class is one file without relative imports whose name ends in a hash of its content, and a file of the plain name
+imports the class from it.
+"""
+
+import ast
+import hashlib
+import inspect
+import symtable
+from importlib.metadata import version
+from pathlib import Path
+
+
+def write_code(cls: type, folder: Path) -> str:
+    """Write the two files of a class into `folder`; returns the module to import it from, that of the plain name.
+
+    Raises:
+        ValueError: as `bundle`.
+    """
+    path = Path(inspect.getfile(cls))
+    code = bundle(path)
+    module = f"{path.stem}_{hashlib.sha256(code.encode()).hexdigest()[:8]}"
+    (folder / f"{module}.py").write_text(code, encoding="utf-8")
+    (folder / path.name).write_text(
+        f"# {cls.__name__} of diffusers-dpm {version('diffusers-dpm')}. diffusers takes files of one name for one\n"
+        "# module, whatever repository they are from, so the code is in a file whose name tells versions apart.\n"
+        f"from .{module} import {cls.__name__}  # noqa: F401\n",
+        encoding="utf-8",
+    )
+    return path.stem
+
+
+def bundle(path: Path) -> str:
+    """The file, with each `from .module import name` replaced by that module; all else is kept as it is written.
+
+    Raises:
+        ValueError: another kind of relative import, or a name that means one thing here and another there.
+    """
+    code, known = path.read_text(encoding="utf-8"), bindings(path)
+    lines, nodes = code.splitlines(), ast.parse(code).body
+    for node in reversed(nodes):  # from the end, so that line numbers stay true
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module and is_plain(node):
+            helper = path.with_name(f"{node.module}.py")
+            for name, origin in bindings(helper).items():
+                if known.setdefault(name, origin) != origin:
+                    raise ValueError(f"{path} and {helper.name} give {name} two meanings: they cannot be one file")
+            inlined = [f"# {helper.name}:", "", *helper.read_text(encoding="utf-8").splitlines()]
+            lines[node.lineno - 1 : node.end_lineno] = [*inlined, "", "", f"# The rest of {path.name}:", ""]
+    bundled = "\n".join(lines) + "\n"
+    if any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(ast.parse(bundled))):
+        raise ValueError(f"{path}: no relative import but `from .module import name` at its top level can be bundled")
+    return bundled
+
+
+def is_plain(node: ast.ImportFrom) -> bool:
+    return all(alias.asname is None for alias in node.names)
+
+
+def bindings(path: Path) -> dict[str, str]:
+    """The names that a module binds, each with where it comes from: its import, or this file."""
+    code = path.read_text(encoding="utf-8")
+    symbols = symtable.symtable(code, str(path), "exec").get_symbols()
+    names = {symbol.get_name(): path.name for symbol in symbols if symbol.is_assigned()}
+    for node in ast.parse(code).body:
+        if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
+            for alias in node.names:
+                names.setdefault(alias.asname or alias.name, f"{getattr(node, 'module', '')}.{alias.name}")
+    return names

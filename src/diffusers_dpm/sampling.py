@@ -1,0 +1,341 @@
+"""Many images from seeds, kept one by one in a folder: under any scheduler, on any number of processes, resumable."""
+
+import difflib
+import inspect
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import SchedulerMixin
+from diffusers.utils import logging
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler
+from diffusers_dpm.statistics import fingerprint
+
+
+SETTINGS_FILE = "sampling.json"
+STOCK = "diffusers:"
+PACKAGES = ("diffusers-dpm", "diffusers", "torch")
+
+
+# Schedulers by name --------------------------------------------------------------------------------------------------
+
+
+def command_name(scheduler_class: type) -> str:
+    """DPMSolverScheduler -> dpm-solver."""
+    stem = scheduler_class.__name__.removesuffix("Scheduler")
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", stem).lower()
+
+
+SCHEDULERS = {command_name(scheduler_class): scheduler_class for scheduler_class in ALL_SCHEDULERS}
+
+
+def find_scheduler(name: str) -> type[SchedulerMixin]:
+    """The class of one of our schedulers ("dpm-solver"), or of one of diffusers' ("diffusers:DDIMScheduler").
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    if name.startswith(STOCK):
+        found = getattr(diffusers, name.removeprefix(STOCK), None)
+        if isinstance(found, type) and issubclass(found, SchedulerMixin):
+            return found
+        raise ValueError(
+            f"diffusers has no scheduler {name.removeprefix(STOCK)!r}, or it needs a package that is missing"
+        )
+    if name not in SCHEDULERS:
+        raise ValueError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)} or {STOCK}CLASS")
+    return SCHEDULERS[name]
+
+
+def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
+    """["eta=0.5", "timestep_spacing=quadratic"] -> {"eta": 0.5, "timestep_spacing": "quadratic"}.
+
+    Raises:
+        ValueError: a text without "=".
+    """
+    pairs = [text.partition("=") for text in texts]
+    for key, equals, _ in pairs:
+        if not key or not equals:
+            raise ValueError(f"scheduler options are written key=value, got {key + equals!r}")
+    return {key: parse_value(value) for key, _, value in pairs}
+
+
+def parse_value(text: str) -> Any:
+    """JSON, Python's True, False and None, or else the text itself."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def build_scheduler(name: str, options: dict[str, Any], pipeline: DPMPipeline, model: str) -> Any:
+    """The scheduler for a model, from the config of the model's own.
+
+    Args:
+        name: as `find_scheduler`. AnalyticDPMScheduler is loaded from the model's `analytic_dpm`.
+        options: keys of its config that go before the model's.
+        pipeline: the model's pipeline.
+        model: run folder or Hub id.
+
+    Raises:
+        ValueError: no such scheduler, option or value; no statistics for "analytic-dpm".
+    """
+    scheduler_class = find_scheduler(name)
+    known = inspect.signature(scheduler_class.__init__).parameters.keys()
+    for key in options.keys() - known:
+        near = difflib.get_close_matches(key, known, n=1)
+        raise ValueError(f"{name} has no option {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    config = pipeline.scheduler.config
+    if scheduler_class is AnalyticDPMScheduler:
+        try:
+            config = AnalyticDPMScheduler.from_pretrained(model, subfolder="analytic_dpm").config
+        except OSError as error:
+            raise ValueError(f"{model} has no analytic_dpm: 'diffusers-dpm statistics {model}' makes it") from error
+    try:
+        return scheduler_class.from_config(config, **options)
+    except NotImplementedError as error:  # how diffusers refuses values
+        raise ValueError(f"{name}: {error}") from error
+
+
+def parse_seeds(texts: Iterable[str]) -> list[int]:
+    """["0-3", "10"] -> [0, 1, 2, 3, 10]; each once, in this order.
+
+    Raises:
+        ValueError: something else than numbers and ranges, or a range that ends before it starts.
+    """
+    seeds: list[int] = []
+    for text in texts:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
+        if last < first:
+            raise ValueError(f"seeds are numbers and ranges such as 0-9999, got {text!r}")
+        seeds += range(first, last + 1)
+    return list(dict.fromkeys(seeds))
+
+
+# What is drawn -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """All that the image of a seed depends on.
+
+    Attributes:
+        pipeline: the network, the scheduler and, for guidance, the classifier.
+        num_inference_steps: as `DPMPipeline`.
+        class_labels: seed s is drawn for class_labels[s % len(class_labels)]; None: as `DPMPipeline`.
+        guidance_scale: as `DPMPipeline`.
+    """
+
+    pipeline: DPMPipeline
+    num_inference_steps: int | None = None
+    class_labels: Sequence[int] | None = None
+    guidance_scale: float | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """The same as JSON, with weights as hashes."""
+        scheduler, classifier = self.pipeline.scheduler, self.pipeline.classifier
+        settings = {
+            "weights": weights_hash(self.pipeline.unet),
+            "scheduler": scheduler_name(scheduler),
+            "config": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},
+            "num_inference_steps": self.num_inference_steps,
+            "class_labels": self.class_labels and list(self.class_labels),
+            "guidance_scale": self.guidance_scale,
+            "classifier": classifier and weights_hash(classifier),
+        }
+        return json.loads(json.dumps(settings))
+
+    def draw(self, seeds: Sequence[int]) -> tuple[np.ndarray, list[int] | None, int]:
+        """(images uint8 (B, H, W, C), rounded; their labels or None; network calls).
+
+        Raises:
+            ValueError: as the pipeline; an image that is not finite.
+        """
+        labels = self.class_labels and [self.class_labels[seed % len(self.class_labels)] for seed in seeds]
+        calls = 0
+
+        def count(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+
+        handle = self.pipeline.unet.register_forward_hook(count)
+        try:
+            output: Any = self.pipeline(
+                seeds=seeds,
+                num_inference_steps=self.num_inference_steps,
+                class_labels=None if labels is None else list(labels),
+                guidance_scale=self.guidance_scale,
+                output_type="np",
+            )
+        finally:
+            handle.remove()
+        broken = len(seeds) - int(np.isfinite(output.images).all(axis=(1, 2, 3)).sum())
+        if broken:
+            raise ValueError(f"{broken} of {len(seeds)} images are not finite")
+        drawn = None if output.class_labels is None else output.class_labels.tolist()
+        return (output.images * 255).round().astype(np.uint8), drawn, calls
+
+
+def weights_hash(network: torch.nn.Module) -> str:
+    """SHA-256 of the weights."""
+    return fingerprint(network.state_dict().values())
+
+
+def scheduler_name(scheduler: Any) -> str:
+    """The class, with "diffusers." before it if it is not ours."""
+    own = type(scheduler) in ALL_SCHEDULERS
+    return type(scheduler).__name__ if own else f"diffusers.{type(scheduler).__name__}"
+
+
+def load_classifier(model: str) -> NoisyClassifier:
+    """The classifier beside a model. Raises ValueError if there is none."""
+    try:
+        return NoisyClassifier.from_pretrained(model, subfolder="classifier")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"guidance needs a classifier: 'diffusers-dpm train-classifier {model}' makes it") from error
+
+
+# Where it is kept ----------------------------------------------------------------------------------------------------
+
+
+class SampleFolder:
+    """Images by seed, a file each, all of one `Sampler`; beside them its settings and what drawing them took.
+
+    Args:
+        folder: made by `open`.
+        sampler: what is drawn.
+        suffix: ".png", for 1 or 3 channels, or ".npy".
+    """
+
+    def __init__(self, folder: Path, sampler: Sampler, suffix: str = ".png"):
+        channels = sampler.pipeline.unet.config.in_channels
+        if suffix == ".png" and channels not in (1, 3):
+            raise ValueError(f"PNG files have 1 or 3 channels, these images have {channels}: write an .npz file")
+        self.folder = folder
+        self.sampler = sampler
+        self.suffix = suffix
+
+    def path(self, seed: int) -> Path:
+        return self.folder / f"{seed:06d}{self.suffix}"
+
+    def check(self) -> dict[str, Any]:
+        """The settings that the folder's images are to have.
+
+        Raises:
+            ValueError: it holds images of other settings, or other files.
+        """
+        settings, record = self.sampler.settings(), self.folder / SETTINGS_FILE
+        if not record.is_file():
+            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+                raise ValueError(f"{self.folder} exists and holds no {SETTINGS_FILE}: choose another folder")
+            return settings
+        kept = json.loads(record.read_text())["settings"]
+        changed = [name for name in settings if settings[name] != kept.get(name)]
+        if changed:
+            raise ValueError(
+                f"{self.folder} holds images of other settings ({', '.join(changed)}): choose another folder"
+            )
+        return settings
+
+    def fill(
+        self, seeds: Sequence[int], batch_size: int = 64, accelerator: Accelerator | None = None, title: str = "images"
+    ) -> None:
+        """Draw the images of the seeds that are not there yet, shared out to the processes.
+
+        With `accelerator` every process must make the call.
+
+        Raises:
+            ValueError: as `check` and `Sampler.draw`, in all processes if in one.
+        """
+        accelerator = accelerator or Accelerator()
+        settings = self.check()
+        missing = [seed for seed in seeds if not self.path(seed).exists()]
+        accelerator.wait_for_everyone()  # all have looked at the folder before it changes
+        if accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            versions = {name: version(name) for name in PACKAGES}
+            write_text(
+                self.folder / SETTINGS_FILE, json.dumps({"settings": settings, "versions": versions}, indent=1) + "\n"
+            )
+        accelerator.wait_for_everyone()
+        self.sampler.pipeline.to(accelerator.device)
+        self.sampler.pipeline.set_progress_bar_config(disable=True)
+        mine = missing[accelerator.process_index :: accelerator.num_processes]
+        error = None
+        with logging.tqdm(total=len(mine), unit="image", desc=title, disable=not accelerator.is_main_process) as bar:
+            try:
+                for start in range(0, len(mine), batch_size):
+                    self._draw(mine[start : start + batch_size], accelerator.process_index)
+                    bar.update(len(mine[start : start + batch_size]))
+            except Exception as raised:  # whatever a scheduler may raise: the other processes wait for this one
+                error = raised
+        name = scheduler_name(self.sampler.pipeline.scheduler)
+        failures = [text for text in gather_object([error and f"{name}: {type(error).__name__}: {error}"]) if text]
+        if failures:
+            raise ValueError(failures[0]) from error
+
+    def _draw(self, seeds: Sequence[int], process: int) -> None:
+        start = time.perf_counter()
+        images, labels, calls = self.sampler.draw(seeds)
+        seconds = time.perf_counter() - start
+        for i, seed in enumerate(seeds):
+            self._write(seed, images[i], None if labels is None else labels[i])
+        with (self.folder / f"timing-{process}.jsonl").open("a") as file:
+            file.write(json.dumps({"images": len(seeds), "calls": calls, "seconds": seconds}) + "\n")
+
+    def _write(self, seed: int, image: np.ndarray, label: int | None) -> None:
+        temporary = self.path(seed).with_suffix(".tmp")
+        if self.suffix == ".npy":
+            with temporary.open("wb") as file:
+                np.save(file, image)
+        else:
+            about = PngInfo()
+            about.add_text("seed", str(seed))
+            if label is not None:
+                about.add_text("class_label", str(label))
+            to_pil(image).save(temporary, format="PNG", pnginfo=about)
+        os.replace(temporary, self.path(seed))
+
+    def read(self, seeds: Sequence[int]) -> np.ndarray:
+        """uint8 (N, H, W, C), of seeds that are there."""
+        paths = [self.path(seed) for seed in seeds]
+        images = [np.load(path) if self.suffix == ".npy" else np.asarray(Image.open(path)) for path in paths]
+        return np.stack([image[..., None] if image.ndim == 2 else image for image in images])
+
+    def cost(self) -> tuple[int, float]:
+        """(network calls for each image, seconds of a device for each image), of what was drawn."""
+        lines = [line for path in self.folder.glob("timing-*.jsonl") for line in path.read_text().splitlines()]
+        batches = [json.loads(line) for line in lines]
+        images = sum(batch["images"] for batch in batches)
+        return batches[0]["calls"], sum(batch["seconds"] for batch in batches) / images
+
+
+def to_pil(image: np.ndarray) -> Image.Image:
+    """One image of uint8 (H, W, C) with 1 or 3 channels."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole file or none of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,443 @@
+"""A published repository over HTTP: what plain diffusers, this package and the code in the repository make of it."""
+
+import base64
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import diffusers_dpm
+from diffusers_dpm import pipelines, schedulers, training
+from diffusers_dpm.hub import stage, upload
+from tests.test_hub_staging import make_run
+
+from .conftest import Hub
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning"),  # of huggingface_hub
+]
+REPO = "org/ddpm-digits"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PLAIN_FILES = {"model_index.json", "scheduler/scheduler_config.json", "unet/config.json", f"unet/{WEIGHTS}"}
+
+# Code for other processes, and where it says so for this one, too.
+BEGIN = """
+import sys
+import numpy as np
+import torch
+import diffusers
+from diffusers import AutoModel, DiffusionPipeline
+from diffusers.utils import get_class_from_dynamic_module
+torch.set_num_threads(1)
+
+def draw(pipe, **arguments):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(num_inference_steps=4, output_type="np", **arguments).images
+
+def outcome(action):
+    try:
+        action()
+    except Exception as error:
+        return f"{type(error).__name__}: " + " ".join(str(error).split())
+    return "loaded"
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+GUIDED = {"seeds": [0, 1], "class_labels": [0, 2], "guidance_scale": 2.0}
+"""
+PLAIN = """
+pipe = DiffusionPipeline.from_pretrained(model)
+assert type(pipe) is diffusers.DDPMPipeline and type(pipe.scheduler) is diffusers.DDPMScheduler
+results = {"plain": draw(pipe, generator=seeded())}
+"""
+PACKAGE = """
+from diffusers_dpm import AnalyticDPMScheduler, DPMPipeline, NoisyClassifier
+from diffusers_dpm.schedulers import ALL_SCHEDULERS
+
+plain = DiffusionPipeline.from_pretrained(model)
+pipe = DPMPipeline.from_pretrained(model)
+results = {}
+for cls in ALL_SCHEDULERS:
+    options = {"missing_statistics": "lower_bound"} if cls is AnalyticDPMScheduler else {}
+    plain.scheduler = cls.from_config(plain.scheduler.config, **options)
+    pipe.scheduler = cls.from_config(pipe.scheduler.config, **options)
+    results[f"{cls.__name__} in plain"] = draw(plain, generator=seeded())
+    results[f"{cls.__name__} in ours"] = draw(pipe, seeds=[0, 1])
+pipe.scheduler = AnalyticDPMScheduler.from_pretrained(model, subfolder="analytic_dpm")
+results["analytic"] = draw(pipe, seeds=[0, 1])
+classifier = NoisyClassifier.from_pretrained(model, subfolder="classifier")
+pipe = DPMPipeline.from_pretrained(model, classifier=classifier)
+results["guided"] = draw(pipe, **GUIDED)
+results["unguided"] = draw(pipe, **{**GUIDED, "guidance_scale": 0.0})
+"""
+REMOTE_CODE = """
+def with_remote_code(model, **trust):
+    classifier = AutoModel.from_pretrained(model, subfolder="classifier", **trust)
+    pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline="pipeline_dpm", classifier=classifier, **trust)
+    scheduler = get_class_from_dynamic_module(
+        model, "scheduling_analytic_dpm.py", subfolder="analytic_dpm", class_name="AnalyticDPMScheduler", **trust
+    ).from_pretrained(model, subfolder="analytic_dpm")
+    return pipe, scheduler
+
+def draw_both(pipe, scheduler):
+    stock, guided = pipe.scheduler, draw(pipe, **GUIDED)
+    pipe.scheduler = scheduler
+    analytic = draw(pipe, seeds=[0, 1])
+    pipe.scheduler = stock
+    return {"guided": guided, "analytic": analytic}
+"""
+SAVE = "np.savez(sys.argv[1], **results)\n"
+PUBLISH = """
+import sys
+from diffusers_dpm.cli import main
+sys.exit(main(["publish", *sys.argv[1:]]))
+"""
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory) -> Path:
+    """A run folder with classifier/ and analytic_dpm/."""
+    return make_run(tmp_path_factory.mktemp("published") / "run", extras=True)
+
+
+@pytest.fixture(scope="session")
+def staged(run, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("published") / "staged"
+    stage(run, folder, REPO, variant="fp16")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def published(run, tmp_path_factory):
+    """A Hub that the command published the run to. Its repository is not to be changed."""
+    with Hub(tmp_path_factory.mktemp("hub")) as hub:
+        printed = hub.run(PUBLISH, run, REPO, "--variant", "fp16", token=hub.alice).stdout
+        assert "published, and read back unchanged" in printed
+        yield hub
+
+
+def here(run: Path, code: str) -> dict[str, np.ndarray]:
+    """The results of code in this process, on the run folder."""
+    names: dict = {"model": str(run)}
+    exec(compile(BEGIN + code, "here", "exec"), names)
+    return names["results"]
+
+
+def there(hub: Hub, folder: Path, code: str, **how) -> tuple[dict[str, np.ndarray], str]:
+    """The results of code in another process, on the repository, and its stderr."""
+    file = folder / "results.npz"
+    process = hub.run(f'{BEGIN}\nmodel = "{REPO}"\n{code}\n{SAVE}', file, **how)
+    with np.load(file) as results:
+        return dict(results), process.stderr
+
+
+def assert_equal(results: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert results.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(results[name], values, err_msg=name)
+
+
+def downloaded(hub: Hub) -> set[str]:
+    """The files whose content was sent since the log was cleared."""
+    return {entry.path.split("/", 5)[-1] for entry in hub.requests(f"GET /{REPO}/resolve/")}
+
+
+def test_plain_diffusers_draws_what_the_run_did(run, published, tmp_path):
+    """No package, no flag, no warning; of the repository only the pipeline is downloaded."""
+    published.log.clear()
+    results, stderr = there(published, tmp_path, PLAIN, without_package=True)
+    assert_equal(results, here(run, PLAIN))
+    assert "warn" not in stderr.lower()
+    assert "not expected" not in stderr
+    assert downloaded(published) == PLAIN_FILES
+    sizes = {name: len(content) for name, content in published.files(REPO).items()}
+    configs = sum(sizes[name] for name in PLAIN_FILES) - sizes[f"unet/{WEIGHTS}"]
+    assert configs < 3_000
+    assert sum(sizes.values()) > 2 * (sizes[f"unet/{WEIGHTS}"] + configs)  # there was more to download
+
+
+def test_the_package_draws_what_the_run_did(run, published, tmp_path):
+    results, _ = there(published, tmp_path, PACKAGE)
+    assert_equal(results, here(run, PACKAGE))
+    assert not np.array_equal(results["guided"], results["unguided"])
+    assert not np.array_equal(results["analytic"], results["AnalyticDPMScheduler in ours"])
+
+
+def test_the_code_in_the_repository_draws_what_the_run_did(run, published, tmp_path):
+    code = REMOTE_CODE + "results = draw_both(*with_remote_code(model, trust_remote_code=True))"
+    results, _ = there(published, tmp_path, code, without_package=True)
+    assert_equal(results, {name: here(run, PACKAGE)[name] for name in ("guided", "analytic")})
+
+
+def test_without_the_flag_no_code_runs_and_the_error_names_it(published):
+    code = """
+ways = {
+    "pipeline": lambda: DiffusionPipeline.from_pretrained(model, custom_pipeline="pipeline_dpm"),
+    "classifier": lambda: AutoModel.from_pretrained(model, subfolder="classifier"),
+    "scheduler": lambda: get_class_from_dynamic_module(
+        model, "scheduling_analytic_dpm.py", subfolder="analytic_dpm", class_name="AnalyticDPMScheduler"
+    ),
+}
+for way in ways.values():
+    print(outcome(way))
+assert not [name for name in sys.modules if name.startswith("diffusers_modules")]
+"""
+    printed = published.run(f'{BEGIN}\nmodel = "{REPO}"\n{code}', without_package=True).stdout.splitlines()
+    assert len(printed) == 3
+    for line in printed:
+        assert line.startswith("ValueError")
+        assert "trust_remote_code=True" in line
+
+
+def other_package(folder: Path, changes: dict[str, tuple[str, str]]) -> Path:
+    """A copy of the package in `folder` with some text replaced."""
+    package = folder / "diffusers_dpm"
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(diffusers_dpm.__file__).parent, package, ignore=ignore)
+    for module in (schedulers, pipelines, training):
+        name = module.__name__.rpartition(".")[2]
+        shutil.copytree(Path(module.__file__).parent, package / name, ignore=ignore, dirs_exist_ok=True)
+    cards = Path(schedulers.__file__).parents[1] / "model_cards"
+    shutil.copytree(cards, package / "model_cards", dirs_exist_ok=True)
+    for name, (before, after) in changes.items():
+        text = (package / name).read_text()
+        assert text.count(before) == 1, name
+        (package / name).write_text(text.replace(before, after))
+    return folder
+
+
+def test_two_versions_of_the_package_in_one_process(run, published, tmp_path):
+    """The repository of another version, whose functions behave otherwise, is loaded first, between, and last."""
+    folder = other_package(
+        tmp_path / "other",
+        {
+            "pipelines/pipeline_dpm.py": ("manual_seed(index(seed))", "manual_seed(index(seed) + 10)"),
+            "pipelines/modeling_noisy_classifier.py": ("scaled_dot_product_attention, silu", "relu as silu"),
+            "schedulers/dpm_core.py": ("total = tensor * factor if total", "total = 0.5 * tensor * factor if total"),
+        },
+    )
+    publish = f"import sys; sys.path.insert(0, {str(folder)!r})" + PUBLISH
+    printed = published.run(publish, run, "org/other", token=published.alice)
+    assert "published" in printed.stdout
+    code = """
+from huggingface_hub import snapshot_download
+trust = {"trust_remote_code": True}
+pairs = [(model, "org/other"), (snapshot_download(model), snapshot_download("org/other"))]
+results = {}
+for way, pair in zip(("id", "folder"), pairs):
+    first, second = (with_remote_code(place, **trust) for place in pair)
+    again = with_remote_code(pair[0], **trust)
+    for name, loaded in (("first", first), ("second", second), ("again", again)):
+        results |= {f"{way} {name} {what}": images for what, images in draw_both(*loaded).items()}
+"""
+    results, _ = there(published, tmp_path, REMOTE_CODE + code, without_package=True)
+    expected = here(run, PACKAGE)
+    for way in ("id", "folder"):
+        for what in ("guided", "analytic"):
+            for name in ("first", "again"):
+                np.testing.assert_array_equal(results[f"{way} {name} {what}"], expected[what])
+            assert not np.array_equal(results[f"{way} second {what}"], expected[what])
+            np.testing.assert_array_equal(results[f"id second {what}"], results[f"folder second {what}"])
+
+
+def test_revisions_variant_and_offline(hub, staged, tmp_path):
+    """A branch that holds other weights; the half of the weights; and what is cached without a connection."""
+    upload(staged, REPO, api=hub.api())
+    other = Path(shutil.copytree(staged, tmp_path / "other"))
+    shutil.copy(other / "unet" / "diffusion_pytorch_model.fp16.safetensors", other / "unet" / WEIGHTS)
+    upload(other, REPO, revision="rounded", api=hub.api())
+    code = """
+for name, options in {
+    "main": {}, "branch": {"revision": "rounded"}, "commit": {"revision": sys.argv[1]},
+    "half": {"variant": "fp16"}, "absent": {"revision": "absent"},
+}.items():
+    try:
+        pipe = DiffusionPipeline.from_pretrained(model, **options)
+        print(name, float(draw(pipe, generator=seeded()).astype("float64").sum()))
+    except Exception as error:
+        print(name, type(error).__name__)
+"""
+    code = f'{BEGIN}\nmodel = "{REPO}"\n{code}'
+    commit = hub.api().repo_info(REPO).sha
+    printed = hub.run(code, commit, cache="shared", without_package=True).stdout
+    sums = dict(line.split() for line in printed.splitlines())
+    assert sums["main"] == sums["commit"] != sums["branch"]
+    assert sums["half"] == sums["branch"]  # both hold the rounded weights
+    assert sums["absent"] == "OSError"
+    hub.log.clear()
+    assert hub.run(code, commit, cache="shared", offline=True, without_package=True).stdout == printed
+    assert not hub.log
+    assert set(hub.run(code, commit, offline=True).stdout.split()[1::2]) == {"OSError"}  # nothing was downloaded
+
+
+def test_private(hub, staged):
+    upload(staged, REPO, private=True, api=hub.api())
+    hub.log.clear()
+    code = f"{BEGIN}\nprint(outcome(lambda: DiffusionPipeline.from_pretrained('{REPO}')))"
+    assert hub.run(code, token=hub.alice_read_only).stdout == "loaded\n"
+    for token in (None, hub.bob):
+        assert hub.run(code, token=token).stdout.startswith("OSError")
+    sent = [entry for entry in hub.requests(f"GET /{REPO}/resolve/") if entry.status == 200]
+    assert len(sent) == len(PLAIN_FILES)
+
+
+def test_a_damaged_download(hub, staged):
+    """The Hub's client compares sizes only. What safetensors refuses to read stays in the cache until deleted."""
+    upload(staged, REPO, api=hub.api())
+    hub.inject(f"GET .*/unet/{WEIGHTS}", corrupt=True)
+    load = f'{BEGIN}\nprint(outcome(lambda: DiffusionPipeline.from_pretrained("{REPO}")))'
+    for cache, said in (("damaged", "OSError"), ("damaged", "OSError"), ("new", "loaded")):
+        assert hub.run(load, cache=cache, without_package=True).stdout.startswith(said)
+
+
+class Payload:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.write_text, (self.path, "executed")
+
+
+def hostile_repositories(hub: Hub, staged: Path, marker: Path) -> list[str]:
+    """Names of repositories that would write `marker` if anything of theirs was run, or write outside of the cache."""
+    code = f"open({str(marker)!r}, 'w').write('executed')\n"
+    pickled = pickle.dumps({"conv_in.weight": Payload(marker)})
+    index = json.loads((staged / "model_index.json").read_text())
+    weights = (staged / "unet" / WEIGHTS).read_bytes()
+    files: dict[str, dict[str, bytes | None]] = {
+        "pickle": {
+            **{path.relative_to(staged).as_posix(): None for path in staged.rglob("*.safetensors")},
+            "unet/diffusion_pytorch_model.bin": pickled,
+        },
+        "module": {
+            "model_index.json": json.dumps(index | {"scheduler": ["hostile", "Scheduler"]}).encode(),
+            "scheduler/hostile.py": code.encode(),
+        },
+        "standard-library": {"model_index.json": json.dumps(index | {"scheduler": ["this", "d"]}).encode()},
+        "pipeline": {
+            "model_index.json": json.dumps(index | {"_class_name": ["hostile", "Pipeline"]}).encode(),
+            "hostile.py": code.encode(),
+        },
+        "traversal": {f"../../../../../outside/{WEIGHTS}": weights, "unet/../../../../../outside/config.json": b"{}"},
+    }
+    for name, changes in files.items():
+        upload(staged, f"org/{name}", api=hub.api())
+        operations = [
+            {"key": "deletedFile", "value": {"path": path}}
+            if data is None
+            else {"key": "file", "value": {"path": path, "content": base64.b64encode(data).decode()}}
+            for path, data in changes.items()
+        ]
+        # Not by the client, which refuses some of these names.
+        hub.repositories[f"org/{name}"].commit("main", [{"value": {"summary": "hostile"}}, *operations], "alice")
+    return [f"org/{name}" for name in files]
+
+
+def test_hostile_repositories_run_nothing(hub, staged, tmp_path):
+    """Neither plain diffusers nor this package: a pickle, a module to import, a file outside of the cache."""
+    marker = tmp_path / "marker"
+    names = hostile_repositories(hub, staged, marker)
+    code = f"""{BEGIN}
+from huggingface_hub import list_repo_files, snapshot_download
+from diffusers_dpm import DPMPipeline
+from diffusers_dpm.command_line import load_pipeline
+for name in sys.argv[1:]:
+    print(name, outcome(lambda: DiffusionPipeline.from_pretrained(name)), sep="|")
+    print(name, outcome(lambda: DPMPipeline.from_pretrained(name)), sep="|")
+    print(name, outcome(lambda: load_pipeline(name)), sep="|")
+    if name == "org/traversal":
+        assert [path for path in list_repo_files(name) if ".." in path]
+        print(name, outcome(lambda: snapshot_download(name)), sep="|")
+print("imported|", [name for name in ("this", "hostile") if name in sys.modules])
+"""
+    printed = hub.run(code, *names)
+    assert not marker.exists()
+    assert not [*hub.folder.rglob("outside"), *tmp_path.rglob("outside")]
+    *lines, imported = printed.stdout.splitlines()
+    assert imported == "imported| []"
+    assert len(lines) == 3 * len(names) + 1
+    for line in lines:
+        name, said = line.split("|", 1)
+        assert "Error: " in said, name
+
+
+REPUBLISH = """
+from diffusers import DDPMPipeline
+from diffusers_dpm import AnalyticDPMScheduler, DPMPipeline, DPMSolverScheduler, NoisyClassifier
+from diffusers_dpm.hub import publish
+
+classifier = NoisyClassifier.from_pretrained(model, subfolder="classifier")
+pipe = DPMPipeline.from_pretrained(model, classifier=classifier)
+pipe.save_pretrained("ours")
+classifier.save_pretrained("ours/classifier")
+AnalyticDPMScheduler.from_pretrained(model, subfolder="analytic_dpm").save_pretrained("ours/analytic_dpm")
+publish("ours", "alice/ours")
+
+stock = DDPMPipeline.from_pretrained(model)
+stock.scheduler = DPMSolverScheduler.from_config(stock.scheduler.config)
+stock.save_pretrained("stock")
+publish("stock", "alice/stock")
+plain = DiffusionPipeline.from_pretrained("alice/stock")
+results = {"plain": draw(DiffusionPipeline.from_pretrained("alice/ours"), generator=seeded())}
+assert draw(plain, generator=seeded()).shape == results["plain"].shape
+"""
+
+
+def test_what_was_loaded_from_the_hub_is_published_again(run, published, tmp_path):
+    results, _ = there(published, tmp_path, REPUBLISH, token=published.alice)
+    assert_equal(results, here(run, PLAIN))
+    first, again, stock = (published.files(name) for name in (REPO, "alice/ours", "alice/stock"))
+    generated = {"README.md", "metrics.json", "unet/diffusion_pytorch_model.fp16.safetensors"}
+    assert first.keys() - generated == again.keys() - generated
+    for name in first.keys() - generated:
+        if not name.endswith((".json", ".png")):
+            assert again[name] == first[name], name
+    for name in ("classifier/config.json", "analytic_dpm/scheduler_config.json", "model_index.json"):
+        assert json.loads(again[name]) == json.loads(first[name]), name
+    index = json.loads(stock["model_index.json"])
+    assert index["scheduler"] == ["diffusers", "DDPMScheduler"]
+    assert stock[f"unet/{WEIGHTS}"] == first[f"unet/{WEIGHTS}"]
+
+
+TRAIN = """
+import sys
+from diffusers_dpm.cli import main
+sys.exit(main(["train", "--data", "digits", "--log-with", "none", "--max-train-steps", "2", "--sample-every", "0",
+    "--unet-config", sys.argv[1], "--output-dir", sys.argv[2], "--push-to-hub", sys.argv[3], "--cpu"]))
+"""
+
+
+def test_training_ends_in_publishing(run, hub, tmp_path):
+    for token, name, message in (
+        (None, REPO, "not logged in"),
+        ("hf_wrong", REPO, "the token is not valid"),
+        (hub.alice, "no owner", "no name for a Hub repository"),
+    ):
+        refused = hub.run(TRAIN, run / "unet", tmp_path / "run", name, token=token, returncode=2)
+        assert message in refused.stderr.splitlines()[-1]
+        assert not (tmp_path / "run").exists()
+    hub.run(TRAIN, run / "unet", tmp_path / "run", REPO, token=hub.alice)
+    files = hub.files(REPO)
+    assert files[f"unet/{WEIGHTS}"] == (tmp_path / "run" / "unet" / WEIGHTS).read_bytes()
+    assert "| max_train_steps | 2 |" in files["README.md"].decode()
+    assert "push_to_hub" not in (tmp_path / "run" / "training_options.json").read_text()
+    hub.inject("POST .*/commit/", drop_request=True)
+    failed = hub.run(
+        TRAIN.replace('"--cpu"', '"--cpu", "--overwrite"'),
+        run / "unet",
+        tmp_path / "run",
+        "org/second",
+        token=hub.alice,
+        returncode=2,
+    )
+    assert "cannot publish to org/second" in failed.stderr
+    assert (tmp_path / "run" / "model_index.json").is_file()

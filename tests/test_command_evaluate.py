@@ -1,0 +1,278 @@
+"""`diffusers-dpm evaluate` and `compare` on small real models and the digits."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from diffusers_dpm import command_evaluate, sampling
+from diffusers_dpm.cli import main as cli
+from diffusers_dpm.command_evaluate import main, shuffled_pixels
+from diffusers_dpm.evaluation import Reference, load_features, quality, to_bytes
+from diffusers_dpm.likelihood import evidence_lower_bound
+from diffusers_dpm.model_card import metric_tables, read_metrics
+from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.schedulers import DDIMScheduler
+from diffusers_dpm.training import build_unet, load_images
+from diffusers_dpm.training.unet_presets import ddpm_unet
+
+
+T = 20
+METRICS = ["Fréchet distance", "kernel distance", "sliced Wasserstein distance"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_process():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def run(tmp_path):
+    torch.manual_seed(0)
+    unet = build_unet(ddpm_unet((8, 16), layers=1, attention=(), groups=4), (1, 8, 8), paper_init=False)
+    pipeline = DPMPipeline(unet=unet, scheduler=DDPMScheduler(num_train_timesteps=T, beta_end=0.3))
+    pipeline.save_pretrained(tmp_path / "run")
+    (tmp_path / "run" / "training_options.json").write_text(json.dumps({"ema": True}))
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def features(tmp_path):
+    torch.manual_seed(1)
+    blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "norm_num_groups": 4}
+    classifier = NoisyClassifier(10, sample_size=8, in_channels=1, layers_per_block=1, **blocks)
+    classifier.save_pretrained(tmp_path / "features")
+    (tmp_path / "features" / "features.json").write_text("{}")
+    return tmp_path / "features"
+
+
+@pytest.fixture
+def evaluate(run, features):
+    """The command on the digits; returns metrics.json."""
+
+    def evaluate(*arguments, code=0, schedulers=("ddim",), steps=(3,), num_images=24):
+        options = ["--data=digits", f"--features={features}", f"--num-images={num_images}", "--cpu"]
+        options += ["--num-resamples=3", "--schedulers", *schedulers, "--steps", *map(str, steps)]
+        assert main([str(run), *options, *arguments]) == code
+        return json.loads((run / "metrics.json").read_text()) if code == 0 else None
+
+    return evaluate
+
+
+def digits(split):
+    data = load_images("digits", split=split)
+    return to_bytes(data[list(range(len(data)))]["images"])
+
+
+def drawn(run, seeds, steps):
+    pipeline = DPMPipeline.from_pretrained(run)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    images = pipeline(seeds=seeds, num_inference_steps=steps, output_type="pt").images
+    return (images * 255).round().to(torch.uint8)
+
+
+def test_what_is_written_is_what_the_functions_measure(evaluate, run, features, tmp_path, capsys):
+    results = evaluate(
+        "--seed=5", schedulers=("ddim", "ddim,eta=0.5", "diffusers:HeunDiscreteScheduler"), steps=(2, 3)
+    )
+    rows = read_metrics(run / "metrics.json")
+    assert rows == results["rows"]
+    assert [row["metric"] for row in rows] == METRICS * 6
+    extractor = load_features(str(features))
+    reference = Reference.of("digits, train", digits("train"), extractor, tmp_path)
+    expected = quality(drawn(run, range(5, 29), 3), reference, extractor, num_resamples=3)
+    found = [row for row in rows if (row["scheduler"], row["options"], row["steps"]) == ("DDIMScheduler", {}, 3)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.items() >= {key: theirs[key] for key in ("metric", "num_images", "feature_extractor")}.items()
+        assert ours["value"] == pytest.approx(theirs["value"], rel=1e-3, abs=1e-5)
+        assert ours["error"] == pytest.approx(theirs["error"], rel=1e-2, abs=1e-5)
+        assert ours["weights"] == "EMA"
+        assert ours["reference"] == "digits, train"
+        assert ours["seeds"] == "5-28"
+        assert ours["reference_sha256"] == reference.hash
+        assert {"diffusers-dpm", "diffusers", "torch", "torchmetrics"} == ours["versions"].keys()
+        assert ours["calls"] == 3
+        assert ours["seconds"] > 0
+    assert {row["calls"] for row in rows if "Heun" in row["scheduler"]} == {3, 5}
+    assert len(metric_tables(rows)) == 3  # the model card reads it
+    shown = capsys.readouterr().out
+    assert shown.count("| η = 0.5 |") == 3
+    assert shown.count("| diffusers.HeunDiscreteScheduler |") == 3
+    assert (run / "metrics.md").read_text() in shown
+    with Image.open(run / "metrics.png") as picture:
+        assert picture.height > 1000
+    assert not list((run / "evaluation").glob("cell-*"))
+
+
+def test_only_what_is_missing_is_measured(evaluate, monkeypatch):
+    fill, filled = sampling.SampleFolder.fill, []
+
+    def counted(self, seeds, batch_size, accelerator, title):
+        filled.append((title, seeds))
+        fill(self, seeds, batch_size, accelerator, title)
+
+    monkeypatch.setattr(sampling.SampleFolder, "fill", counted)
+    first = evaluate(schedulers=("ddim", "ddim"))
+    assert filled == [("1/1 DDIMScheduler, 3 steps", range(24))]
+    more = evaluate(steps=(3, 2))
+    assert more["rows"][:3] == first["rows"]
+    assert len(more["rows"]) == 6
+    assert filled[1:] == [("2/2 DDIMScheduler, 2 steps", range(24))]
+    raw = evaluate("--seed=1", "--weights=raw", num_images=20)["rows"]
+    assert [row["weights"] for row in raw] == ["EMA"] * 6 + ["raw"] * 3
+    assert filled[2:] == [("1/1 DDIMScheduler, 3 steps", range(1, 21))]
+
+
+def test_interrupted_in_a_cell_it_goes_on_with_its_images(evaluate, run, monkeypatch):
+    draw, calls = sampling.Sampler.draw, []
+
+    def interrupted(self, seeds):
+        calls.append(len(seeds))
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return draw(self, seeds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling.Sampler, "draw", interrupted)
+        evaluate("--batch-size=8", steps=(3, 2), code=130)
+        assert len(json.loads((run / "metrics.json").read_text())["rows"]) == 3
+        assert (run / "metrics.md").exists()
+    (cell,) = (run / "evaluation").glob("cell-*")
+    assert len(list(cell.glob("*.npy"))) == 8
+    drawn = []
+    monkeypatch.setattr(sampling.Sampler, "draw", lambda self, seeds: (drawn.extend(seeds), draw(self, seeds))[1])
+    assert len(evaluate("--batch-size=8", steps=(3, 2))["rows"]) == 6
+    assert drawn == list(range(8, 24))
+
+
+def test_a_scheduler_that_fails_does_not_stop_the_others(evaluate, capsys):
+    results = evaluate(schedulers=("diffusers:DDIMScheduler", "ddim"), steps=(T + 1, 3))
+    measured = {(row["scheduler"], row["steps"]) for row in results["rows"]}
+    assert ("diffusers.DDIMScheduler", T + 1) not in measured
+    assert {("diffusers.DDIMScheduler", 3), ("DDIMScheduler", 3)} <= measured
+    assert f"not measured: 1/4 diffusers.DDIMScheduler, {T + 1} steps: " in capsys.readouterr().out
+
+
+def test_bits_per_dimension_where_there_is_a_bound(evaluate, run):
+    options = ("--held-out-split=test", "--likelihood-images=5", "--seed=3")
+    rows = evaluate(*options, schedulers=("ddpm", "dpm-solver"), steps=(4,))["rows"]
+    (bound,) = (row for row in rows if "bits" in row["metric"])
+    pipeline = DPMPipeline.from_pretrained(run)
+    pipeline.scheduler.set_timesteps(4)
+    data = load_images("digits", split="test")
+    indices = torch.randperm(len(data), generator=torch.Generator().manual_seed(3))[:5].tolist()
+    images = data[indices]["images"]
+    expected = evidence_lower_bound(pipeline.unet, pipeline.scheduler, images, indices=indices, num_levels=17, seed=3)
+    assert bound["value"] == pytest.approx(expected.bits_per_dim, rel=1e-5)
+    assert bound["error"] == pytest.approx(expected.standard_error, rel=1e-4)
+    assert (bound["scheduler"], bound["num_images"], bound["reference"]) == ("DDPMScheduler", 5, "digits, test")
+    assert evaluate(*options, schedulers=("ddpm",), steps=(4,))["rows"] == rows
+
+
+def test_baselines_are_the_floor_and_the_ceiling(evaluate):
+    results = evaluate("--held-out-split=test", num_images=100)
+    values = {(row["scheduler"], row["metric"]): row["value"] for row in results["baselines"]}
+    for metric in METRICS:
+        assert values["held-out images", metric] < values["shuffled pixels", metric]
+    assert evaluate("--held-out-split=test", num_images=100) == results
+
+
+def test_shuffled_pixels_are_the_same_pixels():
+    images = digits("test")[:4].expand(-1, 3, -1, -1)
+    shuffled = shuffled_pixels(images)
+    assert not torch.equal(shuffled, images)
+    assert torch.equal(shuffled.flatten(1).sort().values, images.flatten(1).sort().values)
+    assert torch.equal(shuffled[:, 0], shuffled[:, 2])  # a pixel's channels stay together
+
+
+def test_names_of_local_data_have_no_path(tmp_path):
+    assert command_evaluate.describe_source("digits") == "digits"
+    assert command_evaluate.describe_source("org/data") == "org/data"
+    (tmp_path / "cats").mkdir()
+    assert command_evaluate.describe_source(str(tmp_path / "cats")) == "cats"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data=nowhere/at/all"], "nowhere/at/all"),
+        (["--resolution=16"], "the model draws images (C, H, W) of (1, 8, 8), the data has (1, 16, 16)"),
+        (["--num-images=19"], "--num-images must be at least 20, got 19"),
+        (["--steps=0"], "--steps must be at least 1"),
+        (["--schedulers", "ddim,eta"], "written key=value, got 'eta'"),
+        (["--likelihood-images=5"], "--likelihood-images needs --held-out-split"),
+        (["--random-flip"], "--random-flip is for training"),
+        (["--features=inception", "--inception-weights=none.pth"], "torch-fidelity"),
+        (["--guidance-scale=1"], "train-classifier"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_one_line(evaluate, run, capsys, arguments, message):
+    evaluate(*arguments, code=2)
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (run / "metrics.json").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_measure_what_one_measures(evaluate, run, features, tmp_path):
+    options = ["--data=digits", f"--features={features}", "--num-images=24", "--cpu", "--num-resamples=3"]
+    options += [
+        "--schedulers",
+        "ddim",
+        "ddpm",
+        "--steps=3",
+        "--held-out-split=test",
+        f"--output-dir={tmp_path / 'two'}",
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "diffusers_dpm.command_evaluate", str(run), *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    two = read_metrics(tmp_path / "two" / "metrics.json")
+    one = evaluate("--held-out-split=test", schedulers=("ddim", "ddpm"))["rows"]
+    assert [row["metric"] for row in two] == METRICS * 2
+    for ours, theirs in zip(two, one, strict=True):
+        assert ours["value"] == pytest.approx(theirs["value"], rel=1e-2, abs=1e-4)
+
+
+def test_the_guide_does_not_grade_itself(evaluate, features, capsys):
+    (features / "features.json").unlink()
+    evaluate(code=2)
+    assert "A classifier for guidance will not do" in capsys.readouterr().err
+
+
+def test_other_weights_are_measured_beside_and_compared(evaluate, run, tmp_path, capsys):
+    first = evaluate(steps=(2, 3))["rows"]
+    (tmp_path / "a.json").write_text(json.dumps({"rows": first}))
+    pipeline = DPMPipeline.from_pretrained(run)
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias += 0.5
+    pipeline.save_pretrained(run)
+    second = evaluate()["rows"]
+    assert second[:6] == first
+    assert len(second) == 9
+    assert second[6]["value"] != first[3]["value"]
+    capsys.readouterr()
+    assert cli(["compare", str(tmp_path / "a.json"), str(run / "metrics.json")]) == 0
+    lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.strip().split("\n")]
+    assert [line[:3] for line in lines[2:8]] == [["DDIMScheduler", steps, name] for steps in "23" for name in METRICS]
+    assert all(line[5].startswith("+0 ") for line in lines[2:5])
+    assert not any(line[5].startswith("+0 ") for line in lines[5:8])
+    assert lines[8:] == [
+        [f"{tmp_path / 'a.json'}: 6 measurements, 6 compared"],
+        [f"{run / 'metrics.json'}: 9 measurements, 6 compared"],
+    ]
+    assert cli(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 2
+    assert "b.json" in capsys.readouterr().err

@@ -1,0 +1,308 @@
+"""`diffusers-dpm sample` on small real models: image i is that of seed i, whatever else is asked for."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
+from PIL import Image
+
+from diffusers_dpm import sampling
+from diffusers_dpm.cli import main as cli
+from diffusers_dpm.command_sample import main
+from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.sampling import build_scheduler, parse_assignments, parse_seeds
+from diffusers_dpm.schedulers import AnalyticDPMScheduler, DDIMScheduler, DPMSolverScheduler
+from diffusers_dpm.training import build_unet
+from diffusers_dpm.training.unet_presets import ddpm_unet
+
+
+T = 20
+
+
+def save_run(folder, num_classes=None, channels=1):
+    torch.manual_seed(0)
+    config = ddpm_unet((8, 16), layers=1, attention=(), groups=4)
+    unet = build_unet(config, (channels, 8, 8), num_class_embeds=num_classes, paper_init=False)
+    pipeline = DPMPipeline(unet=unet, scheduler=DDPMScheduler(num_train_timesteps=T, beta_end=0.3))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+@pytest.fixture(autouse=True)
+def fresh_process():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def run(tmp_path):
+    save_run(tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def sample(run, tmp_path):
+    """The command, with DDIM in 5 steps."""
+
+    def sample(*arguments, output="out", code=0, scheduler="ddim", steps=5):
+        defaults = [f"--scheduler={scheduler}", f"--num-inference-steps={steps}", "--cpu"]
+        assert main([str(run), *defaults, f"--output={tmp_path / output}", *arguments]) == code
+        return tmp_path / output
+
+    return sample
+
+
+def pixels(folder, seeds):
+    return np.stack([np.asarray(Image.open(folder / f"{seed:06d}.png")) for seed in seeds])
+
+
+def expected(run, seeds, **arguments):
+    """Straight from the pipeline, one image at a time."""
+    pipeline = DPMPipeline.from_pretrained(run)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    images = [pipeline(seeds=[seed], num_inference_steps=5, **arguments).images[0] for seed in seeds]
+    return np.stack([np.asarray(image) for image in images])
+
+
+def assert_same(ours, theirs):
+    """Up to a level, where the batch size changes the rounding of a sum."""
+    difference = np.abs(ours.astype(int) - theirs)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+
+
+# Seeds
+
+
+def test_image_is_that_of_its_seed_in_any_batch(run, sample):
+    theirs = expected(run, range(10))
+    assert len(np.unique(theirs)) > 100
+    one = sample("--seeds=0-9", "--batch-size=1", output="one")
+    many = sample("--seeds=0-9", "--batch-size=64", output="many")
+    some = sample("--seeds", "7", "3-4", "7", "--batch-size=2", output="some")
+    assert np.array_equal(pixels(one, range(10)), theirs)
+    assert_same(pixels(many, range(10)), theirs)
+    assert_same(pixels(some, [3, 4, 7]), theirs[[3, 4, 7]])
+    assert sorted(path.stem for path in some.glob("*.png")) == ["000003", "000004", "000007"]
+
+
+def test_two_processes_draw_what_one_draws(run, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    options = ["--scheduler=ddim", "--num-inference-steps=5", "--seeds=0-8", "--cpu", "--batch-size=2"]
+    command = [*launch, "-m", "diffusers_dpm.command_sample", str(run), *options, "--output", str(tmp_path / "two")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert_same(pixels(tmp_path / "two", range(9)), expected(run, range(9)))
+    drawn = [(tmp_path / "two" / f"timing-{process}.jsonl").read_text() for process in (0, 1)]
+    assert [sum(json.loads(line)["images"] for line in text.splitlines()) for text in drawn] == [5, 4]
+    assert result.stdout.count("9 images in") == 1
+
+
+def test_parse_seeds():
+    assert parse_seeds(["0-3", "10", "2-5"]) == [0, 1, 2, 3, 10, 4, 5]
+    for text in ("3-1", "-4", "1.5", "a"):
+        with pytest.raises(ValueError, match="numbers and ranges such as 0-9999"):
+            parse_seeds([text])
+
+
+# Going on
+
+
+def test_existing_images_are_kept_and_missing_ones_drawn(run, sample):
+    folder = sample("--seeds=0-5")
+    marked = Image.fromarray(np.zeros((8, 8), np.uint8))
+    marked.save(folder / "000001.png")
+    (folder / "000002.png").unlink()
+    sample("--seeds=0-7")
+    assert not pixels(folder, [1]).any()
+    others = [0, 2, 3, 4, 5, 6, 7]
+    assert_same(pixels(folder, others), expected(run, others))
+
+
+def test_interrupted_it_goes_on(run, sample, monkeypatch, capsys):
+    draw, calls = sampling.Sampler.draw, []
+
+    def interrupted(self, seeds):
+        calls.append(seeds)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return draw(self, seeds)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling.Sampler, "draw", interrupted)
+        folder = sample("--seeds=0-7", "--batch-size=2", code=130)
+    assert len(list(folder.glob("*.png"))) == 4
+    kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    sample("--seeds=0-7", "--batch-size=2")
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+    assert_same(pixels(folder, range(8)), expected(run, range(8)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changed"),
+    [
+        ({"steps": 4}, "num_inference_steps"),
+        ({"scheduler": "ddpm"}, "scheduler, config"),
+        ({"arguments": ["--scheduler-options", "eta=0.5"]}, "config"),
+    ],
+)
+def test_settings_are_not_mixed_in_a_folder(sample, capsys, arguments, changed):
+    folder = sample("--seeds=0-1")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    sample("--seeds=0-3", *arguments.pop("arguments", ()), **arguments, code=2)
+    assert f"holds images of other settings ({changed})" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_other_weights_are_other_settings(run, sample, capsys):
+    sample("--seeds=0-1")
+    pipeline = DPMPipeline.from_pretrained(run)
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias += 0.1
+    pipeline.save_pretrained(run)
+    sample("--seeds=0-1", code=2)
+    assert "other settings (weights)" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_left_alone(sample, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    sample("--seeds=0", code=2)
+    assert "holds no sampling.json: choose another folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+# Labels and guidance
+
+
+def test_labels_are_given_by_seed(tmp_path, sample):
+    save_run(tmp_path / "run", num_classes=3)
+    folder = sample("--seeds=5-9", "--class-labels", "2", "0")
+    labels = {seed: int(Image.open(folder / f"{seed:06d}.png").text["class_label"]) for seed in range(5, 10)}
+    assert labels == {5: 0, 6: 2, 7: 0, 8: 2, 9: 0}
+    assert_same(pixels(folder, [6, 8]), expected(tmp_path / "run", [6, 8], class_labels=2))
+    random = sample("--seeds=5-9", output="random")
+    drawn = DPMPipeline.from_pretrained(tmp_path / "run")(seeds=range(5, 10), num_inference_steps=1).class_labels
+    found = [int(Image.open(random / f"{seed:06d}.png").text["class_label"]) for seed in range(5, 10)]
+    assert found == drawn.tolist()
+
+
+def test_guidance_by_the_classifier_of_the_run(run, sample, capsys):
+    sample("--seeds=0-1", "--guidance-scale=2", "--class-labels=1", code=2)
+    assert "train-classifier" in capsys.readouterr().err
+    torch.manual_seed(1)
+    blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "norm_num_groups": 4}
+    classifier = NoisyClassifier(3, sample_size=8, in_channels=1, layers_per_block=1, **blocks)
+    torch.nn.init.normal_(classifier.head.out.weight, std=3)
+    classifier.save_pretrained(run / "classifier")
+    folder = sample("--seeds=0-1", "--guidance-scale=2", "--class-labels=1")
+    pipeline = DPMPipeline.from_pretrained(run, classifier=classifier)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    guided = pipeline(seeds=[0, 1], num_inference_steps=5, class_labels=1, guidance_scale=2).images
+    assert_same(pixels(folder, [0, 1]), np.stack([np.asarray(image) for image in guided]))
+    assert np.abs(pixels(folder, [0, 1]).astype(int) - expected(run, [0, 1])).max() > 1
+
+
+# Files
+
+
+def test_npz_and_grid(run, sample, tmp_path):
+    theirs = expected(run, range(5))
+    with np.load(sample("--seeds=0-4", output="images.npz")) as file:
+        assert_same(file["arr_0"][..., 0], theirs)
+        assert file["arr_0"].dtype == np.uint8
+        assert file["seeds"].tolist() == [0, 1, 2, 3, 4]
+    grid = np.asarray(Image.open(sample("--seeds=0-4", output="grid.png")))
+    assert grid.shape == (16, 24)
+    assert_same(grid[8:, 8:16], theirs[4])
+    assert not grid[8:, 16:].any()
+    assert not list(tmp_path.glob("*.partial"))
+    sample("--seeds=0-4", output="grid.png", code=2)
+
+
+def test_images_of_other_channels_need_npz(tmp_path, sample, capsys):
+    save_run(tmp_path / "run", channels=2)
+    sample("--seeds=0-1", code=2)
+    assert "have 2: write an .npz file" in capsys.readouterr().err
+    with np.load(sample("--seeds=0-1", output="images.npz")) as file:
+        assert file["arr_0"].shape == (2, 8, 8, 2)
+
+
+# Schedulers
+
+
+def test_schedulers_by_name(run, tmp_path):
+    pipeline = DPMPipeline.from_pretrained(run)
+    options = parse_assignments(["solver_order=3", "timestep_spacing=quadratic", "thresholding=False"])
+    assert options == {"solver_order": 3, "timestep_spacing": "quadratic", "thresholding": False}
+    ours = build_scheduler("dpm-solver", options, pipeline, str(run))
+    assert type(ours) is DPMSolverScheduler
+    assert (ours.config.solver_order, ours.config.num_train_timesteps, ours.config.beta_end) == (3, T, 0.3)
+    stock = build_scheduler("diffusers:DPMSolverMultistepScheduler", {"solver_order": 3}, pipeline, str(run))
+    assert type(stock) is DPMSolverMultistepScheduler
+    with pytest.raises(ValueError, match="'diffusers-dpm statistics "):
+        build_scheduler("analytic-dpm", {}, pipeline, str(run))
+    made = AnalyticDPMScheduler.from_config(pipeline.scheduler.config)
+    residual = (made.schedule.sigma**2 / 2).tolist()
+    made.set_statistics({"residual": residual, "analytic": residual, "schedule_hash": made.schedule.hash})
+    made.save_pretrained(run / "analytic_dpm")
+    analytic = build_scheduler("analytic-dpm", {"reverse_variance": "residual"}, pipeline, str(run))
+    assert analytic.posterior_variance() == made.posterior_variance()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds=0", "--scheduler=dimm"], "unknown scheduler 'dimm'; choose one of ddpm, ddim, analytic-dpm, dpm-"),
+        (["--seeds=0", "--scheduler=diffusers:UNet2DModel"], "diffusers has no scheduler 'UNet2DModel'"),
+        (["--seeds=0", "--scheduler-options", "etta=1"], "ddim has no option 'etta'; did you mean eta?"),
+        (["--seeds=0", "--scheduler-options", "eta"], "written key=value, got 'eta'"),
+        (["--seeds=0", "--scheduler-options", "beta_schedule=wavy"], "wavy"),
+        (["--seeds=0", "--num-inference-steps=0"], "--num-inference-steps must be at least 1"),
+        ([], "--seeds is missing"),
+    ],
+)
+def test_what_cannot_be_used_is_said_in_one_line(sample, capsys, arguments, message):
+    sample(*arguments, code=2)
+    error = capsys.readouterr().err.strip().split("\n")
+    assert error[-1].startswith("error: ")
+    assert message in error[-1]
+
+
+def test_images_that_are_not_finite_are_an_error(run, sample, capsys):
+    pipeline = DPMPipeline.from_pretrained(run)
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias += float("nan")
+    pipeline.save_pretrained(run)
+    folder = sample("--seeds=0-2", code=2)
+    assert "DDIMScheduler: ValueError: 3 of 3 images are not finite" in capsys.readouterr().err
+    assert not list(folder.glob("*.png"))
+
+
+def test_network_calls_are_counted(run, tmp_path):
+    pipeline = DPMPipeline.from_pretrained(run)
+    pipeline.scheduler = HeunDiscreteScheduler.from_config(pipeline.scheduler.config)
+    store = sampling.SampleFolder(tmp_path / "images", sampling.Sampler(pipeline, num_inference_steps=4))
+    store.fill(range(5), batch_size=2)
+    calls, seconds = store.cost()
+    assert calls == 2 * 4 - 1
+    assert seconds > 0
+    assert store.read([3, 1]).shape == (2, 8, 8, 1)
+
+
+def test_command_is_listed_and_has_help(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli(["sample", "--help"])
+    assert exit_.value.code == 0
+    assert "--guidance-scale" in capsys.readouterr().out

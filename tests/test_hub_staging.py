@@ -1,0 +1,478 @@
+"""What is published: its files, the code that ships, and the checks before anything leaves the machine."""
+
+import inspect
+import json
+import logging
+import shutil
+import socket
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DModel
+from diffusers.utils import get_class_from_dynamic_module
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from diffusers_dpm import cli, hub, remote_code
+from diffusers_dpm.model_card import read_metrics
+from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler
+
+
+pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+METRIC = {
+    "scheduler": "DDIMScheduler",
+    "options": {"timestep_spacing": "trailing"},
+    "steps": 10,
+    "metric": "FID",
+    "value": 12.3456,
+    "error": 0.05,
+    "num_images": 50_000,
+    "feature_extractor": "InceptionV3",
+    "weights": "ema",
+    "reference": "digits, test",
+}
+
+
+# Beside the pipeline in a run folder: the trainers' state, notes, and what measurements are computed from.
+NOT_PUBLISHED = (
+    *("checkpoints/step-00001000/optimizer.bin", "logs/events", "unet/notes.txt", "secret.txt"),
+    *("classifier_training/training_options.json", "classifier_accuracy.json", "classifier_accuracy.png"),
+    *("likelihood.json", "likelihood_terms.csv", "likelihood_elbo.safetensors", "likelihood_ode.safetensors"),
+)
+
+
+def make_run(folder: Path, *, extras: bool = False, num_train_timesteps: int = 1000, **unet) -> Path:
+    """A run folder with a random network, as `diffusers-dpm train` and the commands after it leave it."""
+    torch.manual_seed(0)
+    config = {"sample_size": 8, "in_channels": 1, "out_channels": 1, **BLOCKS, **unet}
+    network = UNet2DModel(
+        **config,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    scheduler = DDPMScheduler(num_train_timesteps=num_train_timesteps)
+    DPMPipeline(network, scheduler).save_pretrained(folder)
+    (folder / "training_options.json").write_text(json.dumps({"data": "digits", "batch_size": 64, "ema": True}))
+    (folder / "samples").mkdir()
+    Image.new("L", (8, 8)).save(folder / "samples" / "step-00001000.png")
+    for private in NOT_PUBLISHED:
+        (folder / private).parent.mkdir(parents=True, exist_ok=True)
+        (folder / private).write_text("private")
+    if extras:
+        add_extras(folder, scheduler)
+    return folder
+
+
+def add_extras(folder: Path, scheduler: DDPMScheduler) -> None:
+    classifier = NoisyClassifier(3, 8, 1, down_block_types=("DownBlock2D", "DownBlock2D"), **BLOCKS)
+    for parameter in classifier.parameters():  # a new classifier's last layer is zero, and so are its logits
+        torch.nn.init.normal_(parameter, std=0.1)
+    classifier.save_pretrained(folder / "classifier")
+    analytic = AnalyticDPMScheduler.from_config(scheduler.config)
+    variances = np.linspace(0, 0.9, len(scheduler)).tolist()
+    analytic.set_statistics({"residual": variances, "schedule_hash": analytic.schedule.hash})
+    analytic.save_pretrained(folder / "analytic_dpm")
+    (folder / "analytic_dpm" / "statistics.json").write_text("{}")
+    (folder / "metrics.json").write_text(json.dumps({"rows": [METRIC]}))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"), extras=True)
+
+
+@pytest.fixture(scope="module")
+def staged(run, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("staged")
+    hub.stage(run, folder, "org/name", variant="fp16")
+    return folder
+
+
+@pytest.fixture
+def copy(staged, tmp_path) -> Path:
+    return Path(shutil.copytree(staged, tmp_path / "copy"))
+
+
+def config(path):
+    return json.loads(path.read_text())
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
+
+
+def test_files(staged):
+    found = {path.as_posix() for path in hub.list_files(staged)}
+    code = {"": "pipeline_dpm", "classifier/": "modeling_noisy_classifier", "analytic_dpm/": "scheduling_analytic_dpm"}
+    hashed = {folder: next(staged.glob(f"{folder}{name}_*.py")).name for folder, name in code.items()}
+    assert found == {
+        *("README.md", "model_index.json", "metrics.json"),
+        *("unet/config.json", f"unet/{WEIGHTS}", "unet/diffusion_pytorch_model.fp16.safetensors"),
+        "scheduler/scheduler_config.json",
+        *("classifier/config.json", f"classifier/{WEIGHTS}", "analytic_dpm/scheduler_config.json"),
+        *(f"{folder}{name}.py" for folder, name in code.items()),
+        *(folder + name for folder, name in hashed.items()),
+        "samples/DDIM-50-steps-seeds-0-to-15.png",
+    }
+
+
+def test_index_names_stock_classes_and_keeps_the_classifier_from_plain_downloads(staged):
+    assert config(staged / "model_index.json") == {
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "_ignore_files": [f"classifier/{WEIGHTS}"],
+        "scheduler": ["diffusers", "DDPMScheduler"],
+        "unet": ["diffusers", "UNet2DModel"],
+    }
+
+
+def test_no_path_of_this_machine_is_published(run, staged):
+    for path in hub.list_files(staged):
+        content = (staged / path).read_bytes()
+        assert b"_name_or_path" not in content or path.suffix == ".py", path
+        assert str(run).encode() not in content, path
+        assert str(staged).encode() not in content, path
+
+
+def test_weights_are_the_runs_and_their_halves(run, staged):
+    full, half = load_file(run / "unet" / WEIGHTS), "diffusion_pytorch_model.fp16.safetensors"
+    for name, weight in load_file(staged / "unet" / WEIGHTS).items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, full.pop(name))
+    assert not full
+    full = load_file(run / "unet" / WEIGHTS)
+    for name, weight in load_file(staged / "unet" / half).items():
+        assert torch.equal(weight, full[name].half())
+    assert (staged / "classifier" / WEIGHTS).read_bytes() == (run / "classifier" / WEIGHTS).read_bytes()
+
+
+def test_configs_of_the_extras_are_the_runs(run, staged):
+    auto_map = {"auto_map": {"AutoModel": "modeling_noisy_classifier.NoisyClassifier"}}
+    assert config(staged / "classifier/config.json") == config(run / "classifier/config.json") | auto_map
+    assert config(staged / "analytic_dpm/scheduler_config.json") == config(run / "analytic_dpm/scheduler_config.json")
+
+
+def test_a_plain_run_has_nothing_to_ignore(tmp_path):
+    hub.stage(make_run(tmp_path / "run"), tmp_path / "staged", "org/name")
+    assert "_ignore_files" not in config(tmp_path / "staged" / "model_index.json")
+    assert not (tmp_path / "staged" / "classifier").exists()
+
+
+def test_pictures_are_drawn_from_seeds_or_taken_over(run, tmp_path):
+    pipe = DPMPipeline.from_pretrained(run)
+    hub.stage_pictures(pipe, tmp_path / "none", tmp_path / "drawn")
+    hub.stage_pictures(pipe, tmp_path / "none", tmp_path / "again")
+    name = "DDIM-50-steps-seeds-0-to-15.png"
+    assert (tmp_path / "drawn" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    picture = np.asarray(Image.open(tmp_path / "drawn" / name))
+    assert picture.shape == (4 * 64, 4 * 64, 3)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    sixth = np.asarray(pipe(seeds=range(16), num_inference_steps=50).images[6])  # second row, third column
+    assert np.array_equal(picture[64 + 4 : 128 : 8, 128 + 4 : 192 : 8, 0], sixth)
+
+    (tmp_path / "own").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "own" / "by the author.png")
+    Image.new("L", (8, 8)).save(tmp_path / "own" / "step-00000001.png")
+    hub.stage_pictures(pipe, tmp_path / "own", tmp_path / "taken")
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["by the author.png"]
+
+
+def test_picture_of_wide_images_with_four_channels(tmp_path):
+    run = make_run(tmp_path / "run", sample_size=(8, 16), in_channels=4, out_channels=4, num_train_timesteps=5)
+    hub.stage_pictures(DPMPipeline.from_pretrained(run), tmp_path / "none", tmp_path / "drawn")
+    assert Image.open(tmp_path / "drawn" / "DDIM-5-steps-seeds-0-to-15.png").size == (4 * 64, 4 * 32)
+
+
+# Code that ships -----------------------------------------------------------------------------------------------------
+
+
+def load_remote(folder: Path, cls: type):
+    """Write the files that ship into `folder` and load them with diffusers' own loader."""
+    folder.mkdir(exist_ok=True)
+    module = remote_code.write_code(cls, folder)
+    return get_class_from_dynamic_module(str(folder), f"{module}.py", class_name=cls.__name__, trust_remote_code=True)
+
+
+@pytest.mark.parametrize("cls", ALL_SCHEDULERS, ids=lambda cls: cls.__name__)
+def test_bundled_scheduler_is_the_packages(cls, tmp_path, caplog):
+    logging.getLogger("diffusers").addHandler(caplog.handler)
+    try:
+        remote = load_remote(tmp_path / "repo", cls)
+    finally:
+        logging.getLogger("diffusers").removeHandler(caplog.handler)
+    assert not [record for record in caplog.records if "not found in your environment" in record.message]
+    assert remote is not cls
+    assert remote.__doc__ == cls.__doc__
+    options = {"missing_statistics": "lower_bound"} if cls is AnalyticDPMScheduler else {}
+    ours, theirs = cls(**options), remote(**options)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+    assert [*map(tuple, theirs.updates)] == [*map(tuple, ours.updates)]
+    assert [*map(tuple, theirs.levels)] == [*map(tuple, ours.levels)]
+    assert json.loads(remote.from_config(ours.config).to_json_string()) == json.loads(ours.to_json_string())
+
+
+def test_bundle_keeps_every_line_but_the_import():
+    path = Path(inspect.getfile(DDIMScheduler))
+    code = remote_code.bundle(path)
+    core = path.with_name("dpm_core.py").read_text()
+    assert core.strip() in code
+    before, after = code.split(core.strip())
+    own = path.read_text()
+    assert own.startswith(before.split("# dpm_core.py")[0])
+    assert own.endswith(after.split("# The rest of scheduling_ddim.py:")[1].lstrip())
+    assert "import dpm_core" not in code
+    assert "from .dpm_core" not in code
+
+
+def test_two_versions_in_one_process_keep_their_own_functions(tmp_path, monkeypatch):
+    """diffusers imports remote files under their bare names, so the name must tell versions apart."""
+    path = Path(inspect.getfile(DDIMScheduler))
+    core = path.with_name("dpm_core.py").read_text()
+    changed = core.replace("total = tensor * factor if total is None", "total = tensor * -factor if total is None")
+    assert changed != core
+    (tmp_path / "dpm_core.py").write_text(changed)
+    other = Path(shutil.copy(path, tmp_path))
+    first = load_remote(tmp_path / "first", DDIMScheduler)()
+    monkeypatch.setattr(remote_code.inspect, "getfile", lambda cls: str(other))
+    second = load_remote(tmp_path / "second", DDIMScheduler)()
+    monkeypatch.undo()
+    x = torch.ones(1, 1, 2, 2)
+    results = []
+    for scheduler in (DDIMScheduler(), first, second):
+        scheduler.set_timesteps(10)
+        results.append(scheduler.step(0.5 * x, scheduler.timesteps[0], x).prev_sample)
+    ours, of_first, of_second = results
+    assert torch.equal(ours, of_first)
+    assert not torch.equal(ours, of_second)
+
+
+@pytest.mark.parametrize(
+    ("main", "helper", "message"),
+    [
+        ("from .helper import a\nb = 2", "a = 1\nb = 1", "give b two meanings"),
+        ("from .helper import a\na = 2", "a = 1", "give a two meanings"),
+        ("from .helper import a\nimport math\nc = 2", "from cmath import sqrt as math\na = 1", "give math two"),
+        ("from .helper import a as b\nc = b", "a = 1", "no relative import but"),
+        ("from . import helper\nc = helper", "a = 1", "no relative import but"),
+        ("from .helper import a\ndef f():\n    from .helper import a", "a = 1", "no relative import but"),
+        ("from .helper import a\nc = a", "from .third import b\na = 1", "no relative import but"),
+    ],
+)
+def test_code_that_cannot_be_bundled_is_refused(main, helper, message, tmp_path):
+    (tmp_path / "main.py").write_text(main)
+    (tmp_path / "helper.py").write_text(helper)
+    with pytest.raises(ValueError, match=message):
+        remote_code.bundle(tmp_path / "main.py")
+
+
+def test_a_bundle_runs(tmp_path):
+    (tmp_path / "main.py").write_text(
+        '"""Main."""\nimport math\nfrom .helper import a\nfrom .more import (\n    b,\n)\n\n\n'
+        "# Why.\nc = a + b + math.floor(1.5)\n"
+    )
+    (tmp_path / "helper.py").write_text(
+        '"""Helper."""\nimport math\nfrom math import ceil\na = math.pi * 0 + ceil(6.5)\n'
+    )
+    (tmp_path / "more.py").write_text("b = 10\n")
+    code = remote_code.bundle(tmp_path / "main.py")
+    names: dict = {}
+    exec(compile(code, "bundle.py", "exec"), names)
+    assert (names["c"], names["__doc__"]) == (18, "Main.")
+    assert "# Why." in code
+
+
+# Checks --------------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_staged_passes(run, staged):
+    hub.check(run, staged)
+
+
+def test_one_changed_weight_is_found(run, copy):
+    weights = load_file(copy / "unet" / WEIGHTS)
+    weights["conv_in.weight"][0, 0, 0, 0] *= 1.001
+    save_file(weights, copy / "unet" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(hub.PublishError, match=r"pipeline of the staged folder differs .* nothing was published"):
+        hub.check(run, copy)
+
+
+def test_a_changed_classifier_is_found(run, copy):
+    weights = load_file(copy / "classifier" / WEIGHTS)
+    weights["conv_in.weight"][0, 0, 0, 0] += 0.01
+    save_file(weights, copy / "classifier" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(hub.PublishError, match="classifier of the staged folder differs"):
+        hub.check(run, copy)
+
+
+def break_index(folder):
+    index = config(folder / "model_index.json")
+    index["scheduler"] = ["diffusers_dpm.schedulers.scheduling_ddim", "DDIMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def break_pipeline(folder):
+    (path,) = folder.glob("pipeline_dpm_*.py")
+    path.write_text(path.read_text().replace("import diffusers\n", "import diffusers\nimport diffusers_dpm\n", 1))
+
+
+def break_classifier(folder):
+    (path,) = folder.glob("classifier/*_*_*_*.py")
+    path.write_text(path.read_text().replace('"adaptive"', '"other"'))
+
+
+def break_scheduler(folder):
+    (path,) = folder.glob("analytic_dpm/*_*_*_*.py")
+    path.write_text(path.read_text().replace("total = tensor * factor", "total = tensor * 1.01 * factor"))
+
+
+def break_half(folder):
+    path = folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    weights = load_file(path)
+    weights["conv_in.weight"][0, 0, 0, 0] = torch.inf
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "way"),
+    [
+        (break_index, "a check failed, plain diffusers"),
+        (break_pipeline, "custom_pipeline with trust_remote_code.*diffusers_dpm"),
+        (break_classifier, "the classifier with trust_remote_code"),
+        (break_scheduler, "Analytic-DPM with trust_remote_code: the result differs"),
+        (break_half, "fp16 weights.*conv_in.weight does not fit"),
+    ],
+)
+def test_damage_that_only_others_would_see_is_found(damage, way, run, copy):
+    damage(copy)
+    results = hub.evaluate(run)
+    with pytest.raises(hub.PublishError, match=way):
+        hub.check_without_package(copy, results)
+
+
+def test_a_network_that_diverged_is_not_published(tmp_path):
+    run = make_run(tmp_path / "run")
+    weights = load_file(run / "unet" / WEIGHTS)
+    weights["conv_in.weight"][:] = torch.nan
+    save_file(weights, run / "unet" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(hub.PublishError, match="not finite"):
+        hub.check(run, run)
+
+
+@pytest.mark.slow
+def test_class_conditional_network(tmp_path):
+    run = make_run(tmp_path / "run", num_class_embeds=3, num_train_timesteps=3)
+    hub.stage(run, tmp_path / "staged", "org/name")
+    hub.check(run, tmp_path / "staged")
+
+
+# Input that cannot be used -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["name", "org/na me", "a/b/c", "org/-name", "org/x..y", ""])
+def test_invalid_names(name):
+    with pytest.raises(ValueError, match=r"repository|owner"):
+        hub.check_repo_id(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"value": float("nan")}, "row 0 has the value nan"),
+        ({"value": "12"}, "row 0 has no valid 'value'"),
+        ({"steps": None}, "row 0 has no valid 'steps'"),
+        ({"num_images": 1.5}, "row 0 has no valid 'num_images'"),
+    ],
+)
+def test_invalid_metrics(change, message, tmp_path):
+    (tmp_path / "metrics.json").write_text(json.dumps({"rows": [METRIC | change]}))
+    with pytest.raises(ValueError, match=message):
+        read_metrics(tmp_path / "metrics.json")
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"rows": 1}', '{"rows": [1]}'])
+def test_files_that_hold_no_metrics(content, tmp_path):
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(ValueError, match=r"metrics\.json"):
+        read_metrics(tmp_path / "metrics.json")
+
+
+def test_folders_that_cannot_be_staged(run, tmp_path):
+    with pytest.raises(ValueError, match="is no folder"):
+        hub.stage(tmp_path / "nowhere", tmp_path / "staged", "org/name")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no model_index.json"):
+        hub.stage(tmp_path / "empty", tmp_path / "staged", "org/name")
+    with pytest.raises(ValueError, match="is not empty"):
+        hub.stage(run, run, "org/name")
+    with pytest.raises(ValueError, match="choose one of fp16"):
+        hub.stage(run, tmp_path / "staged", "org/name", variant="int8")
+
+
+def test_an_extra_of_an_unknown_class(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "classifier").mkdir()
+    (run / "classifier" / "config.json").write_text('{"_class_name": "SomebodysClassifier"}')
+    with pytest.raises(ValueError, match="'SomebodysClassifier' and not by NoisyClassifier"):
+        hub.stage(run, tmp_path / "staged", "org/name")
+
+
+def test_extras_need_a_diffusers_that_can_check_their_code(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "version", lambda package: "0.37.1")
+    with pytest.raises(ValueError, match=r"publishing .*classifier needs diffusers 0\.38 or newer.* this is 0\.37\.1"):
+        hub.stage(run, tmp_path / "staged", "org/name")
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("a dry run connected to something")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def test_dry_run(run, tmp_path, monkeypatch, capsys, no_network):
+    monkeypatch.setattr(hub, "check_without_package", lambda folder, results: None)  # tested above; it takes seconds
+    folder = tmp_path / "staged"
+    code = cli.main(["publish", str(run), "org/name", "--dry-run", "--staging-dir", str(folder)])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    sizes = [
+        (int(line.split()[0].replace(",", "")), line.split("bytes  ")[1]) for line in printed.out.splitlines()[:-2]
+    ]
+    assert sizes[:-1] == [((folder / path).stat().st_size, path.as_posix()) for path in hub.list_files(folder)]
+    assert sizes[-1] == (sum(size for size, _ in sizes[:-1]), "in all")
+    assert "nothing was uploaded" in printed.out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["RUN"],
+        ["RUN", "name", "--dry-run"],
+        ["RUN", "org/name", "--dry-run"],
+        ["RUN", "org/name", "--dry"],
+        ["RUN", "org/name", "--revision", "x", "--create-pr"],
+        ["RUN", "org/name", "--variant", "int8"],
+    ],
+)
+def test_bad_command_lines(arguments, capsys, no_network):
+    assert cli.main(["publish", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["publish", "--help"])
+    assert "--dry-run" in capsys.readouterr().out

@@ -1,0 +1,231 @@
+"""Model cards: what they say is what was recorded, and their samples of code run as they stand."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from diffusers_dpm import hub, model_card
+from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.schedulers import DDPMScheduler
+from diffusers_dpm.training.train_diffusion import TrainingOptions
+from diffusers_dpm.training.unet_presets import PRESETS, build_unet
+
+from .test_hub_staging import METRIC, make_run
+
+
+pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
+CARDS = Path(__file__).parents[1] / "model_cards"
+FACTS = sorted(CARDS.glob("*.yaml"))
+SECTIONS = ("Use", "Training", "Evaluation", "Limits", "Citation")
+
+
+def card_of(run: Path, folder: Path, repo_id: str = "org/name", **options) -> str:
+    shutil.rmtree(folder, ignore_errors=True)
+    hub.stage(run, folder, repo_id, **options)
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def write_options(run: Path, **options) -> None:
+    (run / "training_options.json").write_text(json.dumps(options))
+
+
+def section(card: str, title: str) -> str:
+    return re.search(rf"^## {title}\n(.*?)(?=^## |\Z)", card, re.M | re.S)[1].strip()
+
+
+def check_form(card: str) -> None:
+    """No gap, no section without text, nothing of the template left, and metadata that the Hub's client reads."""
+    body = card.split("---\n", 2)[2]
+    for left in ("TODO", "{{", "{%", "None", "nan", "\n\n\n", " \n"):
+        assert left not in body, left
+    assert [title for title in SECTIONS if not section(card, title)] == []
+    assert body.endswith("```\n")
+    data = ModelCard(card).data
+    assert (data.library_name, data.pipeline_tag) == ("diffusers", "unconditional-image-generation")
+    assert {"diffusion", "ddpm"} <= set(data.tags)
+
+
+def published_run(facts: dict, folder: Path) -> Path:
+    """The run folder that the recipe would leave, with weights that were not trained."""
+    options = TrainingOptions(**facts["training"])
+    side, config = PRESETS[options.preset]
+    channels = {"8x8 greyscale, 17 grey levels": 1, "32x32 RGB": 3}[facts["data"]["shape"]]
+    scheduler = DDPMScheduler(variance_type=options.variance_type)
+    DPMPipeline(build_unet(config, (channels, side, side)), scheduler).save_pretrained(folder)
+    write_options(folder, **dataclasses.asdict(options))
+    return folder
+
+
+@pytest.mark.parametrize("path", FACTS, ids=lambda path: path.stem)
+def test_facts_are_of_the_right_kind(path):
+    facts = model_card.load_facts(path)
+    assert facts["name"] == path.stem
+    assert {"title", "license", "data", "training"} <= set(facts)
+    TrainingOptions(**facts["training"])  # raises for options that do not exist, and numbers out of range
+    assert facts["training"]["preset"] in PRESETS
+
+
+def test_the_kept_card_is_what_its_facts_give(tmp_path):
+    """After a change: `diffusers-dpm publish RUN diffusers-dpm/ddpm-digits --card model_cards/ddpm-digits.yaml
+    --dry-run --staging-dir FOLDER` with the run of `make demo`, and keep FOLDER/README.md."""
+    path = CARDS / "ddpm-digits.yaml"
+    run = published_run(model_card.load_facts(path), tmp_path / "run")
+    card = card_of(run, tmp_path / "staged", "diffusers-dpm/ddpm-digits", facts=path)
+    check_form(card)
+    assert card == (CARDS / "ddpm-digits.md").read_text(encoding="utf-8")
+
+
+def test_cifar10_card(tmp_path):
+    """The preset has the paper's network, 35,746,307 parameters; its card is rendered without drawing pictures."""
+    facts = model_card.load_facts(CARDS / "ddpm-cifar10.yaml")
+    run = published_run(facts, tmp_path / "run")
+    options = json.loads((run / "training_options.json").read_text())
+    model_card.check_recipe(facts["training"], options)
+    card = model_card.render_card(
+        DPMPipeline.from_pretrained(run),
+        "org/ddpm-cifar10",
+        facts=facts,
+        options=options,
+        rows=[],
+        extras=[],
+        pictures=[],
+    )
+    check_form(card)
+    assert "of 35,746,307 parameters" in card
+    assert section(card, "Evaluation") == "Not measured yet."
+    assert "Its authors state no licence." in section(card, "Training")
+    assert "| max_train_steps | 800000 |" in card
+    data = ModelCard(card).data
+    assert (data.license, data.datasets, data.eval_results) == ("apache-2.0", ["uoft-cs/cifar10"], None)
+
+
+def run_snippets(card: str, folder: Path) -> list[dict]:
+    """Each block of Python by itself, the staged folder in the place of the repository; returns their names."""
+    results = []
+    for block in re.findall(r"```python\n(.*?)```", card, re.S):
+        assert '"org/name"' in block
+        names: dict = {}
+        exec(compile(block.replace("org/name", str(folder)), "README.md", "exec"), names)
+        results.append(names)
+    return results
+
+
+def test_snippets_run(tmp_path):
+    run = make_run(tmp_path / "run", extras=True, num_train_timesteps=100)
+    card = card_of(run, tmp_path / "staged")
+    check_form(card)
+    results = run_snippets(card, tmp_path / "staged")
+    pictures = [names.get("images") or [names["image"]] for names in results]
+    assert [len(images) for images in pictures] == [1, 1, 4, 4, 4, 4, 4, 4]
+    assert all(image.size == (8, 8) for images in pictures for image in images)
+    assert [type(names["pipe"].scheduler).__name__ for names in results] == [
+        *("DDPMScheduler", "DPMSolverMultistepScheduler", "DPMSolverScheduler", "DDIMScheduler"),
+        *("DPMSolverScheduler", "DPMSolverMultistepScheduler", "AnalyticDPMScheduler", "AnalyticDPMScheduler"),
+    ]
+    assert {"classifier-guidance", "analytic-dpm"} <= set(ModelCard(card).data.tags)
+    assert "dhariwal2021" in card
+    assert "bao2022" in card
+
+
+def test_a_plain_run_speaks_of_nothing_that_it_does_not_have(tmp_path):
+    card = card_of(make_run(tmp_path / "run"), tmp_path / "staged")
+    check_form(card)
+    for absent in ("Guided", "Analytic", "classifier", "dhariwal", "bao2022", "model-index", "metrics.json"):
+        assert absent not in card
+    assert "has not stated a licence" in section(card, "Limits")
+    assert ModelCard(card).data.license is None
+
+
+def test_class_conditional_snippets_run(tmp_path):
+    run = make_run(tmp_path / "run", num_class_embeds=3, num_train_timesteps=100)
+    card = card_of(run, tmp_path / "staged")
+    check_form(card)
+    assert [len(names["images"]) for names in run_snippets(card, tmp_path / "staged")] == [4, 4]
+    assert "passes no labels" in section(card, "Limits")
+
+
+def test_metrics(tmp_path):
+    run = make_run(tmp_path / "run")
+    rows = [
+        METRIC,
+        METRIC | {"steps": 50, "value": 4.0, "error": None},
+        METRIC | {"scheduler": "DDPMScheduler", "options": {}, "steps": 1000, "value": 3.17},
+        METRIC | {"metric": "KID", "value": 0.001, "num_images": 10_000},
+    ]
+    (run / "metrics.json").write_text(json.dumps({"rows": rows}))
+    card = card_of(run, tmp_path / "staged")
+    check_form(card)
+    assert section(card, "Evaluation").split("\n") == [
+        "FID: 50,000 images, features of InceptionV3, ema weights, against digits, test",
+        "",
+        "| sampler | 10 steps | 50 steps | 1000 steps |",
+        "|---|---|---|---|",
+        "| `DDIMScheduler(timestep_spacing='trailing')` | 12.35 \u00b1 0.05 | 4 |  |",
+        "| `DDPMScheduler` |  |  | 3.17 \u00b1 0.05 |",
+        "",
+        "KID: 10,000 images, features of InceptionV3, ema weights, against digits, test",
+        "",
+        "| sampler | 10 steps |",
+        "|---|---|",
+        "| `DDIMScheduler(timestep_spacing='trailing')` | 0.001 \u00b1 0.05 |",
+    ]
+    assert "has not been measured" not in card
+    results = ModelCard(card).data.eval_results
+    assert sorted(result.metric_value for result in results) == [0.001, 3.17, 4.0, 12.3456]
+    assert {result.dataset_name for result in results} == {"digits, test"}
+    assert "FID (DDPMScheduler, 1000 steps, 50,000 images)" in {result.metric_name for result in results}
+    assert (tmp_path / "staged" / "metrics.json").read_bytes() == (run / "metrics.json").read_bytes()
+
+
+def test_without_facts_the_card_says_what_was_recorded(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    (tmp_path / "pictures of my family").mkdir()
+    write_options(run, data=str(tmp_path / "pictures of my family"), batch_size=64, ema=True, output_dir="/secret")
+    training = section(card_of(run, tmp_path / "staged"), "Training")
+    assert "Data: images from a local folder." in training
+    assert "The licence of the data was not recorded." in training
+    assert "| batch_size | 64 |" in training
+    assert "| ema | true |" in training
+    assert "family" not in training
+    assert "secret" not in training
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "family").mkdir()
+    for data in ("../family", "family"):
+        write_options(run, data=data)
+        assert "family" not in card_of(run, tmp_path / "staged")
+
+    (run / "training_options.json").unlink()
+    training = section(card_of(run, tmp_path / "staged"), "Training")
+    assert "The training data was not recorded." in training
+    assert "The options of the training were not recorded." in training
+    assert "Hardware: not recorded." in training
+
+
+def test_facts_that_contradict_the_run(tmp_path):
+    run = make_run(tmp_path / "run")
+    (tmp_path / "facts.yaml").write_text(yaml.safe_dump({"training": {"batch_size": 128}}))
+    with pytest.raises(ValueError, match="facts say batch_size 128, but the run was trained with 64"):
+        hub.stage(run, tmp_path / "staged", "org/name", facts=tmp_path / "facts.yaml")
+
+
+@pytest.mark.parametrize(
+    ("facts", "message"),
+    [
+        ("licence: mit", "unknown fact 'licence'; known are .*license"),
+        ("data: {nmae: x}", "unknown fact 'nmae'"),
+        ("training:", "and training in it, must hold"),
+        ("- a", "must hold 'fact: value' lines"),
+        ("data: [", "cannot read the facts"),
+    ],
+)
+def test_facts_that_cannot_be_read(facts, message, tmp_path):
+    (tmp_path / "facts.yaml").write_text(facts)
+    with pytest.raises(ValueError, match=message):
+        model_card.load_facts(tmp_path / "facts.yaml")

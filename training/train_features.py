@@ -1,0 +1,203 @@
+"""Train the network whose features measure image quality: a small classifier of clean images.
+
+diffusers-dpm train-features --data digits --eval-split test --output-dir runs/digits-features
+diffusers-dpm train-features runs/digits-features/training/training_options.json --resume
+
+It is for evaluation alone: a classifier that guides the sampling would grade its own work. The output folder gets
+
+    config.json, *.safetensors   the classifier, a `NoisyClassifier` that is asked at timestep 0 only
+    features.json                what it was trained on, its held-out accuracy, the hash of its weights
+    training/                    options, checkpoints, log
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusers_dpm.evaluation import FEATURES_FILE
+from diffusers_dpm.pipelines import NoisyClassifier
+from diffusers_dpm.sampling import weights_hash
+from diffusers_dpm.schedulers import VPNoiseSchedule
+from diffusers_dpm.training.checkpoints import atomic_folder, move_children
+from diffusers_dpm.training.classifier_accuracy import accuracy_by_noise_level
+from diffusers_dpm.training.classifier_presets import build_classifier, ddpm_encoder
+from diffusers_dpm.training.data import ImageDataset
+from diffusers_dpm.training.loss import ClassifierLoss
+from diffusers_dpm.training.options import (
+    AugmentationOptions,
+    CheckpointOptions,
+    ClassifierOptimizationOptions,
+    DataOptions,
+    EMAOptions,
+    EvaluationOptions,
+    LoggingOptions,
+    RunFolderOptions,
+    check_ranges,
+    parse_options,
+)
+from diffusers_dpm.training.train_classifier import check_labels
+from diffusers_dpm.training.trainer import OPTIONS_FILE, Trainer, load_data, run_command, write_json
+
+
+# One noise level, whose noise is a thousandth of an 8-bit grey level: the images are clean.
+CLEAN_SCHEDULE = VPNoiseSchedule(torch.tensor([1e-10]))
+
+
+@dataclasses.dataclass
+class FeatureOptions:
+    _argument_group_name = "model"
+
+    num_features: int = dataclasses.field(
+        default=64,
+        metadata={"help": "length of a feature vector, a multiple of 8 up to 64: long ones need many images"},
+    )
+
+
+@dataclasses.dataclass
+class FeatureOptimizationOptions(ClassifierOptimizationOptions):
+    max_train_steps: int = dataclasses.field(
+        default=3000, metadata={"help": "optimiser steps in all, resumed ones included"}
+    )
+    learning_rate: float = dataclasses.field(default=1e-3, metadata={"help": "peak learning rate"})
+
+
+@dataclasses.dataclass
+class FeatureTrainingOptions(
+    DataOptions,
+    RunFolderOptions,
+    FeatureOptions,
+    AugmentationOptions,
+    FeatureOptimizationOptions,
+    EMAOptions,
+    CheckpointOptions,
+    LoggingOptions,
+    EvaluationOptions,
+):
+    """Options of `diffusers-dpm train-features`. Raises ValueError for numbers out of range."""
+
+    class_dropout_prob = 0.0  # every image keeps its label
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+        if self.output_dir is None:
+            raise ValueError("--output-dir is missing")
+        if self.num_features not in range(8, 65, 8):
+            raise ValueError(f"--num-features must be a multiple of 8 from 8 to 64, got {self.num_features}")
+
+
+class FeatureTrainer(Trainer):
+    """The training of a classifier of clean images.
+
+    Attributes:
+        eval_data: what accuracy is measured on at the end; None if the options name nothing.
+
+    Raises:
+        ValueError: as `Trainer`; labels that are missing or do not fit.
+    """
+
+    weights = "classifier/diffusion_pytorch_model.safetensors"
+    conditional = True
+
+    def __init__(self, options: FeatureTrainingOptions):
+        self.folder = Path(str(options.output_dir))
+        run_folder = self.folder / "training"
+        if self.folder.exists() and not run_folder.exists() and any(self.folder.iterdir()):
+            raise ValueError(f"{self.folder} holds something else than features: choose another --output-dir")
+        super().__init__(options, run_folder)
+
+    def _load_data(self) -> ImageDataset:
+        options = self.options
+        self.eval_data: ImageDataset | None = None
+        if options.eval_data or options.eval_split:
+            self.eval_data = load_data(options, require_labels=True, data=options.eval_data, split=options.eval_split)
+        return load_data(options, require_labels=True)
+
+    def _build(self) -> tuple[NoisyClassifier, ClassifierLoss]:
+        data = self.data
+        for images in (data, self.eval_data or data):
+            check_labels(images, data.num_classes)
+            if images.shape != data.shape:
+                raise ValueError(f"the held-out images are {images.shape}, those of the training {data.shape}")
+        config = features_config(data.shape, self.options.num_features)
+        return build_classifier(config, data.shape, data.num_classes), ClassifierLoss(CLEAN_SCHEDULE)
+
+    def _save_model(self, folder: Path) -> None:
+        self.model.save_pretrained(folder / "classifier")
+
+    def _finish(self) -> str:
+        """Write the classifier and what is known of it."""
+        accuracy = self._accuracy()
+        if self.accelerator.is_main_process:
+            options = self.options
+            about = {
+                "trained_on": {"data": options.data, "split": options.split, "images": "clean"},
+                "num_features": options.num_features,
+                "sha256": weights_hash(self.model),
+                "held_out_accuracy": accuracy,
+            }
+            staged = self.folder / "training" / "model"
+            with atomic_folder(staged) as folder:
+                self.model.save_pretrained(folder)
+                write_json(folder / FEATURES_FILE, about)
+            move_children(staged, self.folder)
+        self.accelerator.wait_for_everyone()
+        said = "" if accuracy is None else f", right about {accuracy:.1%} of the held-out images"
+        return f"the features are in {self.folder}{said}"
+
+    def _accuracy(self) -> float | None:
+        if self.eval_data is None:
+            return None
+        schedule, batch_size = self.loss.schedule, self.options.batch_size
+        result = accuracy_by_noise_level(self.model, self.eval_data, schedule, draws=1, batch_size=batch_size)
+        return result["clean"]["accuracy"]
+
+    def _outputs(self) -> list[Path]:
+        training = [self.run_folder / name for name in ("checkpoints", "logs", OPTIONS_FILE)]
+        model = ("config.json", "diffusion_pytorch_model.safetensors", FEATURES_FILE)
+        return [*(self.folder / name for name in model), *training]
+
+    def _resume_command(self) -> str:
+        return f"diffusers-dpm train-features {self.run_folder / OPTIONS_FILE} --resume"
+
+
+def features_config(shape: Sequence[int], num_features: int) -> dict[str, Any]:
+    """Config of a `NoisyClassifier` for images (C, H, W): halved as long as the sides are even and at least 8."""
+    side, levels = min(shape[1:]), 1
+    while side % 2 == 0 and side >= 8:
+        side, levels = side // 2, levels + 1
+    channels = (*(32,) * (levels > 1), *(num_features,) * (levels - (levels > 1)))
+    return ddpm_encoder(channels, layers=1, attention=(), groups=8)
+
+
+def train_features(options: FeatureTrainingOptions) -> Path:
+    """Train as `options` say; returns the output folder. Raises as `FeatureTrainer` does."""
+    trainer = FeatureTrainer(options)
+    trainer.run()
+    return trainer.folder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code, see `run_command`."""
+
+    def make_trainer() -> FeatureTrainer:
+        options = parse_options(
+            FeatureTrainingOptions.__bases__,
+            FeatureTrainingOptions,
+            sys.argv[1:] if argv is None else argv,
+            prog="diffusers-dpm train-features",
+            description="Train a small classifier of clean images, whose features 'diffusers-dpm evaluate' uses.",
+        )
+        return FeatureTrainer(options)
+
+    return run_command(make_trainer)
+
+
+if __name__ == "__main__":
+    # The installed module and not this second copy, so that every class exists once.
+    from diffusers_dpm.training.train_features import main as installed_main
+
+    sys.exit(installed_main())
