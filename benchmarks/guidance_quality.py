@@ -51,13 +51,6 @@ SAMPLERS = (
     Sampler("DPM-Solver++(2M), quadratic", 20, DPMSolverScheduler, {"timestep_spacing": "quadratic"}),
     Sampler("Analytic-DDPM, residual", 25, AnalyticDPMScheduler, {"timestep_spacing": "even"}),
     Sampler("DDIM, trailing", 50, DDIMScheduler, {"timestep_spacing": "trailing"}),
-    # Where x_0 is clipped, DDIM keeps the epsilon from before: under guidance the two part, and the sample is lost.
-    Sampler(
-        "DDIM, trailing, clipped output",
-        50,
-        DDIMScheduler,
-        {"timestep_spacing": "trailing", "use_clipped_model_output": True},
-    ),
     Sampler("DDPM small", 1000, DDPMScheduler, {"variance_type": "fixed_small"}, share=0.1),
 )
 
