@@ -202,7 +202,11 @@ DiffusionPipeline.from_pretrained("org/name", variant="fp16")
 pipe = DiffusionPipeline.from_pretrained("org/name", custom_pipeline="pipeline_dpm", trust_remote_code=True)
 AutoModel.from_pretrained("org/name", subfolder="classifier", trust_remote_code=True)
 cls = get_class_from_dynamic_module(
-    "org/name", sys.argv[1], subfolder="analytic_dpm", class_name="AnalyticDPMScheduler", trust_remote_code=True
+    "org/name",
+    "scheduling_analytic_dpm.py",
+    subfolder="analytic_dpm",
+    class_name="AnalyticDPMScheduler",
+    trust_remote_code=True,
 )
 pipe.scheduler = cls.from_pretrained("org/name", subfolder="analytic_dpm")
 print(draw(pipe, seeds=[0]))
@@ -228,9 +232,8 @@ def test_the_command_and_every_way_of_loading(hub, tmp_path):
     assert "unet/diffusion_pytorch_model.fp16.safetensors" in files
     assert not {name for name in files if "checkpoint" in name or "secret" in name or "logs" in name}
 
-    (code,) = (name.split("/")[1] for name in files if name.startswith("analytic_dpm/") and name.endswith(".py"))
     hub.log.clear()
-    plain = hub.run(PLAIN, code, token=hub.alice_read_only, without_package=True)
+    plain = hub.run(PLAIN, token=hub.alice_read_only, without_package=True)
     before = plain.stderr.split("plain is loaded")[0]
     assert "Warning" not in before
     assert "not expected" not in before
