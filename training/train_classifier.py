@@ -43,7 +43,15 @@ from diffusers_dpm.training.options import (
     check_ranges,
     parse_options,
 )
-from diffusers_dpm.training.trainer import OPTIONS_FILE, Trainer, load_data, remove, run_command, write_json
+from diffusers_dpm.training.trainer import (
+    OPTIONS_FILE,
+    Trainer,
+    load_data,
+    load_held_out_data,
+    remove,
+    run_command,
+    write_json,
+)
 from diffusers_dpm.training.unet_presets import choose_preset, read_config
 
 
@@ -94,11 +102,8 @@ class ClassifierTrainer(Trainer):
         super().__init__(options, run_folder)
 
     def _load_data(self) -> ImageDataset:
-        options = self.options
-        self.eval_data: ImageDataset | None = None
-        if options.eval_data or options.eval_split:
-            self.eval_data = load_data(options, require_labels=True, data=options.eval_data, split=options.eval_split)
-        return load_data(options, require_labels=True)
+        self.eval_data = load_held_out_data(self.options)
+        return load_data(self.options, require_labels=True)
 
     def _build(self) -> tuple[NoisyClassifier, ClassifierLoss]:
         data, unet = self.data, self.pipeline.unet

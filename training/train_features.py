@@ -40,7 +40,14 @@ from diffusers_dpm.training.options import (
     parse_options,
 )
 from diffusers_dpm.training.train_classifier import check_labels
-from diffusers_dpm.training.trainer import OPTIONS_FILE, Trainer, load_data, run_command, write_json
+from diffusers_dpm.training.trainer import (
+    OPTIONS_FILE,
+    Trainer,
+    load_data,
+    load_held_out_data,
+    run_command,
+    write_json,
+)
 
 
 # One noise level, whose noise is a thousandth of an 8-bit grey level: the images are clean.
@@ -110,11 +117,8 @@ class FeatureTrainer(Trainer):
         super().__init__(options, run_folder)
 
     def _load_data(self) -> ImageDataset:
-        options = self.options
-        self.eval_data: ImageDataset | None = None
-        if options.eval_data or options.eval_split:
-            self.eval_data = load_data(options, require_labels=True, data=options.eval_data, split=options.eval_split)
-        return load_data(options, require_labels=True)
+        self.eval_data = load_held_out_data(self.options)
+        return load_data(self.options, require_labels=True)
 
     def _build(self) -> tuple[NoisyClassifier, ClassifierLoss]:
         data = self.data

@@ -294,6 +294,13 @@ def load_data(
     )
 
 
+def load_held_out_data(options: Any) -> ImageDataset | None:
+    """The data that `EvaluationOptions` name, with labels; None if they name nothing."""
+    if not options.eval_data and not options.eval_split:
+        return None
+    return load_data(options, require_labels=True, data=options.eval_data, split=options.eval_split)
+
+
 def find_checkpoint(options: Any, run: Path) -> Path | None:
     """The checkpoint to resume, or None to start at step 0.
 
