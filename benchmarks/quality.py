@@ -30,15 +30,13 @@ SAMPLERS = (
     "dpm-solver,timestep_spacing=quadratic,solver_order=3",
     "dpm-solver,timestep_spacing=quadratic,solver_order=3,method=singlestep",
     "dpm-solver,timestep_spacing=logsnr",
+    "analytic-dpm",
     "diffusers:DDPMScheduler,timestep_spacing=trailing",
     "diffusers:DDIMScheduler,timestep_spacing=trailing",
     "diffusers:DPMSolverMultistepScheduler,timestep_spacing=linspace",
-    "diffusers:DPMSolverMultistepScheduler,timestep_spacing=linspace,solver_order=3",
     "diffusers:DPMSolverMultistepScheduler,timestep_spacing=linspace,use_karras_sigmas=true",
     "diffusers:DPMSolverMultistepScheduler,timestep_spacing=linspace,use_lu_lambdas=true",
-    "diffusers:DPMSolverMultistepScheduler,timestep_spacing=linspace,euler_at_final=true",
     "diffusers:DPMSolverSinglestepScheduler,solver_order=3,final_sigmas_type=zero",
-    "diffusers:DPMSolverSinglestepScheduler,solver_order=3,final_sigmas_type=zero,use_karras_sigmas=true",
     "diffusers:UniPCMultistepScheduler,timestep_spacing=linspace",
     "diffusers:DEISMultistepScheduler,timestep_spacing=linspace",
     "diffusers:HeunDiscreteScheduler,timestep_spacing=linspace",
@@ -82,7 +80,7 @@ def measure(arguments: argparse.Namespace) -> None:
         split=arguments.split,
         held_out_split=arguments.held_out_split,
         features=arguments.features,
-        schedulers=[*SAMPLERS, *(["analytic-dpm"] if (run / "analytic_dpm").is_dir() else [])],
+        schedulers=arguments.samplers,
         steps=arguments.calls,
         num_images=arguments.images,
         batch_size=arguments.batch_size,
@@ -106,6 +104,7 @@ def main() -> int:
     parser.add_argument("--split", default="train", help="part of the data to compare with [%(default)s]")
     parser.add_argument("--held-out-split", help="part of the data that was not trained on")
     parser.add_argument("--features", required=True, help="folder of 'diffusers-dpm train-features', or inception")
+    parser.add_argument("--samplers", nargs="+", default=[*SAMPLERS], help="some of them, as 'diffusers-dpm evaluate'")
     parser.add_argument("--images", type=int, default=5000, help="images of each cell [%(default)s]")
     parser.add_argument("--calls", type=int, nargs="+", default=[*CALLS], help="numbers of network calls")
     parser.add_argument("--batch-size", type=int, default=256, help="images in a network call [%(default)s]")

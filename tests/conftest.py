@@ -5,6 +5,7 @@ import sys
 import diffusers
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from hypothesis import settings
 
 
@@ -20,6 +21,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def fresh_process(one_thread):
+    """For what makes an Accelerator, whose state lasts as long as the process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture

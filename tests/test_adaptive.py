@@ -201,6 +201,8 @@ def test_clipping_is_that_of_step(algorithm_type, clipping):
     scheduler.set_timesteps(plan=frozen(run, scheduler))
     walked = walk(scheduler, gaussian_network(scheduler), x)
     torch.testing.assert_close(walked, run.sample, rtol=1e-5, atol=1e-5)
+    scheduler.set_timesteps(5, encode=True)  # which clips nothing
+    assert torch.equal(integrate_adaptive(gaussian_network(scheduler), scheduler, x).sample, run.sample)
     free = scheduler_with(algorithm_type=algorithm_type, final_sigmas_type="zero")
     assert (integrate_adaptive(gaussian_network(free), free, x).sample - run.sample).abs().max() > 0.1
 

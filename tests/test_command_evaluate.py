@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler
 from PIL import Image
 
@@ -22,18 +21,9 @@ from diffusers_dpm.training import build_unet, load_images
 from diffusers_dpm.training.unet_presets import ddpm_unet
 
 
+pytestmark = pytest.mark.usefixtures("fresh_process")
 T = 20
 METRICS = ["Fréchet distance", "kernel distance", "sliced Wasserstein distance"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_process():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture
@@ -212,8 +202,8 @@ def test_names_of_local_data_have_no_path(tmp_path):
         (["--steps=0"], "--steps must be at least 1"),
         (["--schedulers", "ddim,eta"], "written key=value, got 'eta'"),
         (["--likelihood-images=5"], "--likelihood-images needs --held-out-split"),
-        (["--random-flip"], "--random-flip is for training"),
-        (["--features=inception", "--inception-weights=none.pth"], "torch-fidelity"),
+        (["--random-flip"], "unknown option --random-flip"),
+        (["--features=inception", "--inception-weights=none.pth"], "diffusers-dpm[inception]"),
         (["--guidance-scale=1"], "train-classifier"),
     ],
 )

@@ -19,6 +19,7 @@ from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMSchedule
 from diffusers_dpm.training.data import load_images
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 T = 20
 
 
@@ -38,14 +39,6 @@ def save_run(folder, num_classes=None, channels=1):
     pipeline = DPMPipeline(unet=unet, scheduler=DDPMScheduler(num_train_timesteps=T, beta_end=0.3))
     pipeline.save_pretrained(folder)
     return pipeline
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -240,7 +233,7 @@ def test_one_image_has_no_standard_error(call):
         (["--num-images", "298"], "297 images"),
         (["--num-probes", "0"], "--num-probes must be positive"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
-        (["--random-flip"], "--random-flip"),
+        (["--random-flip"], "unknown option --random-flip"),
         (["--resolution", "4"], "(1, 4, 4), the network's have (1, 8, 8)"),
         (["--num-levels", "256"], "256 levels"),
         (["--device", "abacus"], "--device abacus"),

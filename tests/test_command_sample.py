@@ -7,7 +7,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteScheduler
 from PIL import Image
 
@@ -21,6 +20,7 @@ from diffusers_dpm.training import build_unet
 from diffusers_dpm.training.unet_presets import ddpm_unet
 
 
+pytestmark = pytest.mark.usefixtures("fresh_process")
 T = 20
 
 
@@ -32,16 +32,6 @@ def save_run(folder, num_classes=None, channels=1):
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
     return pipeline
-
-
-@pytest.fixture(autouse=True)
-def fresh_process():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture

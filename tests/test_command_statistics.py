@@ -9,8 +9,6 @@ import sys
 
 import numpy as np
 import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState
 from diffusers import UNet2DModel
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -25,18 +23,8 @@ from diffusers_dpm.training.train_diffusion import TrainingOptions, train
 from diffusers_dpm.training.unet_presets import ddpm_unet
 
 
+pytestmark = pytest.mark.usefixtures("fresh_process")
 T = 40
-
-
-@pytest.fixture(autouse=True)
-def fresh_process():
-    """accelerate keeps its state for the life of a process; one thread, for small networks on shared machines."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +148,7 @@ def test_two_processes_equal_one(run):
     assert estimates(run / "analytic_dpm") == one
     assert result.stdout.count("relative Monte-Carlo error") == 1
     assert not (run / "analytic_dpm" / "partial").exists()
-    assert "128/128" in result.stderr  # the progress bar of the first process
+    assert "240/240" in result.stderr  # the progress bar, of the first process for both
 
 
 @pytest.fixture
@@ -183,7 +171,7 @@ def test_what_cannot_be_used_is_told_in_one_line(run, unlabelled, tmp_path, caps
         (str(run), "--data=digits", "--timesteps=1"): "--timesteps must be at least 2",
         (str(run), "--data=digits", "--timesteps=41"): "--timesteps 41 is more than the model's 40",
         (str(run), "--data=digits", "--batch-size=0"): "--batch-size must be at least 1",
-        (str(run), "--data=digits", "--random-flip"): "--random-flip is for training",
+        (str(run), "--data=digits", "--random-flip"): "unknown option --random-flip",
         (str(run), "--data=digits", "--sede=3"): "did you mean --seed",
         (str(run), "--data=digits", "--split=none"): "no split 'none'",
         (str(run), f"--data={unlabelled}"): "no labels",
@@ -203,3 +191,5 @@ def test_help(capsys):
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("--data", "--num-samples", "--timesteps", "--output-dir", "RUN"))
+    assert "--cache-gigabytes" in shown
+    assert not any(text in shown for text in ("--random-flip", "--dataloader-num-workers", "to train on"))

@@ -1,5 +1,6 @@
 """Likelihoods against closed forms: Gaussian data, golden numbers, diffusers' own steps, the cube."""
 
+import dataclasses
 import math
 from itertools import pairwise
 from types import SimpleNamespace
@@ -459,6 +460,13 @@ def grid(scheduler, n=4):
     return scheduler
 
 
+def visiting(scheduler, timesteps):
+    """With a list of timesteps put in the place of its grid's, as pipelines for image to image do."""
+    scheduler.set_timesteps(10)
+    scheduler.timesteps = torch.tensor(timesteps, dtype=torch.int64)
+    return scheduler
+
+
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
@@ -470,6 +478,9 @@ def grid(scheduler, n=4):
         (grid(diffusers.FlowMatchEulerDiscreteScheduler()), "reverse_variance"),
         (AnalyticDPMScheduler(), "statistics"),
         (grid(diffusers.DDPMScheduler(timestep_spacing="trailing"), 61), "descending"),
+        (visiting(DDIMScheduler(eta=0.5), [0, 500, 999]), r"descending.* got \[0, 500, 999\]"),
+        (visiting(analytic(), [999, 500, 500]), r"descending.* got \[999, 500, 500\]"),
+        (visiting(analytic(), []), r"descending.* got \[\]"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else value,
 )
@@ -508,12 +519,31 @@ def test_a_scheduler_of_another_process():
         ode_log_likelihood(Contrived(), diffusers.FlowMatchEulerDiscreteScheduler(), grey_images(1))
 
 
+def test_the_bound_of_a_slice_of_a_grid_is_that_of_its_timesteps():
+    errors = measure_errors(Contrived(), DDPMScheduler(), grey_images(2), range(0, 1000, 111))
+    for scheduler in (analytic(), DDPMScheduler()):
+        whole = visiting(scheduler, [999, 888, 777, 666, 555, 444, 333, 222, 111, 0])
+        assert len(bound_from_errors(errors, whole).transitions) == 9
+        part = visiting(scheduler, [666, 555, 0])
+        bound = bound_from_errors(errors, part)
+        assert (part.timesteps.tolist(), len(part.levels)) == ([666, 555, 0], 11)  # as it was
+        part.set_timesteps(timesteps=[666, 555, 0])
+        assert torch.equal(bound.per_term, bound_from_errors(errors, part).per_term)
+        assert [transition[:2] for transition in bound.transitions] == [(666, 555), (555, 0)]
+
+
 def test_errors_of_another_schedule_or_grid():
     errors = measure_errors(Contrived(), DDPMScheduler(), grey_images(1), [0, 999])
     with pytest.raises(ValueError, match="schedule"):
         bound_from_errors(errors, DDPMScheduler(beta_end=0.01))
     with pytest.raises(ValueError, match="998 timesteps"):
         bound_from_errors(errors, DDPMScheduler())
+    with pytest.raises(ValueError, match=r"1 images at 2 timesteps .* shape \(1, 1, 3\)"):
+        dataclasses.replace(errors, moments=errors.moments[:, :1])
+    with pytest.raises(ValueError, match=r"2 images at 2 timesteps"):
+        dataclasses.replace(errors, mean_square=torch.ones(2))
+    with pytest.raises(ValueError, match=r"decoder of shape \(1, 1\)"):
+        dataclasses.replace(errors, decoder=errors.decoder[:, 1:])
 
 
 def test_a_network_that_returns_nan():

@@ -26,13 +26,6 @@ from diffusers_dpm.statistics import (
 )
 
 
-@pytest.fixture(autouse=True)
-def quiet():
-    diffusers.utils.logging.disable_progress_bar()
-    yield
-    diffusers.utils.logging.enable_progress_bar()
-
-
 class ExactNetwork(ModelMixin, ConfigMixin):
     """The best network for images whose pixels are N(means[label], variance), or +-1 if the variance is 0.
 
@@ -370,6 +363,28 @@ def test_an_interrupted_run_goes_on(tmp_path, fail_at):
     assert not folder.exists()
     for name in ("residual", "analytic", "residual_error", "analytic_error"):
         assert getattr(resumed, name) == getattr(whole, name)
+
+
+def test_progress_is_told_and_nothing_shown(tmp_path, capfd):
+    counts = []
+
+    class Counter:
+        def update(self, n):
+            counts.append(n)
+
+    def run(network):
+        options = {"timesteps": SOME, "batch_size": 20, "folder": tmp_path, "progress": Counter()}
+        return estimate_statistics(network, SCHEDULER, gaussian_images(10), **options)
+
+    network = ExactNetwork()
+    network.fail_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        run(network)
+    assert counts == [0, 20, 20]
+    counts.clear()
+    run(ExactNetwork())
+    assert counts == [40, 20, 10]  # what the first call did, and the rest
+    assert capfd.readouterr() == ("", "")
 
 
 def test_saves_while_it_runs(tmp_path):

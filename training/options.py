@@ -20,7 +20,9 @@ from diffusers_dpm.training.unet_presets import PRESETS
 
 
 @dataclass
-class DataOptions:
+class DataSourceOptions:
+    """What every command that reads images takes; `trainer.load_data` reads them."""
+
     _argument_group_name = "data"
 
     data: str | None = field(
@@ -31,7 +33,7 @@ class DataOptions:
         },
     )
     data_config: str | None = field(default=None, metadata={"help": "configuration of the datasets data set"})
-    split: str = field(default="train", metadata={"help": "part of the data to train on"})
+    split: str = field(default="train", metadata={"help": "part of the data"})
     image_column: str | None = field(
         default=None, metadata={"help": "column of the images (default: found by its type)"}
     )
@@ -44,10 +46,17 @@ class DataOptions:
     channels: str = field(
         default="auto", metadata={"metavar": "N", "help": "1 grey, 3 RGB, another number, or auto: the data's own"}
     )
+    cache_gigabytes: float = field(default=1.0, metadata={"help": "decoded data up to this size stays in memory"})
+
+
+@dataclass
+class DataOptions(DataSourceOptions):
+    """The same for training."""
+
+    split: str = field(default="train", metadata={"help": "part of the data to train on"})
     random_flip: bool = field(
         default=False, metadata={"help": "mirror half of the images left to right (never digits or text)"}
     )
-    cache_gigabytes: float = field(default=1.0, metadata={"help": "decoded data up to this size stays in memory"})
     dataloader_num_workers: int = field(default=2, metadata={"help": "processes that decode data too large for that"})
 
 

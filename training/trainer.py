@@ -280,7 +280,7 @@ class Trainer(ABC):
 def load_data(
     options: Any, *, require_labels: bool, data: str | None = None, split: str | None = None
 ) -> ImageDataset:
-    """The data that `DataOptions` name; `data` and `split` go before theirs."""
+    """The data that `DataSourceOptions` name; `data` and `split` go before theirs."""
     return load_images(
         data or options.data,
         config=options.data_config,

@@ -352,6 +352,7 @@ def integrate_adaptive(
         ValueError: an argument out of range, or an SDE's algorithm_type.
         RuntimeError: the tolerances cannot be met within `min_step` and `max_calls`, or an error is not finite.
     """
+    scheduler = type(scheduler).from_config(scheduler.config)  # one whose grid may encode does not clip
     config, schedule = scheduler.config, scheduler.schedule
     start = int((schedule.lambda_ > config.lambda_min_clipped).sum()) - 1
     _check_arguments(scheduler, start, order, end, atol=atol, rtol=rtol, h_init=h_init, min_step=min_step)

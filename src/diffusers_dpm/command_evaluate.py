@@ -52,7 +52,7 @@ from diffusers_dpm.sampling import (
     write_text,
 )
 from diffusers_dpm.training.data import ImageDataset
-from diffusers_dpm.training.options import DataOptions, check_ranges, parse_options
+from diffusers_dpm.training.options import DataSourceOptions, check_ranges, parse_options
 from diffusers_dpm.training.trainer import OPTIONS_FILE, load_data
 
 
@@ -106,7 +106,7 @@ class MeasurementOptions:
 
 
 @dataclass
-class EvaluateOptions(DataOptions, SamplerOptions, MeasurementOptions):
+class EvaluateOptions(DataSourceOptions, SamplerOptions, MeasurementOptions):
     """Options of `diffusers-dpm evaluate`, described by its `--help`. Raises ValueError for numbers out of range."""
 
     def __post_init__(self) -> None:
@@ -114,8 +114,6 @@ class EvaluateOptions(DataOptions, SamplerOptions, MeasurementOptions):
         for name in ("data", "schedulers", "steps", "features"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing")
-        if self.random_flip:
-            raise ValueError("--random-flip is for training: the reference is the images as they are")
         if min(self.steps or []) < 1:
             raise ValueError(f"--steps must be at least 1, got {min(self.steps or [])}")
         if self.num_images < 20:

@@ -37,7 +37,7 @@ from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, AnalyticDPMScheduler
 from diffusers_dpm.statistics import checked_labels, fingerprint
 from diffusers_dpm.training.data import ImageDataset, describe
-from diffusers_dpm.training.options import DataOptions, check_ranges, flag, parse_options
+from diffusers_dpm.training.options import DataSourceOptions, check_ranges, flag, parse_options
 from diffusers_dpm.training.trainer import load_data
 
 
@@ -53,7 +53,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
-class ImageOptions(DataOptions):
+class ImageOptions(DataSourceOptions):
     split: str = field(default="test", metadata={"help": "part of the data"})
 
 
@@ -135,8 +135,6 @@ class LikelihoodOptions(ImageOptions, EvaluationOptions, BoundOptions, ODEOption
         check_ranges(self)
         if self.data is None:
             raise ValueError("--data is missing")
-        if self.random_flip:
-            raise ValueError("--random-flip is for training: likelihoods are those of the images as they are")
         for name in ("num_images", "num_levels", "decoder_variance", "tolerance", "num_probes", "num_passes"):
             value = getattr(self, name)
             if value is not None and value <= 0:

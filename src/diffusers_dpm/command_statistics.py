@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.utils import tqdm
 
 from diffusers_dpm.command_line import load_pipeline, run_command, take_model
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import even_timesteps
 from diffusers_dpm.statistics import PosteriorStatistics, estimate_statistics, noise_schedule_of
-from diffusers_dpm.training.options import DataOptions, check_ranges, parse_options
+from diffusers_dpm.training.options import DataSourceOptions, check_ranges, parse_options
 from diffusers_dpm.training.trainer import load_data
 
 
@@ -43,15 +44,13 @@ class EstimationOptions:
 
 
 @dataclass
-class StatisticsOptions(DataOptions, EstimationOptions):
+class StatisticsOptions(DataSourceOptions, EstimationOptions):
     """Options of `diffusers-dpm statistics`, described by its `--help`. Raises ValueError for numbers out of range."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.data is None:
             raise ValueError("--data is missing")
-        if self.random_flip:
-            raise ValueError("--random-flip is for training: the statistics are those of the images as they are")
         if self.num_samples < 2:
             raise ValueError(f"--num-samples must be at least 2, for standard errors, got {self.num_samples}")
         if self.timesteps is not None and self.timesteps < 2:
@@ -75,17 +74,21 @@ def estimate(model: str, options: StatisticsOptions) -> None:
     accelerator = Accelerator(cpu=options.cpu)
     with accelerator.main_process_first():  # which fills the cache of `datasets`
         data = load_data(options, require_labels=unet.config.num_class_embeds is not None)
-    statistics = estimate_statistics(
-        unet.to(accelerator.device),
-        scheduler,
-        data,
-        options.num_samples,
-        timesteps=even_timesteps(num_train_timesteps, options.timesteps or num_train_timesteps),
-        batch_size=options.batch_size,
-        seed=options.seed,
-        accelerator=accelerator,
-        folder=folder / "partial",
-    )
+    timesteps = even_timesteps(num_train_timesteps, options.timesteps or num_train_timesteps)
+    num_pairs = min(options.num_samples, len(data)) * len(timesteps)
+    with tqdm(total=num_pairs, unit="call", desc="images x timesteps") as bar:
+        statistics = estimate_statistics(
+            unet.to(accelerator.device),
+            scheduler,
+            data,
+            options.num_samples,
+            timesteps=timesteps,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            accelerator=accelerator,
+            folder=folder / "partial",
+            progress=bar,
+        )
     made = {**statistics.made, "model": model, "data": options.data, "split": options.split}
     statistics = dataclasses.replace(statistics, made=made)
     if accelerator.is_main_process:

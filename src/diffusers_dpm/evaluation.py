@@ -90,7 +90,7 @@ class InceptionFeatures(nn.Module):
         super().__init__()
         path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS)
         if not _TORCH_FIDELITY_AVAILABLE:
-            raise ValueError("features of InceptionV3 need torch-fidelity: pip install torch-fidelity")
+            raise ValueError('features of InceptionV3 need torch-fidelity: pip install "diffusers-dpm[inception]"')
         if not path.is_file():
             raise ValueError(
                 f"no weights of InceptionV3 at {path}: {INCEPTION_WEIGHTS} is among the releases of torch-fidelity"

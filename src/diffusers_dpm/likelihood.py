@@ -15,11 +15,12 @@ pass of the network serves them all:
 The two are values of different models (the stochastic sampler and the ODE) that share a network.
 """
 
+import copy
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from torch.special import log_ndtr
 from diffusers_dpm.pipelines.pipeline_dpm import evaluation_mode, is_ddpm
 from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level, VPNoiseSchedule, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
-from diffusers_dpm.statistics import network_output, noise_schedule_of
+from diffusers_dpm.statistics import Progress, network_output, noise_schedule_of
 
 
 NATS_PER_BIT = math.log(2)
@@ -36,12 +37,6 @@ CDFS = ("exact", "tanh")
 DEQUANTIZATIONS = ("centered", "score_sde")
 DIVERGENCES = ("rademacher", "gaussian", "exact")
 SOLVERS = ("dopri5", "rk4")
-
-
-class Progress(Protocol):
-    """What is told how many (image, timestep) pairs or integrated images are done: a `tqdm` bar."""
-
-    def update(self, n: int) -> Any: ...
 
 
 # Randomness and the network ------------------------------------------------------------------------------------------
@@ -205,6 +200,9 @@ class PredictionErrors:
         decoder: float64 (N, n), -log p(x_0 | x_t) in nats per dimension.
         mean_square: float64 (N,), of x_0.
         schedule_hash: of the noise schedule.
+
+    Raises:
+        ValueError: tensors of other images or timesteps than the rest.
     """
 
     timesteps: tuple[int, ...]
@@ -212,6 +210,14 @@ class PredictionErrors:
     decoder: torch.Tensor
     mean_square: torch.Tensor
     schedule_hash: str
+
+    def __post_init__(self) -> None:
+        size = (len(self.mean_square), len(self.timesteps))
+        if self.decoder.shape != size or self.moments.shape != (*size, 3):
+            raise ValueError(
+                f"errors of {size[0]} images at {size[1]} timesteps cannot have moments of shape "
+                f"{tuple(self.moments.shape)} and a decoder of shape {tuple(self.decoder.shape)}."
+            )
 
     def mean_squared_error(self) -> torch.Tensor:
         """E|x_0 - x_0-hat|^2 / d at each of `timesteps`, float64 (n,)."""
@@ -324,7 +330,8 @@ def reverse_process(scheduler: Any) -> tuple[AnalyticDPMScheduler, list[Transiti
     """The scheduler's present grid as one whose variances can be read, and its transitions but that to clean data.
 
     Raises:
-        ValueError: a scheduler without scalar reverse variance; eta = 0, whose posterior variance is 0.
+        ValueError: a scheduler without scalar reverse variance; eta = 0, whose posterior variance is 0; a grid that
+            does not descend.
     """
     process = _sampler(scheduler)
     if process.config.forward_process == "ddim" and not process.config.eta:
@@ -346,11 +353,11 @@ def reverse_process(scheduler: Any) -> tuple[AnalyticDPMScheduler, list[Transiti
 
 
 def _sampler(scheduler: Any) -> AnalyticDPMScheduler:
-    """`scheduler`, or its twin on the same grid with the reverse variance that DDPM and DDIM schedulers have."""
-    if isinstance(scheduler, AnalyticDPMScheduler):
-        return scheduler
+    """A twin of `scheduler` on the same `timesteps`, with the reverse variance that DDPM and DDIM schedulers have."""
     variance_type = scheduler.config.get("variance_type") or "fixed_small"
-    if is_ddpm(scheduler) and variance_type.startswith("fixed"):
+    if isinstance(scheduler, AnalyticDPMScheduler):
+        options: dict[str, Any] = {}
+    elif is_ddpm(scheduler) and variance_type.startswith("fixed"):
         large = variance_type.startswith("fixed_large")
         options = {"forward_process": "ddpm", "reverse_variance": "large" if large else "small"}
     elif any(base.__name__ == "DDIMScheduler" for base in type(scheduler).__mro__):
@@ -362,8 +369,8 @@ def _sampler(scheduler: Any) -> AnalyticDPMScheduler:
             f"{type(scheduler).__name__} has no bound, because {what} gives no scalar reverse variance: use "
             "AnalyticDPMScheduler.from_config(scheduler.config, reverse_variance='small')."
         )
-    process = forward_process(scheduler, **options)
-    process.set_timesteps(timesteps=scheduler.timesteps)
+    process = copy.copy(forward_process(scheduler, **options))
+    process.set_timesteps(timesteps=scheduler.timesteps.tolist())  # whose levels a slice of a grid does not have
     return process
 
 
@@ -447,7 +454,7 @@ def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLower
             eta > 0, ours or diffusers'. `set_timesteps` chooses the grid; before it is called, that is all timesteps.
 
     Raises:
-        ValueError: no finite bound (see `reverse_process`), other noise levels, or a timestep that was not measured.
+        ValueError: no bound (see `reverse_process`), other noise levels, or a timestep that was not measured.
     """
     process, transitions = reverse_process(scheduler)
     if process.schedule.hash != errors.schedule_hash:

@@ -26,11 +26,10 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
@@ -41,6 +40,12 @@ from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMSchedule
 
 
 Pair = tuple[int, int]  # (place of an image among the chosen ones, place of a timestep among the computed ones)
+
+
+class Progress(Protocol):
+    """What long work tells how much of it is done: a `tqdm` bar."""
+
+    def update(self, n: int) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,7 @@ def estimate_statistics(
     accelerator: Any = None,
     folder: str | Path | None = None,
     save_every: float = 60.0,
+    progress: Progress | None = None,
 ) -> PosteriorStatistics:
     """Both estimates of C_t from one network call for each of `num_samples` images and each timestep.
 
@@ -207,6 +213,7 @@ def estimate_statistics(
         accelerator: an `accelerate.Accelerator` whose processes share the work, with the network on its device.
         folder: keeps partial results, from which the same call goes on after an interruption. Deleted when done.
         save_every: seconds between saves; an exception, KeyboardInterrupt included, also saves.
+        progress: gets `update(n)` for n (image, timestep) pairs, those of other processes and of `folder` included.
 
     Raises:
         ValueError: images or labels that do not fit the network, arguments out of range, a schedule that is none of
@@ -251,7 +258,7 @@ def estimate_statistics(
         }
         store = PartialResults(Path(folder), settings, accelerator, save_every)
     with evaluation_mode(unet):
-        values = measure(evaluate, (len(x0), len(grid), 2), batch_size, accelerator, store)
+        values = measure(evaluate, (len(x0), len(grid), 2), batch_size, accelerator, store, progress)
     residual, analytic = values.unbind(-1)
     return PosteriorStatistics(
         residual=interpolate(schedule, grid, residual.mean(dim=0).tolist()),
@@ -321,6 +328,7 @@ class NoiseSource:
 
     Seeding one of torch's generators anew for every draw takes 5 microseconds, and its numbers are the cheapest to be
     had on the CPU. It keeps 32 bits of a seed: among the draws for 256 images and 1000 timesteps a handful are equal.
+    Those of `likelihood.draw` never are, and take two to six times as long.
     """
 
     def __init__(self, seed: int, shape: Sequence[int]):
@@ -496,6 +504,7 @@ def measure(
     batch_size: int,
     accelerator: Any = None,
     store: PartialResults | None = None,
+    progress: Progress | None = None,
 ) -> torch.Tensor:
     """`evaluate` of all (image, timestep) pairs in whole batches, which processes take in turn; float64 of `shape`.
 
@@ -506,23 +515,25 @@ def measure(
     if num_processes > 1:
         accelerator.wait_for_everyone()  # until all have read what others will write over
     pairs = known[..., 0].isnan().nonzero().tolist()
-    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)][rank::num_processes]
+    batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
     own = torch.full_like(known, math.nan)
-    bar = logging.tqdm(total=sum(map(len, batches)), unit="call", desc="images x timesteps", disable=rank > 0)
+    if progress is not None:
+        progress.update(known[..., 0].numel() - len(pairs))
 
-    def record(pairs: Sequence[Pair], values: torch.Tensor) -> None:
+    def record(number: int, values: torch.Tensor) -> None:
         values = values.cpu()
         if not values.isfinite().all():
             raise ValueError("the network's predictions are not finite.")
-        own[tuple(torch.tensor(pairs).T)] = values
-        bar.update(len(pairs))
+        own[tuple(torch.tensor(batches[number]).T)] = values
+        if progress is not None:  # the other processes are as far
+            progress.update(sum(map(len, batches[number - rank : number - rank + num_processes])))
         if store is not None:
             store.save_if_due(merged(known, own))
 
     try:
         waiting = None  # read one batch late: the noise of the next is drawn while the device computes
-        for batch in batches:
-            started = batch, evaluate(batch)
+        for number in range(rank, len(batches), num_processes):
+            started = number, evaluate(batches[number])
             if waiting is not None:
                 record(*waiting)
             waiting = started
@@ -532,8 +543,6 @@ def measure(
         if store is not None:
             store.save(merged(known, own))
         raise
-    finally:
-        bar.close()
     if num_processes > 1:  # each value is NaN in all processes but one
         own = accelerator.reduce(own.nan_to_num().to(accelerator.device), reduction="sum").cpu()
     if store is not None and rank == 0:

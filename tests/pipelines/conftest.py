@@ -35,12 +35,8 @@ class GaussianUNet(ModelMixin, ConfigMixin):
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
+def every_test(one_thread):
     """Threads cost more than they bring at this size, most of all on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

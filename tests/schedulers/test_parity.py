@@ -135,15 +135,6 @@ def test_zero_terminal_snr_agrees_with_diffusers(prediction_type):
         assert x.isfinite().all()
 
 
-@pytest.fixture
-def one_thread():
-    """For networks so small that threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", ["DDPM", "DDIM"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)])

@@ -24,6 +24,7 @@ from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, DPMSo
 from .helpers import network, noise, seeded, walk, with_statistics, working
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = Path(__file__).parent / "configs"
 SOURCES = (
     diffusers.DDPMScheduler,
@@ -50,14 +51,6 @@ PROMPT = {"prompt_embeds": noise(1, 4, 8).float(), "negative_prompt_embeds": noi
 def quiet(pipe):
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

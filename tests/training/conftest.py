@@ -5,22 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from accelerate.state import AcceleratorState, GradientState
 
 from diffusers_dpm.training.train_diffusion import DiffusionTrainer, TrainingOptions
 from diffusers_dpm.training.unet_presets import ddpm_unet
 
 
 @pytest.fixture(autouse=True)
-def fresh_process():
-    """accelerate keeps its state for the life of a process; one thread, for small networks on shared machines."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+def every_test(fresh_process):
+    """Each makes Accelerators of its own."""
 
 
 @pytest.fixture(scope="session")
