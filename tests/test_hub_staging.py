@@ -17,8 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from diffusers_dpm import cli, hub, remote_code
-from diffusers_dpm.model_card import read_metrics
+from diffusers_dpm.model_card import EXTRAS, Extra, read_baselines, read_metrics
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.sampling import weights_hash
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler
 
 
@@ -44,6 +45,7 @@ NOT_PUBLISHED = (
     *("checkpoints/step-00001000/optimizer.bin", "logs/events", "unet/notes.txt", "secret.txt"),
     *("classifier_training/training_options.json", "classifier_accuracy.json", "classifier_accuracy.png"),
     *("likelihood.json", "likelihood_terms.csv", "likelihood_elbo.safetensors", "likelihood_ode.safetensors"),
+    *("metrics.md", "metrics.png", "evaluation/reference.safetensors", "evaluation/cell-0/sampling.json"),
 )
 
 
@@ -157,6 +159,25 @@ def test_configs_of_the_extras_are_the_runs(run, staged):
     assert config(staged / "analytic_dpm/scheduler_config.json") == config(run / "analytic_dpm/scheduler_config.json")
 
 
+def test_figures_of_other_weights_are_not_published(tmp_path, capsys):
+    """`evaluate` keeps the rows of a model that was trained further beside the new ones."""
+    run = make_run(tmp_path / "run")
+    own = METRIC | {"weights_sha256": weights_hash(DPMPipeline.from_pretrained(run).unet)}
+    other, unnamed = METRIC | {"weights_sha256": "0" * 64, "value": 777.7}, METRIC | {"steps": 20}
+    baseline = METRIC | {"scheduler": "held-out images", "steps": 0, "weights": None, "weights_sha256": "0" * 64}
+    metrics = {"rows": [own, other, unnamed], "baselines": [baseline]}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    hub.stage(run, tmp_path / "staged", "org/name")
+    assert config(tmp_path / "staged" / "metrics.json") == metrics | {"rows": [own, unnamed]}
+    assert "777.7" not in (tmp_path / "staged" / "README.md").read_text()
+    assert "left out: 1 of 3 rows of" in capsys.readouterr().out
+
+    (run / "metrics.json").write_text(json.dumps(metrics | {"rows": [other]}))
+    hub.stage(run, tmp_path / "again", "org/name")
+    assert not (tmp_path / "again" / "metrics.json").exists()
+    assert "Not measured yet." in (tmp_path / "again" / "README.md").read_text()
+
+
 def test_a_plain_run_has_nothing_to_ignore(tmp_path):
     hub.stage(make_run(tmp_path / "run"), tmp_path / "staged", "org/name")
     assert "_ignore_files" not in config(tmp_path / "staged" / "model_index.json")
@@ -170,10 +191,12 @@ def test_pictures_are_drawn_from_seeds_or_taken_over(run, tmp_path):
     name = "DDIM-50-steps-seeds-0-to-15.png"
     assert (tmp_path / "drawn" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     picture = np.asarray(Image.open(tmp_path / "drawn" / name))
-    assert picture.shape == (4 * 64, 4 * 64, 3)
+    assert picture.shape == (4 * 68, 4 * 68, 3)  # each 8x8 image enlarged 8 times, in a frame of 2
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     sixth = np.asarray(pipe(seeds=range(16), num_inference_steps=50).images[6])  # second row, third column
-    assert np.array_equal(picture[64 + 4 : 128 : 8, 128 + 4 : 192 : 8, 0], sixth)
+    tile = picture[68 : 2 * 68, 2 * 68 : 3 * 68, 0]
+    assert np.array_equal(tile[6:-2:8, 6:-2:8], sixth)
+    assert set(tile[:2].flat) == set(tile[:, -2:].flat) == {128}
 
     (tmp_path / "own").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "own" / "by the author.png")
@@ -185,7 +208,7 @@ def test_pictures_are_drawn_from_seeds_or_taken_over(run, tmp_path):
 def test_picture_of_wide_images_with_four_channels(tmp_path):
     run = make_run(tmp_path / "run", sample_size=(8, 16), in_channels=4, out_channels=4, num_train_timesteps=5)
     hub.stage_pictures(DPMPipeline.from_pretrained(run), tmp_path / "none", tmp_path / "drawn")
-    assert Image.open(tmp_path / "drawn" / "DDIM-5-steps-seeds-0-to-15.png").size == (4 * 64, 4 * 32)
+    assert Image.open(tmp_path / "drawn" / "DDIM-5-steps-seeds-0-to-15.png").size == (4 * 68, 4 * 36)
 
 
 # Code that ships -----------------------------------------------------------------------------------------------------
@@ -345,7 +368,7 @@ def break_half(folder):
         (break_index, "a check failed, plain diffusers"),
         (break_pipeline, "custom_pipeline with trust_remote_code.*diffusers_dpm"),
         (break_classifier, "the classifier with trust_remote_code"),
-        (break_scheduler, "Analytic-DPM with trust_remote_code: the result differs"),
+        (break_scheduler, "AnalyticDPMScheduler with trust_remote_code: the result differs"),
         (break_half, "fp16 weights.*conv_in.weight does not fit"),
     ],
 )
@@ -372,6 +395,31 @@ def test_class_conditional_network(tmp_path):
     hub.check(run, tmp_path / "staged")
 
 
+@pytest.mark.slow
+def test_a_new_kind_of_scheduler_needs_one_line(tmp_path, monkeypatch):
+    """What is listed in `EXTRAS` is staged with its code and checked; a folder that is not listed stays behind.
+
+    The scheduler stands for one that has coefficients for 7 and for 9 steps only.
+    """
+    monkeypatch.setattr(DDIMScheduler, "available_steps", [9, 7], raising=False)
+    run = make_run(tmp_path / "run")
+    for name in ("listed", "unlisted"):
+        DDIMScheduler(eta=0.5).save_pretrained(run / name)
+    monkeypatch.setitem(EXTRAS, "listed", Extra(DDIMScheduler, "of-the-listed"))
+    hub.stage(run, tmp_path / "staged", "org/name")
+    assert "- of-the-listed\n" in (tmp_path / "staged" / "README.md").read_text()
+    assert {"scheduler_config.json", "scheduling_ddim.py"} < {
+        path.name for path in (tmp_path / "staged/listed").iterdir()
+    }
+    assert not (tmp_path / "staged" / "unlisted").exists()
+    results = hub.evaluate(run)
+    pipe = DPMPipeline(DPMPipeline.from_pretrained(run).unet, DDIMScheduler(eta=0.5))
+    assert np.array_equal(results["listed"], pipe(seeds=[0], num_inference_steps=7, output_type="np").images)
+    hub.check_without_package(tmp_path / "staged", results)
+    with pytest.raises(hub.PublishError, match="DDIMScheduler with trust_remote_code: the result differs"):
+        hub.check_without_package(tmp_path / "staged", results | {"listed": results["pipeline"]})
+
+
 # Input that cannot be used -------------------------------------------------------------------------------------------
 
 
@@ -394,6 +442,9 @@ def test_invalid_metrics(change, message, tmp_path):
     (tmp_path / "metrics.json").write_text(json.dumps({"rows": [METRIC | change]}))
     with pytest.raises(ValueError, match=message):
         read_metrics(tmp_path / "metrics.json")
+    (tmp_path / "metrics.json").write_text(json.dumps({"rows": [], "baselines": [METRIC | change]}))
+    with pytest.raises(ValueError, match=message):
+        read_baselines(tmp_path / "metrics.json")
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"rows": 1}', '{"rows": [1]}'])

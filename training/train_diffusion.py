@@ -7,6 +7,7 @@ python -m diffusers_dpm.training.train_diffusion runs/digits/training_options.js
 
 import dataclasses
 import math
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from diffusers import UNet2DModel
 from huggingface_hub import HfApi
 from PIL import Image
 
-from diffusers_dpm.hub import check_repo_id, log_in, publish
+from diffusers_dpm.hub import PublishError, check_repo_id, log_in, publish
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.training.checkpoints import TEMPORARY, flush_tree, move_children
@@ -71,7 +72,8 @@ class TrainingOptions(
 RUN_CONTENTS = (
     *("checkpoints", "samples", "logs", "unet", "scheduler", "model_index.json", OPTIONS_FILE),
     *("classifier", "classifier_training", "classifier_accuracy.json", "classifier_accuracy.png"),
-    *("analytic_dpm", "metrics.json", "likelihood.json", "likelihood.png", "likelihood_terms.csv"),
+    *("analytic_dpm", "calibrated", "metrics.json", "metrics.md", "metrics.png", "evaluation"),
+    *("likelihood.json", "likelihood.png", "likelihood_terms.csv"),
     *("likelihood_elbo.safetensors", "likelihood_ode.safetensors"),
 )
 
@@ -102,11 +104,16 @@ class DiffusionTrainer(Trainer):
         """As `Trainer.run`; then publishes the run folder, if the options say so.
 
         Raises:
-            PublishError: the run folder is complete, and `diffusers-dpm publish` tries again.
+            PublishError: the run folder is complete; names the command that publishes it.
         """
         run, options = super().run(), self.options
         if options.push_to_hub is not None and not options.dry_run and self.accelerator.is_main_process:
-            publish(run, options.push_to_hub, private=options.hub_private)
+            try:
+                publish(run, options.push_to_hub, private=options.hub_private)
+            except ValueError as error:
+                again = ["diffusers-dpm", "publish", str(run), options.push_to_hub]
+                again += ["--private"] if options.hub_private else []
+                raise PublishError(f"{error}; the run is kept, publish it with: {shlex.join(again)}") from error
         return run
 
     def _load_data(self) -> ImageDataset:

@@ -118,6 +118,8 @@ class EvaluateOptions(DataSourceOptions, SamplerOptions, MeasurementOptions):
             raise ValueError(f"--steps must be at least 1, got {min(self.steps or [])}")
         if self.num_images < 20:
             raise ValueError(f"--num-images must be at least 20, got {self.num_images}")
+        if self.guidance_scale is not None and self.class_labels is None:
+            raise ValueError("--guidance-scale needs --class-labels, such as 0 1 2")
         if self.likelihood_images and self.held_out_split is None:
             raise ValueError("--likelihood-images needs --held-out-split")
 
@@ -308,7 +310,8 @@ class Evaluation:
         if self.held_out is not None:
             baselines["held-out images"] = all_bytes(self.held_out)[:count]
         for name, images in baselines.items():
-            identity: dict[str, Any] = {"scheduler": name, "options": {}, "steps": 0, **self.common, "weights": None}
+            identity: dict[str, Any] = {"scheduler": name, "options": {}, "steps": 0, **self.common}
+            identity |= {"weights": None, "weights_sha256": None}
             if not self.results.has({**identity, "feature_extractor": self.extractor.name, "num_images": len(images)}):
                 rows = quality(images, self.reference, self.extractor, self.options.num_resamples)
                 self.results.add_baselines({**identity, **row} for row in rows)

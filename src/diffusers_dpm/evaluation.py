@@ -22,7 +22,7 @@ from torchmetrics.image.inception import InceptionScore
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 from torchmetrics.utilities.imports import _TORCH_FIDELITY_AVAILABLE
 
-from diffusers_dpm.model_card import format_value, metric_table, sampler_name
+from diffusers_dpm.model_card import format_value, measurement, sampler_name, table_title
 from diffusers_dpm.pipelines import NoisyClassifier
 from diffusers_dpm.statistics import fingerprint
 
@@ -330,9 +330,7 @@ def score_row(metric: str, score: Score, num_images: int, feature_extractor: str
 
 # Tables and plots ----------------------------------------------------------------------------------------------------
 
-Row = Mapping[
-    str, Any
-]  # of metrics.json, see `diffusers_dpm.model_card.read_metrics`; here also "calls" and "seconds"
+Row = Mapping[str, Any]  # of metrics.json, see `model_card.read_metrics`; here also "calls" and "seconds"
 Table = dict[str, dict[int, Row]]  # label of a line -> column -> row
 
 
@@ -340,7 +338,7 @@ def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows that can be compared, by a title that says what they are."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        groups[metric_table([row])["title"]].append(row)
+        groups[table_title(row)].append(row)
     return groups
 
 
@@ -385,10 +383,6 @@ def markdown(table: Table, column: str) -> str:
 
 def report(rows: Sequence[Row], baselines: Sequence[Row] = ()) -> str:
     """All rows as Markdown tables, and below each what the same measurement gives for other images."""
-
-    def measurement(row: Row) -> tuple[str, str, str]:
-        return row["metric"].split("@")[0], row["feature_extractor"], row["reference"]
-
     parts = []
     for title, group in grouped(rows).items():
         parts += [f"## {title}", markdown(by_calls(group), "calls")]

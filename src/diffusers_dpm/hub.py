@@ -5,6 +5,7 @@ statistics, our pipeline) lies beside it, each with its code (`remote_code`).
 """
 
 import copy
+import inspect
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMPipeline, ModelMixin
+from diffusers import DDPMPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import make_image_grid
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import (
@@ -35,18 +36,27 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 from packaging.version import Version
-from PIL import Image
+from PIL import Image, ImageOps
 
 from diffusers_dpm.command_line import load_pipeline, quiet
-from diffusers_dpm.model_card import check_recipe, image_size, load_facts, read_json, read_metrics, render_card
-from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.model_card import (
+    EXTRAS,
+    check_recipe,
+    image_size,
+    load_facts,
+    read_baselines,
+    read_json,
+    read_metrics,
+    render_card,
+)
+from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.pipelines.pipeline_dpm import stock_twin
 from diffusers_dpm.remote_code import write_code
-from diffusers_dpm.schedulers import AnalyticDPMScheduler, DDIMScheduler
+from diffusers_dpm.sampling import weights_hash
+from diffusers_dpm.schedulers import DDIMScheduler
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-EXTRAS: dict[str, Any] = {"classifier": NoisyClassifier, "analytic_dpm": AnalyticDPMScheduler}  # folder -> its class
 EXTRAS_NEED = "0.38"  # diffusers, the first that loads code from a folder inside a repository
 VARIANTS = {"fp16": torch.float16}
 SEEDS = range(16)
@@ -75,8 +85,8 @@ def publish(
     """Stage, check and upload a run folder; returns the address of the commit or pull request.
 
     Args:
-        run: folder of a pipeline, as `diffusers-dpm train` leaves it; may also hold classifier/, analytic_dpm/,
-            samples/*.png, metrics.json and training_options.json.
+        run: folder of a pipeline, as `diffusers-dpm train` leaves it; may also hold the folders of
+            `model_card.EXTRAS`, samples/*.png, metrics.json and training_options.json.
         repo_id: "organisation/name".
         facts, variant: as in `stage`.
         private, revision, create_pr, force, api: as in `upload`.
@@ -167,7 +177,6 @@ def stage(
     about = load_facts(Path(facts)) if facts else {}
     options = read_json(run / "training_options.json") if (run / "training_options.json").is_file() else {}
     check_recipe(about.get("training", {}), options)
-    rows = read_metrics(run / "metrics.json") if (run / "metrics.json").is_file() else []
 
     loaded = load_pipeline(str(run))
     pipe = DPMPipeline(unet=loaded.unet, scheduler=loaded.scheduler)
@@ -182,10 +191,17 @@ def stage(
         rounded.save_pretrained(folder / "unet", variant=variant)
     copy_config(folder / "unet" / "config.json", folder / "unet" / "config.json")
     write_code(DPMPipeline, folder)
-    if rows:
-        shutil.copyfile(run / "metrics.json", folder / "metrics.json")
-    pictures = stage_pictures(pipe, run / "samples", folder / "samples")
-    card = render_card(pipe, repo_id, facts=about, options=options, rows=rows, extras=extras, pictures=pictures)
+    rows, baselines = stage_metrics(run / "metrics.json", folder / "metrics.json", weights_hash(pipe.unet))
+    card = render_card(
+        pipe,
+        repo_id,
+        facts=about,
+        options=options,
+        rows=rows,
+        baselines=baselines,
+        extras=extras,
+        pictures=stage_pictures(pipe, run / "samples", folder / "samples"),
+    )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -200,7 +216,7 @@ def stage_extra(source: Path, target: Path) -> None:
     Raises:
         ValueError: another class, no weights, or a version of diffusers that could not check the code.
     """
-    cls, installed, additions = EXTRAS[source.name], version("diffusers"), {}
+    cls, installed, additions = EXTRAS[source.name].cls, version("diffusers"), {}
     saved_by = read_json(source / cls.config_name).get("_class_name")
     if saved_by != cls.__name__:
         raise ValueError(f"{source} was saved by a class {saved_by!r} and not by {cls.__name__}")
@@ -228,7 +244,25 @@ def copy_config(source: Path, target: Path, **additions: Any) -> None:
 def load_extra(folder: Path) -> Any:
     """The component in `folder`, by its own class."""
     with quiet():
-        return EXTRAS[folder.name].from_pretrained(str(folder))
+        return EXTRAS[folder.name].cls.from_pretrained(str(folder))
+
+
+def stage_metrics(source: Path, target: Path, weights_sha256: str) -> tuple[list[dict], list[dict]]:
+    """The rows and the baselines of metrics.json, without rows that say that they are of other weights.
+
+    `diffusers-dpm evaluate` keeps those of a model that was then trained further; they are no figures of this one.
+    """
+    if not source.is_file():
+        return [], []
+    measured = read_metrics(source)
+    rows = [row for row in measured if row.get("weights_sha256") in (None, weights_sha256)]
+    if len(rows) < len(measured):
+        print(f"left out: {len(measured) - len(rows)} of {len(measured)} rows of {source}, which are of other weights")
+    baselines = read_baselines(source)
+    if rows:
+        metrics = {"rows": rows, "baselines": baselines}
+        target.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return rows, baselines
 
 
 def stage_pictures(pipe: DPMPipeline, source: Path, target: Path) -> list[str]:
@@ -244,13 +278,14 @@ def stage_pictures(pipe: DPMPipeline, source: Path, target: Path) -> list[str]:
 
 
 def draw_grid(pipe: DPMPipeline, steps: int) -> Image.Image:
-    """One sample for each of `SEEDS`, nearly square; small images are enlarged, of many channels three are shown."""
+    """One framed sample for each of `SEEDS`; small images are enlarged, of many channels three are shown."""
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     drawn: Any = DPMPipeline(pipe.unet, scheduler)(seeds=SEEDS, num_inference_steps=steps, output_type="np")
     pixels = (drawn.images * 255).round().astype(np.uint8)
     pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0]
     scale = max(1, 64 // pixels.shape[2])
     tiles = [Image.fromarray(image).resize((scale * image.shape[1], scale * image.shape[0]), 0) for image in pixels]
+    tiles = [ImageOps.expand(tile, border=2, fill="gray") for tile in tiles]
     columns = math.isqrt(len(tiles))
     return make_image_grid(tiles, rows=len(tiles) // columns, cols=columns)
 
@@ -277,9 +312,9 @@ def compare(name, values):
     if not numpy.array_equal(expected[name], values):
         sys.exit("the result differs from the run folder's")
 
-def draw(pipe, **arguments):
+def draw(pipe, steps=task["steps"], **arguments):
     pipe.set_progress_bar_config(disable=True)
-    return pipe(num_inference_steps=task["steps"], output_type="np", **arguments).images
+    return pipe(num_inference_steps=steps, output_type="np", **arguments).images
 
 begin("plain diffusers")
 pipe = DiffusionPipeline.from_pretrained(folder)
@@ -296,17 +331,13 @@ if "classifier" in expected:
     with torch.no_grad():
         compare("classifier", classifier(torch.from_numpy(expected["x"]), 1).logits.numpy())
 
-if "analytic_dpm" in expected:
-    begin("Analytic-DPM with trust_remote_code")
+for name, (file, class_name, steps) in task["schedulers"].items():
+    begin(f"{class_name} with trust_remote_code")
     scheduler = get_class_from_dynamic_module(
-        folder,
-        "scheduling_analytic_dpm.py",
-        subfolder="analytic_dpm",
-        class_name="AnalyticDPMScheduler",
-        trust_remote_code=True,
+        folder, file, subfolder=name, class_name=class_name, trust_remote_code=True
     )
-    pipe.scheduler = scheduler.from_pretrained(folder, subfolder="analytic_dpm")
-    compare("analytic_dpm", draw(pipe, seeds=[0]))
+    pipe.scheduler = scheduler.from_pretrained(folder, subfolder=name)
+    compare(name, draw(pipe, steps, seeds=[0]))
 
 for variant in task["variants"]:
     begin(f"the {variant} weights")
@@ -341,9 +372,9 @@ def evaluate(folder: Path) -> dict[str, np.ndarray]:
     """What each part of a folder computes from fixed seeds, loaded with this package."""
     loaded = load_pipeline(str(folder))
     pipe = DPMPipeline(loaded.unet, stock_twin(loaded.scheduler))  # the scheduler that gets published
-    config, steps = pipe.unet.config, checking_steps(folder)
+    config, few = pipe.unet.config, checking_steps(folder)
 
-    def draw(pipe: DPMPipeline | DDPMPipeline, **arguments: Any) -> np.ndarray:
+    def draw(pipe: DPMPipeline | DDPMPipeline, steps: int = few, **arguments: Any) -> np.ndarray:
         pipe.set_progress_bar_config(disable=True)
         drawn: Any = pipe(num_inference_steps=steps, output_type="np", **arguments)
         return drawn.images
@@ -352,8 +383,8 @@ def evaluate(folder: Path) -> dict[str, np.ndarray]:
     if config.num_class_embeds is None and config.class_embed_type is None:  # DDPMPipeline passes no labels
         stock = DDPMPipeline(pipe.unet, pipe.scheduler)
         results["plain"] = draw(stock, generator=torch.Generator().manual_seed(0))
-    if (folder / "analytic_dpm").is_dir():
-        results["analytic_dpm"] = draw(DPMPipeline(pipe.unet, load_extra(folder / "analytic_dpm")), seeds=[0])
+    for name, (scheduler, steps) in extra_schedulers(folder).items():
+        results[name] = draw(DPMPipeline(pipe.unet, scheduler), steps, seeds=[0])
     if (folder / "classifier").is_dir():
         shape = (1, config.in_channels, *image_size(config.sample_size))
         results["x"] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).numpy()
@@ -361,6 +392,14 @@ def evaluate(folder: Path) -> dict[str, np.ndarray]:
             logits = load_extra(folder / "classifier").eval()(torch.from_numpy(results["x"]), 1).logits
         results["classifier"] = logits.numpy()
     return results
+
+
+def extra_schedulers(folder: Path) -> dict[str, tuple[Any, int]]:
+    """The schedulers beside the pipeline, each with a small number of steps that it has coefficients for."""
+    names = [name for name in EXTRAS if issubclass(EXTRAS[name].cls, SchedulerMixin) and (folder / name).is_dir()]
+    loaded = {name: load_extra(folder / name) for name in names}
+    few = checking_steps(folder)
+    return {name: (each, min(getattr(each, "available_steps", None) or [few])) for name, each in loaded.items()}
 
 
 def checking_steps(folder: Path) -> int:
@@ -371,6 +410,10 @@ def check_without_package(folder: Path, results: Mapping[str, np.ndarray]) -> No
     task: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "steps": checking_steps(folder),
+        "schedulers": {
+            name: [Path(inspect.getfile(type(scheduler))).name, type(scheduler).__name__, steps]
+            for name, (scheduler, steps) in extra_schedulers(folder).items()
+        },
         "variants": [name for name in VARIANTS if (folder / "unet" / WEIGHTS.replace(".", f".{name}.")).is_file()],
     }
     with tempfile.TemporaryDirectory() as scratch:

@@ -3,12 +3,13 @@
 import json
 import math
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import yaml
@@ -16,7 +17,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.schedulers import AnalyticDPMScheduler
 
 
 FACTS = {"name", "title", "license", "description", "data", "training", "hardware", "limits"}
@@ -31,7 +33,20 @@ RECIPE = (
     *("ema", "ema_decay", "ema_warmup", "ema_inv_gamma", "ema_power"),
 )
 LOCAL_DATA = "images from a local folder"
-EXTRA_TAGS = {"classifier": "classifier-guidance", "analytic_dpm": "analytic-dpm"}
+
+
+class Extra(NamedTuple):
+    """A component that plain diffusers does not know."""
+
+    cls: Any  # that saves and loads it
+    tag: str  # of a repository that has it
+
+
+# Folders beside the pipeline, in a run folder and in its repository. The template has a section on each.
+EXTRAS = {
+    "classifier": Extra(NoisyClassifier, "classifier-guidance"),
+    "analytic_dpm": Extra(AnalyticDPMScheduler, "analytic-dpm"),
+}
 # key of a row of metrics.json -> its type; the first ones say what was measured, the last how
 METRIC_KEYS: dict[str, type | tuple[type, ...]] = {
     "scheduler": str,
@@ -76,9 +91,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: no such rows, a key that is missing or of the wrong type, or a value that is not finite.
     """
-    rows = read_json(path).get("rows")
+    return check_rows(path, "rows", read_json(path).get("rows"))
+
+
+def read_baselines(path: Path) -> list[dict[str, Any]]:
+    """What a metrics file says of other images than the model's: rows as in `read_metrics`, or none."""
+    return check_rows(path, "baselines", read_json(path).get("baselines", []))
+
+
+def check_rows(path: Path, name: str, rows: Any) -> list[dict[str, Any]]:
     if not isinstance(rows, list):
-        raise ValueError(f'{path} must hold {{"rows": [...]}}')
+        raise ValueError(f'{path} must hold {{"{name}": [...]}}')
     for i, row in enumerate(rows):
         for key, kind in METRIC_KEYS.items():
             if not isinstance(row, dict) or key not in row or not isinstance(row[key], kind):
@@ -106,6 +129,7 @@ def render_card(
     facts: Mapping[str, Any],
     options: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
+    baselines: Sequence[Mapping[str, Any]],
     extras: Sequence[str],
     pictures: Sequence[str],
 ) -> str:
@@ -117,7 +141,8 @@ def render_card(
         facts: as from `load_facts`; may be empty.
         options: the training's, as the run recorded them; may be empty.
         rows: as from `read_metrics`.
-        extras: which of classifier/ and analytic_dpm/ the repository has.
+        baselines: as from `read_baselines`.
+        extras: which of `EXTRAS` the repository has.
         pictures: file names in samples/.
     """
     config = pipe.unet.config
@@ -139,7 +164,7 @@ def render_card(
         num_classes=config.num_class_embeds,
         extras=extras,
         pictures={Path(name).stem.replace("-", " "): quote(f"samples/{name}") for name in pictures},
-        tables=metric_tables(rows),
+        tables=metric_tables(rows, baselines),
         diffusers_version=version("diffusers"),
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
@@ -155,7 +180,7 @@ def card_metadata(
             task_type="unconditional-image-generation",
             dataset_type=data.get("hub_id") or row["reference"] or "unknown",
             dataset_name=row["reference"] or data.get("name") or "unknown",
-            metric_type=row["metric"].lower(),
+            metric_type=metric_type(row["metric"]),
             metric_name=f"{row['metric']} ({sampler_name(row)}, {row['steps']} steps, {row['num_images']:,} images)",
             metric_value=row["value"],
         )
@@ -165,11 +190,17 @@ def card_metadata(
         license=facts.get("license"),
         library_name="diffusers",
         pipeline_tag="unconditional-image-generation",
-        tags=["diffusion", "ddpm", "diffusers-dpm", *(EXTRA_TAGS[name] for name in extras)],
+        tags=["diffusion", "ddpm", "diffusers-dpm", *(EXTRAS[name].tag for name in extras)],
         datasets=[data["hub_id"]] if "hub_id" in data else None,
         model_name=title if results else None,
         eval_results=results or None,
     )
+
+
+def metric_type(metric: str) -> str:
+    """The identifier that the Hub wants: "Fr\u00e9chet distance" -> "frechet-distance", "FID@1000" -> "fid"."""
+    ascii_only = unicodedata.normalize("NFKD", metric.partition("@")[0]).encode("ascii", "ignore").decode()
+    return ascii_only.lower().replace(" ", "-")
 
 
 def image_size(sample_size: int | Sequence[int]) -> tuple[int, int]:
@@ -198,31 +229,53 @@ def sampler_name(row: Mapping[str, Any]) -> str:
     return f"{row['scheduler']}({options})" if options else row["scheduler"]
 
 
-def metric_tables(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def metric_tables(
+    rows: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
     """One table, samplers by steps, for each metric and way of measuring it."""
-    groups: dict[tuple, list[Mapping[str, Any]]] = defaultdict(list)
+    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
-        key = (row["metric"], row["num_images"], row["feature_extractor"], row["weights"], row["reference"])
-        groups[key].append(row)
-    return [metric_table(group) for group in groups.values()]
+        groups[table_title(row)].append(row)
+    return [metric_table(group, baselines) for group in groups.values()]
 
 
-def metric_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    first = rows[0]
-    how = [f"{first['num_images']:,} images"]
-    how += [f"features of {first['feature_extractor']}"] if first["feature_extractor"] else []
-    how += [f"{first['weights']} weights"] if first["weights"] else []
-    how += [f"against {first['reference']}"] if first["reference"] else []
+def table_title(row: Mapping[str, Any]) -> str:
+    """What was measured and how: rows of the same title can be compared."""
+    how = [f"{row['num_images']:,} images"]
+    how += [f"features: {row['feature_extractor']}"] if row["feature_extractor"] else []
+    weights, digest = row["weights"], (row.get("weights_sha256") or "")[:12]
+    how += [" ".join(filter(None, (weights, "weights", digest)))] if weights or digest else []
+    how += [f"against {row['reference']}"] if row["reference"] else []
+    return f"{row['metric']}: {', '.join(how)}"
+
+
+def metric_table(rows: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
+    """Of rows with the same title; "others" are the baselines that were measured alike."""
     steps = sorted({row["steps"] for row in rows})
     samplers = dict.fromkeys(map(sampler_name, rows))
     cells = {(sampler_name(row), row["steps"]): format_value(row) for row in rows}
+    others = [
+        f"{row['scheduler']} ({row['num_images']:,} images) {format_value(row)}"
+        for row in baselines
+        if measurement(row) == measurement(rows[0])
+    ]
     return {
-        "title": f"{first['metric']}: {', '.join(how)}",
+        "title": table_title(rows[0]),
         "steps": steps,
         "rows": {name: [cells.get((name, step), "") for step in steps] for name in samplers},
+        "others": [*dict.fromkeys(others)],  # `evaluate` measures them again with other weights
     }
 
 
+def measurement(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What rows about other numbers of images share."""
+    return row["metric"].partition("@")[0], row["feature_extractor"], row["reference"]
+
+
 def format_value(row: Mapping[str, Any]) -> str:
-    error = f" \u00b1 {row['error']:.2g}" if row["error"] is not None else ""
-    return f"{row['value']:.4g}{error}"
+    """The value to two digits of its error, and the error."""
+    value, error = row["value"], row["error"]
+    if not error:
+        return f"{value:.4g}"
+    rounded = round(value, 1 - math.floor(math.log10(error))) + 0  # and not -0
+    return f"{rounded:g} \u00b1 {error:.2g}"

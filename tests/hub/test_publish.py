@@ -4,6 +4,7 @@ import huggingface_hub
 import pytest
 
 from diffusers_dpm.hub import PublishError, log_in, upload
+from diffusers_dpm.training.train_diffusion import main as train
 from tests.test_hub_staging import make_run
 
 
@@ -179,6 +180,28 @@ def test_no_connection(folder):
         log_in(nobody)
     with pytest.raises(PublishError, match="the Hub is not reached"):
         upload(folder, REPO, api=nobody)
+
+
+def test_a_run_that_cannot_be_published_after_its_training_is_kept(hub, tmp_path, monkeypatch, capsys):
+    """Trained, given a component that is not ours, and trained further: `stage` refuses it with a plain ValueError."""
+    monkeypatch.setenv("HF_TOKEN", hub.alice)
+    unet = make_run(tmp_path / "other") / "unet"
+    run = tmp_path / "my run"
+    options = [
+        *("--data=digits", f"--unet-config={unet}", f"--output-dir={run}", "--batch-size=4", "--lr-warmup-steps=0"),
+        *("--sample-every=0", "--log-with=none", "--cpu"),
+    ]
+    assert train([*options, "--max-train-steps=1"]) == 0
+    (run / "classifier").mkdir()
+    (run / "classifier" / "config.json").write_text('{"_class_name": "SomebodysClassifier"}')
+    capsys.readouterr()
+    push = ["--resume", "--max-train-steps=2", f"--push-to-hub={REPO}", "--hub-private"]
+    assert train([*options, *push]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {run}/classifier was saved by a class 'SomebodysClassifier'")
+    assert error.endswith(f"; the run is kept, publish it with: diffusers-dpm publish '{run}' {REPO} --private")
+    assert (run / "checkpoints" / "step-00000002").is_dir()
+    assert REPO not in hub.repositories
 
 
 PUBLISH = """

@@ -439,5 +439,7 @@ def test_training_ends_in_publishing(run, hub, tmp_path):
         token=hub.alice,
         returncode=2,
     )
-    assert "cannot publish to org/second" in failed.stderr
+    error = failed.stderr.splitlines()[-1]
+    assert error.startswith("error: cannot publish to org/second")
+    assert error.endswith(f"publish it with: diffusers-dpm publish {tmp_path / 'run'} org/second")
     assert (tmp_path / "run" / "model_index.json").is_file()

@@ -120,12 +120,14 @@ def test_run_folder_in_use(tmp_path, arguments, capsys):
     assert main(arguments(max_train_steps=1)) == 0
     note = tmp_path / "run" / "notes.txt"
     note.write_text("mine")
+    (tmp_path / "run" / "calibrated").mkdir()  # made from the model that goes
     error = fails(capsys, *arguments(max_train_steps=1))
     assert "--resume" in error
     assert "--overwrite" in error
     assert main([*arguments(max_train_steps=2), "--overwrite"]) == 0
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step-00000002"]
     assert note.read_text() == "mine"
+    assert not (tmp_path / "run" / "calibrated").exists()
 
 
 def test_non_finite_loss(tmp_path, arguments, capsys):
