@@ -1,5 +1,8 @@
 """What a scheduler costs: `step`, `set_timesteps` and a loop with a network that costs nothing, beside diffusers.
 
+For samplers with noise the time to draw it is measured, too. The same generator gives both sides the same noise, so no
+`step` can be shorter: "floor" is that time over diffusers' step.
+
 Ours and theirs alternate within one run, and the figures are medians; on a shared machine only the ratios mean much.
 """
 
@@ -15,6 +18,7 @@ from statistics import median
 
 import diffusers
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
@@ -90,20 +94,32 @@ def operations(scheduler, steps: int = 20) -> int:
     return counter.count
 
 
+def draw_noise(shape: tuple[int, ...], steps: int) -> float:
+    """Microseconds of the noise of one step, drawn as every `step` draws it."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        randn_tensor(shape)
+    return (time.perf_counter() - start) / steps * 1e6
+
+
 def compare(ours: Callable, theirs: Callable, shape: tuple[int, ...], steps: int, repeats: int) -> dict[str, float]:
     runs: tuple[list, list] = ([], [])
     pair = ours(), theirs()
     for scheduler in pair:
         measure(scheduler, shape, steps)  # warm
+    noise = []
     for _ in range(repeats):
         for scheduler, results in zip(pair, runs, strict=True):
             results.append(measure(scheduler, shape, steps))
+        noise.append(draw_noise(shape, steps))
     row: dict[str, float] = {}
     for key in ("step", "set_timesteps", "loop"):
         mine, other = (median(result[key] for result in results) for results in runs)
         row |= {f"{key}_us": round(mine, 2), f"{key}_us_diffusers": round(other, 2)}
         row[f"{key}_ratio"] = round(mine / other, 3)
     row["set_timesteps_us_per_row"] = round(row["set_timesteps_us"] / steps, 2)
+    if any(update.noise for update in pair[0].updates):
+        row |= {"noise_us": round(median(noise), 2), "floor": round(median(noise) / row["step_us_diffusers"], 3)}
     return row
 
 
@@ -124,10 +140,11 @@ def main() -> None:
         row = compare(ours, theirs, shape, steps, arguments.repeats)
         counts = {"operations": operations(ours()), "operations_diffusers": operations(theirs())}
         rows.append({"scheduler": name, "shape": shape, "steps": steps, **row, **counts})
-    print("| scheduler | shape | steps | step | plan, per row | loop | operations |\n|---|---|---|---|---|---|---|")
+    print("| scheduler | shape | steps | step | floor | plan, per row | loop | operations |\n" + "|---" * 8 + "|")
     for row in rows:
         print(
             f"| {row['scheduler']} | {row['shape']} | {row['steps']} | {row['step_ratio']:.2f} | "
+            f"{row.get('floor', '')} | "
             f"{row['set_timesteps_us_per_row']:.1f} us | {row['loop_ratio']:.2f} | "
             f"{row['operations']} / {row['operations_diffusers']} |"
         )

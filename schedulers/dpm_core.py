@@ -606,8 +606,8 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         """Begin a loop at row `index`, in mid-grid for image to image: from there the rows are those of a new walk."""
         self._forget()
         if index != self._entry:
-            self._entry = index
             self.updates = [*self._planned[:index], *self.plan(self.levels[index:])] if index else self._planned
+            self._entry = index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Say at which entry of `timesteps` the loop will begin. Pipelines call it; `step` finds out by itself."""

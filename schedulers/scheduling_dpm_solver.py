@@ -262,7 +262,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
     - final_sigmas_type: zero ends at clean data, by a first-order step; sigma_min ends at the level of timestep 0.
     - timestep_spacing: linspace, leading, trailing as diffusers' DPM-Solver has them (n + 1 points, the lowest is left
       out), quadratic, logsnr; or one of use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas.
-    - lambda_min_clipped: the walk starts at the first timestep above it (cosine schedules: -5.1).
+    - lambda_min_clipped: the walk starts at the first timestep not below it (cosine schedules: -5.1).
 
     and keys of ours:
 
@@ -352,7 +352,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
                 "stages of a singlestep block would have to come from one Brownian path."
             )
         self._setup()
-        self._num_levels = int((self.schedule.lambda_ > lambda_min_clipped).sum())  # what the grids may start from
+        self._num_levels = int((self.schedule.lambda_ >= lambda_min_clipped).sum())  # what the grids may start from
         if not self._num_levels:
             raise ValueError(f"lambda_min_clipped={lambda_min_clipped} leaves no timestep.")
         self._plan_orders: list[int] = []  # of the plan that is being walked
@@ -472,13 +472,16 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
 
     def _nodes(self, n: int) -> list[float]:
         """Real-valued descending timesteps of n network calls."""
-        config, top = self.config, self._num_levels
-        if config.denoise_to_zero and n > 1:
-            return [*self._spaced(n - 1, top, to_zero=True), 0]
-        if config.rescale_betas_zero_snr and self._spacing not in INDEX_SPACINGS:
-            rest = self._spaced(n - 1, top - 1, config.final_sigmas_type == "sigma_min") if n > 1 else []
-            return [top - 1, *rest]  # lambda is infinite at the first
-        return self._spaced(n, top, config.final_sigmas_type == "sigma_min")
+        if self.config.denoise_to_zero and n > 1:
+            return [*self._from_the_top(n - 1, to_zero=True), 0]
+        return self._from_the_top(n, self.config.final_sigmas_type == "sigma_min")
+
+    def _from_the_top(self, n: int, to_zero: bool) -> list[float]:
+        """`_spaced` from the noisiest level that may be used; where its lambda is -inf, no spacing in lambda has it."""
+        top = self._num_levels
+        if self.schedule.alpha[top - 1] > 0 or self._spacing in INDEX_SPACINGS:
+            return self._spaced(n, top, to_zero)
+        return [top - 1, *(self._spaced(n - 1, top - 1, to_zero) if n > 1 else [])]
 
     def _spaced(self, n: int, top: int, to_zero: bool) -> list[float]:
         """n descending timesteps below `top`; `to_zero`: the walk ends at timestep 0, which is none of them."""

@@ -79,3 +79,31 @@ def test_install_and_import_every_public_name(kind, source, distributions, tmp_p
     home = source if kind == "editable" else tmp_path
     assert "imported" in run(python, "-c", IMPORT_EVERYTHING, home, cwd=tmp_path)
     assert "usage: diffusers-dpm" in run(tmp_path / "environment" / "bin" / "diffusers-dpm", "--help", cwd=tmp_path)
+
+
+IMPORT_WITHOUT = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in sys.argv[1:] else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+import diffusers_dpm
+for public in diffusers_dpm.__all__:
+    getattr(diffusers_dpm, public)
+print("imported")
+"""
+
+
+def test_the_package_imports_without_the_extra_train():
+    """Less yaml, which huggingface_hub brings."""
+    extra = ["accelerate", "datasets", "matplotlib", "sklearn", "tensorboard"]
+    extra += ["torchdiffeq", "torchmetrics", "transformers"]
+    assert "imported" in run(sys.executable, "-c", IMPORT_WITHOUT, *extra, cwd=REPOSITORY)

@@ -51,6 +51,7 @@ def test_files_are_found():
         "scheduling_ddpm",
         "scheduling_ddim",
         "scheduling_analytic_dpm",
+        "scheduling_calibrated",
         "scheduling_dpm_solver",
         "pipeline_dpm",
         "modeling_noisy_classifier",

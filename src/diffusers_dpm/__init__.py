@@ -3,10 +3,12 @@
 from importlib.metadata import version
 
 from diffusers_dpm.adaptive import StepPlan, integrate_adaptive, plan_timesteps
+from diffusers_dpm.calibration import Calibration, calibrate
 from diffusers_dpm.likelihood import evidence_lower_bound, ode_log_likelihood
 from diffusers_dpm.pipelines import ClassifierGuidance, DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import (
     AnalyticDPMScheduler,
+    CalibratedScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverScheduler,
@@ -21,6 +23,8 @@ __version__ = version("diffusers-dpm")
 
 __all__ = [
     "AnalyticDPMScheduler",
+    "CalibratedScheduler",
+    "Calibration",
     "ClassifierGuidance",
     "DDIMScheduler",
     "DDPMScheduler",
@@ -32,6 +36,7 @@ __all__ = [
     "StepPlan",
     "Update",
     "VPNoiseSchedule",
+    "calibrate",
     "estimate_statistics",
     "evidence_lower_bound",
     "import_ms_eps",

@@ -10,7 +10,6 @@ Every scheduler is run with every number of steps from the same seeds. What is m
 results after each of them: metrics.json, which the model card reads, metrics.md with tables, and metrics.png.
 """
 
-import hashlib
 import json
 import shutil
 import sys
@@ -45,9 +44,11 @@ from diffusers_dpm.sampling import (
     SampleFolder,
     Sampler,
     build_scheduler,
+    carried_hash,
     load_classifier,
     parse_assignments,
     scheduler_name,
+    short_hash,
     weights_hash,
     write_text,
 )
@@ -66,7 +67,9 @@ class SamplerOptions:
 
     schedulers: list[str] | None = field(
         default=None,
-        metadata={"help": "ddpm, ddim, analytic-dpm, dpm-solver or diffusers:CLASS, with options: ddim,eta=0.5"},
+        metadata={
+            "help": "ddpm, ddim, analytic-dpm, dpm-solver, calibrated or diffusers:CLASS, with options: ddim,eta=0.5"
+        },
     )
     steps: list[int] | None = field(default=None, metadata={"metavar": "N", "help": "numbers of steps of each"})
     num_images: int = field(default=10_000, metadata={"help": "images of each scheduler and number of steps"})
@@ -118,8 +121,6 @@ class EvaluateOptions(DataSourceOptions, SamplerOptions, MeasurementOptions):
             raise ValueError(f"--steps must be at least 1, got {min(self.steps or [])}")
         if self.num_images < 20:
             raise ValueError(f"--num-images must be at least 20, got {self.num_images}")
-        if self.guidance_scale is not None and self.class_labels is None:
-            raise ValueError("--guidance-scale needs --class-labels, such as 0 1 2")
         if self.likelihood_images and self.held_out_split is None:
             raise ValueError("--likelihood-images needs --held-out-split")
 
@@ -198,6 +199,8 @@ class Evaluation:
         self.pipeline = load_pipeline(model)
         if options.guidance_scale is not None:
             self.pipeline.register_modules(classifier=load_classifier(model))
+            if options.class_labels is None and self.pipeline.unet.config.num_class_embeds is None:
+                raise ValueError("--guidance-scale needs --class-labels, such as 0 1 2")
         pairs = product(options.schedulers or [], options.steps or []) if pairs is None else pairs
         self.cells = [self._cell(text, steps) for text, steps in dict.fromkeys(pairs)]
         self.extractor: FeatureExtractor = load_features(str(options.features), options.inception_weights)
@@ -225,10 +228,15 @@ class Evaluation:
         name, *assignments = text.split(",")
         config = parse_assignments(assignments)
         pipeline = DPMPipeline(**self.pipeline.components)
-        pipeline.scheduler = build_scheduler(name, config, pipeline, self.model)
+        pipeline.scheduler = build_scheduler(name, config, pipeline, self.model, options.guidance_scale)
         guided = {"class_labels": options.class_labels, "guidance_scale": options.guidance_scale}
         shown = {**config, **{key: value for key, value in guided.items() if value is not None}}
         row = {"scheduler": scheduler_name(pipeline.scheduler), "options": shown, "steps": steps}
+        carried = carried_hash(pipeline.scheduler, steps)
+        if carried is not None:
+            row["carried_hash"] = carried
+        if options.guidance_scale is not None:
+            row["classifier_sha256"] = weights_hash(pipeline.classifier)
         return Cell(Sampler(pipeline, steps, options.class_labels, options.guidance_scale), row)
 
     def run(self) -> None:
@@ -352,10 +360,6 @@ def recorded_weights(model: str) -> str | None:
     path = Path(model) / OPTIONS_FILE
     averaged = read_json(path).get("ema") if path.is_file() else None
     return None if averaged is None else "EMA" if averaged else "raw"
-
-
-def short_hash(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def evaluate(argv: Sequence[str]) -> None:

@@ -8,12 +8,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from diffusers_dpm.schedulers import AnalyticDPMScheduler
+from diffusers_dpm.calibration import solver_for
+from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler
+from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
 
 
 STOCK_SPACINGS = ("leading", "linspace", "trailing")
 SPACINGS = (*STOCK_SPACINGS, "quadratic", "logsnr")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
+# Those that make rows for any timesteps, and for a walk that begins in mid-grid; the others have tables of rows.
+PLANNING = tuple(c for c in ALL_SCHEDULERS if c is not CalibratedScheduler)
+COUNTS = (1, 2, 3, 4, 5, 7, 10, 20, 50)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -101,16 +106,36 @@ class Gaussian(NamedTuple):
 QUARTER = Gaussian(0.0, 0.25)
 
 
-def with_statistics(scheduler, data=QUARTER):
-    """The scheduler itself, ready to sample: Analytic-DPM gets the statistics of exact Gaussian data."""
+def solver_tables(scheduler, walks=COUNTS, guidance_scale=None):
+    """What `set_calibration` takes: the rows of DPM-Solver++ for these numbers of steps, or timesteps."""
+    solver = solver_for(scheduler, timestep_spacing=scheduler.config.timestep_spacing)
+    tables = []
+    for walk in walks:
+        if isinstance(walk, int):
+            solver.set_timesteps(min(walk, len(solver)))
+        else:
+            solver.set_timesteps(timesteps=walk)
+        rows = [[row.sample, *row.x0] for row in solver.updates]
+        tables.append({"timesteps": solver.timesteps.tolist(), "rows": rows, "guidance_scale": guidance_scale})
+    conditions = {key: scheduler.config[key] for key in CONDITIONS}
+    return {"schedule_hash": scheduler.schedule.hash, **conditions, "tables": tables}
+
+
+def with_statistics(scheduler, data=QUARTER, walks=COUNTS):
+    """The scheduler itself, ready to sample: Analytic-DPM gets the statistics of exact Gaussian data, tables get rows.
+
+    `walks` are the numbers of steps, or the timesteps, that a scheduler with tables is to know.
+    """
     if isinstance(scheduler, AnalyticDPMScheduler):
         scheduler.set_statistics(data.statistics(scheduler.schedule))
+    if isinstance(scheduler, CalibratedScheduler):
+        scheduler.set_calibration(solver_tables(scheduler, walks))
     return scheduler
 
 
-def working(scheduler_class, **config):
-    """An instance of any of our schedulers that can sample."""
-    return with_statistics(scheduler_class(**config))
+def working(scheduler_class, walks=COUNTS, **config):
+    """An instance of any of our schedulers that can sample; if it has tables, these `walks`."""
+    return with_statistics(scheduler_class(**config), walks=walks)
 
 
 def order(counts, errors):

@@ -49,6 +49,17 @@ def distance(schedulers):
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("n", [1, 2, 5, 10])
+def test_zero_terminal_snr_begins_at_pure_noise(n, spacing):
+    config = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": spacing}
+    ours, stock = DPMSolverScheduler(**config), MULTI(**config)
+    for scheduler in (ours, stock):
+        scheduler.set_timesteps(n)
+    assert ours.timesteps.tolist() == stock.timesteps.tolist()
+    assert (ours.levels[0].alpha == 0) == (ours.timesteps[0] == 999) == (spacing != "leading")
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("end", ["zero", "sigma_min"])
 @pytest.mark.parametrize(
     ("algorithm_type", "solver_order"),

@@ -68,6 +68,25 @@ def test_prediction_types_agree(options):
         torch.testing.assert_close(other, ends[0], rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("denoise_to_zero", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("spacing", [*SPACINGS, *FLAGS])
+def test_every_grid_begins_at_pure_noise_if_there_is_any(spacing, method, denoise_to_zero):
+    scheduler = DPMSolverScheduler(
+        rescale_betas_zero_snr=True,
+        prediction_type="v_prediction",
+        method=method,
+        denoise_to_zero=denoise_to_zero,
+        **({spacing: True} if spacing in FLAGS else {"timestep_spacing": spacing}),
+    )
+    for n in (1, 2, 5, 10):
+        scheduler.set_timesteps(n)
+        begins_below = spacing == "leading"
+        assert (scheduler.timesteps[0] == 999) == (not begins_below), n
+        path, _ = walk(scheduler, network, noise(2, 8), seeded())
+        assert path.isfinite().all()
+
+
 # Any legal config ----------------------------------------------------------------------------------------------------
 
 

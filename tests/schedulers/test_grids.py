@@ -109,7 +109,7 @@ def test_logsnr_is_uniform_in_lambda_up_to_rounding(config, counts):
 @pytest.mark.parametrize("form", [list, tuple, np.array, torch.tensor, lambda t: torch.tensor(t, dtype=torch.int32)])
 @pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
 def test_explicit_timesteps(scheduler_class, form):
-    scheduler = working(scheduler_class)
+    scheduler = working(scheduler_class, walks=([999, 500, 3, 1],))
     scheduler.set_timesteps(timesteps=form([999, 500, 3, 1]))
     assert scheduler.timesteps.tolist() == [999, 500, 3, 1]
     assert scheduler.num_inference_steps == 4
@@ -141,7 +141,7 @@ def test_bad_grids_are_refused_with_the_reason(scheduler_class, arguments, messa
 
 @pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
 def test_previous_timestep_is_the_next_entry(scheduler_class):
-    scheduler = working(scheduler_class)
+    scheduler = working(scheduler_class, walks=([700, 30, 2],))
     scheduler.set_timesteps(timesteps=[700, 30, 2])
     assert [scheduler.previous_timestep(t) for t in scheduler.timesteps] == [30, 2, -1]
     assert scheduler.previous_timestep(30) == 2

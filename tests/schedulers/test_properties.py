@@ -38,7 +38,7 @@ def cases(draw):
 @given(case=cases(), dtype=st.sampled_from(DTYPES), shape=st.sampled_from([(1, 1, 2, 2), (3, 2, 4, 6), (2, 5)]))
 def test_every_legal_config_gives_a_finite_reproducible_loop(case, dtype, shape):
     scheduler_class, config, steps = case
-    scheduler = working(scheduler_class, **config)
+    scheduler = working(scheduler_class, walks=(steps,), **config)
     scheduler.set_timesteps(steps)
     assert len(set(scheduler.timesteps.tolist())) == steps
     paths = []
@@ -58,8 +58,8 @@ def test_every_legal_config_gives_a_finite_reproducible_loop(case, dtype, shape)
 @given(case=cases(), t=st.floats(0, 1), seed=st.integers(0, 99))
 def test_every_legal_process_is_consistent(case, t, seed):
     """x_t and its velocity determine x_0 and the noise, at any timestep of any process."""
-    scheduler_class, config, _ = case
-    scheduler = working(scheduler_class, **config)
+    scheduler_class, config, steps = case
+    scheduler = working(scheduler_class, walks=(steps,), **config)
     t = torch.tensor(round(t * (config["num_train_timesteps"] - 1)))
     x0, z = noise(2, 3, seed=seed), noise(2, 3, seed=seed + 100)
     x, v = scheduler.add_noise(x0, z, t), scheduler.get_velocity(x0, z, t)

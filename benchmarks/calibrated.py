@@ -1,0 +1,230 @@
+"""What rows fitted to a checkpoint bring in few network calls, on a model of the digits with a classifier.
+
+- Distance: samples of noises that the fit has not seen, from the solution of the same ODE (DPM-Solver++(2M) in 1,000
+  steps), beside the samplers of ode_error.py. RMS over images and pixels, and the mean over images of their own RMS: a
+  few noises near a border between two digits weigh much in the first. Nothing is clipped.
+- Images: Fréchet distance of samples from all 1,797 digits and from the samples of the solution, same seeds, in the
+  features of digits_features.py, for the fitted rows and the nearest of ours and of diffusers'.
+- Guided: digits recognised as the asked class by an independent classifier, for rows fitted with and without
+  guidance.
+- Cost: network calls and seconds of the calibration, against one sampling of as many images.
+
+Every measurement is kept: an interrupted call goes on where it stopped.
+"""
+
+import argparse
+import time
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from digits_features import DigitsJudge, Results, draw, frechet_distance, table
+from ode_error import build, our_samplers, rms, sample, stock_samplers
+from tqdm.auto import tqdm
+
+from diffusers_dpm import DPMSolverScheduler
+from diffusers_dpm.calibration import Calibration, calibrate, network_calls
+from diffusers_dpm.command_line import load_pipeline
+from diffusers_dpm.sampling import load_classifier
+from diffusers_dpm.statistics import fingerprint
+
+
+RESULTS = Path(__file__).parent / "results" / "calibrated.json"
+COUNTS = (4, 5, 6, 8, 10, 15, 20)
+GUIDED_COUNTS = (5, 10)
+SCALE = 4.0
+FITTED = "fitted rows"
+SEED = 1_000_000  # of the first noise; the fit's are not seeded by number
+
+
+class Benchmark:
+    """The model, its calibrations, and the results."""
+
+    def __init__(self, run: Path, output: Path, batch_size: int):
+        self.pipe = load_pipeline(str(run))
+        self.pipe.set_progress_bar_config(disable=True)
+        self.scheduler = self.pipe.scheduler  # the run's own
+        self.pipe.register_modules(classifier=load_classifier(str(run)))
+        self.batch_size = batch_size
+        self.folder = output.with_suffix("")
+        self.judge = DigitsJudge()
+        weights = fingerprint(self.pipe.unet.state_dict().values())
+        self.results = Results(output, {"run": run.name, "weights": weights, "judge": self.judge.facts()})
+        keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+        self.schedule = {key: self.scheduler.config[key] for key in keys}
+
+    def calibration(self, name: str, scheduler: Any, steps: tuple[int, ...], **guidance: Any) -> Calibration:
+        """Fitted once and kept in the results' folder; the row "cost" says what it took."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tqdm(total=network_calls(steps, 48, 200, 60), unit="call", desc=f"calibration {name}") as bar:
+                start = time.process_time()
+                found = calibrate(
+                    self.pipe.unet, scheduler, steps, batch_size=self.batch_size, progress=bar, **guidance
+                )
+                seconds = time.process_time() - start
+                self.results.row("cost", {"name": name}, lambda: {"calls": bar.n, "cpu_seconds": seconds})
+            found.save(path)
+        return Calibration.load(path)
+
+    # Distance ----------------------------------------------------------------------------------------------------
+
+    def noise(self, num_images: int) -> torch.Tensor:
+        size, channels = self.pipe.unet.config.sample_size, self.pipe.unet.config.in_channels
+        draws = [torch.Generator().manual_seed(SEED + i) for i in range(num_images)]
+        return torch.stack([torch.randn(channels, size, size, generator=draw) for draw in draws])
+
+    def network(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        parts = [self.pipe.unet(part.float(), t).sample for part in x.split(self.batch_size)]
+        return torch.cat(parts).to(x.dtype)
+
+    def samplers(self) -> dict[str, Any]:
+        """Name -> scheduler, unclipped."""
+        unclipped = build(DPMSolverScheduler, {}, self.schedule)
+        fitted = self.calibration("unclipped", unclipped, COUNTS).scheduler(unclipped)
+        built = {
+            name: build(kind, config, self.schedule) for name, kind, config in [*our_samplers(), *stock_samplers()]
+        }
+        return {FITTED: fitted, **built}
+
+    def measure_distances(self, num_images: int) -> None:
+        x, samplers = self.noise(num_images).double(), self.samplers()
+
+        @cache
+        def exact() -> torch.Tensor:
+            return sample(build(DPMSolverScheduler, {"solver_order": 2}, self.schedule), self.network, x, 1000)[0]
+
+        def measure(name: str, n: int) -> dict[str, Any]:
+            end, calls = sample(samplers[name], self.network, x, n)
+            error = (end - exact()).square().flatten(1).mean(dim=1).sqrt()
+            return {"calls": calls, "rms": rms(end - exact()), "mean": error.mean().item()}
+
+        for n, name in tqdm([*product(COUNTS, samplers)], unit="loop", desc="distances"):
+            key = {"sampler": name, "n": n, "num_images": num_images}
+            self.results.row("distances", key, partial(measure, name, n))
+
+    def nearest(self, n: int, ours: bool) -> str:
+        """The sampler with the smallest RMS distance at n calls, of ours (but the fitted rows) or of diffusers'."""
+        rows = [row for row in self.results.values["distances"] if row["n"] == n and row["sampler"] != FITTED]
+        rows = [row for row in rows if row["sampler"].startswith("diffusers") != ours]
+        return min(rows, key=lambda row: row["rms"])["sampler"]
+
+    # Images ------------------------------------------------------------------------------------------------------
+
+    def measure_images(self, num_images: int) -> None:
+        samplers = {
+            "solution": build(DPMSolverScheduler, {"timestep_spacing": "quadratic"}, self.schedule),
+            **self.samplers(),
+        }
+        x = self.noise(num_images)
+
+        @cache
+        def images(name: str, n: int) -> torch.Tensor:
+            return sample(samplers[name], self.network, x, n)[0].clamp(-1, 1).float()
+
+        def measure(name: str, n: int) -> dict[str, float]:
+            solution, drawn = self.judge.features(images("solution", 200)), images(name, n)
+            distance = frechet_distance(solution, self.judge.features(drawn))
+            return {**self.judge.distance(drawn), "to_solution": distance}
+
+        cells = [(name, n) for n in COUNTS for name in (FITTED, self.nearest(n, True), self.nearest(n, False))]
+        for name, n in tqdm([("solution", 200), *cells], unit="loop", desc="images"):
+            key = {"sampler": name, "n": n, "num_images": num_images}
+            self.results.row("images", key, partial(measure, name, n))
+
+    # Guidance ----------------------------------------------------------------------------------------------------
+
+    def measure_guided(self, num_images: int) -> None:
+        labels = torch.arange(num_images) % 10
+        guidance = {"classifier": self.pipe.classifier, "guidance_scale": SCALE}
+        guided = self.calibration("guided", self.scheduler, GUIDED_COUNTS, **guidance)
+        plain = self.calibration("plain", self.scheduler, GUIDED_COUNTS)
+        schedulers = {
+            "fitted under guidance": guided.scheduler(self.scheduler, guidance_scale=SCALE),
+            "fitted without guidance": plain.scheduler(self.scheduler),
+            "DPM-Solver++ 2M quadratic": DPMSolverScheduler.from_config(
+                self.scheduler.config, timestep_spacing="quadratic"
+            ),
+        }
+
+        def measure(name: str, n: int) -> dict[str, Any]:
+            drawn = draw(*(self.pipe, schedulers[name], num_images, n, self.batch_size, labels), guidance_scale=SCALE)
+            by_class = [self.judge.accuracy(drawn[labels == label], labels[labels == label]) for label in range(10)]
+            recognised = self.judge.accuracy(drawn, labels)
+            return {"recognised": recognised, "by_class": by_class, **self.judge.distance(drawn)}
+
+        for n, name in product(GUIDED_COUNTS, schedulers):
+            key = {"sampler": name, "n": n, "num_images": num_images, "guidance_scale": SCALE}
+            self.results.row("guided", key, partial(measure, name, n))
+
+    # Tables ------------------------------------------------------------------------------------------------------
+
+    def markdown(self) -> str:
+        values = self.results.values
+        cells = {(row["sampler"], row["n"]): row for row in values["distances"]}
+        head = ["calls", FITTED, "nearest of our other samplers", "nearest of diffusers'", "ratio to diffusers'"]
+        lines = []
+        for n in COUNTS:
+            names = [FITTED, self.nearest(n, True), self.nearest(n, False)]
+            fitted, ours, theirs = (cells[name, n] for name in names)
+            texts = [f"{row['rms']:.4f} ({row['mean']:.4f}), {row['sampler']}" for row in (ours, theirs)]
+            lines.append(
+                [str(n), f"{fitted['rms']:.4f} ({fitted['mean']:.4f})", *texts, f"{fitted['rms'] / theirs['rms']:.2f}"]
+            )
+        parts = ["RMS distance to the solution of the ODE (mean over images):", table(head, lines)]
+        rows = [
+            [
+                str(row["n"]),
+                row["sampler"],
+                f"{row['frechet']:.3f} ± {row['frechet_error']:.2f}",
+                f"{row['to_solution']:.4f}",
+            ]
+            for row in values["images"]
+        ]
+        head = ["calls", "sampler", "Fréchet distance to the digits", "to the solution's samples"]
+        parts += [f"{values['images'][0]['num_images']:,} images:", table(head, rows)]
+        rows = [
+            [
+                str(row["n"]),
+                row["sampler"],
+                f"{row['recognised']:.1%}",
+                f"{min(row['by_class']):.0%}",
+                f"{row['frechet']:.2f} ± {row['frechet_error']:.2f}",
+            ]
+            for row in values["guided"]
+        ]
+        head = ["calls", "sampler", "recognised", "worst class", "Fréchet distance"]
+        parts += [f"Guided, scale {SCALE:g}, {values['guided'][0]['num_images']} images:", table(head, rows)]
+        rows = [[row["name"], f"{row['calls']:,}", f"{row['cpu_seconds']:.0f}"] for row in values["cost"]]
+        parts += [table(["calibration", "network calls (images)", "CPU seconds"], rows)]
+        return "\n\n".join(parts) + "\n"
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a pipeline trained on the digits, such as runs/demo")
+    parser.add_argument("--noises", type=int, default=256, help="for the distances (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=1797, help="for the Fréchet distances (default: %(default)s)")
+    parser.add_argument("--guided-images", type=int, default=500, help="default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=256, help="images in a call (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS, help="JSON file; tables and calibrations lie beside it"
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    benchmark = Benchmark(arguments.run, arguments.output, arguments.batch_size)
+    benchmark.measure_distances(arguments.noises)
+    benchmark.measure_images(arguments.images)
+    benchmark.measure_guided(arguments.guided_images)
+    text = benchmark.markdown()
+    arguments.output.with_suffix(".md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

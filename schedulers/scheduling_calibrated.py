@@ -1,0 +1,184 @@
+"""Rows fitted to a checkpoint: a linear multistep sampler whose coefficients are estimated and not derived.
+
+The rows of other solvers come from a Taylor expansion, which holds for small steps. Here each row
+
+    x_s = sample * x_t + sum_j x0[j] * x0_j        (j = 0 is the newest prediction)
+
+is the least-squares fit to where the ODE takes a few dozen noises, with the same network, the same timesteps and the
+same history as in sampling: `diffusers_dpm.calibrate`, or the command `diffusers-dpm calibrate`.
+
+A derived row lands on the level s where every prediction is the true x_0: `Update.defect` vanishes. A fitted one
+misses it, and should. A prediction is the mean of all x_0 that x_t leaves open, which has less variance than x_0, and
+from step to step it moves towards x_0 in a way that is alike for all images: so much of its error can be foreseen.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from .dpm_core import Level, LinearScheduler, Update
+
+
+CALIBRATION = "_calibration"  # the config key; diffusers neither logs nor warns about keys with an underscore
+# What must be in sampling as it was in calibration, and the key that must be on for it to matter.
+CONDITIONS: dict[str, str | None] = {
+    "prediction_type": None,
+    "clip_sample": None,
+    "clip_sample_range": "clip_sample",
+    "thresholding": None,
+    "dynamic_thresholding_ratio": "thresholding",
+    "sample_max_value": "thresholding",
+}
+
+
+class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks for the mixin's name
+    """Samples in few steps with rows of coefficients that were fitted to this checkpoint.
+
+    It has a table of rows for each of some numbers of steps, and knows no others: `available_steps` lists them. All
+    begin at pure noise. To begin in mid-grid (image to image), or to encode, use `DPMSolverScheduler`.
+
+    The config is that of DPM-Solver as far as it concerns the network, and one key more:
+
+    - guidance_scale: choose the tables fitted under classifier guidance of this scale; None, those fitted without.
+      Under another scale the rows still work, but are not those that fit best.
+
+    The tables are in the config under an underscore key, so that saving, loading and swapping carry them.
+
+    Raises:
+        ValueError: tables for another noise schedule, prediction type or clipping.
+    """
+
+    own_keys = ("guidance_scale",)  # not clip_sample: a stock scheduler with another default must read it in the file
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        prediction_type: str = "epsilon",
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "linspace",  # no table depends on it; kept for the scheduler that is swapped in next
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        guidance_scale: float | None = None,
+    ):
+        self._setup()
+
+    # The tables --------------------------------------------------------------------------------------------------
+
+    @property
+    def calibration(self) -> Mapping[str, Any] | None:
+        """What `set_calibration` was given, as a dict; None if nothing was."""
+        return self.config.get(CALIBRATION)
+
+    def set_calibration(self, calibration: Any) -> None:
+        """Take over the tables of the checkpoint, and with them the config.
+
+        Args:
+            calibration: a `diffusers_dpm.Calibration`, or its `to_dict()`.
+
+        Raises:
+            ValueError: no tables, damaged ones, or tables for another schedule, prediction type or clipping.
+        """
+        given = dict(calibration if isinstance(calibration, Mapping) else calibration.to_dict())
+        self._check(given)
+        self.register_to_config(**{CALIBRATION: given})
+
+    def _check(self, calibration: Mapping[str, Any]) -> None:
+        matters = [key for key, switch in CONDITIONS.items() if switch is None or self.config[switch]]
+        for key, value in [("schedule_hash", self.schedule.hash), *((key, self.config[key]) for key in matters)]:
+            if calibration.get(key) != value:
+                raise ValueError(
+                    f"the rows were fitted for {key}={calibration.get(key)!r}, this scheduler has {value!r}."
+                )
+        if not calibration.get("tables"):
+            raise ValueError("the calibration has no tables: none was better than DPM-Solver.")
+        for table in calibration["tables"]:
+            self._check_table(table.get("timesteps", ()), table.get("rows", ()))
+
+    def _check_table(self, timesteps: Sequence[int], rows: Sequence[Sequence[float]]) -> None:
+        super()._grid(None, timesteps)
+        # Row i can use the i + 1 predictions made so far.
+        fits = len(rows) == len(timesteps) and all(2 <= len(row) <= i + 2 for i, row in enumerate(rows))
+        if not fits or not all(math.isfinite(factor) for row in rows for factor in row):
+            raise ValueError("the calibration is damaged: a table needs a row of finite factors for each timestep.")
+
+    def _tables(self) -> dict[int, Mapping[str, Any]]:
+        """Number of steps -> table, of those for the config's guidance scale."""
+        scale = self.config.guidance_scale
+        tables = (self.calibration or {}).get("tables", ())
+        return {len(table["timesteps"]): table for table in tables if table.get("guidance_scale") == scale}
+
+    @property
+    def available_steps(self) -> list[int]:
+        """The numbers of steps that there are tables for, ascending."""
+        return sorted(self._tables())
+
+    # The grid and the rows ---------------------------------------------------------------------------------------
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | torch.Tensor | None = None,
+    ) -> None:
+        """Choose the table of so many steps. Exactly one of the first and the last argument is given.
+
+        Args:
+            num_inference_steps: number of network calls, one of `available_steps`.
+            device: where `timesteps` lies.
+            timesteps: those of a table.
+
+        Raises:
+            ValueError: there is no such table, or the tables are not for this scheduler.
+        """
+        super().set_timesteps(num_inference_steps, device, timesteps)
+
+    def _grid(self, num_inference_steps: int | None, timesteps: Sequence[float] | torch.Tensor | None) -> list[int]:
+        asked = super()._grid(num_inference_steps, timesteps)  # whose checks are wanted here
+        tables = self._tables()
+        if len(asked) not in tables:
+            raise ValueError(self._no_table(f"for {len(asked)} steps"))
+        self._check(self.config[CALIBRATION])
+        grid = list(tables[len(asked)]["timesteps"])
+        if timesteps is not None and asked != grid:
+            raise ValueError(f"the rows for {len(grid)} steps were fitted at the timesteps {grid}, not at {asked}.")
+        return grid
+
+    def _no_table(self, wanted: str) -> str:
+        scale = self.config.guidance_scale
+        guided = "without guidance" if scale is None else f"under guidance_scale={scale:g}"
+        known = ", ".join(map(str, self.available_steps)) or "no"
+        return (
+            f"no rows {wanted}: the calibration has rows for {known} steps {guided}. 'diffusers-dpm calibrate RUN "
+            "--steps ...' or diffusers_dpm.calibrate fits others."
+        )
+
+    def _ensure_grid(self) -> None:
+        if not self.updates:
+            raise ValueError(self._no_table("before set_timesteps"))
+
+    def _replan(self) -> None:
+        super()._replan()
+        self._has_state = True  # even rows without history are for the states that the rows before them lead to
+
+    def _enter(self, index: int) -> None:
+        if index:
+            raise ValueError(
+                f"the rows are fitted to the whole way from noise: to begin at step {index} use DPMSolverScheduler."
+            )
+        super()._enter(index)
+
+    def plan(self, levels: list[Level]) -> list[Update]:
+        return [Update(sample=sample, x0=tuple(x0)) for sample, *x0 in self._tables()[len(levels) - 1]["rows"]]

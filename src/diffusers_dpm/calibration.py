@@ -1,0 +1,591 @@
+"""Rows of coefficients fitted to a checkpoint: what `CalibratedScheduler` samples with.
+
+    calibration = calibrate(pipe.unet, pipe.scheduler)                # once for a checkpoint
+    calibration.save("calibration.json")
+    pipe.scheduler = calibration.scheduler(pipe.scheduler)
+    pipe(num_inference_steps=5)
+
+A teacher, DPM-Solver++ in a few hundred steps, takes some noises to their images and leaves its states at all of its
+timesteps. A student of n steps walks the same noises down n of them. At each step
+
+    x_s = a x_t + sum_j b_j x0_j
+
+is fitted, by least squares over all pixels of the fitting images, to the teacher's state at s, where x_t and the
+predictions x0_j are the student's own: later rows make up for errors of earlier ones. A row has at most five unknowns,
+so a few dozen images determine it. Ridge regression draws it towards the row of DPM-Solver++ for the same timesteps,
+which it stays at where the images do not tell.
+
+The timesteps are found by coordinate search, from the best of the usual spacings, on images that the rows are not
+fitted to. A third set of images serves for nothing but the errors that are reported. The distance that is minimised is
+the mean over images: a few noises near a border between two images end in another one than the teacher's, and squares
+would let them decide.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import datetime, timezone
+from importlib.metadata import version
+from inspect import signature
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from diffusers_dpm.pipelines.pipeline_dpm import (
+    ClassifierGuidance,
+    check_classifier,
+    evaluation_mode,
+    label_log_probability,
+)
+from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level, Update, affine, weighted_sum
+from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS, CalibratedScheduler
+from diffusers_dpm.schedulers.scheduling_dpm_solver import DPMSolverScheduler
+from diffusers_dpm.statistics import NoiseSource, PartialResults, Progress, fingerprint, noise_schedule_of
+
+
+STEPS = (4, 5, 6, 8, 10, 15, 20)
+# What a calibrated sampler is measured against: this package's best for few steps.
+SOLVERS: tuple[dict[str, Any], ...] = tuple(
+    {"timestep_spacing": spacing, "solver_order": order}
+    for spacing, order in product(("quadratic", "logsnr", "linspace"), (2, 3))
+)
+MAX_HISTORY = 4
+RIDGE = 1e-6  # relative to each unknown's own sum of squares
+CHOICES = tuple(product((1, 2, 3, MAX_HISTORY), (RIDGE, 1e-4, 1e-2)))  # (predictions in a row, ridge)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Tables of rows for one checkpoint.
+
+    Attributes:
+        tables: for each number of steps, and scale of guidance, a dict of `timesteps`, descending; `rows`, the factors
+            [sample, x0, x0 before, ...] of each step; `guidance_scale`; and for people `error`, the RMS distance to
+            the teacher's images over pixels of images not used for anything else, `mean_error`, that of the mean over
+            images of their own RMS distances, the same for the best DPM-Solver (`solver`, `solver_error`,
+            `solver_mean_error`), and how the rows were chosen (`history`, `ridge`).
+        schedule_hash: of the noise schedule.
+        prediction_type, clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: of
+            the scheduler that they were fitted for.
+        made: how they were made; for people, but for `weights`, see `with_tables_of`.
+    """
+
+    tables: list[dict[str, Any]]
+    schedule_hash: str
+    prediction_type: str
+    clip_sample: bool
+    clip_sample_range: float
+    thresholding: bool
+    dynamic_thresholding_ratio: float = 0.995
+    sample_max_value: float = 1.0
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tables as plain JSON types: what `CalibratedScheduler.set_calibration` takes."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
+        """The inverse of `to_dict`. Raises ValueError for missing or unknown keys."""
+        try:
+            return cls(**values)
+        except TypeError as error:
+            names = ", ".join(item.name for item in fields(cls))
+            raise ValueError(f"a calibration has the keys {names}; got {', '.join(map(str, values))}.") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, from which `load` restores an equal object."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """Raises ValueError if the file does not hold a calibration."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no calibration: {error}") from error
+
+    def scheduler(self, scheduler: Any, **options: Any) -> CalibratedScheduler:
+        """A `CalibratedScheduler` with the config of `scheduler`, these tables, and `options` of its own.
+
+        Raises:
+            ValueError: the tables are for another noise schedule, prediction type or clipping.
+        """
+        calibrated = CalibratedScheduler.from_config(scheduler.config, **options)
+        calibrated.set_calibration(self)
+        return calibrated
+
+    def with_tables_of(self, other: "Calibration") -> "Calibration":
+        """Both tables; where both have one for the same steps and guidance, that of `other`.
+
+        Raises:
+            ValueError: they are for different schedulers or networks.
+        """
+        for key in ("schedule_hash", *CONDITIONS):
+            if getattr(self, key) != getattr(other, key):
+                raise ValueError(f"the calibrations are for different schedulers: {key} differs.")
+        if self.made.get("weights") != other.made.get("weights"):
+            raise ValueError("the calibrations are for different networks.")
+
+        def key(table: Mapping[str, Any]) -> tuple[float, int]:
+            scale = table["guidance_scale"]
+            return -math.inf if scale is None else scale, len(table["timesteps"])
+
+        tables = {key(table): table for table in (*self.tables, *other.tables)}
+        return replace(self, tables=[tables[key] for key in sorted(tables)], made=other.made)
+
+
+class Walk(NamedTuple):
+    """A student's way down.
+
+    Attributes:
+        places: of its timesteps among the teacher's.
+        rows: one for each.
+        states: (x, predictions before, newest first) in which each row found it.
+        predictions: what the network said there.
+        distances: RMS distance of each image to the teacher's, (B,).
+    """
+
+    places: list[int]
+    rows: list[Update]
+    states: list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
+    predictions: list[torch.Tensor]
+    distances: torch.Tensor
+
+
+@dataclass
+class Network:
+    """Predictions of x_0 as a scheduler's `step` uses them, for images that have their own labels and arguments.
+
+    Args:
+        unet: called as unet(x_t, t, **arguments).
+        scheduler: converts and clips.
+        arguments: of all images; of a tensor each image gets its part.
+        guidance: (images from, to) -> what shifts their output; None for no guidance.
+        batch_size: images in a network call.
+        accelerator: its processes share the batches.
+        progress: gets the number of images of each call.
+    """
+
+    unet: Any
+    scheduler: DPMSolverScheduler
+    arguments: Mapping[str, Any]
+    guidance: Callable[[int, int], ClassifierGuidance] | None
+    batch_size: int
+    accelerator: Any = None
+    progress: Progress | None = None
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def num_processes(self) -> int:
+        return 1 if self.accelerator is None else self.accelerator.num_processes
+
+    def __call__(self, x: torch.Tensor, t: int, level: Level, first: int = 0) -> torch.Tensor:
+        """x_0 of images `first`, first + 1, ... from their x_t, (B, C, H, W)."""
+        rank = 0 if self.accelerator is None else self.accelerator.process_index
+        total = torch.zeros_like(x)
+        for number, start in enumerate(range(0, len(x), self.batch_size)):
+            if number % self.num_processes == rank:
+                end = min(start + self.batch_size, len(x))
+                total[start:end] = self._predict(x[start:end], t, level, first + start)
+        if self.num_processes > 1:
+            total = self.accelerator.reduce(total, reduction="sum")
+        if self.progress is not None:
+            self.progress.update(len(x))
+        if not total.isfinite().all():
+            raise ValueError(f"the network's predictions are not finite at timestep {t}.")
+        return total
+
+    def _predict(self, x: torch.Tensor, t: int, level: Level, first: int) -> torch.Tensor:
+        own = {
+            key: value[first : first + len(x)] if isinstance(value, torch.Tensor) else value
+            for key, value in self.arguments.items()
+        }
+        output = self.unet(x.to(self.dtype), torch.tensor(t, device=x.device), **own)
+        output = getattr(output, "sample", output)[:, : x.shape[1]].to(x.dtype)
+        if self.guidance is not None:
+            output = self.guidance(first, first + len(x))(output, x, t, level.alpha, level.sigma)
+        of_x0 = PREDICTIONS[self.scheduler.config.prediction_type](level).x0
+        x0 = affine(of_x0, x, output)
+        return self.scheduler.clip_x0(x0.clone() if x0 is output else x0)
+
+
+class Student:
+    """Fits rows to a teacher's states, and searches for timesteps.
+
+    Args:
+        network: predicts.
+        teacher: its timesteps and levels are what the student may choose from.
+        states: the teacher's, (timesteps + 1, images, C, H, W); the first `num_images` images are for fitting, as many
+            for searching, and as many for the report.
+        num_images: of each.
+    """
+
+    def __init__(self, network: Network, teacher: DPMSolverScheduler, states: torch.Tensor, num_images: int):
+        self.network, self.states, self.num_images = network, states, num_images
+        self.timesteps: list[int] = teacher.timesteps.tolist()
+        self.levels = teacher.levels
+        self.solver = DPMSolverScheduler.from_config(teacher.config, solver_order=2)
+
+    def distances(self, x: torch.Tensor) -> torch.Tensor:
+        """RMS over the pixels of each image, to the teacher's image."""
+        return (x - self.states[-1, : len(x)]).double().square().flatten(1).mean(dim=1).sqrt()
+
+    def priors(self, places: Sequence[int]) -> list[list[float]]:
+        """The rows of DPM-Solver++ (second order) for these timesteps, as [sample, x0, ...]."""
+        self.solver.set_timesteps(timesteps=[self.timesteps[place] for place in places])
+        return [[row.sample, *row.x0] for row in self.solver.updates]
+
+    def fit(
+        self,
+        places: list[int],
+        history: int = MAX_HISTORY,
+        ridge: float = RIDGE,
+        known: Walk | None = None,
+        num_images: int | None = None,
+    ) -> Walk:
+        """Rows for the timesteps at `places`, and the walk with them of the fitting and the searching images.
+
+        Args:
+            places: ascending, of the teacher's timesteps.
+            history: predictions in a row, at most.
+            ridge: see `fit_row`.
+            known: a walk with the same history and ridge, of which the part is taken over that is the same.
+            num_images: walked; by default those of fitting and searching.
+        """
+        num_images = num_images or 2 * self.num_images
+        same = 0
+        if known is not None and len(known.distances) == num_images:
+            same = next((i for i, pair in enumerate(zip(known.places, places, strict=True)) if len({*pair}) > 1), 0)
+        rows, states, predictions = [], [], []
+        x, x0s = self.states[0, :num_images], ()
+        priors = self.priors(places)
+        for i, place in enumerate(places):
+            if known is not None and i < same:
+                (x, x0s), x0 = known.states[i], known.predictions[i]
+            else:
+                x0 = self.network(x, self.timesteps[place], self.levels[place])
+            states.append((x, x0s))
+            predictions.append(x0)
+            x0s = (x0, *x0s)[:history]
+            target = self.states[places[i + 1] if i + 1 < len(places) else -1]
+            terms = [term[: self.num_images] for term in (x, *x0s)]
+            factors = fit_row(terms, target[: self.num_images], priors[i], ridge)
+            rows.append(Update(sample=factors[0], x0=tuple(factors[1:])))
+            x = weighted_sum(factors, (x, *x0s))
+        return Walk(list(places), rows, states, predictions, self.distances(x))
+
+    def follow(self, solver: DPMSolverScheduler) -> torch.Tensor:
+        """Distances of all images under a multistep solver in x_0 form whose timesteps are set."""
+        x, x0s = self.states[0], ()
+        for row, t, level in zip(solver.updates, solver.timesteps.tolist(), solver.levels, strict=False):
+            x0s = (self.network(x, t, level), *x0s)[:3]
+            x = weighted_sum((row.sample, *row.x0), (x, *x0s[: len(row.x0)]))
+        return self.distances(x)
+
+    def searched(self, walk: Walk) -> float:
+        """Mean distance of the searching images."""
+        return walk.distances[self.num_images : 2 * self.num_images].mean().item()
+
+    def nearest(self, timesteps: Sequence[float]) -> list[int]:
+        """Places of n timesteps among the teacher's, as near as may be and all different; the first is the first."""
+        places, last, ours = [0], len(self.timesteps) - 1, self.timesteps
+        for i, t in enumerate(timesteps[1:], 1):
+            allowed = range(places[-1] + 1, last - (len(timesteps) - 1 - i) + 1)
+            places.append(min(allowed, key=lambda place: abs(ours[place] - t)))
+        return places
+
+    def search(self, walk: Walk, max_walks: int) -> Walk:
+        """Move one timestep after the other, by fewer and fewer places, while the searching images come nearer."""
+        n, tried = len(walk.places), {tuple(walk.places)}
+        stride = 1 << max((len(self.timesteps) // (2 * n)).bit_length() - 1, 0)
+        while stride:
+            before = walk
+            for i, sign in product(range(1, n), (1, -1)):
+                places = list(walk.places)
+                places[i] += sign * stride
+                below = places[i + 1] if i + 1 < n else len(self.timesteps)
+                inside = places[i - 1] < places[i] < below
+                if inside and tuple(places) not in tried and len(tried) <= max_walks:
+                    tried.add(tuple(places))
+                    walk = min(walk, self.fit(places, known=walk), key=self.searched)
+            if walk is before:
+                stride //= 2
+        return walk
+
+
+def fit_row(terms: Sequence[torch.Tensor], target: torch.Tensor, prior: Sequence[float], ridge: float) -> list[float]:
+    """The factors w that minimise |target - sum_j w_j terms_j|^2 + ridge sum_j |terms_j|^2 (w_j - prior_j)^2.
+
+    Args:
+        terms, target: tensors of one shape.
+        prior: factors; those left out at the end are 0.
+        ridge: at least 0; where it is 0, the terms must be independent.
+    """
+    matrix = torch.stack([term.flatten() for term in terms]).double()
+    start = matrix.new_tensor([*prior, *[0.0] * len(terms)][: len(terms)])
+    gram = matrix @ matrix.T
+    scale = gram.diag().where(gram.diag() > 0, 1.0)  # a term that is 0 everywhere keeps the prior's factor
+    right = matrix @ (target.flatten().double() - start @ matrix)
+    return (start + torch.linalg.solve(gram + ridge * scale.diag(), right)).tolist()
+
+
+def network_calls(steps: Iterable[int], num_images: int, teacher_steps: int, max_walks: int) -> int:
+    """Upper bound of the images that `calibrate` calls the network for."""
+    walks = 2 * (3 + max_walks + len(CHOICES)) + 3 * (1 + len(SOLVERS))
+    return num_images * (3 * teacher_steps + walks * sum(steps))
+
+
+@torch.no_grad()
+def calibrate(
+    unet: Any,
+    scheduler: Any,
+    steps: Iterable[int] = STEPS,
+    *,
+    num_images: int = 48,
+    teacher_steps: int = 200,
+    max_walks: int = 60,
+    class_labels: Sequence[int] | torch.Tensor | None = None,
+    classifier: Any = None,
+    guidance_scale: float | None = None,
+    network_kwargs: Mapping[str, Any] | None = None,
+    sample_shape: Sequence[int] | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    accelerator: Any = None,
+    folder: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Fit rows to a network for each of some numbers of steps. No images are needed, only noise.
+
+    A table that on images of its own is no nearer to the teacher than the best of DPM-Solver's settings is left out.
+    With `accelerator` every process must make the call, and gets the result.
+
+    Args:
+        unet: a network with epsilon, sample or v prediction, C or 2C output channels, on its device.
+        scheduler: any diffusers scheduler of a DDPM process: the noise schedule, prediction_type and clipping.
+        steps: numbers of network calls to make tables for.
+        num_images: for fitting, as many for searching and as many for the report.
+        teacher_steps: of the solver that is taken for exact.
+        max_walks: tries of the search for timesteps, for each number of steps.
+        class_labels: (3 num_images,), or fewer, which are repeated; for a class-conditional network or `classifier`.
+            Default: drawn by the seed.
+        classifier: guides, as in `DPMPipeline`.
+        guidance_scale: of the classifier, and given with it.
+        network_kwargs: further arguments of the network, such as encoder_hidden_states; tensors hold a row for each of
+            the 3 num_images images, or fewer, which are repeated.
+        sample_shape: (C, H, W), if the network's config does not say.
+        batch_size: images in a network call.
+        seed: of the noise.
+        accelerator: an `accelerate.Accelerator` whose processes share the work, with the network on its device.
+        folder: keeps the teacher's states and finished tables, from which the same call goes on after an interruption.
+            Deleted when done.
+        progress: gets `update(n)` for n images in a network call, at most `network_calls(...)` in all.
+
+    Raises:
+        ValueError: arguments out of range or that do not fit the network, a schedule that is none of DDPM's, a network
+            output that is not finite, or a folder with results of other settings.
+    """
+    schedule, steps = noise_schedule_of(scheduler), sorted({*steps})
+    teacher_steps = min(teacher_steps, len(schedule))
+    if not steps or steps[0] < 1 or 2 * steps[-1] > teacher_steps:
+        raise ValueError(f"steps must lie in 1 .. teacher_steps / 2 = {teacher_steps // 2}, got {steps}.")
+    if num_images < 1 or batch_size < 1 or seed < 0 or max_walks < 0:
+        raise ValueError(
+            f"num_images={num_images} and batch_size={batch_size} must be at least 1, seed={seed} and "
+            f"max_walks={max_walks} not negative."
+        )
+    if (guidance_scale is not None) != (classifier is not None):
+        raise ValueError("classifier and guidance_scale are given together or not at all.")
+    teacher = solver_for(scheduler, timestep_spacing="quadratic")
+    teacher.set_timesteps(teacher_steps)
+    noise = initial_noise(unet, sample_shape, 3 * num_images, seed)
+    labels = labels_for(unet, classifier, class_labels, len(noise), seed)
+    arguments = {
+        key: repeated(value, len(noise), noise.device) if isinstance(value, torch.Tensor) else value
+        for key, value in (network_kwargs or {}).items()
+    }
+    if labels is not None and is_conditional(unet):
+        if "class_labels" in arguments:
+            raise ValueError("give class_labels by themselves, not among network_kwargs.")
+        arguments["class_labels"] = labels.to(noise.device)
+    guidance = None
+    if classifier is not None:
+        assert labels is not None
+        check_classifier(classifier, unet, noise, labels)
+
+        def guidance(start: int, end: int) -> ClassifierGuidance:
+            log_prob = label_log_probability(classifier, labels[start:end], noise.device)
+            return ClassifierGuidance(log_prob, teacher.config.prediction_type, guidance_scale)
+
+    network = Network(
+        *(unet, teacher, arguments, guidance, batch_size, accelerator, progress),
+        dtype=getattr(unet, "dtype", noise.dtype),
+    )
+    made = {
+        "weights": weights_of(unet),
+        "classifier": weights_of(classifier),
+        "guidance_scale": guidance_scale,
+        "seed": seed,
+        "num_images": num_images,
+        "teacher_steps": teacher_steps,
+        "max_walks": max_walks,
+        "dtype": str(network.dtype).removeprefix("torch."),
+    }
+    conditions = {key: teacher.config[key] for key in CONDITIONS}
+    shown = [labels] if labels is not None else []
+    inputs = fingerprint([noise, *shown, *(value for value in arguments.values() if isinstance(value, torch.Tensor))])
+    settings = {"schedule_hash": schedule.hash, **conditions, **made, "inputs": inputs}
+    main = accelerator is None or accelerator.is_main_process
+    store = None if folder is None else PartialResults(Path(folder), settings, accelerator, save_every=60.0)
+    with evaluation_mode(*(part for part in (unet, classifier) if isinstance(part, torch.nn.Module))):
+        states = teacher_states(network, teacher, noise, store, main)
+        student = Student(network, teacher, states, num_images)
+        kept = None if folder is None else Path(folder) / "partial-tables.json"
+        tables: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept and kept.is_file() else {}
+        for n in steps:
+            if str(n) not in tables:
+                tables[str(n)] = {**best_table(student, scheduler, n, max_walks), "guidance_scale": guidance_scale}
+                if kept and main:
+                    temporary = kept.with_suffix(".tmp")
+                    temporary.write_text(json.dumps(tables))
+                    os.replace(temporary, kept)
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    if store is not None and main:
+        store.delete()
+    better = [tables[str(n)] for n in steps if tables[str(n)]["mean_error"] < tables[str(n)]["solver_mean_error"]]
+    made["left_out"] = sorted({*steps} - {len(table["timesteps"]) for table in better})
+    made["versions"] = {name: version(name) for name in ("diffusers-dpm", "diffusers", "torch")}
+    made["time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Calibration(tables=better, schedule_hash=schedule.hash, **conditions, made=made)
+
+
+def best_table(student: Student, scheduler: Any, num_steps: int, max_walks: int) -> dict[str, Any]:
+    """The table of so many steps, and what it is compared with; see `Calibration.tables`."""
+    count = student.num_images
+    options, compared = best_solver(student, scheduler, num_steps)
+    starts = {tuple(student.nearest(spaced(scheduler, num_steps, solver))) for solver in SOLVERS}
+    walks = [student.fit(list(places)) for places in sorted(starts)]
+    places = student.search(min(walks, key=student.searched), max_walks).places
+    choices = [(student.searched(student.fit(places, *choice)), *choice) for choice in CHOICES]
+    _, history, ridge = min(choices)
+    walk = student.fit(places, history, ridge, num_images=3 * count)
+    return {
+        "timesteps": [student.timesteps[place] for place in places],
+        "rows": [[row.sample, *row.x0] for row in walk.rows],
+        "history": history,
+        "ridge": ridge,
+        **errors("error", "mean_error", walk.distances[2 * count :]),
+        **errors("solver_error", "solver_mean_error", compared[2 * count :]),
+        "solver": options,
+    }
+
+
+def best_solver(student: Student, scheduler: Any, num_steps: int) -> tuple[dict[str, Any], torch.Tensor]:
+    """(options, distances of all images) of the solver that the searching images like best."""
+    tried = []
+    for options in SOLVERS:
+        solver = solver_for(scheduler, **options)
+        solver.set_timesteps(num_steps)
+        tried.append((options, student.follow(solver)))
+    return min(tried, key=lambda pair: pair[1][student.num_images : 2 * student.num_images].mean().item())
+
+
+def errors(rms: str, mean: str, distances: torch.Tensor) -> dict[str, float]:
+    return {rms: distances.square().mean().sqrt().item(), mean: distances.mean().item()}
+
+
+def solver_for(scheduler: Any, **options: Any) -> DPMSolverScheduler:
+    """DPM-Solver++ with the noise schedule, prediction type and clipping of any scheduler, and nothing else of it."""
+    config = CalibratedScheduler.from_config(scheduler.config, timestep_spacing="linspace").config
+    known = signature(CalibratedScheduler.__init__).parameters.keys() & config.keys()
+    return DPMSolverScheduler.from_config({key: config[key] for key in known}, **options)
+
+
+def spaced(scheduler: Any, num_steps: int, options: Mapping[str, Any]) -> list[int]:
+    solver = solver_for(scheduler, **options)
+    solver.set_timesteps(num_steps)
+    return solver.timesteps.tolist()
+
+
+def teacher_states(
+    network: Network, teacher: DPMSolverScheduler, noise: torch.Tensor, store: PartialResults | None, main: bool
+) -> torch.Tensor:
+    """x at each of the teacher's levels, (timesteps + 1, images, C, H, W)."""
+    shape = (len(teacher.levels), *noise.shape)
+    known = torch.full(shape, torch.nan, dtype=torch.float64) if store is None else store.load(shape)
+    if store is not None and network.accelerator is not None:
+        network.accelerator.wait_for_everyone()  # until all have read what is written next
+    size = network.batch_size * network.num_processes
+    for start in range(0, len(noise), size):
+        part = slice(start, start + size)
+        if not known[:, part].isnan().any():
+            continue
+        x, x0s = noise[part], ()
+        known[0, part] = x.double().cpu()
+        for i, (row, t) in enumerate(zip(teacher.updates, teacher.timesteps.tolist(), strict=True)):
+            x0s = (network(x, t, teacher.levels[i], start), *x0s)[:2]
+            x = weighted_sum((row.sample, *row.x0), (x, *x0s[: len(row.x0)]))
+            known[i + 1, part] = x.double().cpu()
+        if store is not None and main:
+            store.save(known)
+    return known.to(noise)
+
+
+# What a network is called with ---------------------------------------------------------------------------------------
+
+
+def initial_noise(unet: Any, sample_shape: Sequence[int] | None, num_images: int, seed: int) -> torch.Tensor:
+    """x_T, (num_images, C, H, W), on the network's device, in its precision but at least float32."""
+    if sample_shape is None:
+        config = getattr(unet, "config", None)
+        if config is None or config.sample_size is None:
+            raise ValueError("the network's config has no sample_size: give sample_shape=(C, H, W).")
+        size = config.sample_size
+        sample_shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
+    draw = NoiseSource(seed, sample_shape)
+    noise = torch.stack([draw(image, 0) for image in range(num_images)])
+    dtype = torch.promote_types(getattr(unet, "dtype", torch.float32), torch.float32)
+    return noise.to(getattr(unet, "device", "cpu"), dtype)
+
+
+def is_conditional(unet: Any) -> bool:
+    return getattr(unet, "config", {}).get("num_class_embeds") is not None
+
+
+def labels_for(
+    unet: Any, classifier: Any, class_labels: Sequence[int] | torch.Tensor | None, num_images: int, seed: int
+) -> torch.Tensor | None:
+    """A label for each image, on the CPU; None if neither network nor classifier has classes."""
+    if classifier is None and not is_conditional(unet):
+        if class_labels is not None:
+            raise ValueError("class_labels were given, but the network is unconditional and there is no classifier.")
+        return None
+    config = getattr(classifier, "config", {})
+    num_classes = unet.config.num_class_embeds if is_conditional(unet) else config.get("num_classes")
+    if class_labels is None:
+        if num_classes is None:
+            raise ValueError("the classifier's config has no num_classes: give class_labels.")
+        return torch.randint(num_classes, (num_images,), generator=torch.Generator().manual_seed(seed))
+    labels = repeated(torch.as_tensor(class_labels), num_images)
+    last = math.inf if num_classes is None else num_classes - 1
+    if labels.is_floating_point() or labels.ndim != 1 or labels.min() < 0 or labels.max() > last:
+        raise ValueError(f"class_labels must be integers in 0 .. {last}, got {labels.tolist()[:8]}.")
+    return labels
+
+
+def repeated(values: torch.Tensor, num_images: int, device: Any = None) -> torch.Tensor:
+    """The rows again and again, for all images."""
+    if not values.ndim or not len(values):
+        raise ValueError(f"labels and network_kwargs hold a row for each image, got shape {tuple(values.shape)}.")
+    return values[torch.arange(num_images) % len(values)].to(device)
+
+
+def weights_of(network: Any) -> str | None:
+    """SHA-256 of the weights, None of what has none."""
+    return fingerprint(network.state_dict().values()) if isinstance(network, torch.nn.Module) else None
