@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from operator import index
 from pathlib import Path
 from typing import ClassVar, Optional
@@ -296,6 +296,7 @@ class DPMPipeline(DiffusionPipeline):
             max_gradient_norm=max_gradient_norm,
             through_unet=guidance_through_unet,
         )
+        self._check_fitted_scale(guidance)
         clips_itself = guidance is not None and clip_order == "before"
         with evaluation_mode(self.unet, self.classifier), self._without_clipping() if clips_itself else nullcontext():
             latents, trajectory = self._denoise(
@@ -458,6 +459,16 @@ class DPMPipeline(DiffusionPipeline):
         options["clip_after"] = clip if clip_order != "before" else None
         return ClassifierGuidance(cond_fn, self.scheduler.config.get("prediction_type"), scale, **options)
 
+    def _check_fitted_scale(self, guidance):
+        """Warn if the scheduler's rows were fitted under another guidance than this, with which they fit less well."""
+        fitted = self.scheduler.config.get("guidance_scale")
+        used = torch.zeros(()) if guidance is None else guidance.scale
+        if self.scheduler.config.get("_calibration") and (used != (fitted or 0)).any():
+            warn_once(
+                "the scheduler's rows were fitted %s and fit less well here; 'diffusers-dpm calibrate' fits others",
+                "without guidance" if fitted is None else f"under guidance_scale={fitted:g}",
+            )
+
     @contextmanager
     def _without_clipping(self) -> Iterator[None]:
         """Inside, the scheduler is a copy that neither clips nor thresholds."""
@@ -544,6 +555,12 @@ class DPMPipeline(DiffusionPipeline):
         Path(json_file_path).write_text(json.dumps(names, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+@lru_cache
+def warn_once(message, *values) -> None:
+    """`logger.warning`, the first time."""
+    logger.warning(message, *values)
+
+
 def make_generators(generator, seeds) -> torch.Generator | list[torch.Generator] | None:
     """`generator`, or one CPU generator per seed: CPU noise is the same whatever the device."""
     if seeds is None:
@@ -619,7 +636,7 @@ def check_classifier(classifier, unet, latents, labels) -> None:
     pairs = {
         "in_channels": (config.get("in_channels"), latents.shape[1]),
         "sample_size": ((size, size) if isinstance(size, int) else size and tuple(size), tuple(latents.shape[2:])),
-        "num_classes": (config.get("num_classes"), unet.config.get("num_class_embeds")),
+        "num_classes": (config.get("num_classes"), getattr(unet, "config", {}).get("num_class_embeds")),
     }
     for key, (theirs, ours) in pairs.items():
         if theirs is not None and ours is not None and theirs != ours:

@@ -14,8 +14,9 @@ from diffusers_dpm import sampling
 from diffusers_dpm.cli import main as cli
 from diffusers_dpm.command_sample import main
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
-from diffusers_dpm.sampling import build_scheduler, parse_assignments, parse_seeds
-from diffusers_dpm.schedulers import AnalyticDPMScheduler, DDIMScheduler, DPMSolverScheduler
+from diffusers_dpm.sampling import build_scheduler, parse_assignments, parse_seeds, weights_hash
+from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler, DDIMScheduler, DPMSolverScheduler
+from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
 from diffusers_dpm.training import build_unet
 from diffusers_dpm.training.unet_presets import ddpm_unet
 
@@ -249,6 +250,55 @@ def test_schedulers_by_name(run, tmp_path):
     made.save_pretrained(run / "analytic_dpm")
     analytic = build_scheduler("analytic-dpm", {"reverse_variance": "residual"}, pipeline, str(run))
     assert analytic.posterior_variance() == made.posterior_variance()
+
+
+def save_tables(run, *tables, spacing="linspace", weights=None):
+    """The rows of DPM-Solver (first order) for each (guidance scale, number of steps), in `run/calibrated`."""
+    config = DPMPipeline.from_pretrained(run).scheduler.config
+    solver = DPMSolverScheduler.from_config(config, solver_order=1, timestep_spacing=spacing)
+    made = CalibratedScheduler.from_config(config, guidance_scale=tables[0][0])
+    fitted = []
+    for scale, num_inference_steps in tables:
+        solver.set_timesteps(num_inference_steps)
+        rows = [[row.sample, *row.x0] for row in solver.updates]
+        fitted.append({"timesteps": solver.timesteps.tolist(), "rows": rows, "guidance_scale": scale})
+    conditions = {key: made.config[key] for key in CONDITIONS}
+    made.set_calibration(
+        {"tables": fitted, "schedule_hash": made.schedule.hash, "made": {"weights": weights}, **conditions}
+    )
+    made.save_pretrained(run / "calibrated")
+    return solver
+
+
+def test_calibrated_rows_lie_beside_the_model(run, sample, capsys):
+    """Those of the scale that guides, if there are any; those of other weights are refused."""
+    pipeline = DPMPipeline.from_pretrained(run)
+    with pytest.raises(ValueError, match="has no calibrated: 'diffusers-dpm calibrate "):
+        build_scheduler("calibrated", {}, pipeline, str(run))
+    own = weights_hash(pipeline.unet)
+    solver = save_tables(run, (None, 3), (2.0, 2), (2.0, 4), weights=own)
+    found = {w: build_scheduler("calibrated", {}, pipeline, str(run), w).available_steps for w in (None, 2.0, 3.0)}
+    assert found == {None: [3], 2.0: [2, 4], 3.0: [3]}
+    assert build_scheduler("calibrated", {"guidance_scale": 2.0}, pipeline, str(run)).available_steps == [2, 4]
+
+    folder = sample("--seeds=0-2", scheduler="calibrated", steps=3)
+    pipeline.scheduler = solver
+    theirs = pipeline(seeds=[0, 1, 2], num_inference_steps=3).images
+    assert_same(pixels(folder, range(3)), np.stack([np.asarray(image) for image in theirs]))
+
+    sample("--seeds=0-2", scheduler="calibrated", steps=4, output="none", code=2)
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert "ValueError: no rows for 4 steps" in error
+    assert "rows for 3 steps" in error
+    save_tables(run, (None, 3), (None, 5), weights=own)
+    sample("--seeds=0-3", scheduler="calibrated", steps=3)  # rows for other steps were added
+    save_tables(run, (None, 3), spacing="quadratic", weights=own)
+    sample("--seeds=0-4", scheduler="calibrated", steps=3, code=2)
+    assert "holds images of other settings (carried)" in capsys.readouterr().err
+
+    save_tables(run, (None, 3), weights="0" * 64)
+    sample("--seeds=0", scheduler="calibrated", steps=3, output="none", code=2)
+    assert "has rows fitted to other weights" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,15 @@ from diffusers_dpm import cli, hub, remote_code
 from diffusers_dpm.model_card import EXTRAS, Extra, read_baselines, read_metrics
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.sampling import weights_hash
-from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler
+from diffusers_dpm.schedulers import (
+    ALL_SCHEDULERS,
+    AnalyticDPMScheduler,
+    CalibratedScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverScheduler,
+)
+from diffusers_dpm.schedulers.scheduling_calibrated import CALIBRATION, CONDITIONS
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
@@ -71,6 +79,20 @@ def make_run(folder: Path, *, extras: bool = False, num_train_timesteps: int = 1
     return folder
 
 
+def fitted_scheduler(scheduler, steps, scale: float | None = None, made=None) -> CalibratedScheduler:
+    """Rows that DPM-Solver does not have, for some numbers of steps."""
+    solver = DPMSolverScheduler.from_config(scheduler.config, timestep_spacing="linspace")
+    tables = []
+    for num_inference_steps in steps:
+        solver.set_timesteps(num_inference_steps)
+        rows = [[0.9 * row.sample, *row.x0] for row in solver.updates]
+        tables.append({"timesteps": solver.timesteps.tolist(), "rows": rows, "guidance_scale": scale})
+    conditions = {key: solver.config[key] for key in CONDITIONS}
+    fitted = CalibratedScheduler.from_config(scheduler.config, guidance_scale=scale)
+    fitted.set_calibration({"tables": tables, "schedule_hash": solver.schedule.hash, "made": made or {}, **conditions})
+    return fitted
+
+
 def add_extras(folder: Path, scheduler: DDPMScheduler) -> None:
     classifier = NoisyClassifier(3, 8, 1, down_block_types=("DownBlock2D", "DownBlock2D"), **BLOCKS)
     for parameter in classifier.parameters():  # a new classifier's last layer is zero, and so are its logits
@@ -81,6 +103,8 @@ def add_extras(folder: Path, scheduler: DDPMScheduler) -> None:
     analytic.set_statistics({"residual": variances, "schedule_hash": analytic.schedule.hash})
     analytic.save_pretrained(folder / "analytic_dpm")
     (folder / "analytic_dpm" / "statistics.json").write_text("{}")
+    fitted_scheduler(scheduler, (2, 5)).save_pretrained(folder / "calibrated")
+    (folder / "calibrated" / "calibration.json").write_text("{}")
     (folder / "metrics.json").write_text(json.dumps({"rows": [METRIC]}))
 
 
@@ -110,13 +134,15 @@ def config(path):
 
 def test_files(staged):
     found = {path.as_posix() for path in hub.list_files(staged)}
-    code = {"": "pipeline_dpm", "classifier/": "modeling_noisy_classifier", "analytic_dpm/": "scheduling_analytic_dpm"}
+    code = {"": "pipeline_dpm", "classifier/": "modeling_noisy_classifier"}
+    code |= {"analytic_dpm/": "scheduling_analytic_dpm", "calibrated/": "scheduling_calibrated"}
     hashed = {folder: next(staged.glob(f"{folder}{name}_*.py")).name for folder, name in code.items()}
     assert found == {
         *("README.md", "model_index.json", "metrics.json"),
         *("unet/config.json", f"unet/{WEIGHTS}", "unet/diffusion_pytorch_model.fp16.safetensors"),
         "scheduler/scheduler_config.json",
         *("classifier/config.json", f"classifier/{WEIGHTS}", "analytic_dpm/scheduler_config.json"),
+        "calibrated/scheduler_config.json",
         *(f"{folder}{name}.py" for folder, name in code.items()),
         *(folder + name for folder, name in hashed.items()),
         "samples/DDIM-50-steps-seeds-0-to-15.png",
@@ -156,7 +182,33 @@ def test_weights_are_the_runs_and_their_halves(run, staged):
 def test_configs_of_the_extras_are_the_runs(run, staged):
     auto_map = {"auto_map": {"AutoModel": "modeling_noisy_classifier.NoisyClassifier"}}
     assert config(staged / "classifier/config.json") == config(run / "classifier/config.json") | auto_map
-    assert config(staged / "analytic_dpm/scheduler_config.json") == config(run / "analytic_dpm/scheduler_config.json")
+    for name in ("analytic_dpm", "calibrated"):
+        path = f"{name}/scheduler_config.json"
+        assert config(staged / path) == config(run / path)
+
+
+def test_rows_fitted_to_other_weights_are_not_published(tmp_path):
+    run = make_run(tmp_path / "run")
+    pipe = DPMPipeline.from_pretrained(run)
+    for weights, steps in (("0" * 64, (2,)), (weights_hash(pipe.unet), (2, 3))):
+        fitted_scheduler(pipe.scheduler, steps, made={"weights": weights}).save_pretrained(run / "calibrated")
+        if len(steps) == 1:
+            with pytest.raises(ValueError, match="calibrated has rows fitted to other weights: delete them"):
+                hub.stage(run, tmp_path / "staged", "org/name")
+            shutil.rmtree(tmp_path / "staged")
+    hub.stage(run, tmp_path / "staged", "org/name")
+    assert (tmp_path / "staged" / "calibrated" / "scheduler_config.json").is_file()
+    CalibratedScheduler.from_config(pipe.scheduler.config).save_pretrained(run / "calibrated")
+    with pytest.raises(ValueError, match="calibrated has no fitted rows"):
+        hub.stage(run, tmp_path / "again", "org/name")
+
+
+def test_what_an_interrupted_command_left_is_no_component(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "calibrated" / "partial").mkdir(parents=True)
+    hub.stage(run, tmp_path / "staged", "org/name")
+    assert not (tmp_path / "staged" / "calibrated").exists()
+    assert "calibrated" not in hub.evaluate(run)
 
 
 def test_figures_of_other_weights_are_not_published(tmp_path, capsys):
@@ -232,7 +284,9 @@ def test_bundled_scheduler_is_the_packages(cls, tmp_path, caplog):
     assert remote is not cls
     assert remote.__doc__ == cls.__doc__
     options = {"missing_statistics": "lower_bound"} if cls is AnalyticDPMScheduler else {}
-    ours, theirs = cls(**options), remote(**options)
+    if cls is CalibratedScheduler:
+        options = {CALIBRATION: fitted_scheduler(cls(), (10,)).calibration}
+    ours, theirs = cls.from_config(options), remote.from_config(options)
     for scheduler in (ours, theirs):
         scheduler.set_timesteps(10)
     assert [*map(tuple, theirs.updates)] == [*map(tuple, ours.updates)]
@@ -354,6 +408,13 @@ def break_scheduler(folder):
     path.write_text(path.read_text().replace("total = tensor * factor", "total = tensor * 1.01 * factor"))
 
 
+def break_rows(folder):
+    path = folder / "calibrated" / "scheduler_config.json"
+    changed = config(path)
+    changed[CALIBRATION]["tables"][0]["rows"][0][0] *= 1.01
+    path.write_text(json.dumps(changed))
+
+
 def break_half(folder):
     path = folder / "unet" / "diffusion_pytorch_model.fp16.safetensors"
     weights = load_file(path)
@@ -369,6 +430,7 @@ def break_half(folder):
         (break_pipeline, "custom_pipeline with trust_remote_code.*diffusers_dpm"),
         (break_classifier, "the classifier with trust_remote_code"),
         (break_scheduler, "AnalyticDPMScheduler with trust_remote_code: the result differs"),
+        (break_rows, "CalibratedScheduler with trust_remote_code: the result differs"),
         (break_half, "fp16 weights.*conv_in.weight does not fit"),
     ],
 )

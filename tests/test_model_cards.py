@@ -16,7 +16,7 @@ from diffusers_dpm.schedulers import DDPMScheduler
 from diffusers_dpm.training.train_diffusion import TrainingOptions
 from diffusers_dpm.training.unet_presets import PRESETS, build_unet
 
-from .test_hub_staging import METRIC, make_run
+from .test_hub_staging import METRIC, fitted_scheduler, make_run
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
@@ -89,7 +89,8 @@ def test_the_kept_card_is_what_its_facts_and_figures_give(tmp_path):
         options=json.loads((run / "training_options.json").read_text()),
         rows=rows,
         baselines=model_card.read_baselines(CARDS / "ddpm-digits.metrics.json"),
-        extras=["classifier", "analytic_dpm"],
+        extras=["classifier", "analytic_dpm", "calibrated"],
+        fitted_steps={None: [5, 10]},
         pictures=[path.name for path in (CARDS / "samples").iterdir()],
     )
     check_form(card)
@@ -159,21 +160,49 @@ def test_snippets_run(tmp_path):
     check_form(card)
     results = run_snippets(card, tmp_path / "staged")
     pictures = [names.get("images") or [names["image"]] for names in results]
-    assert [len(images) for images in pictures] == [1, 1, 4, 4, 4, 4, 4, 4]
+    assert [len(images) for images in pictures] == [1, 1, *[4] * 8]
     assert all(image.size == (8, 8) for images in pictures for image in images)
     assert [type(names["pipe"].scheduler).__name__ for names in results] == [
         *("DDPMScheduler", "DPMSolverMultistepScheduler", "DPMSolverScheduler", "DDIMScheduler"),
         *("DPMSolverScheduler", "DPMSolverMultistepScheduler", "AnalyticDPMScheduler", "AnalyticDPMScheduler"),
+        *("CalibratedScheduler", "CalibratedScheduler"),
     ]
-    assert {"classifier-guidance", "analytic-dpm"} <= set(ModelCard(card).data.tags)
+    assert "sampling in\n2, 5 steps:\n" in section(card, "Few steps")
+    assert {"classifier-guidance", "analytic-dpm", "calibrated-rows"} <= set(ModelCard(card).data.tags)
     assert "dhariwal2021" in card
     assert "bao2022" in card
+
+
+def test_rows_of_several_scales(tmp_path):
+    """The snippet takes those of the scheduler that is published."""
+    run = make_run(tmp_path / "run", num_train_timesteps=100)
+    scheduler = DPMPipeline.from_pretrained(run).scheduler
+    fitted, guided = fitted_scheduler(scheduler, (7, 9), 1.5), fitted_scheduler(scheduler, (3,), None)
+    both = fitted.calibration | {"tables": guided.calibration["tables"] + fitted.calibration["tables"]}
+    fitted.set_calibration(both)
+    fitted.save_pretrained(run / "calibrated")
+    card = card_of(run, tmp_path / "staged")
+    check_form(card)
+    said = section(card, "Few steps")
+    assert "sampling in\n7, 9 steps under `guidance_scale=1.5`, and\n3 steps:\n" in said
+    assert said.count("num_inference_steps=7)") == 2
+    assert "guidance_scale=...)` takes the rows of another scale" in said
 
 
 def test_a_plain_run_speaks_of_nothing_that_it_does_not_have(tmp_path):
     card = card_of(make_run(tmp_path / "run"), tmp_path / "staged")
     check_form(card)
-    for absent in ("Guided", "Analytic", "classifier", "dhariwal", "bao2022", "model-index", "metrics.json"):
+    for absent in (
+        "Guided",
+        "Analytic",
+        "alibrated",
+        "Few steps",
+        "classifier",
+        "dhariwal",
+        "bao2022",
+        "model-index",
+        "metrics.json",
+    ):
         assert absent not in card
     assert "has not stated a licence" in section(card, "Limits")
     assert ModelCard(card).data.license is None

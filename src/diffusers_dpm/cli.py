@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": Command("diffusers_dpm.command_evaluate:main", "train", "image quality by sampler and steps"),
     "compare": Command("diffusers_dpm.command_compare:main", "train", "two evaluations side by side"),
     "statistics": Command("diffusers_dpm.command_statistics:main", "train", "variances for AnalyticDPMScheduler"),
+    "calibrate": Command("diffusers_dpm.command_calibrate:main", "train", "rows for CalibratedScheduler, few steps"),
     "likelihood": Command("diffusers_dpm.command_likelihood:main", "train", "bits per dimension, bound and ODE"),
     "publish": Command("diffusers_dpm.command_publish:main", "train", "put a run folder on the Hub, checked"),
     "demo": Command("diffusers_dpm.demo:main", "demo", "train, sample and reload on scikit-learn's digits"),

@@ -1,9 +1,9 @@
 """`diffusers-dpm demo`: the main job end to end on scikit-learn's handwritten digits, without a download.
 
-Trains a small U-Net, estimates its posterior variances, trains a classifier of noisy digits, draws with DDPM, DDIM,
-Analytic-DPM and DPM-Solver, and ten of each digit with classifier guidance; then loads the run folder with plain
-diffusers in a process in which this package cannot be imported, and shows what publishing it would upload. The recipe
-is the `training` section of model_cards/ddpm-digits.yaml.
+Trains a small U-Net, estimates its posterior variances, fits rows of coefficients to it, trains a classifier of noisy
+digits, draws with DDPM, DDIM, Analytic-DPM, DPM-Solver and the fitted rows, and ten of each digit with classifier
+guidance; then loads the run folder with plain diffusers in a process in which this package cannot be imported, and
+shows what publishing it would upload. The recipe is the `training` section of model_cards/ddpm-digits.yaml.
 """
 
 import argparse
@@ -19,12 +19,19 @@ import torch
 from PIL import Image
 
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
-from diffusers_dpm.schedulers import AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler, DPMSolverScheduler
+from diffusers_dpm.schedulers import (
+    AnalyticDPMScheduler,
+    CalibratedScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverScheduler,
+)
 
 
 COLUMNS = 10
 SEEDS = range(100)
 STATISTICS = ("--timesteps", "100", "--num-samples", "128", "--batch-size", "256")
+CALIBRATION = ("--steps", "5", "10", "--num-images", "32", "--max-walks", "15", "--teacher-steps", "100")
 CLASSIFIER = (
     "--max-train-steps",
     "1000",
@@ -60,27 +67,30 @@ def main(argv: list[str] | None = None) -> int:
     run: Path = arguments.output_dir
     start = time.perf_counter()
 
-    heading("1/6  train")
+    heading("1/7  train")
     recipe = training_recipe()
     if arguments.max_train_steps is not None:
         recipe["max_train_steps"] = arguments.max_train_steps
     train(recipe, run)
 
-    heading("2/6  estimate the variances of Analytic-DPM")
+    heading("2/7  estimate the variances of Analytic-DPM")
     command("statistics", run, "--data", "digits", *STATISTICS)
 
-    heading("3/6  train a classifier of noisy digits")
+    heading("3/7  fit rows for 5 and 10 steps")
+    command("calibrate", run, *CALIBRATION)
+
+    heading("4/7  train a classifier of noisy digits")
     command("train-classifier", run, "--data", "digits", "--eval-split", "test", "--overwrite", *CLASSIFIER)
 
-    heading("4/6  sample")
+    heading("5/7  sample")
     samples = draw(run)
     figure(samples, run / "digits.png")
 
-    heading("5/6  load the folder with plain diffusers, in a process that cannot import diffusers_dpm")
+    heading("6/7  load the folder with plain diffusers, in a process that cannot import diffusers_dpm")
     picture = run / file_name("plain diffusers")
     subprocess.run([sys.executable, "-c", PLAIN_DIFFUSERS, str(run), str(picture)], check=True)
 
-    heading("6/6  what publishing would upload")
+    heading("7/7  what publishing would upload")
     command("publish", run, "your-name/ddpm-digits", "--dry-run")
 
     heading(f"done in {time.perf_counter() - start:.0f} s")
@@ -127,6 +137,8 @@ def draw(run: Path) -> dict[str, Image.Image]:
         "DDIM, 50 steps": (DDIMScheduler.from_config(config, timestep_spacing="trailing"), 50),
         "Analytic-DPM, 25 steps": (AnalyticDPMScheduler.from_pretrained(run, subfolder="analytic_dpm"), 25),
         "DPM-Solver, 10 steps": (solver, 10),
+        "DPM-Solver, 5 steps": (solver, 5),
+        "Calibrated, 5 steps": (CalibratedScheduler.from_pretrained(run, subfolder="calibrated"), 5),
     }
     samples = {}
     for name, (scheduler, steps) in samplers.items():
@@ -159,7 +171,7 @@ def figure(samples: dict[str, Image.Image], path: Path) -> None:
 
     order = torch.randperm(1797, generator=torch.Generator().manual_seed(0))[: len(SEEDS)]
     panels = {"data": grid(load_digits().images[order][..., None] / 16), **samples}
-    canvas, axes = pyplot.subplots(2, 3, figsize=(12, 8.4), layout="constrained")
+    canvas, axes = pyplot.subplots(2, 4, figsize=(16, 8.4), layout="constrained")
     for axis, (title, image) in zip(axes.flat, panels.items(), strict=True):
         axis.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(title)

@@ -52,7 +52,7 @@ from diffusers_dpm.model_card import (
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.pipelines.pipeline_dpm import stock_twin
 from diffusers_dpm.remote_code import write_code
-from diffusers_dpm.sampling import weights_hash
+from diffusers_dpm.sampling import fitted_steps, weights_hash
 from diffusers_dpm.schedulers import DDIMScheduler
 
 
@@ -182,9 +182,11 @@ def stage(
     pipe = DPMPipeline(unet=loaded.unet, scheduler=loaded.scheduler)
     if pipe.unet.config.sample_size is None:
         raise ValueError(f"the U-Net's config in {run} has no sample_size: plain diffusers could not sample from it")
-    extras = [name for name in EXTRAS if (run / name).is_dir()]
+    extras = list_extras(run)
     for name in extras:
         stage_extra(run / name, folder / name)
+    calibrated = run / "calibrated"
+    fitted = fitted_steps(load_extra(calibrated), pipe.unet, calibrated) if calibrated.name in extras else {}
     pipe.save_pretrained(folder)  # after the classifier's weights, which its index tells plain diffusers to leave
     if variant:
         rounded = copy.deepcopy(pipe.unet).to(VARIANTS[variant])
@@ -201,6 +203,7 @@ def stage(
         baselines=baselines,
         extras=extras,
         pictures=stage_pictures(pipe, run / "samples", folder / "samples"),
+        fitted_steps=fitted,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -208,6 +211,11 @@ def stage(
 def list_files(folder: Path) -> list[Path]:
     """All files below `folder`, relative to it, sorted."""
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def list_extras(folder: Path) -> list[str]:
+    """Those of `EXTRAS` that the folder has; an interrupted command leaves one without a config."""
+    return [name for name, extra in EXTRAS.items() if (folder / name / extra.cls.config_name).is_file()]
 
 
 def stage_extra(source: Path, target: Path) -> None:
@@ -385,7 +393,7 @@ def evaluate(folder: Path) -> dict[str, np.ndarray]:
         results["plain"] = draw(stock, generator=torch.Generator().manual_seed(0))
     for name, (scheduler, steps) in extra_schedulers(folder).items():
         results[name] = draw(DPMPipeline(pipe.unet, scheduler), steps, seeds=[0])
-    if (folder / "classifier").is_dir():
+    if "classifier" in list_extras(folder):
         shape = (1, config.in_channels, *image_size(config.sample_size))
         results["x"] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).numpy()
         with torch.no_grad():
@@ -396,7 +404,7 @@ def evaluate(folder: Path) -> dict[str, np.ndarray]:
 
 def extra_schedulers(folder: Path) -> dict[str, tuple[Any, int]]:
     """The schedulers beside the pipeline, each with a small number of steps that it has coefficients for."""
-    names = [name for name in EXTRAS if issubclass(EXTRAS[name].cls, SchedulerMixin) and (folder / name).is_dir()]
+    names = [name for name in list_extras(folder) if issubclass(EXTRAS[name].cls, SchedulerMixin)]
     loaded = {name: load_extra(folder / name) for name in names}
     few = checking_steps(folder)
     return {name: (each, min(getattr(each, "available_steps", None) or [few])) for name, each in loaded.items()}

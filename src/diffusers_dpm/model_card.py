@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
-from diffusers_dpm.schedulers import AnalyticDPMScheduler
+from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler
 
 
 FACTS = {"name", "title", "license", "description", "data", "training", "hardware", "limits"}
@@ -46,6 +46,7 @@ class Extra(NamedTuple):
 EXTRAS = {
     "classifier": Extra(NoisyClassifier, "classifier-guidance"),
     "analytic_dpm": Extra(AnalyticDPMScheduler, "analytic-dpm"),
+    "calibrated": Extra(CalibratedScheduler, "calibrated-rows"),
 }
 # key of a row of metrics.json -> its type; the first ones say what was measured, the last how
 METRIC_KEYS: dict[str, type | tuple[type, ...]] = {
@@ -132,6 +133,7 @@ def render_card(
     baselines: Sequence[Mapping[str, Any]],
     extras: Sequence[str],
     pictures: Sequence[str],
+    fitted_steps: Mapping[float | None, Sequence[int]] | None = None,
 ) -> str:
     """The model card as Markdown.
 
@@ -144,6 +146,7 @@ def render_card(
         baselines: as from `read_baselines`.
         extras: which of `EXTRAS` the repository has.
         pictures: file names in samples/.
+        fitted_steps: guidance scale (None: without) -> numbers of steps, what the extra "calibrated" has rows for.
     """
     config = pipe.unet.config
     title = facts.get("title") or repo_id.split("/")[1]
@@ -163,6 +166,7 @@ def render_card(
         scheduler=pipe.scheduler.config,
         num_classes=config.num_class_embeds,
         extras=extras,
+        fitted_steps=fitted_steps or {},
         pictures={Path(name).stem.replace("-", " "): quote(f"samples/{name}") for name in pictures},
         tables=metric_tables(rows, baselines),
         diffusers_version=version("diffusers"),

@@ -1,6 +1,7 @@
 """Many images from seeds, kept one by one in a folder: under any scheduler, on any number of processes, resumable."""
 
 import difflib
+import hashlib
 import inspect
 import json
 import os
@@ -23,7 +24,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
-from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler
+from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler
+from diffusers_dpm.schedulers.scheduling_analytic_dpm import STATISTICS
+from diffusers_dpm.schedulers.scheduling_calibrated import CALIBRATION
 from diffusers_dpm.statistics import fingerprint
 
 
@@ -42,6 +45,11 @@ def command_name(scheduler_class: type) -> str:
 
 
 SCHEDULERS = {command_name(scheduler_class): scheduler_class for scheduler_class in ALL_SCHEDULERS}
+# Schedulers that hold something of the model: the folder beside it where they lie, and the command that makes it.
+BESIDE: dict[type, tuple[str, str]] = {
+    AnalyticDPMScheduler: ("analytic_dpm", "statistics"),
+    CalibratedScheduler: ("calibrated", "calibrate"),
+}
 
 
 def find_scheduler(name: str) -> type[SchedulerMixin]:
@@ -86,17 +94,20 @@ def parse_value(text: str) -> Any:
         return text
 
 
-def build_scheduler(name: str, options: dict[str, Any], pipeline: DPMPipeline, model: str) -> Any:
+def build_scheduler(
+    name: str, options: dict[str, Any], pipeline: DPMPipeline, model: str, guidance_scale: float | None = None
+) -> Any:
     """The scheduler for a model, from the config of the model's own.
 
     Args:
-        name: as `find_scheduler`. AnalyticDPMScheduler is loaded from the model's `analytic_dpm`.
+        name: as `find_scheduler`. Those of `BESIDE` are loaded from the model's folder.
         options: keys of its config that go before the model's.
         pipeline: the model's pipeline.
         model: run folder or Hub id.
+        guidance_scale: that of sampling; "calibrated" takes the rows fitted under it, if there are any.
 
     Raises:
-        ValueError: no such scheduler, option or value; no statistics for "analytic-dpm".
+        ValueError: no such scheduler, option or value; no folder for one of `BESIDE`, or rows of other weights in it.
     """
     scheduler_class = find_scheduler(name)
     known = inspect.signature(scheduler_class.__init__).parameters.keys()
@@ -104,15 +115,40 @@ def build_scheduler(name: str, options: dict[str, Any], pipeline: DPMPipeline, m
         near = difflib.get_close_matches(key, known, n=1)
         raise ValueError(f"{name} has no option {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
     config = pipeline.scheduler.config
-    if scheduler_class is AnalyticDPMScheduler:
+    if scheduler_class in BESIDE:
+        folder, command = BESIDE[scheduler_class]
         try:
-            config = AnalyticDPMScheduler.from_pretrained(model, subfolder="analytic_dpm").config
+            saved = scheduler_class.from_pretrained(model, subfolder=folder)
         except OSError as error:
-            raise ValueError(f"{model} has no analytic_dpm: 'diffusers-dpm statistics {model}' makes it") from error
+            raise ValueError(f"{model} has no {folder}: 'diffusers-dpm {command} {model}' makes it") from error
+        config = saved.config
+        beside = f"{model}/{folder}"
+        if scheduler_class is CalibratedScheduler and guidance_scale in fitted_steps(saved, pipeline.unet, beside):
+            options = {"guidance_scale": guidance_scale, **options}
     try:
         return scheduler_class.from_config(config, **options)
     except NotImplementedError as error:  # how diffusers refuses values
         raise ValueError(f"{name}: {error}") from error
+
+
+def fitted_steps(
+    scheduler: CalibratedScheduler, unet: torch.nn.Module, where: str | Path
+) -> dict[float | None, list[int]]:
+    """Guidance scale (None: without) -> the numbers of steps that there are rows for. The config's own scale is first.
+
+    Raises:
+        ValueError: there are no rows of that scale, or they say that they were fitted to another network; names
+            `where` they are.
+    """
+    calibration = scheduler.calibration
+    if calibration is None or not scheduler.available_steps:
+        raise ValueError(f"{where} has no fitted rows: 'diffusers-dpm calibrate' makes some")
+    if calibration.get("made", {}).get("weights") not in (None, weights_hash(unet)):
+        raise ValueError(f"{where} has rows fitted to other weights: delete them, and 'diffusers-dpm calibrate' again")
+    steps: dict[float | None, list[int]] = {scheduler.config.guidance_scale: []}
+    for table in calibration["tables"]:
+        steps.setdefault(table["guidance_scale"], []).append(len(table["timesteps"]))
+    return steps
 
 
 def parse_seeds(texts: Iterable[str]) -> list[int]:
@@ -157,6 +193,7 @@ class Sampler:
             "weights": weights_hash(self.pipeline.unet),
             "scheduler": scheduler_name(scheduler),
             "config": {key: value for key, value in scheduler.config.items() if not key.startswith("_")},
+            "carried": carried_hash(scheduler, self.num_inference_steps),
             "num_inference_steps": self.num_inference_steps,
             "class_labels": self.class_labels and list(self.class_labels),
             "guidance_scale": self.guidance_scale,
@@ -198,6 +235,23 @@ class Sampler:
 def weights_hash(network: torch.nn.Module) -> str:
     """SHA-256 of the weights."""
     return fingerprint(network.state_dict().values())
+
+
+def carried_hash(scheduler: Any, num_inference_steps: int | None) -> str | None:
+    """Of the statistics, or the rows for so many steps, that a scheduler carries; None if it does not.
+
+    They may be made anew for the same weights, and rows for other steps added.
+    """
+    carried = {key: value for key, value in scheduler.config.items() if key == STATISTICS}
+    if isinstance(scheduler, CalibratedScheduler):
+        chosen = (num_inference_steps, scheduler.config.guidance_scale)
+        tables = (scheduler.calibration or {}).get("tables", ())
+        carried = {CALIBRATION: [t for t in tables if (len(t["timesteps"]), t["guidance_scale"]) == chosen]}
+    return short_hash(carried) if carried else None
+
+
+def short_hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def scheduler_name(scheduler: Any) -> str:

@@ -36,9 +36,9 @@ from diffusers import AutoModel, DiffusionPipeline
 from diffusers.utils import get_class_from_dynamic_module
 torch.set_num_threads(1)
 
-def draw(pipe, **arguments):
+def draw(pipe, num_inference_steps=4, **arguments):
     pipe.set_progress_bar_config(disable=True)
-    return pipe(num_inference_steps=4, output_type="np", **arguments).images
+    return pipe(num_inference_steps=num_inference_steps, output_type="np", **arguments).images
 
 def outcome(action):
     try:
@@ -58,13 +58,13 @@ assert type(pipe) is diffusers.DDPMPipeline and type(pipe.scheduler) is diffuser
 results = {"plain": draw(pipe, generator=seeded())}
 """
 PACKAGE = """
-from diffusers_dpm import AnalyticDPMScheduler, DPMPipeline, NoisyClassifier
+from diffusers_dpm import AnalyticDPMScheduler, CalibratedScheduler, DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import ALL_SCHEDULERS
 
 plain = DiffusionPipeline.from_pretrained(model)
 pipe = DPMPipeline.from_pretrained(model)
 results = {}
-for cls in ALL_SCHEDULERS:
+for cls in set(ALL_SCHEDULERS) - {CalibratedScheduler}:  # which has rows for its own numbers of steps
     options = {"missing_statistics": "lower_bound"} if cls is AnalyticDPMScheduler else {}
     plain.scheduler = cls.from_config(plain.scheduler.config, **options)
     pipe.scheduler = cls.from_config(pipe.scheduler.config, **options)
@@ -72,6 +72,8 @@ for cls in ALL_SCHEDULERS:
     results[f"{cls.__name__} in ours"] = draw(pipe, seeds=[0, 1])
 pipe.scheduler = AnalyticDPMScheduler.from_pretrained(model, subfolder="analytic_dpm")
 results["analytic"] = draw(pipe, seeds=[0, 1])
+pipe.scheduler = CalibratedScheduler.from_pretrained(model, subfolder="calibrated")
+results["calibrated"] = draw(pipe, seeds=[0, 1], num_inference_steps=5)
 classifier = NoisyClassifier.from_pretrained(model, subfolder="classifier")
 pipe = DPMPipeline.from_pretrained(model, classifier=classifier)
 results["guided"] = draw(pipe, **GUIDED)
@@ -81,17 +83,22 @@ REMOTE_CODE = """
 def with_remote_code(model, **trust):
     classifier = AutoModel.from_pretrained(model, subfolder="classifier", **trust)
     pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline="pipeline_dpm", classifier=classifier, **trust)
-    scheduler = get_class_from_dynamic_module(
+    analytic = get_class_from_dynamic_module(
         model, "scheduling_analytic_dpm.py", subfolder="analytic_dpm", class_name="AnalyticDPMScheduler", **trust
     ).from_pretrained(model, subfolder="analytic_dpm")
-    return pipe, scheduler
+    calibrated = get_class_from_dynamic_module(
+        model, "scheduling_calibrated.py", subfolder="calibrated", class_name="CalibratedScheduler", **trust
+    ).from_pretrained(model, subfolder="calibrated")
+    return pipe, analytic, calibrated
 
-def draw_both(pipe, scheduler):
-    stock, guided = pipe.scheduler, draw(pipe, **GUIDED)
-    pipe.scheduler = scheduler
-    analytic = draw(pipe, seeds=[0, 1])
+def draw_all(pipe, analytic, calibrated):
+    stock, results = pipe.scheduler, {"guided": draw(pipe, **GUIDED)}
+    pipe.scheduler = analytic
+    results["analytic"] = draw(pipe, seeds=[0, 1])
+    pipe.scheduler = calibrated
+    results["calibrated"] = draw(pipe, seeds=[0, 1], num_inference_steps=5)
     pipe.scheduler = stock
-    return {"guided": guided, "analytic": analytic}
+    return results
 """
 SAVE = "np.savez(sys.argv[1], **results)\n"
 PUBLISH = """
@@ -103,7 +110,7 @@ sys.exit(main(["publish", *sys.argv[1:]]))
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
-    """A run folder with classifier/ and analytic_dpm/."""
+    """A run folder with classifier/, analytic_dpm/ and calibrated/."""
     return make_run(tmp_path_factory.mktemp("published") / "run", extras=True)
 
 
@@ -171,9 +178,9 @@ def test_the_package_draws_what_the_run_did(run, published, tmp_path):
 
 
 def test_the_code_in_the_repository_draws_what_the_run_did(run, published, tmp_path):
-    code = REMOTE_CODE + "results = draw_both(*with_remote_code(model, trust_remote_code=True))"
+    code = REMOTE_CODE + "results = draw_all(*with_remote_code(model, trust_remote_code=True))"
     results, _ = there(published, tmp_path, code, without_package=True)
-    assert_equal(results, {name: here(run, PACKAGE)[name] for name in ("guided", "analytic")})
+    assert_equal(results, {name: here(run, PACKAGE)[name] for name in ("guided", "analytic", "calibrated")})
 
 
 def test_without_the_flag_no_code_runs_and_the_error_names_it(published):
@@ -235,12 +242,12 @@ for way, pair in zip(("id", "folder"), pairs):
     first, second = (with_remote_code(place, **trust) for place in pair)
     again = with_remote_code(pair[0], **trust)
     for name, loaded in (("first", first), ("second", second), ("again", again)):
-        results |= {f"{way} {name} {what}": images for what, images in draw_both(*loaded).items()}
+        results |= {f"{way} {name} {what}": images for what, images in draw_all(*loaded).items()}
 """
     results, _ = there(published, tmp_path, REMOTE_CODE + code, without_package=True)
     expected = here(run, PACKAGE)
     for way in ("id", "folder"):
-        for what in ("guided", "analytic"):
+        for what in ("guided", "analytic", "calibrated"):
             for name in ("first", "again"):
                 np.testing.assert_array_equal(results[f"{way} {name} {what}"], expected[what])
             assert not np.array_equal(results[f"{way} second {what}"], expected[what])
@@ -372,14 +379,17 @@ print("imported|", [name for name in ("this", "hostile") if name in sys.modules]
 
 REPUBLISH = """
 from diffusers import DDPMPipeline
-from diffusers_dpm import AnalyticDPMScheduler, DPMPipeline, DPMSolverScheduler, NoisyClassifier
+from diffusers_dpm import (
+    AnalyticDPMScheduler, CalibratedScheduler, DPMPipeline, DPMSolverScheduler, NoisyClassifier
+)
 from diffusers_dpm.hub import publish
 
 classifier = NoisyClassifier.from_pretrained(model, subfolder="classifier")
 pipe = DPMPipeline.from_pretrained(model, classifier=classifier)
 pipe.save_pretrained("ours")
 classifier.save_pretrained("ours/classifier")
-AnalyticDPMScheduler.from_pretrained(model, subfolder="analytic_dpm").save_pretrained("ours/analytic_dpm")
+for cls, folder in ((AnalyticDPMScheduler, "analytic_dpm"), (CalibratedScheduler, "calibrated")):
+    cls.from_pretrained(model, subfolder=folder).save_pretrained(f"ours/{folder}")
 publish("ours", "alice/ours")
 
 stock = DDPMPipeline.from_pretrained(model)
@@ -401,7 +411,8 @@ def test_what_was_loaded_from_the_hub_is_published_again(run, published, tmp_pat
     for name in first.keys() - generated:
         if not name.endswith((".json", ".png")):
             assert again[name] == first[name], name
-    for name in ("classifier/config.json", "analytic_dpm/scheduler_config.json", "model_index.json"):
+    schedulers = ("analytic_dpm/scheduler_config.json", "calibrated/scheduler_config.json")
+    for name in ("classifier/config.json", *schedulers, "model_index.json"):
         assert json.loads(again[name]) == json.loads(first[name]), name
     index = json.loads(stock["model_index.json"])
     assert index["scheduler"] == ["diffusers", "DDPMScheduler"]

@@ -7,7 +7,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput
 
-from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler
+from diffusers_dpm.pipelines import pipeline_dpm
+from diffusers_dpm.schedulers import CalibratedScheduler, DDIMScheduler, DDPMScheduler, DPMSolverScheduler
+from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
 
 from .test_guidance import LINEAR, MixtureClassifier, MixtureUNet, guided_pair, latents, path
 
@@ -367,6 +369,37 @@ def test_classifier_of_other_images_or_classes(make_pipe, config, message):
     pipe.register_modules(classifier=LinearClassifier(**config))
     with pytest.raises(ValueError, match=message):
         path(pipe, class_labels=0)
+
+
+@pytest.mark.parametrize(
+    ("fitted", "arguments", "warned"),
+    [
+        (None, {}, None),
+        (None, {"class_labels": 1, "guidance_scale": 0.0}, None),
+        (None, {"class_labels": 1, "guidance_scale": 2.0}, "fitted without guidance and fit less well"),
+        (0.1, {"class_labels": 1, "guidance_scale": 0.1}, None),
+        (0.1, {"class_labels": 1}, "fitted under guidance_scale=0.1 and fit less well"),
+        (0.1, {"class_labels": [1, 1], "guidance_scale": [0.1, 0.2]}, "fitted under guidance_scale=0.1"),
+        (0.1, {}, "fitted under guidance_scale=0.1"),
+    ],
+)
+def test_rows_fitted_under_another_scale_are_warned_of_once(real_pipe, caplog, fitted, arguments, warned):
+    solver = DPMSolverScheduler()
+    real_pipe.scheduler = DDIMScheduler()
+    for scheduler in (solver, CalibratedScheduler.from_config(solver.config, guidance_scale=fitted)):
+        if scheduler is not solver:
+            solver.set_timesteps(3)
+            table = {"timesteps": solver.timesteps.tolist(), "guidance_scale": fitted}
+            table["rows"] = [[row.sample, *row.x0] for row in solver.updates]
+            conditions = {key: solver.config[key] for key in CONDITIONS}
+            scheduler.set_calibration({"tables": [table], "schedule_hash": solver.schedule.hash, **conditions})
+        pipeline_dpm.warn_once.cache_clear()
+        real_pipe.scheduler = scheduler
+        for _ in range(2):
+            real_pipe(num_inference_steps=3, output_type="pt", seeds=[0, 1], **arguments)
+        messages = [record.getMessage() for record in caplog.records if "fitted" in record.getMessage()]
+        assert len(messages) == (scheduler is not solver and warned is not None)
+    assert warned is None or warned in messages[0]
 
 
 def test_labels_that_are_embeddings_cannot_guide(make_pipe):

@@ -1,0 +1,282 @@
+"""`diffusers-dpm calibrate` on the run folder of a small real model, against the function that it calls."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from diffusers_dpm.calibration import Calibration, calibrate, network_calls
+from diffusers_dpm.cli import main as cli
+from diffusers_dpm.command_calibrate import largest_defect, main
+from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.schedulers import CalibratedScheduler
+from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
+from diffusers_dpm.training import build_unet
+from diffusers_dpm.training.unet_presets import ddpm_unet
+
+
+pytestmark = pytest.mark.usefixtures("fresh_process")
+T = 20
+FEW = {"num_images": 3, "teacher_steps": T, "max_walks": 2, "seed": 5, "batch_size": 5}
+OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in FEW.items()]
+CALLS = network_calls([3, 4], FEW["num_images"], T, FEW["max_walks"])
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A random network with a classifier beside it."""
+    torch.manual_seed(1)
+    unet = build_unet(ddpm_unet((8, 16), layers=1, attention=(), groups=4), (1, 8, 8), paper_init=False)
+    DPMPipeline(
+        unet, DDPMScheduler(num_train_timesteps=T, beta_end=0.3, prediction_type="v_prediction")
+    ).save_pretrained(tmp_path / "run")
+    blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "norm_num_groups": 4}
+    classifier = NoisyClassifier(3, sample_size=8, in_channels=1, layers_per_block=1, **blocks)
+    torch.nn.init.normal_(classifier.head.out.weight, std=1)
+    classifier.save_pretrained(tmp_path / "run" / "classifier")
+    return tmp_path / "run"
+
+
+def command(run, *arguments, steps=(3, 4)):
+    return [str(run), "--steps", *map(str, steps), "--cpu", *OPTIONS, *arguments]
+
+
+def tables(folder):
+    """(guidance scale, number of steps) -> table."""
+    found = Calibration.load(folder / "calibration.json").tables
+    return {(table["guidance_scale"], len(table["timesteps"])): table for table in found}
+
+
+def test_end_to_end(run, capsys):
+    assert cli(["calibrate", *command(run)]) == 0
+    folder = run / "calibrated"
+    assert sorted(path.name for path in folder.iterdir()) == ["calibration.json", "scheduler_config.json"]
+    calibration = Calibration.load(folder / "calibration.json")
+    pipeline = DPMPipeline.from_pretrained(run)
+    expected = calibrate(pipeline.unet, pipeline.scheduler, [3, 4], **FEW)
+    assert calibration.tables == expected.tables
+    assert [len(table["timesteps"]) for table in expected.tables] == [3, 4]
+    assert str(run) not in (folder / "scheduler_config.json").read_text()  # it gets published
+
+    pipeline.scheduler = CalibratedScheduler.from_pretrained(run, subfolder="calibrated")
+    assert pipeline.scheduler.available_steps == [3, 4]
+    assert pipeline.scheduler.calibration == calibration.to_dict()
+    images = pipeline(seeds=[0, 1], num_inference_steps=4, output_type="pt").images
+    assert images.isfinite().all()
+    assert pipeline.scheduler.timesteps.tolist() == expected.tables[1]["timesteps"]
+
+    shown, progress = capsys.readouterr()
+    rows = [line.split() for line in shown.split("\n") if re.fullmatch(r" +\d+( +\S+){5}", line)]
+    assert [row[:2] for row in rows] == [["3", "none"], ["4", "none"]]
+    for (*_, error, solver, ratio, defect), table in zip(rows, expected.tables, strict=True):
+        assert float(error) == pytest.approx(table["mean_error"], abs=1e-4)
+        assert float(solver) == pytest.approx(table["solver_mean_error"], abs=1e-4)
+        assert float(ratio) == pytest.approx(table["mean_error"] / table["solver_mean_error"], abs=0.01)
+        assert float(defect) == pytest.approx(worst_defect(pipeline.scheduler, len(table["timesteps"])), rel=0.06)
+        assert float(defect) > 1e-3
+    assert "left out" not in shown
+    assert f"{CALLS}/{CALLS}" in progress
+
+
+def worst_defect(scheduler, num_inference_steps):
+    scheduler.set_timesteps(num_inference_steps)
+    missed = []
+    for i, row in enumerate(scheduler.updates):
+        source, target = scheduler.levels[i : i + 2]
+        missed.append(row.sample * source.alpha + sum(row.x0) - target.alpha)
+        missed.append((row.sample * source.sigma) ** 2 - target.sigma**2)
+    return max(map(abs, missed))
+
+
+@pytest.mark.parametrize(("x0", "defect"), [(0.5, 0.5), (1.25, 0.25)])
+def test_a_row_may_miss_on_both_sides(x0, defect):
+    """x_0 times `x0`, where it should be x_0."""
+    scheduler = CalibratedScheduler()
+    conditions = {key: scheduler.config[key] for key in CONDITIONS}
+    table = {"timesteps": [999], "rows": [[0.0, x0]], "guidance_scale": None}
+    scheduler.set_calibration({"tables": [table], "schedule_hash": scheduler.schedule.hash, **conditions})
+    assert largest_defect(scheduler, 1) == defect
+
+
+def test_tables_for_other_steps_and_scales_are_kept(run, capsys):
+    """Guided by the run's classifier; the scheduler is saved for sampling without guidance where it can be."""
+    assert main(command(run, "--guidance-scale=2", steps=[3])) == 0
+    folder = run / "calibrated"
+    assert CalibratedScheduler.from_pretrained(folder).config.guidance_scale == 2
+    assert main(command(run)) == 0
+    before = tables(folder)
+    assert before.keys() == {(None, 3), (None, 4), (2.0, 3)}
+    assert "     3         2" in capsys.readouterr().out
+    assert before[None, 3]["rows"] != before[2.0, 3]["rows"]
+    saved = CalibratedScheduler.from_pretrained(folder)
+    assert saved.config.guidance_scale is None
+    assert saved.available_steps == [3, 4]
+    assert CalibratedScheduler.from_pretrained(folder, guidance_scale=2.0).available_steps == [3]
+
+    assert main(command(run, "--seed=6", "--guidance-scale=2", steps=[3])) == 0
+    after = tables(folder)
+    assert after.keys() == before.keys()
+    assert {key for key in after if after[key] != before[key]} == {(2.0, 3)}
+    assert CalibratedScheduler.from_pretrained(folder).config.guidance_scale is None
+
+    pipeline = DPMPipeline.from_pretrained(run)
+    classifier = NoisyClassifier.from_pretrained(run, subfolder="classifier")
+    options = FEW | {"seed": 6, "classifier": classifier, "guidance_scale": 2.0}
+    guided = calibrate(pipeline.unet, pipeline.scheduler, [3], **options)
+    assert guided.tables == [after[2.0, 3]]
+
+
+def test_rows_for_another_model_are_refused_before_the_work(run, capsys):
+    """The same run trained further, or with another noise schedule."""
+    assert main(command(run, steps=[3])) == 0
+    files = {path: path.read_bytes() for path in (run / "calibrated").iterdir()}
+    scheduler = run / "scheduler" / "scheduler_config.json"
+    config = json.loads(scheduler.read_text())
+    scheduler.write_text(json.dumps(config | {"beta_end": 0.2}))
+    capsys.readouterr()
+    assert main(command(run)) == 2
+    assert "different schedulers: schedule_hash differs): delete it, or" in capsys.readouterr().err
+    scheduler.write_text(json.dumps(config))
+
+    pipeline = DPMPipeline.from_pretrained(run)
+    with torch.no_grad():
+        pipeline.unet.conv_out.bias += 0.1
+    pipeline.save_pretrained(run)
+    assert main(command(run)) == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error.startswith(
+        f"error: {run}/calibrated holds rows for another model (the calibrations are for different"
+    )
+    assert error.endswith("delete it, or choose another folder with --output-dir")
+    assert "images x timesteps" not in error
+    assert {path: path.read_bytes() for path in (run / "calibrated").iterdir()} == files
+    assert main(command(run, f"--output-dir={run / 'again'}")) == 0
+    assert tables(run / "again").keys() == {(None, 3), (None, 4)}
+
+
+def test_rows_that_are_not_better_are_left_out(run, capsys):
+    """The network predicts x_0 = 0 from everything: any solver is exact."""
+    pipeline = DPMPipeline.from_pretrained(run)
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight.zero_()
+        pipeline.unet.conv_out.bias.zero_()
+    pipeline.scheduler.register_to_config(prediction_type="sample")
+    pipeline.save_pretrained(run)
+    assert main(command(run)) == 2
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error == "error: for 3, 4 steps, DPM-Solver is as near to the teacher as fitted rows: nothing written"
+    assert not list(run.glob("calibrated/*"))
+
+
+def test_some_are_left_out(run, capsys, monkeypatch):
+    """Rows for 3 steps whose reported error is that of a solver that is better."""
+    from diffusers_dpm import calibration
+
+    best_table = calibration.best_table
+
+    def worse(student, scheduler, num_steps, max_walks):
+        table = best_table(student, scheduler, num_steps, max_walks)
+        return table | {"solver_mean_error": 0.0} if num_steps == 3 else table
+
+    monkeypatch.setattr(calibration, "best_table", worse)
+    assert main(command(run)) == 0
+    assert "left out, since DPM-Solver is as near to the teacher: 3 steps" in capsys.readouterr().out
+    assert tables(run / "calibrated").keys() == {(None, 4)}
+
+
+def test_interrupted_and_repeated(run, capsys):
+    """KeyboardInterrupt in the walks of the second table, as Ctrl-C raises it; the teacher is not asked again."""
+    counts = {"calls": 0, "limit": None}
+
+    def count(module, arguments):
+        if isinstance(module, UNet2DModel):
+            counts["calls"] += 1
+            if counts["calls"] == counts["limit"]:
+                raise KeyboardInterrupt
+
+    hook = register_module_forward_pre_hook(count)
+    try:
+        assert main(command(run)) == 0
+        whole, num_calls = tables(run / "calibrated"), counts["calls"]
+        shutil.rmtree(run / "calibrated")
+        counts.update(calls=0, limit=num_calls - 5)
+        assert main(command(run)) == 130
+        partial = run / "calibrated" / "partial"
+        assert [path.name for path in run.glob("calibrated/*")] == ["partial"]
+        assert len(list(partial.iterdir())) > 0
+        assert "interrupted" in capsys.readouterr().err
+        assert main(command(run, "--seed=6")) == 2
+        assert "partial results of other settings" in capsys.readouterr().err
+        counts.update(calls=0, limit=None)
+        assert main(command(run)) == 0
+        assert 0 < counts["calls"] < num_calls - 2 * T  # the teacher's, of 9 images in batches of 5
+    finally:
+        hook.remove()
+    assert tables(run / "calibrated") == whole
+    assert not partial.exists()
+
+
+def test_two_processes_equal_one(run):
+    """Bit for bit: a batch holds the same images, whoever computes it."""
+    assert main(command(run)) == 0
+    one = tables(run / "calibrated")
+    shutil.rmtree(run / "calibrated")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*launch, "-m", "diffusers_dpm.command_calibrate", *command(run)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert tables(run / "calibrated") == one
+    assert result.stdout.count("distance to the teacher's images") == 1
+    assert not (run / "calibrated" / "partial").exists()
+    assert f"{CALLS}/{CALLS}" in result.stderr  # the progress bar, of the first process for both
+
+
+def test_what_cannot_be_used_is_told_in_one_line(run, tmp_path, capsys):
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "calibration.json").write_text("{}")
+    unguided = shutil.copytree(run, tmp_path / "unguided", ignore=shutil.ignore_patterns("classifier"))
+    cases = {
+        (): "needs the run folder",
+        ("--steps=5",): "needs the run folder",
+        (str(tmp_path),): "holds no model_index.json",
+        ("someone/model",): "say with --output-dir where the result goes",
+        (str(run), "--num-images=0"): "--num-images must be at least 1",
+        (str(run), "--batch-size=0"): "--batch-size must be at least 1",
+        (str(run), "--seed=-1"): "--seed must not be negative",
+        (str(run), "--max-walks=-1"): "--max-walks must be at least 0",
+        (str(run), "--guidance-scale=0"): "--guidance-scale must be positive, got 0.0; leave it out for no guidance",
+        (str(unguided), "--guidance-scale=1"): f"'diffusers-dpm train-classifier {unguided}' makes it",
+        (str(run), "--steps=11"): "steps must lie in 1 .. teacher_steps / 2 = 10, got [11]",
+        (str(run), "--steps=0"): "steps must lie in 1 ..",
+        (str(run), "--steps=5", "--teacher-steps=9"): "steps must lie in 1 .. teacher_steps / 2 = 4",
+        (str(run), "--step=5"): "did you mean --steps",
+        (str(run), "--data=digits"): "unknown option --data",
+        (str(run), f"--output-dir={tmp_path / 'damaged'}"): "holds no calibration",
+    }
+    for arguments, message in cases.items():
+        assert main(list(arguments)) == 2, arguments
+        error = capsys.readouterr().err.strip().split("\n")[-1]
+        assert error.startswith("error: ")
+        assert message in error
+    assert not (run / "calibrated").exists()
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli(["calibrate", "--help"])
+    assert exit_.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("--steps", "--num-images", "--teacher-steps", "--max-walks", "RUN"))
+    assert "--data" not in shown
