@@ -477,7 +477,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         return self._from_the_top(n, self.config.final_sigmas_type == "sigma_min")
 
     def _from_the_top(self, n: int, to_zero: bool) -> list[float]:
-        """`_spaced` from the noisiest level that may be used; where its lambda is -inf, no spacing in lambda has it."""
+        """`_spaced` from the noisiest level in use. Where its lambda is -inf, it stands before a grid in lambda."""
         top = self._num_levels
         if self.schedule.alpha[top - 1] > 0 or self._spacing in INDEX_SPACINGS:
             return self._spaced(n, top, to_zero)

@@ -681,6 +681,26 @@ def test_tables_of_several_calls_are_joined(fitted):
     assert len(fitted.tables) == 3
 
 
+def test_tables_for_a_classifier_that_is_replaced_are_left_out(fitted):
+    def with_tables(*triples):
+        return replace(
+            fitted,
+            tables=[
+                {**fitted.tables[0], "timesteps": [*range(n)], "guidance_scale": scale, "classifier": classifier}
+                for n, scale, classifier in triples
+            ],
+        )
+
+    old = with_tables((3, None, None), (3, 2.0, "old"), (5, 2.0, "old"))
+    for new, kept in (
+        (with_tables((4, 2.0, "new")), [(None, 3), (2.0, 4)]),
+        (with_tables((4, 2.0, "old")), [(None, 3), (2.0, 3), (2.0, 4), (2.0, 5)]),
+        (with_tables((4, None, None)), [(None, 3), (None, 4), (2.0, 3), (2.0, 5)]),
+    ):
+        tables = old.with_tables_of(new).tables
+        assert [(table["guidance_scale"], len(table["timesteps"])) for table in tables] == kept
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -346,3 +346,13 @@ def test_command_is_listed_and_has_help(capsys):
         cli(["sample", "--help"])
     assert exit_.value.code == 0
     assert "--guidance-scale" in capsys.readouterr().out
+
+
+def test_guidance_takes_the_rows_of_its_scale(run, sample):
+    blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "norm_num_groups": 4}
+    classifier = NoisyClassifier(3, sample_size=8, in_channels=1, layers_per_block=1, **blocks)
+    classifier.save_pretrained(run / "classifier")
+    save_tables(run, (None, 3), (2.0, 3))
+    folder = sample("--seeds=0-1", "--guidance-scale=2", "--class-labels=1", scheduler="calibrated", steps=3)
+    settings = json.loads((folder / "sampling.json").read_text())["settings"]
+    assert settings["config"]["guidance_scale"] == 2.0

@@ -53,6 +53,8 @@ SOLVERS: tuple[dict[str, Any], ...] = tuple(
     {"timestep_spacing": spacing, "solver_order": order}
     for spacing, order in product(("quadratic", "logsnr", "linspace"), (2, 3))
 )
+Tensors = tuple[torch.Tensor, ...]
+NOTHING: Tensors = ()
 MAX_HISTORY = 4
 RIDGE = 1e-6  # relative to each unknown's own sum of squares
 CHOICES = tuple(product((1, 2, 3, MAX_HISTORY), (RIDGE, 1e-4, 1e-2)))  # (predictions in a row, ridge)
@@ -64,10 +66,11 @@ class Calibration:
 
     Attributes:
         tables: for each number of steps, and scale of guidance, a dict of `timesteps`, descending; `rows`, the factors
-            [sample, x0, x0 before, ...] of each step; `guidance_scale`; and for people `error`, the RMS distance to
-            the teacher's images over pixels of images not used for anything else, `mean_error`, that of the mean over
-            images of their own RMS distances, the same for the best DPM-Solver (`solver`, `solver_error`,
-            `solver_mean_error`), and how the rows were chosen (`history`, `ridge`).
+            [sample, x0, x0 before, ...] of each step; `guidance_scale` and `classifier`, a hash of its weights, or
+            None for both; and for people `error`, the RMS distance to the teacher's images over pixels of images not
+            used for anything else, `mean_error`, that of the mean over images of their own RMS distances, the same
+            for the best DPM-Solver (`solver`, `solver_error`, `solver_mean_error`), and how the rows were chosen
+            (`history`, `ridge`).
         schedule_hash: of the noise schedule.
         prediction_type, clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: of
             the scheduler that they were fitted for.
@@ -122,6 +125,8 @@ class Calibration:
     def with_tables_of(self, other: "Calibration") -> "Calibration":
         """Both tables; where both have one for the same steps and guidance, that of `other`.
 
+        Tables fitted under guidance of another classifier than those of `other` are left out.
+
         Raises:
             ValueError: they are for different schedulers or networks.
         """
@@ -131,12 +136,14 @@ class Calibration:
         if self.made.get("weights") != other.made.get("weights"):
             raise ValueError("the calibrations are for different networks.")
 
-        def key(table: Mapping[str, Any]) -> tuple[float, int]:
+        def place(table: Mapping[str, Any]) -> tuple[float, int]:
             scale = table["guidance_scale"]
             return -math.inf if scale is None else scale, len(table["timesteps"])
 
-        tables = {key(table): table for table in (*self.tables, *other.tables)}
-        return replace(self, tables=[tables[key] for key in sorted(tables)], made=other.made)
+        guides = {table.get("classifier") for table in other.tables} - {None}
+        kept = [table for table in self.tables if not guides or table.get("classifier") in {None, *guides}]
+        tables = {place(table): table for table in (*kept, *other.tables)}
+        return replace(self, tables=[tables[where] for where in sorted(tables)], made=other.made)
 
 
 class Walk(NamedTuple):
@@ -152,7 +159,7 @@ class Walk(NamedTuple):
 
     places: list[int]
     rows: list[Update]
-    states: list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]
+    states: list[tuple[torch.Tensor, Tensors]]
     predictions: list[torch.Tensor]
     distances: torch.Tensor
 
@@ -261,8 +268,10 @@ class Student:
         same = 0
         if known is not None and len(known.distances) == num_images:
             same = next((i for i, pair in enumerate(zip(known.places, places, strict=True)) if len({*pair}) > 1), 0)
-        rows, states, predictions = [], [], []
-        x, x0s = self.states[0, :num_images], ()
+        rows: list[Update] = []
+        states: list[tuple[torch.Tensor, Tensors]] = []
+        predictions: list[torch.Tensor] = []
+        x, x0s = self.states[0, :num_images], NOTHING
         priors = self.priors(places)
         for i, place in enumerate(places):
             if known is not None and i < same:
@@ -281,7 +290,7 @@ class Student:
 
     def follow(self, solver: DPMSolverScheduler) -> torch.Tensor:
         """Distances of all images under a multistep solver in x_0 form whose timesteps are set."""
-        x, x0s = self.states[0], ()
+        x, x0s = self.states[0], NOTHING
         for row, t, level in zip(solver.updates, solver.timesteps.tolist(), solver.levels, strict=False):
             x0s = (self.network(x, t, level), *x0s)[:3]
             x = weighted_sum((row.sample, *row.x0), (x, *x0s[: len(row.x0)]))
@@ -414,19 +423,19 @@ def calibrate(
             raise ValueError("give class_labels by themselves, not among network_kwargs.")
         arguments["class_labels"] = labels.to(noise.device)
     guidance = None
-    if classifier is not None:
-        assert labels is not None
+    if labels is not None and guidance_scale is not None:
         check_classifier(classifier, unet, noise, labels)
+        wanted, scale = labels, guidance_scale
 
         def guidance(start: int, end: int) -> ClassifierGuidance:
-            log_prob = label_log_probability(classifier, labels[start:end], noise.device)
-            return ClassifierGuidance(log_prob, teacher.config.prediction_type, guidance_scale)
+            log_prob = label_log_probability(classifier, wanted[start:end], noise.device)
+            return ClassifierGuidance(log_prob, teacher.config.prediction_type, scale)
 
     network = Network(
         *(unet, teacher, arguments, guidance, batch_size, accelerator, progress),
         dtype=getattr(unet, "dtype", noise.dtype),
     )
-    made = {
+    made: dict[str, Any] = {
         "weights": weights_of(unet),
         "classifier": weights_of(classifier),
         "guidance_scale": guidance_scale,
@@ -447,9 +456,10 @@ def calibrate(
         student = Student(network, teacher, states, num_images)
         kept = None if folder is None else Path(folder) / "partial-tables.json"
         tables: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept and kept.is_file() else {}
+        guide = {"guidance_scale": guidance_scale, "classifier": made["classifier"]}
         for n in steps:
             if str(n) not in tables:
-                tables[str(n)] = {**best_table(student, scheduler, n, max_walks), "guidance_scale": guidance_scale}
+                tables[str(n)] = {**best_table(student, scheduler, n, max_walks), **guide}
                 if kept and main:
                     temporary = kept.with_suffix(".tmp")
                     temporary.write_text(json.dumps(tables))
@@ -526,7 +536,7 @@ def teacher_states(
         part = slice(start, start + size)
         if not known[:, part].isnan().any():
             continue
-        x, x0s = noise[part], ()
+        x, x0s = noise[part], NOTHING
         known[0, part] = x.double().cpu()
         for i, (row, t) in enumerate(zip(teacher.updates, teacher.timesteps.tolist(), strict=True)):
             x0s = (network(x, t, teacher.levels[i], start), *x0s)[:2]

@@ -235,7 +235,7 @@ class Evaluation:
         carried = carried_hash(pipeline.scheduler, steps)
         if carried is not None:
             row["carried_hash"] = carried
-        if options.guidance_scale is not None:
+        if pipeline.classifier is not None:
             row["classifier_sha256"] = weights_hash(pipeline.classifier)
         return Cell(Sampler(pipeline, steps, options.class_labels, options.guidance_scale), row)
 

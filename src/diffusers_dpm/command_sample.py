@@ -39,7 +39,9 @@ class SchedulerOptions:
 
     scheduler: str | None = field(
         default=None,
-        metadata={"help": "ddpm, ddim, analytic-dpm, dpm-solver or diffusers:CLASS (default: the model's own)"},
+        metadata={
+            "help": "ddpm, ddim, analytic-dpm, dpm-solver, calibrated or diffusers:CLASS (default: the model's own)"
+        },
     )
     scheduler_options: list[str] | None = field(
         default=None, metadata={"metavar": "KEY=VALUE", "help": "keys of its config, such as eta=0.5"}
@@ -94,7 +96,11 @@ def draw(model: str, options: SampleOptions) -> None:
     pipeline = load_pipeline(model)
     if options.scheduler is not None:
         pipeline.scheduler = build_scheduler(
-            options.scheduler, parse_assignments(options.scheduler_options or []), pipeline, model
+            options.scheduler,
+            parse_assignments(options.scheduler_options or []),
+            pipeline,
+            model,
+            options.guidance_scale,
         )
     if options.guidance_scale is not None:
         pipeline.register_modules(classifier=load_classifier(model))
