@@ -23,7 +23,7 @@ from diffusers_dpm.training.unet_presets import ddpm_unet
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
 T = 20
-METRICS = ["Fréchet distance", "kernel distance", "sliced Wasserstein distance"]
+METRICS = ["Fréchet distance", "kernel distance", "precision", "recall", "sliced Wasserstein distance"]
 
 
 @pytest.fixture
@@ -95,10 +95,10 @@ def test_what_is_written_is_what_the_functions_measure(evaluate, run, features, 
         assert ours["calls"] == 3
         assert ours["seconds"] > 0
     assert {row["calls"] for row in rows if "Heun" in row["scheduler"]} == {3, 5}
-    assert len(metric_tables(rows)) == 3  # the model card reads it
+    assert len(metric_tables(rows)) == len(METRICS)  # the model card reads it
     shown = capsys.readouterr().out
-    assert shown.count("| η = 0.5 |") == 3
-    assert shown.count("| diffusers.HeunDiscreteScheduler |") == 3
+    assert shown.count("| η = 0.5 |") == len(METRICS)
+    assert shown.count("| diffusers.HeunDiscreteScheduler |") == len(METRICS)
     assert (run / "metrics.md").read_text() in shown
     with Image.open(run / "metrics.png") as picture:
         assert picture.height > 1000
@@ -116,11 +116,11 @@ def test_only_what_is_missing_is_measured(evaluate, monkeypatch):
     first = evaluate(schedulers=("ddim", "ddim"))
     assert filled == [("1/1 DDIMScheduler, 3 steps", range(24))]
     more = evaluate(steps=(3, 2))
-    assert more["rows"][:3] == first["rows"]
-    assert len(more["rows"]) == 6
+    assert more["rows"][: len(METRICS)] == first["rows"]
+    assert len(more["rows"]) == 2 * len(METRICS)
     assert filled[1:] == [("2/2 DDIMScheduler, 2 steps", range(24))]
     raw = evaluate("--seed=1", "--weights=raw", num_images=20)["rows"]
-    assert [row["weights"] for row in raw] == ["EMA"] * 6 + ["raw"] * 3
+    assert [row["weights"] for row in raw] == ["EMA"] * 2 * len(METRICS) + ["raw"] * len(METRICS)
     assert filled[2:] == [("1/1 DDIMScheduler, 3 steps", range(1, 21))]
 
 
@@ -136,13 +136,13 @@ def test_interrupted_in_a_cell_it_goes_on_with_its_images(evaluate, run, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(sampling.Sampler, "draw", interrupted)
         evaluate("--batch-size=8", steps=(3, 2), code=130)
-        assert len(json.loads((run / "metrics.json").read_text())["rows"]) == 3
+        assert len(json.loads((run / "metrics.json").read_text())["rows"]) == len(METRICS)
         assert (run / "metrics.md").exists()
     (cell,) = (run / "evaluation").glob("cell-*")
     assert len(list(cell.glob("*.npy"))) == 8
     drawn = []
     monkeypatch.setattr(sampling.Sampler, "draw", lambda self, seeds: (drawn.extend(seeds), draw(self, seeds))[1])
-    assert len(evaluate("--batch-size=8", steps=(3, 2))["rows"]) == 6
+    assert len(evaluate("--batch-size=8", steps=(3, 2))["rows"]) == 2 * len(METRICS)
     assert drawn == list(range(8, 24))
 
 
@@ -174,7 +174,8 @@ def test_baselines_are_the_floor_and_the_ceiling(evaluate):
     results = evaluate("--held-out-split=test", num_images=100)
     values = {(row["scheduler"], row["metric"]): row["value"] for row in results["baselines"]}
     for metric in METRICS:
-        assert values["held-out images", metric] < values["shuffled pixels", metric]
+        held_out, shuffled = values["held-out images", metric], values["shuffled pixels", metric]
+        assert held_out > shuffled if metric in ("precision", "recall") else held_out < shuffled
     assert evaluate("--held-out-split=test", num_images=100) == results
 
 
@@ -251,18 +252,20 @@ def test_other_weights_are_measured_beside_and_compared(evaluate, run, tmp_path,
         pipeline.unet.conv_out.bias += 0.5
     pipeline.save_pretrained(run)
     second = evaluate()["rows"]
-    assert second[:6] == first
-    assert len(second) == 9
-    assert second[6]["value"] != first[3]["value"]
+    n = len(METRICS)
+    assert second[: 2 * n] == first
+    assert len(second) == 3 * n
+    assert second[2 * n]["value"] != first[n]["value"]
     capsys.readouterr()
     assert cli(["compare", str(tmp_path / "a.json"), str(run / "metrics.json")]) == 0
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.strip().split("\n")]
-    assert [line[:3] for line in lines[2:8]] == [["DDIMScheduler", steps, name] for steps in "23" for name in METRICS]
-    assert all(line[5].startswith("+0 ") for line in lines[2:5])
-    assert not any(line[5].startswith("+0 ") for line in lines[5:8])
-    assert lines[8:] == [
-        [f"{tmp_path / 'a.json'}: 6 measurements, 6 compared"],
-        [f"{run / 'metrics.json'}: 9 measurements, 6 compared"],
+    table, notes = lines[2 : 2 + 2 * n], lines[2 + 2 * n :]
+    assert [line[:3] for line in table] == [["DDIMScheduler", steps, name] for steps in "23" for name in METRICS]
+    assert all(line[5].startswith("+0 ") for line in table[:n])
+    assert not table[n][5].startswith("+0 ")
+    assert notes == [
+        [f"{tmp_path / 'a.json'}: {2 * n} measurements, {2 * n} compared"],
+        [f"{run / 'metrics.json'}: {3 * n} measurements, {2 * n} compared"],
     ]
     assert cli(["compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")]) == 2
     assert "b.json" in capsys.readouterr().err

@@ -24,6 +24,7 @@ from diffusers_dpm.evaluation import (
     load_features,
     markdown,
     plot,
+    precision_and_recall,
     quality,
     report,
     sliced_wasserstein_distance,
@@ -111,6 +112,37 @@ def test_kernel_distance_of_sorted_data():
     assert kernel_distance(x, y).error == pytest.approx(mixed, rel=1)
     with pytest.raises(ValueError, match="at least 20 images, got 19"):
         kernel_distance(x[:19], y)
+
+
+def test_precision_and_recall_by_their_definition():
+    def part(points, others, k):  # of the points, how many are in a ball; one pair after the other
+        count = 0
+        for point in points:
+            for i, centre in enumerate(others):
+                distances = sorted(math.dist(centre, other) for j, other in enumerate(others) if j != i)
+                if math.dist(point, centre) <= distances[k - 1]:
+                    count += 1
+                    break
+        return count / len(points)
+
+    x, y = normal(40, 3), 2 * normal(40, 3, seed=1) + 1
+    for k in (1, 3):
+        precision, recall = precision_and_recall(x, y, num_neighbors=k)
+        assert (precision.value, recall.value) == (part(x.tolist(), y.tolist(), k), part(y.tolist(), x.tolist(), k))
+        assert 0 < precision.value <= 1
+        assert precision.error == pytest.approx(math.sqrt(precision.value * (1 - precision.value) / 40))
+    assert precision_and_recall(x, x) == ((1, 0), (1, 0))
+    assert precision_and_recall(x, x + 100) == ((0, 0), (0, 0))
+
+
+def test_samples_of_one_cluster_in_two_are_precise_and_miss_half():
+    """Balls around a thousand points of a cluster hold nearly all others of it, and none of the other cluster."""
+    one, two = normal(3000, 2), normal(3000, 2, seed=1) + 50
+    precision, recall = precision_and_recall(one, torch.cat([two[:500], normal(500, 2, seed=2)]))
+    assert precision.value > 0.95
+    assert recall.value == pytest.approx(0.5, abs=0.02)
+    with pytest.raises(ValueError, match="more than num_neighbors=3 images, got 3"):
+        precision_and_recall(one[:3], two)
 
 
 def test_sliced_wasserstein_distance_of_shifted_gaussians():
@@ -202,12 +234,15 @@ def test_quality_of_the_reference_itself_and_of_noise(classifier, tmp_path):
     reference = Reference.of("data", images, extractor, tmp_path)
     own = quality(images, reference, extractor, num_resamples=4)
     noise = quality(torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8), reference, extractor, num_resamples=4)
-    metrics = ["Fréchet distance", "kernel distance", "sliced Wasserstein distance"]
+    metrics = ["Fréchet distance", "kernel distance", "precision", "recall", "sliced Wasserstein distance"]
     assert [row["metric"] for row in own] == [row["metric"] for row in noise] == metrics
-    assert [row["num_images"] for row in noise] == [40, 40, 40]
+    assert [row["num_images"] for row in noise] == [40] * 5
     assert own[0]["value"] == pytest.approx(0, abs=1e-6)
-    assert own[2]["value"] == pytest.approx(0, abs=1e-6)
-    assert all(bad["value"] > good["value"] + bad["error"] for good, bad in zip(own, noise, strict=True))
+    assert own[4]["value"] == pytest.approx(0, abs=1e-6)
+    assert [row["value"] for row in own[2:4]] == [1, 1]
+    for good, bad in zip(own, noise, strict=True):
+        signed = -1 if good["metric"] in ("precision", "recall") else 1
+        assert signed * bad["value"] > signed * good["value"] + bad["error"]
 
 
 # Tables

@@ -2,8 +2,7 @@
 
 Images are uint8 (N, C, H, W) throughout, rounded to 8 bits, because that is what is published and compared. A number
 of this module says what it was measured with: below 50,000 images the Fréchet distance in InceptionV3's features is
-called FID@n and not FID, and in the features of any other network it is no FID at all. Precision and recall are left
-out: torchmetrics has none.
+called FID@n and not FID, and in the features of any other network it is no FID at all.
 """
 
 import math
@@ -260,6 +259,40 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor, seed: int =
     return Score(value, (blocks.std() / math.sqrt(KERNEL_BLOCKS)).item())
 
 
+def precision_and_recall(
+    features: torch.Tensor, reference: torch.Tensor, num_neighbors: int = 3, seed: int = 0
+) -> tuple[Score, Score]:
+    """The part of the samples on the reference's manifold, and of the reference on theirs (Kynkäänniemi et al. 2019).
+
+    The manifold of a set is the union of balls around its points, each as large as the distance to the k-th nearest
+    other point (eq. 1 and 2). Both parts grow with the size of the sets, so both sets are cut to that of the smaller.
+    The errors are binomial, for given manifolds.
+
+    Args:
+        features: (N, d).
+        reference: (M, d).
+        num_neighbors: k, fewer than there are points.
+        seed: of the choice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n = min(len(features), len(reference))
+    if n <= num_neighbors:
+        raise ValueError(f"precision and recall need more than num_neighbors={num_neighbors} images, got {n}")
+    samples, real = (
+        part[torch.randperm(len(part), generator=generator)[:n]].double() for part in (features, reference)
+    )
+    return on_manifold(samples, real, num_neighbors), on_manifold(real, samples, num_neighbors)
+
+
+def on_manifold(points: torch.Tensor, others: torch.Tensor, num_neighbors: int, block: int = 1024) -> Score:
+    """The part of `points` that lie in one of the balls around `others`."""
+    nearest = [torch.cdist(part, others).kthvalue(num_neighbors + 1, dim=1) for part in others.split(block)]
+    radii = torch.cat([found.values for found in nearest])  # the nearest of all is the point itself
+    inside = torch.cat([(torch.cdist(part, others) <= radii).any(dim=1) for part in points.split(block)])
+    part = inside.double().mean().item()
+    return Score(part, math.sqrt(part * (1 - part) / len(points)))
+
+
 def sliced_wasserstein_distance(
     x: torch.Tensor, reference: torch.Tensor, num_resamples: int = 50, seed: int = 0
 ) -> Score:
@@ -319,8 +352,12 @@ def quality(
     if inception:
         scores["Inception Score"] = inception_score(inception.logits(features), seed)
     rows = [score_row(metric, score, len(images), extractor.name) for metric, score in scores.items()]
-    distance = sliced_wasserstein_distance(pixels, theirs, num_resamples, seed)
     compared = min(len(images), len(theirs))
+    for metric, score in zip(
+        ("precision", "recall"), precision_and_recall(features, reference.features, seed=seed), strict=True
+    ):
+        rows.append(score_row(metric, score, compared, extractor.name))
+    distance = sliced_wasserstein_distance(pixels, theirs, num_resamples, seed)
     return [*rows, score_row("sliced Wasserstein distance", distance, compared, "pixels in [-1, 1]")]
 
 
