@@ -25,8 +25,13 @@ def one_thread():
 
 @pytest.fixture
 def fresh_process(one_thread):
-    """For what makes an Accelerator, whose state lasts as long as the process."""
+    """For what makes an Accelerator, whose state lasts as long as the process: none before the test, none after."""
+    forget_accelerator()
     yield
+    forget_accelerator()
+
+
+def forget_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 

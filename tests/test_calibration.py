@@ -569,7 +569,7 @@ def test_a_folder_of_other_settings_is_refused(change, tmp_path):
         calibrate(**{**given, **change})
 
 
-def test_two_processes_share_the_work_and_get_what_one_gets(tmp_path):
+def test_two_processes_share_the_work_and_get_what_one_gets(tmp_path, fresh_process):
     options = {**QUICK, "batch_size": 4}
 
     def process():
