@@ -5,7 +5,8 @@
 
 The measurements are those of `diffusers-dpm evaluate` and lie in RUN/quality; what is there is not measured again.
 Heun calls the network twice in a step and is given as many steps as fit; where that leaves a call over, the table says
-so. The stock schedulers have the settings that diffusers' documentation recommends for them, and its defaults.
+so. "analytic-dpm" and "calibrated" are those of RUN, as `diffusers-dpm statistics` and `calibrate` made them; the latter
+has rows for some numbers of steps only. The stock schedulers have the settings that diffusers' documentation recommends for them, and its defaults.
 """
 
 import argparse
@@ -30,7 +31,9 @@ SAMPLERS = (
     "dpm-solver,timestep_spacing=quadratic,solver_order=3",
     "dpm-solver,timestep_spacing=quadratic,solver_order=3,method=singlestep",
     "dpm-solver,timestep_spacing=logsnr",
+    "dpm-solver,timestep_spacing=linspace",
     "analytic-dpm",
+    "calibrated",
     "diffusers:DDPMScheduler,timestep_spacing=trailing",
     "diffusers:DDIMScheduler,timestep_spacing=trailing",
     "diffusers:DPMSolverMultistepScheduler,timestep_spacing=linspace",
