@@ -5,8 +5,9 @@
 
 The measurements are those of `diffusers-dpm evaluate` and lie in RUN/quality; what is there is not measured again.
 Heun calls the network twice in a step and is given as many steps as fit; where that leaves a call over, the table says
-so. "analytic-dpm" and "calibrated" are those of RUN, as `diffusers-dpm statistics` and `calibrate` made them; the latter
-has rows for some numbers of steps only. The stock schedulers have the settings that diffusers' documentation recommends for them, and its defaults.
+so. "analytic-dpm" and "calibrated" are RUN's own, as `diffusers-dpm statistics` and `calibrate` made them; the latter
+has rows for some numbers of steps only. The stock schedulers have diffusers' defaults, and the settings that its
+documentation recommends for them.
 """
 
 import argparse
