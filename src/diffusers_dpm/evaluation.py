@@ -433,30 +433,39 @@ def report(rows: Sequence[Row], baselines: Sequence[Row] = ()) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Each group of rows against network calls and against seconds, as a picture."""
+    """Each group of rows against network calls and, where they are known, against seconds, as a picture."""
     from matplotlib.figure import Figure  # slow to import
 
     groups = grouped(rows)
-    figure = Figure(figsize=(12, 4 * len(groups)), layout="constrained")
-    panels = figure.subplots(len(groups), 2, squeeze=False)
-    for (title, group), (left, right) in zip(groups.items(), panels, strict=True):
-        plot_lines(left, group, "calls", "network calls")
-        plot_lines(right, group, "seconds", "seconds for an image")
-        left.set_title(title, loc="left", fontsize="medium")
-        left.legend(fontsize="x-small")
+    axes = {"calls": "network calls", "seconds": "seconds for an image"}
+    keys = [key for key in axes if any(row[key] is not None for row in rows)]
+    names = dict.fromkeys(map(sampler_name, rows))
+    styles = {
+        name: {"color": f"C{i % 10}", "linestyle": ["-", "--", ":"][i // 10 % 3]} for i, name in enumerate(names)
+    }
+    figure = Figure(figsize=(7 + 5 * len(keys), 4 * len(groups)), layout="constrained")
+    panels = figure.subplots(len(groups), len(keys), squeeze=False)
+    lines: dict[str, Any] = {}
+    for (title, group), line_of_panels in zip(groups.items(), panels, strict=True):
+        line_of_panels[0].set_title(title, loc="left", fontsize="medium")
+        for key, panel in zip(keys, line_of_panels, strict=True):
+            lines |= plot_lines(panel, group, key, axes[key], styles)
+    figure.legend([*lines.values()], [*lines], loc="outside lower left", ncols=2, fontsize="x-small")
     figure.savefig(path, dpi=120)
 
 
-def plot_lines(axis: Any, rows: Sequence[Row], key: str, label: str) -> None:
-    """A line for each sampler over `key`; the axis disappears where no row has one."""
+def plot_lines(axis: Any, rows: Sequence[Row], key: str, label: str, styles: Mapping[str, Any]) -> dict[str, Any]:
+    """A line for each sampler over `key`, by its name; the axis disappears where no row has one."""
     rows = [row for row in rows if row[key] is not None]
     if not rows:
         axis.set_axis_off()
-        return
+        return {}
+    lines = {}
     for name, cells in by_calls(rows).items():
         line = [cells[calls] for calls in sorted(cells)]
         errors = [row["error"] or 0 for row in line]
-        axis.errorbar([row[key] for row in line], [row["value"] for row in line], errors, marker="o", label=name)
+        values = [row["value"] for row in line]
+        lines[name] = axis.errorbar([row[key] for row in line], values, errors, marker="o", ms=4, **styles[name])
     positive = all(row["value"] > 0 for row in rows)
     axis.set(xlabel=label, xscale="log", yscale="log" if positive else "linear")
     if key == "calls":
@@ -464,6 +473,7 @@ def plot_lines(axis: Any, rows: Sequence[Row], key: str, label: str) -> None:
         axis.set_xticks(calls, labels=calls)
     axis.minorticks_off()
     axis.grid(alpha=0.3)
+    return lines
 
 
 class Difference(NamedTuple):
