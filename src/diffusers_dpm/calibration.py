@@ -455,24 +455,32 @@ def calibrate(
         states = teacher_states(network, teacher, noise, store, main)
         student = Student(network, teacher, states, num_images)
         kept = None if folder is None else Path(folder) / "partial-tables.json"
-        tables: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept and kept.is_file() else {}
-        guide = {"guidance_scale": guidance_scale, "classifier": made["classifier"]}
-        for n in steps:
-            if str(n) not in tables:
-                tables[str(n)] = {**best_table(student, scheduler, n, max_walks), **guide}
-                if kept and main:
-                    temporary = kept.with_suffix(".tmp")
-                    temporary.write_text(json.dumps(tables))
-                    os.replace(temporary, kept)
+        fitted = fit_tables(student, scheduler, steps, max_walks, kept, main)
     if accelerator is not None:
         accelerator.wait_for_everyone()
     if store is not None and main:
         store.delete()
-    better = [tables[str(n)] for n in steps if tables[str(n)]["mean_error"] < tables[str(n)]["solver_mean_error"]]
+    guide = {"guidance_scale": guidance_scale, "classifier": made["classifier"]}
+    better = [{**table, **guide} for table in fitted if table["mean_error"] < table["solver_mean_error"]]
     made["left_out"] = sorted({*steps} - {len(table["timesteps"]) for table in better})
     made["versions"] = {name: version(name) for name in ("diffusers-dpm", "diffusers", "torch")}
     made["time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return Calibration(tables=better, schedule_hash=schedule.hash, **conditions, made=made)
+
+
+def fit_tables(
+    student: Student, scheduler: Any, steps: Iterable[int], max_walks: int, kept: Path | None, main: bool
+) -> list[dict[str, Any]]:
+    """`best_table` for each number of steps; those in the file `kept` are taken from it, new ones are added to it."""
+    tables: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept and kept.is_file() else {}
+    for n in steps:
+        if str(n) not in tables:
+            tables[str(n)] = best_table(student, scheduler, n, max_walks)
+            if kept and main:
+                temporary = kept.with_suffix(".tmp")
+                temporary.write_text(json.dumps(tables))
+                os.replace(temporary, kept)
+    return [tables[str(n)] for n in steps]
 
 
 def best_table(student: Student, scheduler: Any, num_steps: int, max_walks: int) -> dict[str, Any]:
