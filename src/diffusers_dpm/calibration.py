@@ -176,6 +176,7 @@ class Network:
         batch_size: images in a network call.
         accelerator: its processes share the batches.
         progress: gets the number of images of each call.
+        dtype: of what the network is given.
     """
 
     unet: Any
