@@ -1,6 +1,9 @@
 """Hypothesis profiles (`pytest --hypothesis-profile thorough` looks harder), and fixtures of several folders."""
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -34,6 +37,30 @@ def fresh_process(one_thread):
 def forget_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+
+
+@pytest.fixture
+def in_two_processes(pytestconfig):
+    """Runs a module, given by its name, or a file as two processes of one job on the CPU, and expects success.
+
+    They are new processes: a fork would inherit the locks of this one's threads, but not the threads.
+    """
+
+    one_thread_on_the_cpu = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+
+    def run(module, *arguments):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        result = subprocess.run(
+            [*launch, *(() if Path(module).is_file() else ("-m",)), module, *map(str, arguments)],
+            env={**os.environ, **one_thread_on_the_cpu, "PYTHONPATH": str(pytestconfig.rootpath)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        return result
+
+    return run
 
 
 @pytest.fixture

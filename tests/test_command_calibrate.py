@@ -1,11 +1,8 @@
 """`diffusers-dpm calibrate` on the run folder of a small real model, against the function that it calls."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -223,20 +220,12 @@ def test_interrupted_and_repeated(run, capsys):
     assert not partial.exists()
 
 
-def test_two_processes_equal_one(run):
+def test_two_processes_equal_one(run, in_two_processes):
     """Bit for bit: a batch holds the same images, whoever computes it."""
     assert main(command(run)) == 0
     one = tables(run / "calibrated")
     shutil.rmtree(run / "calibrated")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launch, "-m", "diffusers_dpm.command_calibrate", *command(run)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    result = in_two_processes("diffusers_dpm.command_calibrate", *command(run))
     assert tables(run / "calibrated") == one
     assert result.stdout.count("distance to the teacher's images") == 1
     assert not (run / "calibrated" / "partial").exists()

@@ -1,8 +1,6 @@
 """`diffusers-dpm evaluate` and `compare` on small real models and the digits."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -217,7 +215,7 @@ def test_what_cannot_be_used_is_said_in_one_line(evaluate, run, capsys, argument
 
 
 @pytest.mark.slow
-def test_two_processes_measure_what_one_measures(evaluate, run, features, tmp_path):
+def test_two_processes_measure_what_one_measures(evaluate, run, features, tmp_path, in_two_processes):
     options = ["--data=digits", f"--features={features}", "--num-images=24", "--cpu", "--num-resamples=3"]
     options += [
         "--schedulers",
@@ -227,10 +225,7 @@ def test_two_processes_measure_what_one_measures(evaluate, run, features, tmp_pa
         "--held-out-split=test",
         f"--output-dir={tmp_path / 'two'}",
     ]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "diffusers_dpm.command_evaluate", str(run), *options]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    in_two_processes("diffusers_dpm.command_evaluate", run, *options)
     two = read_metrics(tmp_path / "two" / "metrics.json")
     one = evaluate("--held-out-split=test", schedulers=("ddim", "ddpm"))["rows"]
     assert [row["metric"] for row in two] == METRICS * 2

@@ -1,8 +1,6 @@
 """`diffusers-dpm sample` on small real models: image i is that of seed i, whatever else is asked for."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -88,12 +86,9 @@ def test_image_is_that_of_its_seed_in_any_batch(run, sample):
     assert sorted(path.stem for path in some.glob("*.png")) == ["000003", "000004", "000007"]
 
 
-def test_two_processes_draw_what_one_draws(run, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+def test_two_processes_draw_what_one_draws(run, tmp_path, in_two_processes):
     options = ["--scheduler=ddim", "--num-inference-steps=5", "--seeds=0-8", "--cpu", "--batch-size=2"]
-    command = [*launch, "-m", "diffusers_dpm.command_sample", str(run), *options, "--output", str(tmp_path / "two")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    result = in_two_processes("diffusers_dpm.command_sample", run, *options, "--output", tmp_path / "two")
     assert_same(pixels(tmp_path / "two", range(9)), expected(run, range(9)))
     drawn = [(tmp_path / "two" / f"timing-{process}.jsonl").read_text() for process in (0, 1)]
     assert [sum(json.loads(line)["images"] for line in text.splitlines()) for text in drawn] == [5, 4]

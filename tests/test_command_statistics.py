@@ -1,11 +1,8 @@
 """`diffusers-dpm statistics` on a run folder that was really trained, against the functions that it calls."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -131,20 +128,12 @@ def test_interrupted_and_repeated(run, capsys):
     assert not partial.exists()
 
 
-def test_two_processes_equal_one(run):
+def test_two_processes_equal_one(run, in_two_processes):
     """Bit for bit: the four batches of 64, 64, 64 and 48 pairs are the same, whoever computes them."""
     assert main(command(run)) == 0
     one = estimates(run / "analytic_dpm")
     shutil.rmtree(run / "analytic_dpm")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*launch, "-m", "diffusers_dpm.command_statistics", *command(run)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    result = in_two_processes("diffusers_dpm.command_statistics", *command(run))
     assert estimates(run / "analytic_dpm") == one
     assert result.stdout.count("relative Monte-Carlo error") == 1
     assert not (run / "analytic_dpm" / "partial").exists()

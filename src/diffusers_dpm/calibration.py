@@ -208,6 +208,13 @@ class Network:
             raise ValueError(f"the network's predictions are not finite at timestep {t}.")
         return total
 
+    def agreed(self, values: Sequence[float]) -> list[float]:
+        """Those of the first process: what decides over the next call must not differ by a rounding."""
+        if self.num_processes == 1:
+            return list(values)
+        own = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        return self.accelerator.reduce(own if self.accelerator.is_main_process else 0 * own, reduction="sum").tolist()
+
     def _predict(self, x: torch.Tensor, t: int, level: Level, first: int) -> torch.Tensor:
         own = {
             key: value[first : first + len(x)] if isinstance(value, torch.Tensor) else value
@@ -241,7 +248,8 @@ class Student:
 
     def distances(self, x: torch.Tensor) -> torch.Tensor:
         """RMS over the pixels of each image, to the teacher's image."""
-        return (x - self.states[-1, : len(x)]).double().square().flatten(1).mean(dim=1).sqrt()
+        distances = (x - self.states[-1, : len(x)]).double().square().flatten(1).mean(dim=1).sqrt()
+        return torch.tensor(self.network.agreed(distances.tolist()), dtype=torch.float64)
 
     def priors(self, places: Sequence[int]) -> list[list[float]]:
         """The rows of DPM-Solver++ (second order) for these timesteps, as [sample, x0, ...]."""
@@ -284,7 +292,7 @@ class Student:
             x0s = (x0, *x0s)[:history]
             target = self.states[places[i + 1] if i + 1 < len(places) else -1]
             terms = [term[: self.num_images] for term in (x, *x0s)]
-            factors = fit_row(terms, target[: self.num_images], priors[i], ridge)
+            factors = self.network.agreed(fit_row(terms, target[: self.num_images], priors[i], ridge))
             rows.append(Update(sample=factors[0], x0=tuple(factors[1:])))
             x = weighted_sum(factors, (x, *x0s))
         return Walk(list(places), rows, states, predictions, self.distances(x))

@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -328,7 +325,7 @@ def test_another_noise_schedule_is_refused(make_pipeline, classifier_options):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(make_pipeline, command):
+def test_two_processes_equal_one(make_pipeline, command, in_two_processes):
     """With importance sampling, for which they exchange their losses, and two parts of each batch."""
     one, two = make_pipeline("one"), make_pipeline("two")
     common = {
@@ -338,15 +335,7 @@ def test_two_processes_equal_one(make_pipeline, command):
         "random_shift": 1,
     }
     assert main(command(one, **common)) == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]
-    result = subprocess.run(
-        [*launch, "diffusers_dpm.training.train_classifier", *command(two, **common)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
+    in_two_processes("diffusers_dpm.training.train_classifier", *command(two, **common))
     states = [checkpoint_folder(folder / "classifier_training", 12) / "trainer_state" for folder in (one, two)]
     first, second = (load_file(state / "loss_history.safetensors") for state in states)
     assert torch.equal(first["counts"], second["counts"])

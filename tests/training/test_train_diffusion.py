@@ -81,13 +81,12 @@ def losses(folder):
     return [event.value for event in events.Scalars("loss")]
 
 
-def test_two_processes_equal_one(tmp_path, arguments):
+def test_two_processes_equal_one(tmp_path, arguments, in_two_processes):
     """The same global batch on two CPU processes: the same loss and weights, to float32 rounding."""
     common = {"log_with": "tensorboard", "log_every": 1, "dropout": 0.0, "random_flip": True}
     one, two = ({"output_dir": str(tmp_path / name), **common} for name in ("one", "two"))
     assert main(arguments(**one)) == 0
-    module = ["-m", "diffusers_dpm.training.train_diffusion"]
-    result = run("-m", "torch.distributed.run", "--nproc-per-node", "2", *module, *arguments(**two))
+    result = in_two_processes("diffusers_dpm.training.train_diffusion", *arguments(**two))
     assert "RuntimeWarning" not in result.stderr  # that the module was imported before it ran
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
     for file in ("unet/diffusion_pytorch_model.safetensors", "trainer_state/model.safetensors"):
