@@ -1,5 +1,8 @@
 """What rows fitted to a checkpoint bring in few network calls, on a model of the digits with a classifier.
 
+    python benchmarks/calibrated.py runs/demo
+    python benchmarks/calibrated.py runs/mine --parts distances --calls 5 8 10 --output mine.json    # any other model
+
 - Distance: samples of noises that the fit has not seen, from the solution of the same ODE (DPM-Solver++(2M) in 1,000
   steps), beside the samplers of ode_error.py. RMS over images and pixels, and the mean over images of their own RMS: a
   few noises near a border between two digits weigh much in the first. Nothing is clipped.
@@ -14,7 +17,7 @@ Every measurement is kept: an interrupted call goes on where it stopped.
 
 import argparse
 import time
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from diffusers_dpm.statistics import fingerprint
 
 
 RESULTS = Path(__file__).parent / "results" / "calibrated.json"
+PARTS = ("distances", "images", "guided")
 COUNTS = (4, 5, 6, 8, 10, 15, 20)
 GUIDED_COUNTS = (5, 10)
 SCALE = 4.0
@@ -42,18 +46,22 @@ SEED = 1_000_000  # of the first noise; the fit's are not seeded by number
 class Benchmark:
     """The model, its calibrations, and the results."""
 
-    def __init__(self, run: Path, output: Path, batch_size: int):
+    def __init__(self, run: Path, output: Path, batch_size: int, counts: tuple[int, ...]):
         self.pipe = load_pipeline(str(run))
         self.pipe.set_progress_bar_config(disable=True)
         self.scheduler = self.pipe.scheduler  # the run's own
-        self.pipe.register_modules(classifier=load_classifier(str(run)))
-        self.batch_size = batch_size
+        self.run, self.batch_size, self.counts = run, batch_size, counts
         self.folder = output.with_suffix("")
-        self.judge = DigitsJudge()
         weights = fingerprint(self.pipe.unet.state_dict().values())
-        self.results = Results(output, {"run": run.name, "weights": weights, "judge": self.judge.facts()})
+        self.results = Results(output, {"run": run.name, "weights": weights})
         keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
         self.schedule = {key: self.scheduler.config[key] for key in keys}
+
+    @cached_property
+    def judge(self) -> DigitsJudge:
+        judge = DigitsJudge()
+        self.results.row("judge", {}, judge.facts)
+        return judge
 
     def calibration(self, name: str, scheduler: Any, steps: tuple[int, ...], **guidance: Any) -> Calibration:
         """Fitted once and kept in the results' folder; the row "cost" says what it took."""
@@ -84,7 +92,7 @@ class Benchmark:
     def samplers(self) -> dict[str, Any]:
         """Name -> scheduler, unclipped."""
         unclipped = build(DPMSolverScheduler, {}, self.schedule)
-        fitted = self.calibration("unclipped", unclipped, COUNTS).scheduler(unclipped)
+        fitted = self.calibration("unclipped", unclipped, self.counts).scheduler(unclipped)
         built = {
             name: build(kind, config, self.schedule) for name, kind, config in [*our_samplers(), *stock_samplers()]
         }
@@ -102,7 +110,7 @@ class Benchmark:
             error = (end - exact()).square().flatten(1).mean(dim=1).sqrt()
             return {"calls": calls, "rms": rms(end - exact()), "mean": error.mean().item()}
 
-        for n, name in tqdm([*product(COUNTS, samplers)], unit="loop", desc="distances"):
+        for n, name in tqdm([*product(self.counts, samplers)], unit="loop", desc="distances"):
             key = {"sampler": name, "n": n, "num_images": num_images}
             self.results.row("distances", key, partial(measure, name, n))
 
@@ -130,7 +138,7 @@ class Benchmark:
             distance = frechet_distance(solution, self.judge.features(drawn))
             return {**self.judge.distance(drawn), "to_solution": distance}
 
-        cells = [(name, n) for n in COUNTS for name in (FITTED, self.nearest(n, True), self.nearest(n, False))]
+        cells = [(name, n) for n in self.counts for name in (FITTED, self.nearest(n, True), self.nearest(n, False))]
         for name, n in tqdm([("solution", 200), *cells], unit="loop", desc="images"):
             key = {"sampler": name, "n": n, "num_images": num_images}
             self.results.row("images", key, partial(measure, name, n))
@@ -139,6 +147,7 @@ class Benchmark:
 
     def measure_guided(self, num_images: int) -> None:
         labels = torch.arange(num_images) % 10
+        self.pipe.register_modules(classifier=load_classifier(str(self.run)))
         guidance = {"classifier": self.pipe.classifier, "guidance_scale": SCALE}
         guided = self.calibration("guided", self.scheduler, GUIDED_COUNTS, **guidance)
         plain = self.calibration("plain", self.scheduler, GUIDED_COUNTS)
@@ -162,51 +171,69 @@ class Benchmark:
 
     # Tables ------------------------------------------------------------------------------------------------------
 
-    def markdown(self) -> str:
-        values = self.results.values
-        cells = {(row["sampler"], row["n"]): row for row in values["distances"]}
+    def distance_table(self, rows: list[dict[str, Any]]) -> list[str]:
+        cells = {(row["sampler"], row["n"]): row for row in rows}
         head = ["calls", FITTED, "nearest of our other samplers", "nearest of diffusers'", "ratio to diffusers'"]
         lines = []
-        for n in COUNTS:
+        for n in self.counts:
             names = [FITTED, self.nearest(n, True), self.nearest(n, False)]
             fitted, ours, theirs = (cells[name, n] for name in names)
             texts = [f"{row['rms']:.4f} ({row['mean']:.4f}), {row['sampler']}" for row in (ours, theirs)]
             lines.append(
                 [str(n), f"{fitted['rms']:.4f} ({fitted['mean']:.4f})", *texts, f"{fitted['rms'] / theirs['rms']:.2f}"]
             )
-        parts = ["RMS distance to the solution of the ODE (mean over images):", table(head, lines)]
-        rows = [
-            [
-                str(row["n"]),
-                row["sampler"],
-                f"{row['frechet']:.3f} ± {row['frechet_error']:.2f}",
-                f"{row['to_solution']:.4f}",
-            ]
-            for row in values["images"]
-        ]
+        title = f"RMS distance to the solution of the ODE (mean over images), {rows[0]['num_images']} noises:"
+        return [title, table(head, lines)]
+
+    @staticmethod
+    def image_table(rows: list[dict[str, Any]]) -> list[str]:
+        lines = [[str(row["n"]), row["sampler"], distance(row, places=3), f"{row['to_solution']:.4f}"] for row in rows]
         head = ["calls", "sampler", "Fréchet distance to the digits", "to the solution's samples"]
-        parts += [f"{values['images'][0]['num_images']:,} images:", table(head, rows)]
-        rows = [
+        return [f"{rows[0]['num_images']:,} images:", table(head, lines)]
+
+    @staticmethod
+    def guided_table(rows: list[dict[str, Any]]) -> list[str]:
+        lines = [
             [
                 str(row["n"]),
                 row["sampler"],
                 f"{row['recognised']:.1%}",
                 f"{min(row['by_class']):.0%}",
-                f"{row['frechet']:.2f} ± {row['frechet_error']:.2f}",
+                distance(row, places=2),
             ]
-            for row in values["guided"]
+            for row in rows
         ]
         head = ["calls", "sampler", "recognised", "worst class", "Fréchet distance"]
-        parts += [f"Guided, scale {SCALE:g}, {values['guided'][0]['num_images']} images:", table(head, rows)]
-        rows = [[row["name"], f"{row['calls']:,}", f"{row['cpu_seconds']:.0f}"] for row in values["cost"]]
-        parts += [table(["calibration", "network calls (images)", "CPU seconds"], rows)]
+        return [f"Guided, scale {SCALE:g}, {rows[0]['num_images']} images:", table(head, lines)]
+
+    @staticmethod
+    def cost_table(rows: list[dict[str, Any]]) -> list[str]:
+        lines = [[row["name"], f"{row['calls']:,}", f"{row['cpu_seconds']:.0f}"] for row in rows]
+        return [table(["calibration", "network calls (images)", "CPU seconds"], lines)]
+
+    def markdown(self) -> str:
+        """A table for each part that was measured."""
+        tables = {
+            "distances": self.distance_table,
+            "images": self.image_table,
+            "guided": self.guided_table,
+            "cost": self.cost_table,
+        }
+        values = self.results.values
+        parts = [text for part, lines in tables.items() if values.get(part) for text in lines(values[part])]
         return "\n\n".join(parts) + "\n"
+
+
+def distance(row: dict[str, Any], places: int) -> str:
+    return f"{row['frechet']:.{places}f} ± {row['frechet_error']:.2f}"
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a pipeline trained on the digits, such as runs/demo")
+    parser.add_argument("run", type=Path, help="folder of a pipeline; for images and guided one trained on the digits")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="images: after distances")
+    parser.add_argument("--calls", type=int, nargs="+", default=COUNTS, help="numbers of network calls")
     parser.add_argument("--noises", type=int, default=256, help="for the distances (default: %(default)s)")
     parser.add_argument("--images", type=int, default=1797, help="for the Fréchet distances (default: %(default)s)")
     parser.add_argument("--guided-images", type=int, default=500, help="default: %(default)s")
@@ -217,10 +244,13 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    benchmark = Benchmark(arguments.run, arguments.output, arguments.batch_size)
-    benchmark.measure_distances(arguments.noises)
-    benchmark.measure_images(arguments.images)
-    benchmark.measure_guided(arguments.guided_images)
+    benchmark = Benchmark(arguments.run, arguments.output, arguments.batch_size, tuple(arguments.calls))
+    if "distances" in arguments.parts:
+        benchmark.measure_distances(arguments.noises)
+    if "images" in arguments.parts:
+        benchmark.measure_images(arguments.images)
+    if "guided" in arguments.parts:
+        benchmark.measure_guided(arguments.guided_images)
     text = benchmark.markdown()
     arguments.output.with_suffix(".md").write_text(text)
     print(text)
