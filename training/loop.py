@@ -163,6 +163,15 @@ class TrainingState:
         self.step += 1
         return norm
 
+    def release_network(self) -> None:
+        """Let go of accelerate's wrapper, before the processes part; training is over.
+
+        Its gradient reducer, when it is the last to hold the process group, waits for the group's thread without
+        letting it have the interpreter's lock, which that thread may need to end: a deadlock, seen with torch 2.13.
+        """
+        self.network = self.model
+        self.accelerator.free_memory()
+
     def save(self, folder: Path) -> None:
         """Write everything but the averaged weights, which are the model itself, as safetensors and JSON."""
         folder.mkdir()

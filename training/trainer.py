@@ -131,6 +131,7 @@ class Trainer(ABC):
                 self._checkpoint()
                 done = self._finish()
             finally:
+                self.state.release_network()
                 self.accelerator.end_training()
             self.accelerator.print(f"trained {self.state.step} steps; {done}")
         return self.run_folder
