@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from diffusers.utils import logging as diffusers_logging
 
 from diffusers_dpm.pipelines import DPMPipeline
@@ -53,6 +54,8 @@ def run_command(command: Callable[[], object]) -> int:
     """The exit code of `command`: 2 for input that cannot be used, 130 when interrupted, both told in one line."""
     try:
         command()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # which accelerate made; its threads must not outlive Python
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
