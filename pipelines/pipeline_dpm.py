@@ -442,6 +442,8 @@ class DPMPipeline(DiffusionPipeline):
             raise ValueError(f'clip_order must be "before", "after" or "both", got {clip_order!r}')
         if options["mode"] == "mean_shift" and clip_order != "after":
             raise ValueError('clip_order is for guidance_mode="score": "mean_shift" comes after any clipping')
+        if clip_order == "before" and has_fitted_rows(self.scheduler) and clip_function(self.scheduler) is not None:
+            raise ValueError('clip_order must be "after" or "both": the rows were fitted to steps that clip')
         scale = torch.ones(()) if scale is None else scale
         if scale.ndim > 1:
             raise ValueError(f"guidance_scale must be one number or one per image, got shape {tuple(scale.shape)}")
@@ -463,7 +465,7 @@ class DPMPipeline(DiffusionPipeline):
         """Warn if the scheduler's rows were fitted under another guidance than this, with which they fit less well."""
         fitted = self.scheduler.config.get("guidance_scale")
         used = torch.zeros(()) if guidance is None else guidance.scale
-        if self.scheduler.config.get("_calibration") and (used != (fitted or 0)).any():
+        if has_fitted_rows(self.scheduler) and (used != (fitted or 0)).any():
             warn_once(
                 "the scheduler's rows were fitted %s and fit less well here; 'diffusers-dpm calibrate' fits others",
                 "without guidance" if fitted is None else f"under guidance_scale={fitted:g}",
@@ -733,6 +735,11 @@ def clip_function(scheduler) -> Callable[[torch.Tensor], torch.Tensor] | None:
     return partial(torch.clamp, min=-bound, max=bound)
 
 
+def has_fitted_rows(scheduler) -> bool:
+    """Whether it is a `CalibratedScheduler`."""
+    return hasattr(scheduler, "available_steps")
+
+
 def is_ddpm(scheduler) -> bool:
     """Whether this is DDPM's ancestral sampler, diffusers' or ours: both have the name."""
     return any(base.__name__ in ("DDPMScheduler", "DDPMParallelScheduler") for base in type(scheduler).__mro__)
@@ -766,6 +773,9 @@ def stock_twin(scheduler) -> SchedulerMixin:
         for key, parameter in inspect.signature(own.__init__).parameters.items()
         if key in scheduler.config and key not in stock_keys and scheduler.config[key] != parameter.default
     ]
+    carried = {"AnalyticDPMScheduler": "its statistics", "CalibratedScheduler": "its fitted rows"}
+    if own.__name__ in carried:
+        lost.append(carried[own.__name__])
     if config.get("timestep_spacing") not in (None, "leading", "linspace", "trailing"):
         del config["timestep_spacing"]
         lost.append("timestep_spacing")

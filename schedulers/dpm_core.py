@@ -677,7 +677,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x_s, x_0 prediction) in the sample's dtype."""
         x = sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
-        output, variance = self._split(model_output, x)
+        output, variance = self.split(model_output, x)
         if isinstance(timestep, torch.Tensor) and timestep.numel() > 1:
             rows = [self._locate(t) for t in timestep.tolist()]
         else:
@@ -692,7 +692,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
             prev_sample, x0 = self._apply(rows[0], output, variance, x, noise)
         return (prev_sample, x0) if x is sample else (prev_sample.to(sample.dtype), x0.to(sample.dtype))
 
-    def _split(self, model_output: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def split(self, model_output: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(prediction, variance channels or None), in x's dtype: a network may return C or 2C channels."""
         output = model_output if model_output.dtype == x.dtype else model_output.to(x.dtype)
         if output.shape == x.shape:

@@ -14,6 +14,7 @@ from step to step it moves towards x_0 in a way that is alike for all images: so
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
         Raises:
             ValueError: no tables, damaged ones, or tables for another schedule, prediction type or clipping.
         """
-        given = dict(calibration if isinstance(calibration, Mapping) else calibration.to_dict())
+        given = deepcopy(dict(calibration)) if isinstance(calibration, Mapping) else calibration.to_dict()
         self._check(given)
         self.register_to_config(**{CALIBRATION: given})
 
@@ -104,15 +105,22 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
                 )
         if not calibration.get("tables"):
             raise ValueError("the calibration has no tables: none was better than DPM-Solver.")
-        for table in calibration["tables"]:
-            self._check_table(table.get("timesteps", ()), table.get("rows", ()))
+        try:
+            for table in calibration["tables"]:
+                self._check_table(table["timesteps"], table["rows"], table["guidance_scale"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"the calibration is damaged: {error!r}.") from error
 
-    def _check_table(self, timesteps: Sequence[int], rows: Sequence[Sequence[float]]) -> None:
+    def _check_table(
+        self, timesteps: Sequence[int], rows: Sequence[Sequence[float]], guidance_scale: float | None
+    ) -> None:
         super()._grid(None, timesteps)
         # Row i can use the i + 1 predictions made so far.
         fits = len(rows) == len(timesteps) and all(2 <= len(row) <= i + 2 for i, row in enumerate(rows))
         if not fits or not all(math.isfinite(factor) for row in rows for factor in row):
             raise ValueError("the calibration is damaged: a table needs a row of finite factors for each timestep.")
+        if not (guidance_scale is None or math.isfinite(guidance_scale)):
+            raise ValueError(f"the calibration is damaged: a table has guidance_scale={guidance_scale}.")
 
     def _tables(self) -> dict[int, Mapping[str, Any]]:
         """Number of steps -> table, of those for the config's guidance scale."""
@@ -158,11 +166,12 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
 
     def _no_table(self, wanted: str) -> str:
         scale = self.config.guidance_scale
-        guided = "without guidance" if scale is None else f"under guidance_scale={scale:g}"
         known = ", ".join(map(str, self.available_steps)) or "no"
+        others = {table["guidance_scale"] for table in (self.calibration or {}).get("tables", ())} - {scale}
+        instead = f" (others are {', '.join(sorted(map(guided, others)))})" if others else ""
         return (
-            f"no rows {wanted}: the calibration has rows for {known} steps {guided}. 'diffusers-dpm calibrate RUN "
-            "--steps ...' or diffusers_dpm.calibrate fits others."
+            f"no rows {wanted}: the calibration has rows for {known} steps {guided(scale)}{instead}. 'diffusers-dpm "
+            "calibrate RUN --steps ...' or diffusers_dpm.calibrate fits others."
         )
 
     def _ensure_grid(self) -> None:
@@ -182,3 +191,7 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
 
     def plan(self, levels: list[Level]) -> list[Update]:
         return [Update(sample=sample, x0=tuple(x0)) for sample, *x0 in self._tables()[len(levels) - 1]["rows"]]
+
+
+def guided(scale: float | None) -> str:
+    return "without guidance" if scale is None else f"under guidance_scale={scale:g}"

@@ -18,8 +18,10 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from diffusers_dpm import calibration
 from diffusers_dpm.calibration import (
+    FITTED,
     MAX_HISTORY,
     RIDGE,
+    SOLVERS,
     Calibration,
     Network,
     Student,
@@ -124,7 +126,7 @@ class Counter:
 SCHEDULER = DDIMScheduler(clip_sample=False)
 SCHEDULE = SCHEDULER.schedule
 QUICK = {"num_images": 8, "teacher_steps": 40, "max_walks": 6}
-FITTED = {"num_images": 24, "teacher_steps": 100, "max_walks": 40}
+THOROUGH = {"num_images": 24, "teacher_steps": 100, "max_walks": 40}
 
 
 def rms(x):
@@ -148,10 +150,22 @@ def sampled(unet, scheduler, noise, n, classifier=None, **options):
     return output.trajectory.latents[-1]
 
 
+def solved(unet, solver, timesteps, noise):
+    """The final x under one of `SOLVERS`, in as many steps as there are timesteps."""
+    options = {"timestep_spacing": solver["timestep_spacing"]} if solver["timestep_spacing"] != FITTED else {}
+    scheduler = solver_for(SCHEDULER, solver_order=solver["solver_order"], **options)
+    scheduler.set_timesteps(**({"num_inference_steps": len(timesteps)} if options else {"timesteps": timesteps}))
+    x = noise
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            x = scheduler.step(unet.eval()(x, t).sample, t, x).prev_sample
+    return x
+
+
 @pytest.fixture(scope="module")
 def fitted():
     """Tables of the mixture."""
-    return calibrate(ExactNetwork(), SCHEDULER, (3, 5, 8), **FITTED)
+    return calibrate(ExactNetwork(), SCHEDULER, (3, 5, 8), **THOROUGH)
 
 
 # One row -------------------------------------------------------------------------------------------------------------
@@ -166,7 +180,7 @@ def problem(num_terms, seed=0):
 def test_a_row_is_the_least_squares_fit(num_terms):
     terms, (target,) = problem(num_terms)
     expected = np.linalg.lstsq(terms.flatten(1).T.numpy(), target.flatten().numpy(), rcond=None)[0]
-    for prior in ([], [0.3], [1e3] * 9):
+    for prior in ([], [0.3], [1e3] * num_terms):
         assert fit_row([*terms], target, prior, 0.0) == pytest.approx(expected, abs=1e-9)
 
 
@@ -230,6 +244,23 @@ def test_fitted_to_exact_states_the_rows_are_exact(n, history, ridge, accuracy, 
     assert student.searched(walk) == walk.distances[4:8].mean()
 
 
+@pytest.mark.parametrize("history", [1, 2, 3, MAX_HISTORY])
+def test_a_strong_ridge_gives_rows_that_land(history):
+    unet = gaussian(MEAN, DEVIATION).eval()
+    teacher = solver_for(SCHEDULER)
+    teacher.set_timesteps(40)
+    states = torch.stack([moved(initial_noise(unet, None, 6, 0), teacher.levels[0], s) for s in teacher.levels])
+    student = Student(Network(unet, teacher, {}, None, 64, dtype=torch.float64), teacher, states, 2)
+    places = [0, 7, 21, 35]
+    with torch.no_grad():
+        rows = student.fit(places, history, 1e14).rows
+    levels = [*(teacher.levels[place] for place in places), CLEAN]
+    assert [len(row.x0) for row in rows] == [min(i + 1, history) for i in range(4)]
+    assert (
+        max(abs(miss) for row, pair in zip(rows, pairwise(levels), strict=True) for miss in row.defect(*pair)) < 1e-9
+    )
+
+
 def test_tables_of_gaussian_data_are_as_good_as_their_teacher():
     """On noises that they never saw, against the closed form."""
     unet = gaussian(MEAN, DEVIATION)
@@ -275,10 +306,26 @@ def test_on_new_noises_they_are_nearer_to_the_exact_solution(fitted):
     for table in fitted.tables:
         n = len(table["timesteps"])
         ours = rms(sampled(unet, fitted.scheduler(SCHEDULER), noise, n) - exact)
-        solver = rms(sampled(unet, solver_for(SCHEDULER, **table["solver"]), noise, n) - exact)
+        solver = rms(solved(unet, table["solver"], table["timesteps"], noise) - exact)
         assert ours < 0.85 * solver
         assert ours == pytest.approx(table["error"], rel=0.35)
         assert solver == pytest.approx(table["solver_error"], rel=0.35)
+
+
+def test_the_report_is_of_the_best_solver_on_its_own_images(fitted):
+    """Which the settings of neither rows nor solver were chosen by."""
+    unet, count = ExactNetwork(), THOROUGH["num_images"]
+    noise = initial_noise(unet, None, 3 * count, 0)[2 * count :]
+    teacher = sampled(unet, solver_for(SCHEDULER, timestep_spacing="quadratic"), noise, THOROUGH["teacher_steps"])
+    for table in fitted.tables:
+        errors = [
+            (solved(unet, solver, table["timesteps"], noise) - teacher).square().flatten(1).mean(1).sqrt()
+            for solver in SOLVERS
+        ]
+        best = min(range(len(SOLVERS)), key=lambda i: errors[i].mean())
+        assert table["solver"] == SOLVERS[best]
+        assert table["solver_mean_error"] == pytest.approx(errors[best].mean().item(), rel=1e-6)
+        assert table["solver_error"] == pytest.approx(rms(errors[best]), rel=1e-6)
 
 
 def test_fitted_rows_miss_the_levels_that_derived_rows_land_on(fitted):
@@ -399,7 +446,7 @@ def test_a_real_network_in_float32():
 def test_tables_under_guidance_are_for_that_guidance(fitted):
     """Unguided ones, walked under the same guidance, are further from the guided teacher."""
     unet, classifier, n = ExactNetwork(), LinearClassifier(), 5
-    guided = calibrate(unet, SCHEDULER, (n,), classifier=classifier, guidance_scale=3.0, **FITTED)
+    guided = calibrate(unet, SCHEDULER, (n,), classifier=classifier, guidance_scale=3.0, **THOROUGH)
     (table,) = guided.tables
     assert table["guidance_scale"] == 3.0
     noise = initial_noise(unet, None, 24, seed=77)
@@ -423,6 +470,7 @@ def test_each_image_has_its_label_and_arguments_in_every_call(labels, batch_size
     unet = ExactNetwork(weights=(0.5, 0.5), means=(0.0, 0.0), deviations=(1.0, 1.0), num_class_embeds=2)
     noise = initial_noise(unet, None, 24, seed=3)
     own = {"place": torch.arange(24), "scale": torch.tensor([[0.5], [2.0]]), "words": "kept as they are"}
+    own["nested"] = {"places": [torch.arange(24), (torch.arange(24), "kept")], "none": None}
     calibrate(unet, SCHEDULER, (3,), **QUICK, seed=3, class_labels=labels, network_kwargs=own, batch_size=batch_size)
     if labels is None:
         expected = torch.randint(2, (24,), generator=torch.Generator().manual_seed(3))
@@ -439,6 +487,10 @@ def test_each_image_has_its_label_and_arguments_in_every_call(labels, batch_size
         assert torch.equal(call["class_labels"], expected[place])
         assert torch.equal(call["scale"][:, 0], 0.5 * 4.0 ** (place % 2))
         assert call["words"] == "kept as they are"
+        first, (second, kept) = call["nested"]["places"]
+        assert torch.equal(first, place)
+        assert torch.equal(second, place)
+        assert (kept, call["nested"]["none"]) == ("kept", None)
         assert (call["t"].ndim, call["t"].dtype) == (0, torch.int64)
     assert seen == {*range(24)}
 
@@ -454,6 +506,22 @@ def test_a_plain_function_is_a_network():
     assert calibration.made["weights"] is None
     same = calibrate(ExactNetwork().float(), SCHEDULER, (3,), **QUICK)
     assert_same_tables(calibration, same)
+
+
+def test_a_module_that_does_not_say_its_precision_is_asked_for_its_weights():
+    class Module(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.unet = ExactNetwork()
+
+        def forward(self, x, t):
+            assert x.dtype == torch.float64
+            return self.unet(x, t).sample
+
+    found = calibrate(Module(), SCHEDULER, (3,), **QUICK, sample_shape=(1, 4, 4), seed=np.int64(2))
+    expected = calibrate(ExactNetwork(), SCHEDULER, (3,), **QUICK, seed=2)
+    assert_same_tables(found, expected)
+    assert json.loads(json.dumps(found.to_dict()))["made"]["seed"] == 2
 
 
 def test_a_conditional_network_of_latents():
@@ -530,7 +598,7 @@ TEACHER = 24 * 40  # images in network calls
     [
         (TEACHER // 2, {"partial-0.safetensors"}, TEACHER // 3),  # one batch of three
         (TEACHER, {"partial-0.safetensors"}, TEACHER),
-        (TEACHER + 3500, {"partial-0.safetensors", "partial-tables.json"}, TEACHER + 500),
+        (TEACHER + 2000, {"partial-0.safetensors", "partial-values.json"}, TEACHER + 500),
     ],
 )
 def test_an_interrupted_call_goes_on(stop_after, files, saved, tmp_path):
@@ -556,6 +624,8 @@ def test_an_interrupted_call_goes_on(stop_after, files, saved, tmp_path):
         {"teacher_steps": 41},
         {"max_walks": 5},
         {"network_kwargs": {"place": torch.arange(24)}},
+        {"network_kwargs": {"nested": {"place": [torch.arange(24)]}}},
+        {"network_kwargs": {"words": "others"}},
         {"classifier": LinearClassifier(), "guidance_scale": 1.0},
         {"scheduler": DDIMScheduler(beta_end=0.03, clip_sample=False)},
         {"scheduler": DDIMScheduler(clip_sample=True)},
@@ -570,6 +640,19 @@ def test_a_folder_of_other_settings_is_refused(change, tmp_path):
         change["unet"].weight.fill_(1.0)  # what is compared is the weights
     with pytest.raises(ValueError, match="partial results of other settings"):
         calibrate(**{**given, **change})
+
+
+def test_finished_tables_of_other_settings_are_not_taken_over(tmp_path):
+    given = {"unet": ExactNetwork(), "scheduler": SCHEDULER, "steps": (2, 6), **QUICK, "folder": tmp_path}
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(**given, progress=Counter(TEACHER + 2000))
+    (tmp_path / "partial-0.safetensors").unlink()
+    with pytest.raises(ValueError, match="partial results of other settings"):
+        calibrate(**given, seed=1)
+    for text in ("", "[]", "{}"):
+        (tmp_path / "partial-values.json").write_text(text)
+        with pytest.raises(ValueError, match=r"partial-values\.json is broken"):
+            calibrate(**given)
 
 
 def test_two_processes_share_the_work_and_get_what_one_gets(tmp_path, in_two_processes):
@@ -622,6 +705,9 @@ def conditional(**config):
         ({"unet": conditional(), "network_kwargs": {"class_labels": torch.zeros(1).long()}}, "by themselves"),
         ({"network_kwargs": {"place": torch.tensor(1)}}, "a row for each image"),
         ({"unet": lambda x, t: x}, "sample_shape"),
+        ({"unet": lambda x, t: x, "sample_shape": (1, 2, 2), "folder": "unused"}, "a function cannot be known again"),
+        ({"unet": lambda x, t: x[:, :1], "sample_shape": (3, 2, 2)}, r"model_output has shape \(24, 1, 2, 2\)"),
+        ({"unet": lambda x, t: x.repeat(1, 3, 1, 1), "sample_shape": (2, 2, 2)}, r"has shape \(24, 6, 2, 2\)"),
         ({"unet": lambda x, t: x * math.nan, "sample_shape": (1, 2, 2)}, "not finite at timestep 999"),
         ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "no betas"),
     ],
@@ -653,7 +739,12 @@ def test_saving_is_exact(fitted, tmp_path):
     fitted.save(tmp_path / "calibration.json")
     assert Calibration.load(tmp_path / "calibration.json") == fitted
     assert Calibration.from_dict(fitted.to_dict()) == fitted
-    for text in ("{}", "[]", "no JSON", json.dumps({**fitted.to_dict(), "extra": 1})):
+    whole, table = fitted.to_dict(), fitted.to_dict()["tables"][0]
+    for change in ({"extra": 1}, {"tables": [5]}, {"tables": None}, {"made": None}):
+        with pytest.raises(ValueError, match=r"."):
+            Calibration.from_dict({**whole, **change})
+    del table["mean_error"]
+    for text in ("{}", "[]", "no JSON", json.dumps({**whole, "tables": [table]})):
         (tmp_path / "broken.json").write_text(text)
         with pytest.raises(ValueError, match=r"broken\.json holds no calibration"):
             Calibration.load(tmp_path / "broken.json")
@@ -670,6 +761,30 @@ def test_its_scheduler(fitted, tmp_path):
     assert CalibratedScheduler.from_pretrained(tmp_path).calibration == fitted.to_dict()
     with pytest.raises(ValueError, match="clip_sample"):
         fitted.scheduler(diffusers.DDPMScheduler())
+    analytic = AnalyticDPMScheduler(timestep_spacing="optimal", clip_sample=False)
+    assert fitted.scheduler(analytic).available_steps == [3, 5, 8]
+
+
+def test_its_scheduler_takes_guided_tables_if_there_are_no_others(fitted):
+    def of(*scales):
+        return replace(fitted, tables=[{**fitted.tables[0], "guidance_scale": scale} for scale in scales])
+
+    before = fitted.scheduler(SCHEDULER, guidance_scale=7.0)
+    for scales, taken in (((4.0, None), None), ((4.0, 2.0), 2.0), ((None,), None)):
+        for scheduler in (SCHEDULER, before):
+            assert of(*scales).scheduler(scheduler).config.guidance_scale == taken
+    with pytest.raises(
+        ValueError, match=r"no steps under guidance_scale=7 \(others are under guidance_scale=2, without"
+    ):
+        of(2.0, None).scheduler(SCHEDULER, guidance_scale=7.0).set_timesteps(3)
+
+
+def test_tables_given_are_not_those_of_the_scheduler(fitted):
+    given = fitted.to_dict()
+    scheduler = CalibratedScheduler.from_config(SCHEDULER.config)
+    scheduler.set_calibration(given)
+    given["tables"][0]["rows"][0][0] = 99.0
+    assert scheduler.calibration == fitted.to_dict()
 
 
 def test_tables_of_several_calls_are_joined(fitted):
@@ -720,6 +835,9 @@ def test_tables_for_a_classifier_that_is_replaced_are_left_out(fitted):
 )
 def test_tables_of_other_networks_or_schedulers_are_not_joined(fitted, key, value):
     change = {"made": {**fitted.made, "weights": value}} if key == "weights" else {key: value}
+    unknown = replace(fitted, made={})
+    with pytest.raises(ValueError, match="do not say for which"):
+        unknown.with_tables_of(unknown)
     with pytest.raises(ValueError, match=f"different (networks|schedulers: {key})"):
         fitted.with_tables_of(replace(fitted, **change))
 

@@ -161,6 +161,38 @@ def test_other_weights_are_other_settings(run, sample, capsys):
     assert "other settings (weights)" in capsys.readouterr().err
 
 
+def test_a_wrong_number_of_steps_does_not_block_the_folder(sample, capsys):
+    sample("--seeds=0-1", steps=T + 1, code=2)
+    assert "num_inference_steps" in capsys.readouterr().err
+    folder = sample("--seeds=0-1", steps=5)
+    assert json.loads((folder / "sampling.json").read_text())["settings"]["num_inference_steps"] == 5
+
+
+def test_fewer_seeds_do_not_delete_what_an_interrupted_call_has_drawn(sample, monkeypatch, capsys):
+    write, calls = sampling.SampleFolder._write, []
+
+    def interrupted(self, seed, image, label):
+        calls.append(seed)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        write(self, seed, image, label)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling.SampleFolder, "_write", interrupted)
+        whole = sample("--seeds=0-7", output="images.npz", code=130)
+    sample("--seeds=0-1", output="images.npz")
+    assert "kept: 1 images of an interrupted call" in capsys.readouterr().out
+    assert (whole.with_name("images.npz.partial") / "000002.npy").is_file()
+
+
+def test_a_broken_record_is_named(sample, capsys):
+    folder = sample("--seeds=0")
+    for text in ("", "[]", "{}"):
+        (folder / "sampling.json").write_text(text)
+        sample("--seeds=0-1", code=2)
+        assert f"{folder / 'sampling.json'} is broken" in capsys.readouterr().err
+
+
 def test_a_folder_of_something_else_is_left_alone(sample, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
@@ -247,7 +279,7 @@ def test_schedulers_by_name(run, tmp_path):
     assert analytic.posterior_variance() == made.posterior_variance()
 
 
-def save_tables(run, *tables, spacing="linspace", weights=None):
+def save_tables(run, *tables, spacing="linspace", weights=None, classifier=None):
     """The rows of DPM-Solver (first order) for each (guidance scale, number of steps), in `run/calibrated`."""
     config = DPMPipeline.from_pretrained(run).scheduler.config
     solver = DPMSolverScheduler.from_config(config, solver_order=1, timestep_spacing=spacing)
@@ -256,7 +288,8 @@ def save_tables(run, *tables, spacing="linspace", weights=None):
     for scale, num_inference_steps in tables:
         solver.set_timesteps(num_inference_steps)
         rows = [[row.sample, *row.x0] for row in solver.updates]
-        fitted.append({"timesteps": solver.timesteps.tolist(), "rows": rows, "guidance_scale": scale})
+        guide = {"guidance_scale": scale, "classifier": scale and classifier}
+        fitted.append({"timesteps": solver.timesteps.tolist(), "rows": rows, **guide})
     conditions = {key: made.config[key] for key in CONDITIONS}
     made.set_calibration(
         {"tables": fitted, "schedule_hash": made.schedule.hash, "made": {"weights": weights}, **conditions}
@@ -304,6 +337,13 @@ def test_calibrated_rows_lie_beside_the_model(run, sample, capsys):
         (["--seeds=0", "--scheduler-options", "etta=1"], "ddim has no option 'etta'; did you mean eta?"),
         (["--seeds=0", "--scheduler-options", "eta"], "written key=value, got 'eta'"),
         (["--seeds=0", "--scheduler-options", "beta_schedule=wavy"], "wavy"),
+        (["--seeds=0", "--scheduler-options", "eta=abc"], "ddim: eta must be a number, got 'abc'"),
+        (["--seeds=0", "--scheduler-options", "clip_sample=maybe"], "clip_sample must be true or false, got 'maybe'"),
+        (["--seeds=0", "--scheduler-options", "steps_offset=0.5"], "steps_offset must be a whole number, got 0.5"),
+        (["--seeds=0", "--scheduler-options", "timestep_spacing=3"], "timestep_spacing must be a word, got 3"),
+        (["--seeds=0", "--scheduler=diffusers:SchedulerMixin"], "diffusers has no scheduler 'SchedulerMixin'"),
+        (["--seeds=0", "--scheduler=diffusers:VQDiffusionScheduler"], "diffusers:VQDiffusionScheduler: "),
+        (["--seeds=0", "--output=images.jpg"], "--output is a folder, an .npz or a .png file, got images.jpg"),
         (["--seeds=0", "--num-inference-steps=0"], "--num-inference-steps must be at least 1"),
         ([], "--seeds is missing"),
     ],
@@ -343,7 +383,7 @@ def test_command_is_listed_and_has_help(capsys):
     assert "--guidance-scale" in capsys.readouterr().out
 
 
-def test_guidance_takes_the_rows_of_its_scale(run, sample):
+def test_guidance_takes_the_rows_of_its_scale(run, sample, capsys):
     blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "norm_num_groups": 4}
     classifier = NoisyClassifier(3, sample_size=8, in_channels=1, layers_per_block=1, **blocks)
     classifier.save_pretrained(run / "classifier")
@@ -351,3 +391,12 @@ def test_guidance_takes_the_rows_of_its_scale(run, sample):
     folder = sample("--seeds=0-1", "--guidance-scale=2", "--class-labels=1", scheduler="calibrated", steps=3)
     settings = json.loads((folder / "sampling.json").read_text())["settings"]
     assert settings["config"]["guidance_scale"] == 2.0
+
+    save_tables(run, (None, 3), (2.0, 3), classifier="0" * 64)
+    guided = ["--seeds=0-1", "--guidance-scale=2", "--class-labels=1"]
+    sample(*guided, scheduler="calibrated", steps=3, output="other", code=2)
+    assert "fitted under guidance by another classifier" in capsys.readouterr().err
+    sample("--seeds=0-1", scheduler="calibrated", steps=3, output="unguided")
+    (run / "calibrated" / "scheduler_config.json").write_text("{")
+    sample(*guided, scheduler="calibrated", steps=3, output="other", code=2)
+    assert "calibrated cannot be read" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 
-from diffusers_dpm.calibration import STEPS, Calibration, calibrate, network_calls
+from diffusers_dpm.calibration import STEPS, Calibration, calibrate, network_calls, solver_for
 from diffusers_dpm.command_line import load_pipeline, run_command, take_model
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.sampling import load_classifier, weights_hash
@@ -107,8 +107,7 @@ def fit(model: str, options: CalibrateOptions) -> None:
     if not fitted.tables:
         raise ValueError(f"for {left_out} steps, DPM-Solver is as near to the teacher as fitted rows: nothing written")
     calibration = fitted if kept is None else kept.with_tables_of(fitted)
-    scheduler = calibration.scheduler(pipeline.scheduler, guidance_scale=calibration.tables[0]["guidance_scale"])
-    scheduler.save_pretrained(folder)
+    calibration.scheduler(pipeline.scheduler).save_pretrained(folder)
     calibration.save(folder / "calibration.json")
     print(report(calibration, pipeline.scheduler))
     if left_out:
@@ -125,7 +124,7 @@ def kept_calibration(folder: Path, pipeline: DPMPipeline) -> Calibration | None:
     if not (folder / "calibration.json").is_file():
         return None
     kept = Calibration.load(folder / "calibration.json")
-    ours = CalibratedScheduler.from_config(pipeline.scheduler.config)
+    ours = solver_for(pipeline.scheduler)
     conditions = {key: ours.config[key] for key in CONDITIONS}
     nothing = Calibration([], ours.schedule.hash, **conditions, made={"weights": weights_hash(pipeline.unet)})
     try:

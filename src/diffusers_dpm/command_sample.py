@@ -77,6 +77,8 @@ class SampleOptions(SchedulerOptions, ImageOptions):
             raise ValueError("--seeds is missing: such as 0-15")
         if not self.output:
             raise ValueError("--output is missing: a folder, an .npz or a .png file")
+        if Path(self.output).suffix.lower() in (".jpg", ".jpeg", ".gif", ".webp", ".npy", ".zip"):
+            raise ValueError(f"--output is a folder, an .npz or a .png file, got {self.output}")
         if self.scheduler_options and not self.scheduler:
             raise ValueError("--scheduler-options needs --scheduler")
         if self.num_inference_steps is not None and self.num_inference_steps < 1:
@@ -90,10 +92,12 @@ def draw(model: str, options: SampleOptions) -> None:
         ValueError: the model or the options cannot be used; the output holds other images.
     """
     seeds, output = parse_seeds(options.seeds or []), Path(options.output or "")
-    packed = output.suffix in (".npz", ".png")
+    packed = output.suffix.lower() in (".npz", ".png")
     if packed and output.exists():
         raise ValueError(f"{output} exists already")
     pipeline = load_pipeline(model)
+    if options.guidance_scale is not None:
+        pipeline.register_modules(classifier=load_classifier(model))
     if options.scheduler is not None:
         pipeline.scheduler = build_scheduler(
             options.scheduler,
@@ -102,10 +106,8 @@ def draw(model: str, options: SampleOptions) -> None:
             model,
             options.guidance_scale,
         )
-    if options.guidance_scale is not None:
-        pipeline.register_modules(classifier=load_classifier(model))
     sampler = Sampler(pipeline, options.num_inference_steps, options.class_labels, options.guidance_scale)
-    suffix = ".npy" if output.suffix == ".npz" else ".png"
+    suffix = ".npy" if output.suffix.lower() == ".npz" else ".png"
     folder = output.with_name(output.name + ".partial") if packed else output
     accelerator = Accelerator(cpu=options.cpu)
     images = SampleFolder(folder, sampler, suffix)
@@ -113,7 +115,11 @@ def draw(model: str, options: SampleOptions) -> None:
     if accelerator.is_main_process:
         if packed:
             pack(images, seeds, output)
-            shutil.rmtree(folder)
+            others = images.others(seeds)
+            if others:
+                print(f"kept: {len(others)} images of an interrupted call, in {folder}")
+            else:
+                shutil.rmtree(folder)
         print(f"{len(seeds)} images in {output}")
 
 
@@ -121,7 +127,7 @@ def pack(images: SampleFolder, seeds: Sequence[int], output: Path) -> None:
     """All images in one file: arr_0, as guided-diffusion's evaluator reads it, and seeds; or a grid, row by row."""
     pixels = images.read(seeds)
     output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix == ".npz":
+    if output.suffix.lower() == ".npz":
         np.savez(output, arr_0=pixels, seeds=np.array(seeds))
         return
     num, height, width, channels = pixels.shape

@@ -185,8 +185,10 @@ def stage(
     extras = list_extras(run)
     for name in extras:
         stage_extra(run / name, folder / name)
-    calibrated = run / "calibrated"
-    fitted = fitted_steps(load_extra(calibrated), pipe.unet, calibrated) if calibrated.name in extras else {}
+    calibrated, fitted = run / "calibrated", {}
+    if calibrated.name in extras:
+        classifier = load_extra(run / "classifier") if "classifier" in extras else None
+        fitted = fitted_steps(load_extra(calibrated), pipe.unet, calibrated, classifier)
     pipe.save_pretrained(folder)  # after the classifier's weights, which its index tells plain diffusers to leave
     if variant:
         rounded = copy.deepcopy(pipe.unet).to(VARIANTS[variant])

@@ -45,6 +45,13 @@ def command_name(scheduler_class: type) -> str:
 
 
 SCHEDULERS = {command_name(scheduler_class): scheduler_class for scheduler_class in ALL_SCHEDULERS}
+# Kind of a config key's default -> the types that its values may have, and what they are called.
+KINDS: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a word"),
+}
 # Schedulers that hold something of the model: the folder beside it where they lie, and the command that makes it.
 BESIDE: dict[type, tuple[str, str]] = {
     AnalyticDPMScheduler: ("analytic_dpm", "statistics"),
@@ -60,7 +67,7 @@ def find_scheduler(name: str) -> type[SchedulerMixin]:
     """
     if name.startswith(STOCK):
         found = getattr(diffusers, name.removeprefix(STOCK), None)
-        if isinstance(found, type) and issubclass(found, SchedulerMixin):
+        if isinstance(found, type) and issubclass(found, SchedulerMixin) and found is not SchedulerMixin:
             return found
         raise ValueError(
             f"diffusers has no scheduler {name.removeprefix(STOCK)!r}, or it needs a package that is missing"
@@ -110,41 +117,62 @@ def build_scheduler(
         ValueError: no such scheduler, option or value; no folder for one of `BESIDE`, or rows of other weights in it.
     """
     scheduler_class = find_scheduler(name)
-    known = inspect.signature(scheduler_class.__init__).parameters.keys()
-    for key in options.keys() - known:
-        near = difflib.get_close_matches(key, known, n=1)
-        raise ValueError(f"{name} has no option {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+    check_options(name, scheduler_class, options)
     config = pipeline.scheduler.config
     if scheduler_class in BESIDE:
         folder, command = BESIDE[scheduler_class]
         try:
             saved = scheduler_class.from_pretrained(model, subfolder=folder)
         except OSError as error:
+            if (Path(model) / folder / scheduler_class.config_name).exists():
+                raise ValueError(f"{model}/{folder} cannot be read ({error})") from error
             raise ValueError(f"{model} has no {folder}: 'diffusers-dpm {command} {model}' makes it") from error
         config = saved.config
-        beside = f"{model}/{folder}"
-        if scheduler_class is CalibratedScheduler and guidance_scale in fitted_steps(saved, pipeline.unet, beside):
-            options = {"guidance_scale": guidance_scale, **options}
+        if scheduler_class is CalibratedScheduler:
+            steps = fitted_steps(saved, pipeline.unet, f"{model}/{folder}", pipeline.classifier)
+            options = {"guidance_scale": guidance_scale, **options} if guidance_scale in steps else options
     try:
         return scheduler_class.from_config(config, **options)
-    except NotImplementedError as error:  # how diffusers refuses values
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # diffusers raises all
         raise ValueError(f"{name}: {error}") from error
 
 
+def check_options(name: str, scheduler_class: type, options: dict[str, Any]) -> None:
+    """Raise ValueError for a key that is not in the class's config, or a value of another kind than its default."""
+    known = inspect.signature(scheduler_class.__init__).parameters
+    for key, value in options.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            raise ValueError(f"{name} has no option {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        default = known[key].default
+        kind = next((kind for kind in KINDS if isinstance(default, kind)), None)  # bool is an int, too
+        if kind is not None and value is not None and type(value) not in KINDS[kind][0]:
+            raise ValueError(f"{name}: {key} must be {KINDS[kind][1]}, got {value!r}")
+
+
 def fitted_steps(
-    scheduler: CalibratedScheduler, unet: torch.nn.Module, where: str | Path
+    scheduler: CalibratedScheduler,
+    unet: torch.nn.Module,
+    where: str | Path,
+    classifier: torch.nn.Module | None = None,
 ) -> dict[float | None, list[int]]:
     """Guidance scale (None: without) -> the numbers of steps that there are rows for. The config's own scale is first.
 
     Raises:
-        ValueError: there are no rows of that scale, or they say that they were fitted to another network; names
-            `where` they are.
+        ValueError: there are no rows of that scale, or they say that they were fitted to another network, or under
+            guidance by another classifier than the one given; names `where` they are.
     """
     calibration = scheduler.calibration
     if calibration is None or not scheduler.available_steps:
         raise ValueError(f"{where} has no fitted rows: 'diffusers-dpm calibrate' makes some")
     if calibration.get("made", {}).get("weights") not in (None, weights_hash(unet)):
         raise ValueError(f"{where} has rows fitted to other weights: delete them, and 'diffusers-dpm calibrate' again")
+    guides = {table.get("classifier") for table in calibration["tables"]} - {None}
+    if classifier is not None and guides - {weights_hash(classifier)}:
+        raise ValueError(
+            f"{where} has rows fitted under guidance by another classifier: 'diffusers-dpm calibrate --guidance-scale "
+            "W' again"
+        )
     steps: dict[float | None, list[int]] = {scheduler.config.guidance_scale: []}
     for table in calibration["tables"]:
         steps.setdefault(table["guidance_scale"], []).append(len(table["timesteps"]))
@@ -291,6 +319,10 @@ class SampleFolder:
     def path(self, seed: int) -> Path:
         return self.folder / f"{seed:06d}{self.suffix}"
 
+    def others(self, seeds: Iterable[int] = ()) -> list[Path]:
+        """The images there but those of the seeds."""
+        return sorted({*self.folder.glob(f"*{self.suffix}")} - {*map(self.path, seeds)})
+
     def check(self) -> dict[str, Any]:
         """The settings that the folder's images are to have.
 
@@ -302,9 +334,12 @@ class SampleFolder:
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
                 raise ValueError(f"{self.folder} exists and holds no {SETTINGS_FILE}: choose another folder")
             return settings
-        kept = json.loads(record.read_text())["settings"]
-        changed = [name for name in settings if settings[name] != kept.get(name)]
-        if changed:
+        try:
+            kept = json.loads(record.read_text())["settings"]
+            changed = [name for name in settings if settings[name] != kept.get(name)]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{record} is broken: choose another folder, or delete this one") from error
+        if changed and self.others():  # a call that failed at once leaves settings, and nothing that has them
             raise ValueError(
                 f"{self.folder} holds images of other settings ({', '.join(changed)}): choose another folder"
             )
@@ -351,10 +386,10 @@ class SampleFolder:
         start = time.perf_counter()
         images, labels, calls = self.sampler.draw(seeds)
         seconds = time.perf_counter() - start
+        with (self.folder / f"timing-{process}.jsonl").open("a") as file:  # before the images: `cost` needs a line
+            file.write(json.dumps({"images": len(seeds), "calls": calls, "seconds": seconds}) + "\n")
         for i, seed in enumerate(seeds):
             self._write(seed, images[i], None if labels is None else labels[i])
-        with (self.folder / f"timing-{process}.jsonl").open("a") as file:
-            file.write(json.dumps({"images": len(seeds), "calls": calls, "seconds": seconds}) + "\n")
 
     def _write(self, seed: int, image: np.ndarray, label: int | None) -> None:
         temporary = self.path(seed).with_suffix(".tmp")

@@ -446,7 +446,7 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
 
 
 class PartialResults:
-    """What is known of the values so far, in one file for each process; NaN is not known yet.
+    """What is known of the values so far, in one file for each process; NaN is not known yet. And a dict, if asked.
 
     Raises:
         ValueError: the folder holds results of other settings, or a broken file.
@@ -456,6 +456,7 @@ class PartialResults:
         self.folder = folder
         self.settings = {name: json.dumps(value) for name, value in settings.items()}
         self.own = folder / f"partial-{0 if accelerator is None else accelerator.process_index}.safetensors"
+        self.document = folder / "partial-values.json"
         self.save_every = save_every
         self.last_save = time.monotonic()
 
@@ -490,6 +491,23 @@ class PartialResults:
     def save_if_due(self, values: torch.Tensor) -> None:
         if time.monotonic() - self.last_save > self.save_every:
             self.save(values)
+
+    def load_json(self) -> dict[str, Any]:
+        """What the first process gave to `save_json`, of the same settings; {} if nothing."""
+        if not self.document.is_file():
+            return {}
+        try:
+            saved = json.loads(self.document.read_text())
+            settings, values = saved["settings"], saved["values"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.document} is broken: delete it.") from error
+        self._check(settings)
+        return values
+
+    def save_json(self, values: Mapping[str, Any]) -> None:
+        temporary = self.document.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"settings": self.settings, "values": values}))
+        os.replace(temporary, self.document)
 
     def delete(self) -> None:
         for path in self.folder.glob("partial-*"):

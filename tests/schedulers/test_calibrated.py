@@ -68,7 +68,7 @@ def test_the_guidance_scale_chooses_the_tables():
         chosen.set_timesteps(2)
         assert chosen.updates[0].sample == value
         assert chosen.available_steps == ([2, 4] if scale == 2.5 else [2])
-    with pytest.raises(ValueError, match=r"for 2 steps: .* for no steps under guidance_scale=3\. "):
+    with pytest.raises(ValueError, match=r"for 2 steps: .* no steps under guidance_scale=3 .*=0, .*=2\.5, without"):
         CalibratedScheduler.from_config(scheduler.config, guidance_scale=3).set_timesteps(2)
 
 
@@ -154,7 +154,10 @@ def test_a_config_that_the_tables_are_not_for_is_found_out_after_a_swap(change):
         ([table(rows=[[0.3, 0.1, 0.2], *ROWS[1:]])], "damaged"),  # there is no second prediction yet
         ([table(rows=[[math.nan, 0.1], *ROWS[1:]])], "damaged"),
         ([table(), table(rows=[*ROWS[:3], [0.1, math.inf]])], "damaged"),
-        ([{"rows": ROWS}], "descending"),
+        ([{"rows": ROWS}], "damaged"),
+        ([{**table(), "guidance_scale": math.nan}], "damaged: a table has guidance_scale=nan"),
+        ([{**table(), "rows": 5}], "damaged"),
+        ([5], "damaged"),
         ([{"timesteps": TIMESTEPS}], "damaged"),
         ([table(timesteps=[999, 640, 640, 7])], "descending"),
         ([table(timesteps=[1000, 640, 130, 7])], r"0 \.\. 999"),
