@@ -185,6 +185,8 @@ class VPNoiseSchedule:
         below = math.floor(t)
         if below == t:
             return self[below]
+        if not 0 <= t <= len(self) - 1:
+            raise IndexError(f"timestep {t} is outside 0 .. {len(self) - 1}.")
         log_alpha = torch.lerp(self.log_alpha[below], self.log_alpha[below + 1], t - below).item()
         sigma = math.sqrt(-math.expm1(2 * log_alpha))
         return Level(math.exp(log_alpha), sigma, log_alpha - math.log(sigma))
@@ -201,7 +203,9 @@ class VPNoiseSchedule:
         right = torch.searchsorted(knots, wanted).clamp(1, len(knots) - 1)
         left = right - 1
         fraction = (wanted - knots[left]) / (knots[right] - knots[left])
-        return left + fraction.clamp(0, 1)
+        found = left + fraction.clamp(0, 1)
+        whole = found.round()  # a step from one timestep to the same but for rounding would divide by next to nothing
+        return torch.where((found - whole).abs() < 1e-6, whole, found)
 
     @cached_property
     def hash(self) -> str:
@@ -263,6 +267,9 @@ class Conversion(NamedTuple):
     x0: tuple[float, float]
     epsilon: tuple[float, float]
 
+
+# Keys of configs for other processes than DDPM's: of schedulers that have no betas.
+OTHER_PROCESSES = {"shift": "flow matching", "sigma_data": "EDM"}
 
 # Salimans and Ho 2022, section 4 and appendix D. Coefficients that a level does not have (division by 0) are left to
 # the caller: `epsilon` networks cannot start at alpha = 0.
@@ -463,9 +470,15 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         """As `ConfigMixin.from_config`, but a config in memory means what its JSON file says.
 
         diffusers forgets the values that the other scheduler had by default, and so swaps in this class's defaults.
+
+        Raises:
+            ValueError: the config is one of flow matching or of EDM.
         """
         if isinstance(config, dict):
             config = {key: value for key, value in config.items() if key != "_use_default_values"}
+            for key, process in OTHER_PROCESSES.items():
+                if key in config:
+                    raise ValueError(f"{key}={config[key]!r} is of {process}; this scheduler is for a DDPM process.")
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
@@ -604,9 +617,13 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
 
     def _enter(self, index: int) -> None:
         """Begin a loop at row `index`, in mid-grid for image to image: from there the rows are those of a new walk."""
+        if not 0 <= index < len(self.levels):
+            raise ValueError(f"begin_index={index} must lie in 0 .. {len(self.levels) - 1}.")
         self._forget()
         if index != self._entry:
-            self.updates = [*self._planned[:index], *self.plan(self.levels[index:])] if index else self._planned
+            rest = self.levels[index:]
+            rows = self.plan(rest) if index and len(rest) > 1 else self._planned[index:]
+            self.updates = [*self._planned[:index], *rows]
             self._entry = index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
@@ -680,6 +697,9 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         output, variance = self.split(model_output, x)
         if isinstance(timestep, torch.Tensor) and timestep.numel() > 1:
             rows = [self._locate(t) for t in timestep.tolist()]
+            if len(rows) != len(x):
+                raise ValueError(f"{len(rows)} timesteps for a batch of {len(x)} images.")
+            rows = rows if len({*rows}) > 1 else rows[:1]
         else:
             rows = [self._locate(timestep)]
         if self._has_state and rows[0] != (self._entry if self._last_index is None else self._last_index + 1):
@@ -748,8 +768,6 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         """`_apply` for images at different levels: each group of equals at once."""
         if self._has_state:
             raise ValueError(f"{type(self).__name__} keeps a history: all images of a batch must be at one timestep.")
-        if len(rows) != len(x):
-            raise ValueError(f"{len(rows)} timesteps for a batch of {len(x)} images.")
         groups = {index: [i for i, row in enumerate(rows) if row == index] for index in rows}
 
         def some(tensor: torch.Tensor | None, members: list[int]) -> torch.Tensor | None:
@@ -788,7 +806,8 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         """(x_0 and epsilon predictions, newest first, and the x that opened the block), this step's included."""
         anchor = self._anchor if self.updates[index].anchored and self._anchor is not None else x
         x0s, epsilons = x0s + self._x0, epsilons + self._epsilon
-        self._last_index, self._anchor = index, anchor
+        opens = anchor is x and any(row.anchored for row in self.updates[index + 1 : index + 2])
+        self._last_index, self._anchor = index, x.clone() if opens else anchor  # x may be a buffer that is reused
         keep = self._history_length - 1
         self._x0, self._epsilon = x0s[:keep], epsilons[:keep]
         if index + 1 == len(self.updates):

@@ -16,6 +16,7 @@ All updates from level s to level t, with h = lambda_t - lambda_s, are one formu
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -108,6 +109,10 @@ def first_order(algorithm_type: str, s: Level, t: Level) -> Update:
         if algorithm_type.startswith("sde"):
             return Update(x0=(t.alpha,), noise=t.sigma)
         return Update(sample=t.sigma / s.sigma, x0=(t.alpha,))
+    if t.alpha == 0:  # encoding ends in pure noise; written out, because h is infinite
+        if algorithm_type == "dpmsolver":
+            return Update(epsilon=(t.sigma,))
+        return Update(sample=t.sigma / s.sigma, x0=(-s.alpha * t.sigma / s.sigma,))
     k = kernel(algorithm_type, s, t)
     return predictions(algorithm_type, k, (k.first,))
 
@@ -144,7 +149,7 @@ def multistep_row(algorithm_type: str, order: int, solver_type: str, factor: flo
     expansion needs and gives third order; 1 is in every published implementation and gives second order.
     """
     s, t = levels[-2:]
-    if order == 1 or t.sigma == 0 or s.alpha == 0:
+    if order == 1 or 0 in (s.alpha, t.alpha, t.sigma):
         return first_order(algorithm_type, s, t)
     k = kernel(algorithm_type, s, t)
     h = t.lambda_ - s.lambda_
@@ -267,10 +272,14 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
     and keys of ours:
 
     - method: multistep; singlestep, whose blocks make exactly the asked number of calls; or singlestep_fixed, with
-      blocks of solver_order only and up to solver_order - 1 calls fewer.
-    - third_order_rule: published, the rule of all other implementations, has second order; exact has third order. At 8
-      to 50 calls published is nearer to the solution of the ODE (benchmarks/ode_error.py, RMS on the digits model, x_0
-      form, quadratic spacing: 0.047 against 0.058 at 10 calls, 0.012 against 0.016 at 20), so it is the default.
+      blocks of solver_order only, and a call of its own for clean data, so up to solver_order - 1 calls fewer. In both
+      the blocks say the orders, and lower_order_final nothing. The config of diffusers' singlestep scheduler does not
+      say its method: give method="singlestep" when swapping.
+    - third_order_rule: published, the rule of all other implementations, has second order; exact has third order. In
+      the x_0 form published is nearer to the solution of the ODE at 5 to 50 calls on every grid (RMS on the digits
+      model at 10 and 20 calls, exact against published: quadratic 0.058, 0.016 against 0.047, 0.012; logsnr 0.105,
+      0.012 against 0.080, 0.010); in the epsilon form they are within a tenth of each other, and exact is the nearer
+      one on logsnr (0.051, 0.011 against 0.053, 0.013). So published is the default (benchmarks/ode_error.py).
     - denoise_to_zero: ends at the level of timestep 0 and spends the last call on a prediction of x_0 from there.
     - fractional_timesteps: real-valued timesteps where the grid has them; False rounds, and takes the level from the
       rounded timestep, so that the network is told what it gets.
@@ -344,6 +353,8 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         for key, known in choices.items():
             if self.config[key] not in known:
                 raise ValueError(unknown(key, self.config[key], known))
+        if euler_at_final and method != "multistep":
+            raise ValueError("euler_at_final=True needs method='multistep': the blocks of the others end as they end.")
         if sum(self.config[flag] for flag in SIGMA_FLAGS) > 1:
             raise ValueError(f"only one of {', '.join(SIGMA_FLAGS)} can be used.")
         if method != "multistep" and algorithm_type.startswith("sde"):
@@ -358,6 +369,13 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         self._plan_orders: list[int] = []  # of the plan that is being walked
         if step_plan is not None:
             self._check_plan(step_plan)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As `LinearScheduler.from_config`; UniPC's predict_x0=False means algorithm_type="dpmsolver"."""
+        if isinstance(config, dict) and config.get("predict_x0") is False and "algorithm_type" not in config:
+            kwargs = {"algorithm_type": "dpmsolver", **kwargs}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @property
     def _spacing(self) -> str:
@@ -397,6 +415,8 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         if stored is not None and num_inference_steps == len(stored["timesteps"]) and not encode:
             plan = stored
         if plan is not None:
+            if isinstance(plan, (str, Path)):
+                raise ValueError(f"plan is a StepPlan or its dict, got {str(plan)!r}: StepPlan.load reads files.")
             self._visit_plan(plan if isinstance(plan, Mapping) else vars(plan), device)
             return
         self._plan_orders = []
@@ -431,12 +451,21 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         for key, value in own.items():
             if plan.get(key) != value:
                 raise ValueError(f"the plan was made for {key}={plan.get(key)!r}; this scheduler has {value!r}.")
-        times, orders, end = plan["timesteps"], plan["orders"], plan["end"]
+        damaged = "the plan is damaged: its timesteps must descend, and its orders sum up to their number."
+        try:
+            times, orders, end = [float(t) for t in plan["timesteps"]], list(plan["orders"]), plan["end"]
+            fits = self._fits(times, orders, end)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(damaged) from error
+        if not fits:
+            raise ValueError(damaged)
+
+    def _fits(self, times: list[float], orders: list[int], end: float | None) -> bool:
+        """Whether a walk of these timesteps in blocks of these orders is possible."""
         descends = all(t > s for t, s in pairwise([*times, -1.0 if end is None else end]))
         inside = bool(times) and times[0] <= len(self.schedule) - 1 and min(times[-1], end or 0.0) >= 0
         fits = sum(orders) == len(times) and {*orders} <= {1, 2, 3} and (end is not None or orders[-1:] == [1])
-        if not (inside and descends and fits):
-            raise ValueError("the plan is damaged: its timesteps must descend, and its orders sum up to their number.")
+        return inside and descends and fits
 
     def _explicit(self, timesteps: Sequence[float] | torch.Tensor) -> list[float]:
         """Timesteps as they were given; real-valued ones if the config allows them."""
@@ -487,7 +516,8 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         """n descending timesteps below `top`; `to_zero`: the walk ends at timestep 0, which is none of them."""
         spacing, lambdas = self._spacing, self.schedule.lambda_
         if self.config.method == "singlestep_fixed":
-            n = max(n // self.config.solver_order * self.config.solver_order, 1)
+            order, alone = self.config.solver_order, (not to_zero) + (self.schedule.alpha[top - 1].item() == 0)
+            n = max((n - alone) // order * order + alone, 1)
         if spacing in INDEX_SPACINGS:
             return [float(t) for t in reversed(index_grid(spacing, top, n, self.config.steps_offset))]
         ends = lambdas[top - 1].item(), lambdas[0].item()
@@ -499,7 +529,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
 
     def _block_lambdas(self, n: int, noisiest: float, cleanest: float, to_zero: bool) -> torch.Tensor:
         """Blocks of equal width in lambda, whatever their order, each divided evenly by its stages."""
-        orders = self._block_orders(n, clean=not to_zero)
+        orders = self._block_orders(n, last_alone=not to_zero)
         inner = orders if to_zero else orders[:-1]
         edges = torch.linspace(noisiest, cleanest, len(inner) + 1, dtype=torch.float64)
         parts = [
@@ -521,25 +551,31 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
     def _rederives_epsilon(self) -> bool:
         return not self._algorithm.endswith("++") and (self._clip_range, self._threshold) != (None, None)
 
-    def _block_orders(self, n: int, clean: bool, pure_noise: bool = False) -> list[int]:
-        """Orders of singlestep blocks for n calls; steps from pure noise or to clean data have first order."""
+    def _block_orders(self, n: int, last_alone: bool, pure_noise: bool = False) -> list[int]:
+        """Orders of singlestep blocks for n calls; steps from pure noise, or to it or clean data, have first order."""
         if self._plan_orders:
             return last_orders(self._plan_orders, n)
+        if n <= 1:
+            return [1] * n
+        if pure_noise:
+            return [1, *self._block_orders(n - 1, last_alone)]
         order = self.config.solver_order
-        if clean:
-            return [*self._block_orders(n - 1, False, pure_noise), 1]
-        if pure_noise and n:
-            return [1, *self._block_orders(n - 1, False)]
-        if self.config.method == "singlestep_fixed" and n >= order:
-            return [order] * (n // order) + ([n % order] if n % order else [])
-        return singlestep_orders(n, order)
+        if self.config.method == "singlestep_fixed":
+            blocks, rest = divmod(n - last_alone, order)
+            return [order] * blocks + [rest] * (rest > 0) + [1] * last_alone
+        if last_alone and self.config.denoise_to_zero:
+            return [*singlestep_orders(n - 1, order), 1]
+        orders = singlestep_orders(n, order)
+        if last_alone and orders[-1:] > [1]:
+            orders[-1:] = [orders[-1] - 1, 1]
+        return orders
 
     def plan(self, levels: list[Level]) -> list[Update]:
         config, n = self.config, len(levels) - 1
         algorithm_type, solver_type = self._algorithm, SOLVER_TYPES[config.solver_type]
         clean = levels[-1].sigma == 0
         if config.method != "multistep" or self._plan_orders:
-            edges = [0, *accumulate(self._block_orders(n, clean, levels[0].alpha == 0))]
+            edges = [0, *accumulate(self._block_orders(n, clean or levels[-1].alpha == 0, levels[0].alpha == 0))]
             blocks = (levels[a : b + 1] for a, b in pairwise(edges))
             return [row for block in blocks for row in singlestep_rows(algorithm_type, solver_type, block)]
         lower_last = 2 if config.lower_order_final and n < 15 else 0

@@ -386,10 +386,20 @@ def test_a_plan_is_refused_by_another_schedule_or_solver(plan):
         {"timesteps": [2000.0, *plan.timesteps[1:]]},
         {"end": plan.timesteps[-2]},
         {"timesteps": plan.timesteps[:3], "orders": [3]},  # only first order can land on clean data
+        {"timesteps": "abc"},
+        {"timesteps": None},
+        {"orders": None},
+        {"end": "zero"},
     )
     for damage in damages:
         with pytest.raises(ValueError, match="damaged"):
             scheduler.set_timesteps(plan={**plan.to_dict(), **damage})
+    missing = plan.to_dict()
+    del missing["orders"]
+    with pytest.raises(ValueError, match="damaged"):
+        scheduler.set_timesteps(plan=missing)
+    with pytest.raises(ValueError, match=r"got 'plan\.json': StepPlan\.load reads files"):
+        scheduler.set_timesteps(plan="plan.json")
 
 
 def test_entering_a_plan_in_the_middle_of_a_block(plan):
@@ -419,6 +429,29 @@ def test_a_rounded_plan(pipe, final_sigmas_type):
     scheduler.set_timesteps(rounded.num_calls)
     assert not scheduler.timesteps.is_floating_point()
     assert walk(scheduler, lambda x, t: x, X_T).isfinite().all()
+
+
+@pytest.mark.parametrize(("number", "seeds"), [(0, None), (2, [1]), (2, [1, 2, 3]), (-1, None)])
+def test_there_is_a_seed_for_each_pilot(pipe, number, seeds):
+    with pytest.raises(
+        ValueError, match=f"num_pilot_images={number} must be at least 1, and there is a seed for each"
+    ):
+        plan_timesteps(pipe, 0.5, number, seeds=seeds)
+
+
+def test_a_plan_of_more_steps_than_there_are_timesteps_cannot_be_rounded():
+    pair = tiny_unet(), DDIMScheduler(num_train_timesteps=10, beta_end=0.9, clip_sample=False)
+    plan = plan_timesteps(pair, 0.01, 1)
+    assert plan.num_calls > 10
+    with pytest.raises(ValueError, match=f"{plan.num_calls} steps do not fit into 10 integer timesteps"):
+        plan_timesteps(pair, 0.01, 1, fractional=False)
+
+
+def test_the_network_gets_its_further_arguments():
+    unet, seen = tiny_unet(num_class_embeds=3), []
+    unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    plan_timesteps((unet, DDIMScheduler(clip_sample=False)), 0.5, 2, network_kwargs={"return_dict": True})
+    assert all(call["return_dict"] is True and len(call["class_labels"]) == 2 for call in seen)
 
 
 def test_pilots_of_a_class_conditional_network():

@@ -17,7 +17,7 @@ In the second form the plan is part of the scheduler's config, so `save_pretrain
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -466,6 +466,7 @@ def plan_timesteps(
     seeds: Iterable[int] | None = None,
     generator: torch.Generator | None = None,
     class_labels: Sequence[int] | torch.Tensor | None = None,
+    network_kwargs: Mapping[str, Any] | None = None,
     fractional: bool = True,
     **options: Any,
 ) -> StepPlan:
@@ -480,12 +481,13 @@ def plan_timesteps(
         seeds: one for each pilot image; by default 0, 1, ...
         generator: instead of seeds.
         class_labels: one for each pilot image; by default drawn uniformly, for a class-conditional network.
+        network_kwargs: further arguments of the network, such as encoder_hidden_states for each pilot image.
         fractional: False rounds the timesteps to integers, for networks that know no others; the steps are then no
             longer exactly those whose error was measured.
         options: further arguments of `integrate_adaptive`.
 
     Raises:
-        ValueError, RuntimeError: as `integrate_adaptive`.
+        ValueError, RuntimeError: as `integrate_adaptive`; not a seed for each image; too many steps for integers.
     """
     unet, scheduler = pipeline if isinstance(pipeline, tuple) else (pipeline.unet, pipeline.scheduler)
     if not isinstance(scheduler, DPMSolverScheduler):
@@ -493,7 +495,7 @@ def plan_timesteps(
     if generator is None:
         seeds = range(num_pilot_images) if seeds is None else list(seeds)
     noise, labels = _pilot(unet, num_pilot_images, seeds, generator, class_labels)
-    conditioning = {} if labels is None else {"class_labels": labels.to(noise.device)}
+    conditioning = {**(network_kwargs or {}), **({} if labels is None else {"class_labels": labels.to(noise.device)})}
     options = {"rtol": tolerance, "atol": tolerance * ATOL / RTOL, "order": order, **options}
     with evaluation_mode(unet):
         result = integrate_adaptive(lambda x, t: unet(x, t, **conditioning).sample, scheduler, noise, **options)
@@ -526,6 +528,11 @@ def _labels(
     if fractional:
         path = torch.tensor(path, dtype=torch.float32).tolist()
     else:
+        if len(path) > num_train_timesteps:
+            raise ValueError(
+                f"{len(path)} steps do not fit into {num_train_timesteps} integer timesteps: ask for a larger "
+                "tolerance, or fractional=True."
+            )
         path = [*spread([round(t) for t in reversed(path)], num_train_timesteps)[::-1]]
     return (path, None) if end is None else (path[:-1], path[-1])
 
@@ -541,6 +548,12 @@ def _pilot(
     config = unet.config
     if config.sample_size is None:
         raise ValueError("the U-Net's config has no sample_size: use integrate_adaptive with noise of your own.")
+    seeds = None if seeds is None else list(seeds)
+    if num_images < 1 or (seeds is not None and len(seeds) != num_images):
+        given = "none" if seeds is None else len(seeds)
+        raise ValueError(
+            f"num_pilot_images={num_images} must be at least 1, and there is a seed for each; got {given}."
+        )
     generators = make_generators(generator, seeds)
     size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
     noise = randn_tensor(

@@ -160,3 +160,11 @@ def diffusers_log():
         yield messages
     finally:
         logger.removeHandler(handler)
+
+
+def sources(scheduler):
+    """The level of the x that each row's `sample` multiplies: its own, or that of the row that opened its block."""
+    opened = None
+    for row, level in zip(scheduler.updates, scheduler.levels, strict=False):
+        opened = opened if row.anchored else level
+        yield opened

@@ -273,7 +273,7 @@ def test_golden_codes(options, n, code):
     scheduler = DPMSolverScheduler(third_order_rule="published", lower_order_final=False, **options)
     levels = grid("logSNR", scheduler, n)
     if "method" in options:  # blocks of equal width in the direction of the walk
-        widths = scheduler._block_orders(n, clean=False)
+        widths = scheduler._block_orders(n, last_alone=False)
         edges = [0, *accumulate(widths)]
         lambdas = np.interp(range(n + 1), edges, np.linspace(CLEANEST, NOISIEST, len(edges)))
         upward = [at_lambda(v) for v in lambdas]
@@ -328,9 +328,31 @@ def test_blocks_of_singlestep(solver_order, n, expected):
     scheduler = DPMSolverScheduler(method="singlestep", solver_order=solver_order)
     levels = grid("time_uniform", scheduler, n)
     assert blocks(scheduler.plan(levels)) == expected
-    if n > 1:  # only the last call can land on clean data: it stands alone
-        assert blocks(scheduler.plan([*levels[:-1], CLEAN]))[-1] == 1
-        assert sum(blocks(scheduler.plan([*levels[:-1], CLEAN]))) == n
+    # Only the last call can land on clean data: it stands alone, and the other blocks stay as they are.
+    apart = [*expected[:-1], expected[-1] - 1, 1] if expected[-1] > 1 else expected
+    assert blocks(scheduler.plan([*levels[:-1], CLEAN])) == apart
+
+
+@pytest.mark.parametrize(
+    ("solver_order", "n", "end", "expected"),
+    [
+        (2, 6, "zero", [2, 2, 1]),
+        (2, 13, "zero", [2] * 6 + [1]),
+        (2, 13, "sigma_min", [2] * 6),
+        (3, 10, "zero", [3, 3, 3, 1]),
+        (3, 12, "zero", [3, 3, 3, 1]),
+        (3, 12, "sigma_min", [3] * 4),
+        (3, 2, "zero", [1]),
+        (1, 5, "zero", [1] * 5),
+    ],
+)
+@pytest.mark.parametrize("spacing", ["linspace", "logsnr"])
+def test_blocks_of_singlestep_fixed(solver_order, n, end, expected, spacing):
+    scheduler = DPMSolverScheduler(
+        method="singlestep_fixed", solver_order=solver_order, final_sigmas_type=end, timestep_spacing=spacing
+    )
+    scheduler.set_timesteps(n)
+    assert blocks(scheduler.updates) == expected
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,14 @@ def test_singlestep_agrees(algorithm_type, solver_order, solver_type):
         assert distance(schedulers) < (2e-4 if "sde" in str(schedulers[1].config.algorithm_type) else 3e-5), n
 
 
+@pytest.mark.parametrize("n", [4, 5, 6, 7, 8, 10, 11, 13, 20])
+def test_singlestep_agrees_at_clean_data(n):
+    """The default end, in the only form that diffusers has it for."""
+    schedulers = pair(SINGLE, n, solver_order=3, solver_type="heun", lower_order_final=True)
+    assert schedulers[0].timesteps.tolist() == schedulers[1].timesteps.tolist()
+    assert distance(schedulers) < 3e-5
+
+
 # Where diffusers differs ---------------------------------------------------------------------------------------------
 
 

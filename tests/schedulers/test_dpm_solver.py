@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler
 from diffusers_dpm.schedulers.dpm_core import BETA_SCHEDULES, SPACINGS
 
-from .helpers import DTYPES, PREDICTION_TYPES, Gaussian, network, noise, order, seeded, walk
+from .helpers import DTYPES, PREDICTION_TYPES, Gaussian, network, noise, order, seeded, sources, walk
 
 
 FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
@@ -112,11 +112,9 @@ def cases(draw):
         "clip_sample": draw(st.booleans()),
         "thresholding": draw(st.booleans()),
         "sample_max_value": draw(st.sampled_from([1.0, 20.0])),
-        **{
-            key: draw(st.booleans())
-            for key in ("lower_order_final", "euler_at_final", "denoise_to_zero", "fractional_timesteps")
-        },
+        **{key: draw(st.booleans()) for key in ("lower_order_final", "denoise_to_zero", "fractional_timesteps")},
     }
+    config["euler_at_final"] = config["method"] == "multistep" and draw(st.booleans())
     spacing = draw(st.sampled_from([*SPACINGS, *FLAGS]))
     config.update({spacing: True} if spacing in FLAGS else {"timestep_spacing": spacing})
     dtype = draw(st.sampled_from(DTYPES))
@@ -210,6 +208,40 @@ def test_aborted_loops_leave_nothing(options):
         assert torch.equal(walk(scheduler, network, x, seeded())[0], full)
 
 
+@pytest.mark.parametrize("options", SOLVERS)
+def test_samples_may_live_in_one_buffer(options):
+    """As in a captured CUDA graph; the network's output, too."""
+    scheduler, start = ready(**options), noise(2, 6)
+    full = walk(scheduler, network, start, seeded())[0]
+    x, output, generator = start.clone(), torch.empty_like(start), seeded()
+    for i, t in enumerate(scheduler.timesteps):
+        output.copy_(network(x, t))
+        x.copy_(scheduler.step(output, t, x, generator).prev_sample)
+        assert torch.equal(x, full[i])
+
+
+@pytest.mark.parametrize("options", SOLVERS)
+def test_a_batch_may_say_its_one_timestep_for_each_image(options):
+    scheduler, start = ready(**options), noise(3, 6)
+    full = walk(scheduler, network, start, seeded())[0]
+    x, generator = start, seeded()
+    for i, t in enumerate(scheduler.timesteps):
+        x = scheduler.step(network(x, t), t.expand(3), x, generator).prev_sample
+        assert torch.equal(x, full[i])
+    with pytest.raises(ValueError, match="2 timesteps for a batch of 3 images"):
+        scheduler.step(x, scheduler.timesteps[0].expand(2), x)
+
+
+@pytest.mark.parametrize("options", SOLVERS)
+def test_beginning_behind_the_last_step_is_a_walk_of_no_steps(options):
+    scheduler = ready(**options)
+    scheduler.set_begin_index(len(GRID))
+    assert torch.equal(*(walk(s, network, noise(2, 6), seeded())[0] for s in (scheduler, ready(**options))))
+    for begin in (-1, len(GRID) + 1):
+        with pytest.raises(ValueError, match=rf"begin_index={begin} must lie in 0 \.\. {len(GRID)}"):
+            scheduler.set_begin_index(begin)
+
+
 def test_set_begin_index_forgets_an_aborted_loop():
     scheduler, x = ready(solver_order=3), noise(2, 6)
     for t in scheduler.timesteps[:4]:
@@ -257,6 +289,40 @@ def test_encoding_then_decoding_returns_the_image(options, expected):
         errors.append((walk(scheduler, predict, code)[0][-1] - x).abs().max().item())
     assert order(counts, errors) > expected - 0.2
     assert errors[-1] < 0.1
+
+
+@pytest.mark.parametrize("zero_snr", [False, True])
+@pytest.mark.parametrize("fractional", [False, True])
+@pytest.mark.parametrize("spacing", [*SPACINGS, *FLAGS])
+def test_encoding_on_every_grid(spacing, fractional, zero_snr):
+    """Up to pure noise, where there is any: the rows land, and the code in float32 has the variance of noise."""
+    data = Gaussian(0.4, 0.3)
+    for form, method, solver_order, end in product(FORMS, METHODS, (1, 2, 3), ("zero", "sigma_min")):
+        scheduler = DPMSolverScheduler(
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=zero_snr,
+            algorithm_type=form,
+            method=method,
+            solver_order=solver_order,
+            final_sigmas_type=end,
+            fractional_timesteps=fractional,
+            **({spacing: True} if spacing in FLAGS else {"timestep_spacing": spacing}),
+        )
+        for n in (3, 4, 20):
+            scheduler.set_timesteps(n, encode=True)
+            assert scheduler.timesteps[0] == 0
+            for row, source, target in zip(scheduler.updates, sources(scheduler), scheduler.levels[1:], strict=True):
+                assert max(map(abs, row.defect(source, target))) < 1e-12
+
+        def predict(x, t, schedule=scheduler.schedule):
+            return data.predict(x, schedule.level(float(t)), "v_prediction")
+
+        scheduler.set_timesteps(100, encode=True)
+        x = (0.4 + math.sqrt(0.3) * noise(1000)).float()
+        code, expected = walk(scheduler, predict, x)[0][-1], math.sqrt(data.total(scheduler.levels[-1]))
+        assert code.isfinite().all()
+        if spacing != "use_beta_sigmas":  # in its middle 100 steps are too few
+            assert code.std().item() == pytest.approx(expected, rel=0.1), (form, method, solver_order, end)
 
 
 @pytest.mark.parametrize("algorithm_type", SDE)
@@ -416,6 +482,7 @@ def test_names_of_other_libraries(stock):
         ({"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
         ({"algorithm_type": "sde-dpmsolver++", "method": "singlestep"}, "sde-dpmsolver.*'singlestep'"),
         ({"algorithm_type": "sde-dpmsolver", "method": "singlestep_fixed"}, "sde-dpmsolver.*'singlestep_fixed'"),
+        ({"euler_at_final": True, "method": "singlestep"}, "euler_at_final=True needs method='multistep'"),
         ({"algorithm_type": "dpm"}, "algorithm_type='dpm'.*'dpmsolver'"),
         ({"solver_order": 4}, "solver_order=4"),
         ({"solver_order": 0}, "solver_order=0"),

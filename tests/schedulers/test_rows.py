@@ -15,7 +15,7 @@ from diffusers_dpm.schedulers import (
     Update,
 )
 
-from .helpers import SPACINGS, beta_between
+from .helpers import SPACINGS, beta_between, sources
 
 
 PROCESSES = {
@@ -52,14 +52,6 @@ KEEPS_MARGINALS = [
     ),
 ]
 FEW = (1, 2, 3, 7, 10, 33, 50, 100, 333, 999, 1000)
-
-
-def sources(scheduler):
-    """The level of the x that each row's `sample` multiplies: its own, or that of the row that opened its block."""
-    opened = None
-    for row, level in zip(scheduler.updates, scheduler.levels, strict=False):
-        opened = opened if row.anchored else level
-        yield opened
 
 
 def assert_lands(scheduler, n):
