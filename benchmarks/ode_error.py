@@ -158,6 +158,15 @@ def adaptive_markdown(rows: list[dict]) -> str:
     return "\n".join([*head, *lines])
 
 
+def report(result: dict[str, Any], counts: list[int]) -> str:
+    """The tables, as Markdown."""
+    about = (
+        f"RMS distance from the solution, {result['shape'][0]} images of {result['run']}. The RMS of the solution is "
+        f"{result['rms_of_solution']:.4f}; DDIM at 1000 steps is {result['rms_ddim_1000_to_solution']:.5f} from it."
+    )
+    return "\n\n".join([about, markdown(result["rows"], counts), adaptive_markdown(result["adaptive"])]) + "\n"
+
+
 def plot(rows: list[dict], adaptive: list[dict], path: Path) -> None:
     """Error against network calls, of a choice of samplers."""
     figure = Figure(figsize=(8, 5.5), layout="constrained")
@@ -225,8 +234,9 @@ def main():
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     plot(rows, adaptive, arguments.output.with_suffix(".png"))
-    print(markdown(rows, arguments.steps), adaptive_markdown(adaptive), sep="\n\n")
-    print(f"\nRMS of the solution {rms(exact):.4f}; DDIM at 1000 steps is {rms(ddim - exact):.5f} from it.")
+    text = report(result, arguments.steps)
+    arguments.output.with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

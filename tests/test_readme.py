@@ -69,3 +69,17 @@ def test_options_of_the_commands_exist(capsys):
             diffusers_dpm([name, "--help"])
         known = re.findall(r"--[a-z][a-z-]*", capsys.readouterr().out)
         assert {argument for argument in arguments if argument.startswith("--")} <= {*known}, name
+
+
+def test_every_difference_from_diffusers_is_listed_with_its_test():
+    """And nothing else is."""
+    root = Path(__file__).parents[1]
+    files = [root / "tests" / "schedulers" / name for name in ("test_parity.py", "test_dpm_parity.py")]
+    tests = [
+        name for file in files for name in re.findall(r"def test_differs_(\w+)", file.read_text(encoding="utf-8"))
+    ]
+    lines = (root / "docs" / "differences.md").read_text(encoding="utf-8").split("\n")
+    listed = [
+        name for line in lines if line.startswith("| ") for name in re.findall(r"`(\w+)`", line.split(" | ")[-1])
+    ]
+    assert sorted(listed) == sorted(tests)
