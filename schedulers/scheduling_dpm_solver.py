@@ -15,6 +15,7 @@ All updates from level s to level t, with h = lambda_t - lambda_s, are one formu
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -221,11 +222,17 @@ def index_grid(spacing: str, top: int, n: int, steps_offset: int) -> list[int]:
     return [round(i**2 * (top - 1) / n**2) for i in range(1, n + 1)]  # quadratic in time
 
 
-def beta_quantiles(p: torch.Tensor, shape: float = 0.6) -> torch.Tensor:
-    """Inverse of the distribution function of Beta(shape, shape), by quadrature; error below 1e-7."""
+@cache
+def beta_distribution(shape: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(angles, multiples of the mass of Beta(shape, shape) below sin^2(angle)), by quadrature."""
     angle = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)  # x = sin^2(angle) takes the poles away
     density = (angle.sin() * angle.cos()) ** (2 * shape - 1)
-    mass = torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumulative_trapezoid(density)])
+    return angle, torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumulative_trapezoid(density)])
+
+
+def beta_quantiles(p: torch.Tensor, shape: float = 0.6) -> torch.Tensor:
+    """Inverse of the distribution function of Beta(shape, shape); error below 1e-7."""
+    angle, mass = beta_distribution(shape)
     wanted = p * mass[-1]
     right = torch.searchsorted(mass, wanted).clamp(1, len(mass) - 1)
     left = right - 1
