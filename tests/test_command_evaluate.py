@@ -161,20 +161,37 @@ def test_results_of_two_that_write_in_turn(tmp_path):
 
 @pytest.mark.slow
 def test_two_evaluations_into_one_folder(run, features):
-    """Real ones: they draw at the same time, and each must find its rows at the end."""
+    """Real ones: they draw at the same time, in part the same cells, and each cell is in the results once."""
     command = [sys.executable, "-m", "diffusers_dpm.command_evaluate", str(run), "--data=digits", "--num-images=24"]
-    command += [f"--features={features}", "--cpu", "--num-resamples=2", "--steps", *map(str, range(1, 4))]
-    started = [
-        subprocess.Popen([*command, "--schedulers", name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for name in ("ddim", "dpm-solver")
-    ]
+    command += [f"--features={features}", "--cpu", "--num-resamples=2", "--steps", "1", "2", "3", "--schedulers"]
+    pair = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen([*command, "ddim", name], **pair) for name in ("dpm-solver", "ddpm")]
     said = [process.communicate()[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], said
     results = json.loads((run / "metrics.json").read_text())
     cells = Counter((row["scheduler"], row["steps"]) for row in results["rows"])
-    assert cells == dict.fromkeys(product(("DDIMScheduler", "DPMSolverScheduler"), range(1, 4)), len(METRICS))
+    names = ("DDIMScheduler", "DPMSolverScheduler", "DDPMScheduler")
+    assert cells == dict.fromkeys(product(names, (1, 2, 3)), len(METRICS))
     assert [row["metric"] for row in results["baselines"]] == METRICS
     assert (run / "metrics.md").read_text().count("| DDIMScheduler |") == len(METRICS)
+
+
+def test_a_cell_that_another_evaluation_draws_is_left_to_it(evaluate, run, monkeypatch, capsys):
+    """The other one comes while this one draws."""
+    fill, inner = sampling.SampleFolder.fill, []
+
+    def fill_and_evaluate(self, *arguments):
+        if not inner:
+            inner.append(None)
+            evaluate(steps=(3, 2))
+            inner[0] = capsys.readouterr().out
+        fill(self, *arguments)
+
+    monkeypatch.setattr(sampling.SampleFolder, "fill", fill_and_evaluate)
+    rows = evaluate(steps=(3, 2))["rows"]
+    assert "not measured: 1/2 DDIMScheduler, 3 steps: another evaluation into this folder is drawing it" in inner[0]
+    assert [row["steps"] for row in rows] == [2] * len(METRICS) + [3] * len(METRICS)
+    assert sorted(path.name for path in (run / "evaluation").glob("*.lock")) == ["metrics.lock"]
 
 
 def test_features_of_a_transformer(evaluate, run, tmp_path):

@@ -435,7 +435,7 @@ def test_report_says_what_was_made_anew():
     def rows(name, *hashes):
         return [row(name, steps, carried_hash=text) for steps, text in hashes]
 
-    note = "made anew"
+    note = "not all the same"
     assert note in report(rows("AnalyticDPMScheduler", (10, "a"), (10, "b")))
     assert note in report(rows("AnalyticDPMScheduler", (10, "a"), (20, "b")))
     assert note not in report(rows("AnalyticDPMScheduler", (10, "a"), (20, "a")))

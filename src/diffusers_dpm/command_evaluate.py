@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from diffusers_dpm.command_likelihood import find_num_levels
 from diffusers_dpm.command_line import load_pipeline, run_command, take_model
@@ -159,7 +159,7 @@ class Cell(NamedTuple):
 class Results:
     """The rows of a folder's metrics.json, with what they are to be compared with; written whenever one is added.
 
-    Other processes may add to the same file at the same time: what they wrote is kept.
+    Other evaluations may add to the same file at the same time: what they wrote is kept.
 
     Raises:
         ValueError: the file is there and broken.
@@ -310,27 +310,53 @@ class Evaluation:
         first = self.options.seed
         return {**cell.row, **self.common, "seeds": f"{first}-{first + num_images - 1}"}
 
+    @contextmanager
+    def _claimed(self, identity: dict[str, Any]) -> Iterator[bool]:
+        """Whether this evaluation is to measure it now: not if it is in the results. The first process finds out.
+
+        Raises:
+            ValueError: another evaluation is at it.
+        """
+        lock = FileLock(self.folder / "evaluation" / f"{short_hash(identity)}.lock")
+        answer = ["measured"]
+        if self.accelerator.is_main_process:
+            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(blocking=False)
+                self.results.read()
+                if not self.results.has({**identity, "feature_extractor": self.extractor.name}):
+                    answer = ["missing"]
+            except Timeout:
+                answer = ["taken"]
+        try:
+            broadcast_object_list(answer)
+            if answer == ["taken"]:
+                raise ValueError("another evaluation into this folder is drawing it")
+            yield answer == ["missing"]
+        finally:
+            if lock.is_locked:
+                Path(lock.lock_file).unlink(missing_ok=True)  # who opened it before finds the results
+                lock.release()
+
     def _measure_quality(self, cell: Cell, title: str) -> None:
         """Draw the images into a folder, which goes when they are measured."""
         options = self.options
         identity = self._identity(cell, options.num_images)
-        self.results.read()
-        # what the first process found counts: others may read when another evaluation has written more
-        measured = [self.results.has({**identity, "feature_extractor": self.extractor.name})]
-        if broadcast_object_list(measured)[0]:
-            return
-        seeds = range(options.seed, options.seed + options.num_images)
-        images = SampleFolder(self.folder / "evaluation" / f"cell-{short_hash(identity)}", cell.sampler, ".npy")
-        images.fill(seeds, options.batch_size, self.accelerator, title)
-        if self.accelerator.is_main_process:
-            pixels = torch.from_numpy(images.read(seeds)).permute(0, 3, 1, 2)
-            calls, seconds = images.cost()
-            cost = {"calls": calls, "seconds": seconds, "device": str(self.accelerator.device)}
-            self.results.add(
-                {**identity, **row, **cost}
-                for row in quality(pixels, self.reference, self.extractor, options.num_resamples)
-            )
-            shutil.rmtree(images.folder)
+        with self._claimed(identity) as missing:
+            if not missing:
+                return
+            seeds = range(options.seed, options.seed + options.num_images)
+            images = SampleFolder(self.folder / "evaluation" / f"cell-{short_hash(identity)}", cell.sampler, ".npy")
+            images.fill(seeds, options.batch_size, self.accelerator, title)
+            if self.accelerator.is_main_process:
+                pixels = torch.from_numpy(images.read(seeds)).permute(0, 3, 1, 2)
+                calls, seconds = images.cost()
+                cost = {"calls": calls, "seconds": seconds, "device": str(self.accelerator.device)}
+                self.results.add(
+                    {**identity, **row, **cost}
+                    for row in quality(pixels, self.reference, self.extractor, options.num_resamples)
+                )
+                shutil.rmtree(images.folder)
 
     def _measure_bound(self, cell: Cell) -> None:
         """The variational bound on held-out images, where the sampler has one; on the first process."""

@@ -255,8 +255,8 @@ def grouped(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, An
 def remade(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     """What to say below a table of rows with the same title, where its lines mix what a sampler was given.
 
-    That is statistics, rows or a classifier, made anew between measurements. Fitted rows are others for each number of
-    steps anyway.
+    That is statistics, rows or a classifier, which may be made anew between measurements. Fitted rows are others for
+    each number of steps anyway.
     """
     given: dict[tuple[str, int | None], set[tuple[str | None, str | None]]] = defaultdict(set)
     for row in rows:
@@ -264,7 +264,7 @@ def remade(rows: Iterable[Mapping[str, Any]]) -> list[str]:
         given[sampler_name(row), steps].add((row.get("carried_hash"), row.get("classifier_sha256")))
     mixed = dict.fromkeys(name for (name, _), hashes in given.items() if len(hashes) > 1)
     return [
-        f"{name}: its statistics, rows or classifier were made anew in between; of each cell the last is shown"
+        f"{name}: its statistics, rows or classifiers are not all the same; of each cell the last is shown"
         for name in mixed
     ]
 
