@@ -114,7 +114,7 @@ def main() -> int:
     parser.add_argument("--data", required=True, help="what it was trained on")
     parser.add_argument("--split", default="train", help="part of the data to compare with [%(default)s]")
     parser.add_argument("--held-out-split", help="part of the data that was not trained on")
-    parser.add_argument("--features", required=True, help="folder of 'diffusers-dpm train-features', or inception")
+    parser.add_argument("--features", required=True, help="as 'diffusers-dpm evaluate'")
     parser.add_argument("--samplers", nargs="+", default=[*SAMPLERS], help="some of them, as 'diffusers-dpm evaluate'")
     parser.add_argument("--images", type=int, default=5000, help="images of each cell [%(default)s]")
     parser.add_argument("--calls", type=int, nargs="+", default=[*CALLS], help="numbers of network calls")

@@ -93,9 +93,7 @@ def test_what_is_written_is_what_the_functions_measure(evaluate, run, features, 
     expected = quality(drawn(run, range(5, 29), 3), reference, extractor, num_resamples=3)
     cell = [row for row in rows if (row["scheduler"], row["options"], row["steps"]) == ("DDIMScheduler", {}, 3)]
     for ours, theirs in zip(cell, expected, strict=True):
-        assert ours.items() >= {key: theirs[key] for key in ("metric", "num_images", "feature_extractor")}.items()
-        assert ours["value"] == pytest.approx(theirs["value"], rel=1e-3, abs=1e-5)
-        assert ours["error"] == pytest.approx(theirs["error"], rel=1e-2, abs=1e-5)
+        assert ours.items() >= theirs.items()
         assert ours["weights"] == "EMA"
         assert ours["reference"] == "digits, train"
         assert ours["seeds"] == "5-28"
@@ -203,11 +201,8 @@ def test_features_of_a_transformer(evaluate, run, tmp_path):
     extractor = load_features(str(tmp_path / "vit"))
     reference = Reference.of("digits, train", digits("train"), extractor, tmp_path)
     expected = quality(drawn(run, range(24), 3), reference, extractor, num_resamples=3)
-    assert [(row["metric"], row["feature_extractor"]) for row in rows] == [
-        *((name, extractor.name) for name in METRICS[:-1]),
-        (METRICS[-1], "pixels in [-1, 1]"),
-    ]
-    assert [row["value"] for row in rows] == [pytest.approx(row["value"], rel=1e-3, abs=1e-5) for row in expected]
+    assert [row["feature_extractor"] for row in rows] == [extractor.name] * 4 + ["pixels in [-1, 1]"]
+    assert all(ours.items() >= theirs.items() for ours, theirs in zip(rows, expected, strict=True))
 
 
 def test_lists_are_options_too(evaluate):

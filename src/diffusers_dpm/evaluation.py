@@ -199,6 +199,7 @@ def extract(extractor: FeatureExtractor, images: torch.Tensor, batch_size: int =
         ValueError: images with other channels than the extractor reads.
     """
     device = next(extractor.parameters()).device
+    images = images.clone(memory_format=torch.contiguous_format)  # by their strides, convolutions round differently
     return torch.cat([extractor(batch.to(device)).float().cpu() for batch in images.split(batch_size)])
 
 
