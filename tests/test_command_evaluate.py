@@ -148,10 +148,10 @@ def test_results_of_two_that_write_in_turn(tmp_path):
     first, second = Results(tmp_path), Results(tmp_path)
     first.add([row(1)], baselines=[row(0)])
     second.add([row(2), row(1, value=5.0)], baselines=[row(0, value=5.0)])
-    first.add([row(3)])
-    kept = Results(tmp_path)
-    assert [(known["steps"], known["value"]) for known in kept.rows] == [(1, 1.0), (2, 1.0), (3, 1.0)]
-    assert [(known["steps"], known["value"]) for known in kept.baselines] == [(0, 1.0)]
+    first.add([row(3), row(3, value=5.0)])
+    kept = json.loads((tmp_path / "metrics.json").read_text())
+    assert [(known["steps"], known["value"]) for known in kept["rows"]] == [(1, 1.0), (2, 1.0), (3, 1.0)]
+    assert [(known["steps"], known["value"]) for known in kept["baselines"]] == [(0, 1.0)]
     assert not second.has(row(3))
     second.read()
     assert second.has(row(3))
