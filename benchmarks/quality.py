@@ -13,17 +13,19 @@ documentation recommends for them.
 import argparse
 import json
 import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
+from diffusers_dpm import evaluation
 from diffusers_dpm.command_evaluate import EvaluateOptions, Evaluation
 from diffusers_dpm.command_line import run_command
-from diffusers_dpm.evaluation import grouped
+from diffusers_dpm.evaluation import Row, Table, report
 from diffusers_dpm.model_card import format_value, sampler_name
 
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
-CALLS = (5, 6, 8, 10, 12, 15, 20, 25, 50, 100)
+CALLS = (4, 5, 6, 8, 10, 12, 15, 20, 25, 50, 100)
 SAMPLERS = (
     "ddpm,timestep_spacing=trailing",
     "ddim,timestep_spacing=trailing",
@@ -33,6 +35,7 @@ SAMPLERS = (
     "dpm-solver,timestep_spacing=quadratic,solver_order=3,method=singlestep",
     "dpm-solver,timestep_spacing=logsnr",
     "dpm-solver,timestep_spacing=linspace",
+    "dpm-solver,timestep_spacing=linspace,use_karras_sigmas=true",
     "analytic-dpm",
     "calibrated",
     "diffusers:DDPMScheduler,timestep_spacing=trailing",
@@ -54,27 +57,28 @@ def steps_for(sampler: str, calls: int) -> int:
     return (calls + 1) // 2 if "Heun" in sampler else calls
 
 
-def cells(rows: list[dict[str, Any]], budgets: list[int]) -> dict[str, list[str]]:
-    """Sampler -> its values by number of calls allowed."""
-    found = {(sampler_name(row), row["steps"]): row for row in rows}
-    table: dict[str, list[str]] = {}
-    for name in dict.fromkeys(sampler_name(row) for row in rows):
-        chosen = [(budget, found.get((name, steps_for(name, budget)))) for budget in budgets]
-        table[name] = [
-            "" if row is None else format_value(row) + (f" ({row['calls']} calls)" if row["calls"] != budget else "")
-            for budget, row in chosen
-        ]
+def cells(rows: Iterable[Row], budgets: Iterable[int]) -> Table:
+    """Sampler -> number of calls allowed -> the row; one that fits none of them gets a column of its own."""
+    budgets, table = set(budgets), defaultdict(dict)
+    for row in rows:
+        name = sampler_name(row)
+        allowed = {budget for budget in budgets if steps_for(name, budget) == row["steps"]} or {row["calls"]}
+        table[name] |= dict.fromkeys(allowed, row)
     return table
 
 
-def markdown(rows: list[dict[str, Any]], budgets: list[int]) -> str:
-    """A table for each metric."""
-    parts = []
-    for title, group in grouped(rows).items():
-        lines = ["| sampler | " + " | ".join(map(str, budgets)) + " |", "|---" * (1 + len(budgets)) + "|"]
-        lines += [f"| {name} | {' | '.join(texts)} |" for name, texts in cells(group, budgets).items()]
-        parts += [f"## {title}, by network calls", "\n".join(lines)]
-    return "\n\n".join(parts) + "\n"
+def with_own_calls(budget: int, row: Row) -> str:
+    return format_value(row) + (f" ({row['calls']} calls)" if row["calls"] != budget else "")
+
+
+def markdown(rows: Sequence[Row], baselines: Sequence[Row], calls: Iterable[int]) -> str:
+    """The report, with tables by calls allowed: those asked for, the usual ones and what else was measured."""
+    budgets = {*CALLS, *calls}
+    return report(
+        rows,
+        baselines,
+        lambda group: [evaluation.markdown(cells(group, budgets), "calls", budgets, with_own_calls)],
+    )
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -91,13 +95,16 @@ def measure(arguments: argparse.Namespace) -> None:
         output_dir=str(run / "quality"),
     )
     pairs = [(name, steps_for(name, calls)) for calls in arguments.calls for name in options.schedulers or []]
-    evaluation = Evaluation(str(run), options, pairs)
-    evaluation.run()
-    if evaluation.accelerator.is_main_process:
+    measured = Evaluation(str(run), options, pairs)
+    measured.run()
+    if measured.accelerator.is_main_process:
         results = json.loads((run / "quality" / "metrics.json").read_text())
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        arguments.output.with_suffix(".md").write_text(markdown(results["rows"], arguments.calls))
+        arguments.output.with_suffix(".md").write_text(
+            markdown(results["rows"], results["baselines"], arguments.calls)
+        )
+        evaluation.plot(results["rows"], arguments.output.with_suffix(".png"))
         print(f"tables by network calls in {arguments.output.with_suffix('.md')}")
 
 
@@ -107,12 +114,12 @@ def main() -> int:
     parser.add_argument("--data", required=True, help="what it was trained on")
     parser.add_argument("--split", default="train", help="part of the data to compare with [%(default)s]")
     parser.add_argument("--held-out-split", help="part of the data that was not trained on")
-    parser.add_argument("--features", required=True, help="folder of 'diffusers-dpm train-features', or inception")
+    parser.add_argument("--features", required=True, help="as 'diffusers-dpm evaluate'")
     parser.add_argument("--samplers", nargs="+", default=[*SAMPLERS], help="some of them, as 'diffusers-dpm evaluate'")
     parser.add_argument("--images", type=int, default=5000, help="images of each cell [%(default)s]")
     parser.add_argument("--calls", type=int, nargs="+", default=[*CALLS], help="numbers of network calls")
     parser.add_argument("--batch-size", type=int, default=256, help="images in a network call [%(default)s]")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the tables lie beside it")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="the tables and the plots lie beside it")
     arguments = parser.parse_args()
     return run_command(lambda: measure(arguments))
 

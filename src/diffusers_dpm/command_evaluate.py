@@ -13,7 +13,8 @@ results after each of them: metrics.json, which the model card reads, metrics.md
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import product
@@ -22,6 +23,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 
 from diffusers_dpm.command_likelihood import find_num_levels
 from diffusers_dpm.command_line import load_pipeline, run_command, take_model
@@ -37,7 +40,7 @@ from diffusers_dpm.evaluation import (
     to_bytes,
 )
 from diffusers_dpm.likelihood import evidence_lower_bound, reverse_process
-from diffusers_dpm.model_card import LOCAL_DATA, describe_data, read_json, read_metrics
+from diffusers_dpm.model_card import LOCAL_DATA, describe_data, read_baselines, read_json, read_metrics, sampler_name
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.sampling import (
     PACKAGES,
@@ -59,6 +62,7 @@ from diffusers_dpm.training.trainer import OPTIONS_FILE, load_data
 
 PROG = "diffusers-dpm evaluate"
 BOUND = "bits per dimension, upper bound"
+FOUND = {"value", "error", "calls", "seconds", "device", "versions"}  # keys of a row that do not say what is measured
 
 
 @dataclass
@@ -75,7 +79,12 @@ class SamplerOptions:
     num_images: int = field(default=10_000, metadata={"help": "images of each scheduler and number of steps"})
     seed: int = field(default=0, metadata={"help": "of the first image; the others follow"})
     class_labels: list[int] | None = field(
-        default=None, metadata={"metavar": "N", "help": "one class, or several in turn (default: at random)"}
+        default=None,
+        metadata={
+            "metavar": "N",
+            "help": "one class, or several in turn (default: at random; an unconditional network that a classifier "
+            "guides needs them)",
+        },
     )
     guidance_scale: float | None = field(default=None, metadata={"help": "guide by the model's classifier"})
     batch_size: int = field(default=64, metadata={"help": "images in a network call"})
@@ -88,20 +97,30 @@ class MeasurementOptions:
 
     features: str | None = field(
         default=None,
-        metadata={"help": "folder of 'diffusers-dpm train-features', or inception (needs torch-fidelity)"},
+        metadata={
+            "help": "folder of 'diffusers-dpm train-features', inception (needs torch-fidelity), or folder or Hub id "
+            "of an image model of transformers"
+        },
     )
     inception_weights: str | None = field(
         default=None, metadata={"help": "torch-fidelity's file (default: where its own download leaves it)"}
     )
     held_out_split: str | None = field(
-        default=None, metadata={"help": "part of the data that was not trained on: the best that can be reached"}
+        default=None,
+        metadata={
+            "help": "part of the data that was not trained on, measured for comparison; the fewer images it has, the "
+            "larger their Fréchet and Wasserstein distances"
+        },
     )
     likelihood_images: int = field(
         default=0, metadata={"help": "held-out images to bound the bits per dimension on, where there is a bound"}
     )
-    num_resamples: int = field(default=50, metadata={"help": "of the bootstrap, for the errors; 0: no errors"})
+    num_resamples: int = field(
+        default=50,
+        metadata={"help": "of the bootstrap, for the errors of Fréchet and Wasserstein distances; 0: these have none"},
+    )
     weights: Literal["EMA", "raw"] | None = field(
-        default=None, metadata={"help": "which weights the model has (default: as its training_options.json says)"}
+        default=None, metadata={"help": "which weights the model has, where no training_options.json says it"}
     )
     output_dir: str | None = field(
         default=None, metadata={"help": "folder of the results (default: the run folder; needed for Hub ids)"}
@@ -121,6 +140,8 @@ class EvaluateOptions(DataSourceOptions, SamplerOptions, MeasurementOptions):
             raise ValueError(f"--steps must be at least 1, got {min(self.steps or [])}")
         if self.num_images < 20:
             raise ValueError(f"--num-images must be at least 20, got {self.num_images}")
+        if self.num_resamples < 0:
+            raise ValueError(f"--num-resamples must not be negative, got {self.num_resamples}")
         if self.likelihood_images and self.held_out_split is None:
             raise ValueError("--likelihood-images needs --held-out-split")
 
@@ -138,15 +159,23 @@ class Cell(NamedTuple):
 class Results:
     """The rows of a folder's metrics.json, with what they are to be compared with; written whenever one is added.
 
+    Other evaluations may add to the same file at the same time: what they wrote is kept.
+
     Raises:
         ValueError: the file is there and broken.
     """
 
     def __init__(self, folder: Path):
         self.path = folder / "metrics.json"
-        known = read_json(self.path) if self.path.is_file() else {}
-        self.rows = read_metrics(self.path) if known else []
-        self.baselines: list[dict[str, Any]] = known.get("baselines", [])
+        self.lock = FileLock(folder / "evaluation" / "metrics.lock")
+        self.rows: list[dict[str, Any]] = []
+        self.baselines: list[dict[str, Any]] = []
+        self.read()
+
+    def read(self) -> None:
+        """Take what is in the file, each measurement once."""
+        if self.path.is_file():
+            self.rows, self.baselines = distinct(read_metrics(self.path)), distinct(read_baselines(self.path))
 
     def has(self, row: dict[str, Any], metrics: Sequence[str] | None = None) -> bool:
         """Whether there is a row with all that `row` says; of one of the metrics, if given."""
@@ -155,28 +184,41 @@ class Results:
             for known in (*self.rows, *self.baselines)
         )
 
-    def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        versions = {name: version(name) for name in (*PACKAGES, "torchmetrics")}
-        self.rows += [{**row, "versions": versions} for row in rows]
-        self._save()
+    def add(self, rows: Iterable[dict[str, Any]] = (), baselines: Iterable[dict[str, Any]] = ()) -> None:
+        """What the file has already stays as it is."""
+        versions = {"versions": {name: version(name) for name in (*PACKAGES, "torchmetrics")}}
+        with self._locked():
+            self.read()
+            self.rows = distinct([*self.rows, *({**row, **versions} for row in rows)])
+            self.baselines = distinct([*self.baselines, *({**row, **versions} for row in baselines)])
+            results = {"rows": self.rows, "baselines": self.baselines}
+            write_text(self.path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
 
-    def add_baselines(self, rows: Iterable[dict[str, Any]]) -> None:
-        self.baselines += rows
-        self._save()
-
-    def _save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        results = {"rows": self.rows, "baselines": self.baselines}
-        write_text(self.path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        Path(self.lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        with self.lock:
+            yield
 
     def show(self) -> None:
         """Print the tables, and write them and the plots."""
-        if self.rows:
-            tables = report(self.rows, self.baselines)
-            print(tables)
-            write_text(self.path.with_suffix(".md"), tables)
-            plot(self.rows, self.path.with_suffix(".png"))
-            print(f"written to {self.path}")
+        with self._locked():
+            self.read()
+            if self.rows:
+                tables = report(self.rows, self.baselines)
+                print(tables)
+                write_text(self.path.with_suffix(".md"), tables)
+                plot(self.rows, self.path.with_suffix(".png"))
+                print(f"written to {self.path}")
+
+
+def distinct(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first row of each measurement, whatever it found."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        what = {key: value for key, value in row.items() if key not in FOUND}
+        found.setdefault(json.dumps(what, sort_keys=True), row)
+    return [*found.values()]
 
 
 class Evaluation:
@@ -194,6 +236,9 @@ class Evaluation:
     def __init__(self, model: str, options: EvaluateOptions, pairs: Iterable[tuple[str, int]] | None = None):
         if options.output_dir is None and not Path(model).is_dir():
             raise ValueError(f"{model} is not a folder here: say with --output-dir where the results go")
+        recorded = recorded_weights(model)
+        if options.weights and recorded and options.weights != recorded:
+            raise ValueError(f"--weights {options.weights}: {model} has {recorded} weights, says its {OPTIONS_FILE}")
         self.model, self.options = model, options
         self.folder = Path(options.output_dir or model)
         self.pipeline = load_pipeline(model)
@@ -215,8 +260,9 @@ class Evaluation:
             name = f"{describe_source(str(options.data))}, {options.split}"
             self.reference = Reference.of(name, all_bytes(data), self.extractor, self.folder / "evaluation")
         self.results = Results(self.folder)
+        self.unbounded: dict[str, None] = {}  # samplers
         self.common = {
-            "weights": options.weights or recorded_weights(model),
+            "weights": recorded or options.weights,
             "weights_sha256": weights_hash(self.pipeline.unet),
             "reference": self.reference.name,
             "reference_sha256": self.reference.hash,
@@ -225,7 +271,7 @@ class Evaluation:
     def _cell(self, text: str, steps: int) -> Cell:
         """`text` is a scheduler's name and options, such as "ddim,eta=0.5"."""
         options = self.options
-        name, *assignments = text.split(",")
+        name, *assignments = split_options(text)
         config = parse_assignments(assignments)
         pipeline = DPMPipeline(**self.pipeline.components)
         pipeline.scheduler = build_scheduler(name, config, pipeline, self.model, options.guidance_scale)
@@ -257,29 +303,60 @@ class Evaluation:
                 self.results.show()
                 for failure in failures:
                     print(failure)
+                if self.unbounded:
+                    print(f"no bound on the bits per dimension: {', '.join(self.unbounded)}")
 
     def _identity(self, cell: Cell, num_images: int) -> dict[str, Any]:
         first = self.options.seed
         return {**cell.row, **self.common, "seeds": f"{first}-{first + num_images - 1}"}
 
+    @contextmanager
+    def _claimed(self, identity: dict[str, Any]) -> Iterator[bool]:
+        """Whether this evaluation is to measure it now: not if it is in the results. The first process finds out.
+
+        Raises:
+            ValueError: another evaluation is at it.
+        """
+        lock = FileLock(self.folder / "evaluation" / f"{short_hash(identity)}.lock")
+        answer = ["measured"]
+        if self.accelerator.is_main_process:
+            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(blocking=False)
+                self.results.read()
+                if not self.results.has({**identity, "feature_extractor": self.extractor.name}):
+                    answer = ["missing"]
+            except Timeout:
+                answer = ["taken"]
+        try:
+            broadcast_object_list(answer)
+            if answer == ["taken"]:
+                raise ValueError("another evaluation into this folder is drawing it")
+            yield answer == ["missing"]
+        finally:
+            if lock.is_locked:
+                Path(lock.lock_file).unlink(missing_ok=True)  # who opened it before finds the results
+                lock.release()
+
     def _measure_quality(self, cell: Cell, title: str) -> None:
         """Draw the images into a folder, which goes when they are measured."""
         options = self.options
         identity = self._identity(cell, options.num_images)
-        if self.results.has({**identity, "feature_extractor": self.extractor.name}):
-            return
-        seeds = range(options.seed, options.seed + options.num_images)
-        images = SampleFolder(self.folder / "evaluation" / f"cell-{short_hash(identity)}", cell.sampler, ".npy")
-        images.fill(seeds, options.batch_size, self.accelerator, title)
-        if self.accelerator.is_main_process:
-            pixels = torch.from_numpy(images.read(seeds)).permute(0, 3, 1, 2)
-            calls, seconds = images.cost()
-            cost = {"calls": calls, "seconds": seconds, "device": str(self.accelerator.device)}
-            self.results.add(
-                {**identity, **row, **cost}
-                for row in quality(pixels, self.reference, self.extractor, options.num_resamples)
-            )
-            shutil.rmtree(images.folder)
+        with self._claimed(identity) as missing:
+            if not missing:
+                return
+            seeds = range(options.seed, options.seed + options.num_images)
+            images = SampleFolder(self.folder / "evaluation" / f"cell-{short_hash(identity)}", cell.sampler, ".npy")
+            images.fill(seeds, options.batch_size, self.accelerator, title)
+            if self.accelerator.is_main_process:
+                pixels = torch.from_numpy(images.read(seeds)).permute(0, 3, 1, 2)
+                calls, seconds = images.cost()
+                cost = {"calls": calls, "seconds": seconds, "device": str(self.accelerator.device)}
+                self.results.add(
+                    {**identity, **row, **cost}
+                    for row in quality(pixels, self.reference, self.extractor, options.num_resamples)
+                )
+                shutil.rmtree(images.folder)
 
     def _measure_bound(self, cell: Cell) -> None:
         """The variational bound on held-out images, where the sampler has one; on the first process."""
@@ -293,7 +370,8 @@ class Evaluation:
         try:
             reverse_process(scheduler)
         except ValueError:
-            return  # no such bound
+            self.unbounded[sampler_name(cell.row)] = None
+            return
         order = torch.randperm(len(self.held_out), generator=torch.Generator().manual_seed(self.options.seed))
         indices = order[:count].tolist()
         examples = self.held_out[indices]
@@ -312,7 +390,7 @@ class Evaluation:
         self.results.add([{**identity, **score, "calls": cell.row["steps"], "seconds": None}])
 
     def _measure_baselines(self) -> None:
-        """Held-out images, which no sampler should beat, and the training images with their pixels shuffled."""
+        """Held-out images, as good as new ones of the data, and the training images with their pixels shuffled."""
         count = self.options.num_images
         baselines = {"shuffled pixels": shuffled_pixels(self.reference.images[:count])}
         if self.held_out is not None:
@@ -322,10 +400,21 @@ class Evaluation:
             identity |= {"weights": None, "weights_sha256": None}
             if not self.results.has({**identity, "feature_extractor": self.extractor.name, "num_images": len(images)}):
                 rows = quality(images, self.reference, self.extractor, self.options.num_resamples)
-                self.results.add_baselines({**identity, **row} for row in rows)
+                self.results.add(baselines=[{**identity, **row} for row in rows])
 
     def _held_out_name(self) -> str:
         return f"{describe_source(str(self.options.data))}, {self.options.held_out_split}"
+
+
+def split_options(text: str) -> list[str]:
+    """At the commas outside brackets: "ddim,trained_betas=[0.1,0.2]" -> ["ddim", "trained_betas=[0.1,0.2]"]."""
+    parts: list[str] = []
+    for part in text.split(","):
+        if parts and sum(map(parts[-1].count, "[{")) > sum(map(parts[-1].count, "]}")):
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part)
+    return parts
 
 
 def check_shape(data: ImageDataset, pipeline: DPMPipeline) -> None:

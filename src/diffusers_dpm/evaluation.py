@@ -6,6 +6,7 @@ called FID@n and not FID, and in the features of any other network it is no FID 
 """
 
 import math
+import os
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,10 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance, NoTrainInceptionV3
 from torchmetrics.image.inception import InceptionScore
-from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 from torchmetrics.utilities.imports import _TORCH_FIDELITY_AVAILABLE
 
-from diffusers_dpm.model_card import format_value, measurement, sampler_name, table_title
+from diffusers_dpm.model_card import format_value, grouped, measurement, read_json, remade, sampler_name
 from diffusers_dpm.pipelines import NoisyClassifier
 from diffusers_dpm.statistics import fingerprint
 
@@ -30,7 +30,6 @@ FEATURES_FILE = "features.json"
 INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 FULL_FID = 50_000  # images that an FID is of
 NUM_PROJECTIONS = 512
-KERNEL_SUBSETS, KERNEL_SUBSET_SIZE, KERNEL_BLOCKS = 100, 1000, 10
 INCEPTION_SPLITS = 10
 ALONE: dict[str, Any] = {"sync_on_compute": False}  # one process measures; torchmetrics would wait for the others
 
@@ -107,23 +106,90 @@ class InceptionFeatures(nn.Module):
         return features.to(self.network.fc.weight.device) @ self.network.fc.weight.T
 
 
-FeatureExtractor = ClassifierFeatures | InceptionFeatures
+class TransformerFeatures(nn.Module):
+    """uint8 images (B, C, H, W) -> what an image model of transformers makes of them, (B, num_features).
+
+    They are prepared by the model's own processor, on the CPU. Features are the `pooler_output`, or the mean of
+    `last_hidden_state` over tokens or positions where there is none or its weights are missing, as in checkpoints of
+    `ViTForImageClassification`. Of a model of images and text they are those of its `vision_model`. Grey images are
+    repeated to RGB.
+
+    Args:
+        where: folder or Hub id.
+
+    Raises:
+        ValueError: no image model, no processor, or other weights are missing.
+    """
+
+    def __init__(self, where: str):
+        super().__init__()
+        from transformers import AutoImageProcessor, AutoModel  # slow to import
+        from transformers.utils import logging
+
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it warns of what is dealt with here
+        try:
+            # not torchvision's way to resize, which gives other features and may not be there
+            self.process = AutoImageProcessor.from_pretrained(where, use_fast=False)
+            model, loaded = AutoModel.from_pretrained(where, output_loading_info=True)
+        except (OSError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{where} is no image model of transformers, here or on the Hub: {reason}") from error
+        finally:
+            logging.set_verbosity(verbosity)
+        missing = sorted(loaded["missing_keys"])
+        if others := [key for key in missing if "pooler" not in key]:
+            raise ValueError(f"{where} lacks weights: {', '.join(others[:3])}")
+        self.pooled = not missing
+        self.network = getattr(model, "vision_model", model).float().eval()
+        weights = [value for key, value in self.network.state_dict().items() if self.pooled or "pooler" not in key]
+        probe = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+        height, width = self.prepare(probe).shape[2:]
+        self.name = f"{type(self.network).__name__} {fingerprint(weights)[:12]} at {height}x{width}"
+        self.num_features = self(probe).shape[1]
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """The network's input, float (B, 3, H', W')."""
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"{self.name} reads grey and RGB images, these have {images.shape[1]} channels")
+        arrays = list(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy())
+        return self.process(arrays, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        output = self.network(self.prepare(images).to(next(self.parameters()).device))
+        features = output.get("pooler_output") if self.pooled else None
+        if features is None:
+            hidden = output.last_hidden_state  # (B, tokens, C) or (B, C, H, W)
+            features = hidden.mean(dim=1 if hidden.ndim == 3 else (2, 3))
+        return features.flatten(1)
+
+
+FeatureExtractor = ClassifierFeatures | InceptionFeatures | TransformerFeatures
 
 
 def load_features(where: str, inception_weights: str | None = None) -> FeatureExtractor:
-    """The extractor in a folder that `diffusers-dpm train-features` wrote, or "inception".
+    """The extractor in a folder that `diffusers-dpm train-features` wrote, "inception", or a model of transformers.
+
+    Args:
+        where: folder, "inception", or the Hub id of a model of transformers.
+        inception_weights: as `InceptionFeatures`.
 
     Raises:
         ValueError: there is none; a classifier that was not trained for this.
     """
     if where == "inception":
         return InceptionFeatures(inception_weights)
-    if not (Path(where) / FEATURES_FILE).is_file():
+    folder = Path(where)
+    if (folder / FEATURES_FILE).is_file():
+        return ClassifierFeatures(NoisyClassifier.from_pretrained(where))
+    config = folder / "config.json"
+    if folder.exists() and not (config.is_file() and "model_type" in read_json(config)):
         raise ValueError(
-            f"{where} holds no {FEATURES_FILE}: 'diffusers-dpm train-features' makes such a folder. A classifier for "
-            "guidance will not do, it would grade its own work"
+            f"{where} holds no {FEATURES_FILE}, which 'diffusers-dpm train-features' writes, and no model of "
+            "transformers. A classifier for guidance will not do, it would grade its own work"
         )
-    return ClassifierFeatures(NoisyClassifier.from_pretrained(where))
+    return TransformerFeatures(where)
 
 
 def extract(extractor: FeatureExtractor, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
@@ -133,6 +199,7 @@ def extract(extractor: FeatureExtractor, images: torch.Tensor, batch_size: int =
         ValueError: images with other channels than the extractor reads.
     """
     device = next(extractor.parameters()).device
+    images = images.clone(memory_format=torch.contiguous_format)  # by their strides, convolutions round differently
     return torch.cat([extractor(batch.to(device)).float().cpu() for batch in images.split(batch_size)])
 
 
@@ -167,7 +234,7 @@ class Reference:
         else:
             features = extract(extractor, images)
             cache.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(".tmp")
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")  # other evaluations may be at it, too
             save_file({"features": features}, temporary)
             temporary.replace(path)
         return cls(name, images, features, digest)
@@ -229,34 +296,59 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor, num_resamp
     return bootstrap(distance, features.double(), num_resamples, seed)
 
 
-def kernel_distance(features: torch.Tensor, reference: torch.Tensor, seed: int = 0) -> Score:
+def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Score:
     """Squared maximum mean discrepancy for the kernel (x y / d + 1)^3, without bias (Bińkowski et al. 2018).
 
-    The value is the mean over 100 random subsets of 1,000, or of all if there are fewer. The error is that of the mean
-    over ten disjoint blocks of both sets, which covers the sampling of both; where they are alike it is too large.
+    Over all pairs of images, where common implementations draw subsets: the same expectation with less noise. The
+    error is that of a U-statistic under sampling of both sets: the variance of the rows' means, which counts the part
+    that single images do not explain twice, so once of it is taken off. It holds for distributions alike, too.
 
     Args:
         features: (N, d).
-        reference: (M, d); at least 20 of both.
+        reference: (M, d); at least 4 of both.
     """
-    features, reference = features.double(), reference.double()
-    fewest = min(len(features), len(reference))
-    if fewest < 2 * KERNEL_BLOCKS:
-        raise ValueError(f"the kernel distance needs at least {2 * KERNEL_BLOCKS} images, got {fewest}")
-    size = min(KERNEL_SUBSET_SIZE, fewest)
-    subsets = 1 if len(features) == len(reference) == size else KERNEL_SUBSETS  # all of them are the same
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore", UserWarning)  # it keeps all features; they are few
-        torch.manual_seed(seed)
-        metric = KernelInceptionDistance(feature=Given(features.shape[1]), subsets=subsets, subset_size=size, **ALONE)
-        metric.update(reference, real=True)
-        metric.update(features, real=False)
-        value = metric.compute()[0].item()
-    generator = torch.Generator().manual_seed(seed)
-    num = fewest // KERNEL_BLOCKS * KERNEL_BLOCKS  # drawn at random, because data may be sorted by class
-    parts = [x[torch.randperm(len(x), generator=generator)[:num]].chunk(KERNEL_BLOCKS) for x in (reference, features)]
-    blocks = torch.stack([poly_mmd(theirs, ours) for theirs, ours in zip(*parts, strict=True)])
-    return Score(value, (blocks.std() / math.sqrt(KERNEL_BLOCKS)).item())
+    x, y = features.double(), reference.double()
+    n, m = len(x), len(y)
+    if min(n, m) < 4:
+        raise ValueError(f"the kernel distance needs at least 4 images, got {min(n, m)}")
+    xx, yy, xy = KernelSums.of(x), KernelSums.of(y), KernelSums.of(x, y)
+    own = (xx.rows / (n - 1), yy.rows / (m - 1))  # means over the other images of the set
+    value = own[0].mean() + own[1].mean() - 2 * xy.rows.sum() / (n * m)
+    rows = 4 * ((own[0] - xy.rows / m).var() / n + (own[1] - xy.columns / n).var() / m)
+    pairs = 2 * (xx.interaction() / (n * (n - 1)) + yy.interaction() / (m * (m - 1)) + 2 * xy.interaction() / (n * m))
+    return Score(value.item(), ((rows - 2 * pairs).clamp(min=0) + pairs).sqrt().item())
+
+
+class KernelSums(NamedTuple):
+    """Of the matrix k(x_i, y_j) (N, M): sums of its rows, columns and squares. Of one set: k(x_i, x_j) for i != j."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    squares: torch.Tensor
+    of_one_set: bool
+
+    @classmethod
+    def of(cls, x: torch.Tensor, y: torch.Tensor | None = None, block: int = 1024) -> "KernelSums":
+        of_one_set = y is None
+        y = x if y is None else y
+        rows, columns, squares = [], x.new_zeros(len(y)), x.new_zeros(())
+        for start in range(0, len(x), block):
+            kernel = (x[start : start + block] @ y.T).div_(x.shape[1]).add_(1).pow_(3)
+            if of_one_set:
+                kernel.diagonal(start).zero_()
+            rows.append(kernel.sum(dim=1))
+            columns += kernel.sum(dim=0)
+            squares += kernel.square_().sum()
+        return cls(torch.cat(rows), columns, squares, of_one_set)
+
+    def interaction(self) -> torch.Tensor:
+        """Variance of what the means of rows and columns leave of the matrix, without bias (Székely & Rizzo 2014)."""
+        n, m, total = len(self.rows), len(self.columns), self.rows.sum()
+        if self.of_one_set:
+            left = self.squares - 2 * self.rows.square().sum() / (n - 2) + total**2 / ((n - 1) * (n - 2))
+            return left.clamp(min=0) / (n * (n - 3))
+        left = self.squares - self.rows.square().sum() / m - self.columns.square().sum() / n + total**2 / (n * m)
+        return left.clamp(min=0) / ((n - 1) * (m - 1))
 
 
 def precision_and_recall(
@@ -347,7 +439,7 @@ def quality(
     inception = extractor if isinstance(extractor, InceptionFeatures) else None
     scores = {
         frechet_name(extractor, len(images)): frechet_distance(features, reference.features, num_resamples, seed),
-        "KID" if inception else "kernel distance": kernel_distance(features, reference.features, seed),
+        "KID" if inception else "kernel distance": kernel_distance(features, reference.features),
     }
     if inception:
         scores["Inception Score"] = inception_score(inception.logits(features), seed)
@@ -371,18 +463,15 @@ Row = Mapping[str, Any]  # of metrics.json, see `model_card.read_metrics`; here 
 Table = dict[str, dict[int, Row]]  # label of a line -> column -> row
 
 
-def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows that can be compared, by a title that says what they are."""
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[table_title(row)].append(row)
-    return groups
+def with_calls(rows: Iterable[Row]) -> list[Row]:
+    """Those that say how many network calls they took: `read_metrics` lets others pass, measured elsewhere."""
+    return [row for row in rows if isinstance(row.get("calls"), int)]
 
 
 def by_calls(rows: Iterable[Row]) -> Table:
     """Samplers by network calls, the shape of the tables for Analytic-DPM and DPM-Solver."""
     table: Table = defaultdict(dict)
-    for row in rows:
+    for row in with_calls(rows):
         table[sampler_name(row)][row["calls"]] = row
     return table
 
@@ -405,40 +494,78 @@ def by_eta(rows: Iterable[Row]) -> Table:
     return table if len(etas) > 1 else {}
 
 
-def markdown(table: Table, column: str) -> str:
-    """The table in Markdown; `column` says what the columns count."""
-    columns = sorted({key for cells in table.values() for key in cells})
-    lines = [
-        "| sampler | " + " | ".join(f"{key} {column}" for key in columns) + " |",
-        "|---" * (1 + len(columns)) + "|",
-    ]
+def markdown(
+    table: Table, column: str, columns: Iterable[int] = (), text: Callable[[int, Row], str] | None = None
+) -> str:
+    """The table in Markdown.
+
+    Args:
+        column: what the columns count.
+        columns: to show even if they are empty.
+        text: (column, row) -> what a cell says; default: the value and its error.
+    """
+    shown = sorted({*columns, *(key for cells in table.values() for key in cells)})
+    text = text or (lambda _, row: format_value(row))
+    lines = ["| sampler | " + " | ".join(f"{key} {column}" for key in shown) + " |", "|---" * (1 + len(shown)) + "|"]
     for label, cells in table.items():
-        texts = [format_value(cells[key]) if key in cells else "" for key in columns]
+        texts = [text(key, cells[key]) if key in cells else "" for key in shown]
         lines.append(f"| {label} | " + " | ".join(texts) + " |")
     return "\n".join(lines)
 
 
-def report(rows: Sequence[Row], baselines: Sequence[Row] = ()) -> str:
-    """All rows as Markdown tables, and below each what the same measurement gives for other images."""
+def calls_and_etas(rows: Sequence[Row]) -> list[str]:
+    """The tables of rows of one title."""
+    etas = by_eta(rows)
+    return [markdown(by_calls(rows), "calls"), *([markdown(etas, "steps")] if etas else [])]
+
+
+def report(
+    rows: Sequence[Row],
+    baselines: Sequence[Row] = (),
+    tables: Callable[[Sequence[Row]], Sequence[str]] = calls_and_etas,
+) -> str:
+    """All rows as Markdown; below each table what the same measurement gives for other images, and how it was made.
+
+    Args:
+        tables: rows of one title -> their tables.
+    """
+    known = with_calls(rows)
     parts = []
-    for title, group in grouped(rows).items():
-        parts += [f"## {title}", markdown(by_calls(group), "calls")]
-        if etas := by_eta(group):
-            parts.append(markdown(etas, "steps"))
+    for title, group in grouped(known).items():
         others = [row for row in baselines if measurement(row) == measurement(group[0])]
-        if others:
-            lines = [f"- {row['scheduler']} ({row['num_images']:,}): {format_value(row)}" for row in others]
-            parts.append("\n".join(lines))
+        lines = [f"- {row['scheduler']} ({row['num_images']:,}): {format_value(row)}" for row in others]
+        lines += [f"- {note}" for note in (*remade(group), provenance(group))]
+        parts += [f"## {title}", *tables(group), "\n".join(dict.fromkeys(lines))]
+    if len(known) < len(rows):
+        parts.append(f"Left out, because they do not say their network calls: {len(rows) - len(known)} measurements.")
     return "\n\n".join(parts) + "\n"
 
 
+def provenance(rows: Iterable[Row]) -> str:
+    """Seeds and versions, all that occur."""
+    seeds: dict[str, None] = {}
+    versions: dict[str, dict[str, None]] = defaultdict(dict)
+    for row in rows:
+        seeds[row.get("seeds") or "not recorded"] = None
+        for package, number in (row.get("versions") or {}).items():
+            versions[package][number] = None
+    made = [f"{package} {' and '.join(numbers)}" for package, numbers in versions.items()]
+    return f"seeds {' and '.join(seeds)}; {', '.join(made) or 'versions not recorded'}"
+
+
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Each group of rows against network calls and, where they are known, against seconds, as a picture."""
+    """Each group of rows against network calls and, where they are known, against seconds, as a picture.
+
+    Rows that do not say their calls are left out; without any others there is no picture.
+    """
     from matplotlib.figure import Figure  # slow to import
 
+    rows = with_calls(rows)
+    if not rows:
+        return
     groups = grouped(rows)
     axes = {"calls": "network calls", "seconds": "seconds for an image"}
-    keys = [key for key in axes if any(row[key] is not None for row in rows)]
+    keys = [key for key in axes if any(row.get(key) is not None for row in rows)]
     names = dict.fromkeys(map(sampler_name, rows))
     styles = {
         name: {"color": f"C{i % 10}", "linestyle": ["-", "--", ":"][i // 10 % 3]} for i, name in enumerate(names)
@@ -456,7 +583,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def plot_lines(axis: Any, rows: Sequence[Row], key: str, label: str, styles: Mapping[str, Any]) -> dict[str, Any]:
     """A line for each sampler over `key`, by its name; the axis disappears where no row has one."""
-    rows = [row for row in rows if row[key] is not None]
+    rows = [row for row in rows if row.get(key) is not None]
     if not rows:
         axis.set_axis_off()
         return {}

@@ -5,7 +5,7 @@ import math
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -237,10 +237,36 @@ def metric_tables(
     rows: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]] = ()
 ) -> list[dict[str, Any]]:
     """One table, samplers by steps, for each metric and way of measuring it."""
-    groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
+    return [metric_table(title, group, baselines) for title, group in grouped(rows).items()]
+
+
+def grouped(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Rows that can be compared, by a title that says what they are, and of which seeds where these differ."""
+    groups: dict[str, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        groups[table_title(row)].append(row)
-    return [metric_table(group, baselines) for group in groups.values()]
+        groups[table_title(row)][row.get("seeds") or "not recorded"].append(row)
+    return {
+        f"{title}, seeds {seeds}" if len(by_seeds) > 1 else title: group
+        for title, by_seeds in groups.items()
+        for seeds, group in by_seeds.items()
+    }
+
+
+def remade(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What to say below a table of rows with the same title, where its lines mix what a sampler was given.
+
+    That is statistics, rows or a classifier, which may be made anew between measurements. Fitted rows are others for
+    each number of steps anyway.
+    """
+    given: dict[tuple[str, int | None], set[tuple[str | None, str | None]]] = defaultdict(set)
+    for row in rows:
+        steps = row["steps"] if row["scheduler"] == CalibratedScheduler.__name__ else None
+        given[sampler_name(row), steps].add((row.get("carried_hash"), row.get("classifier_sha256")))
+    mixed = dict.fromkeys(name for (name, _), hashes in given.items() if len(hashes) > 1)
+    return [
+        f"{name}: its statistics, rows or classifiers are not all the same; of each cell the last is shown"
+        for name in mixed
+    ]
 
 
 def table_title(row: Mapping[str, Any]) -> str:
@@ -253,8 +279,10 @@ def table_title(row: Mapping[str, Any]) -> str:
     return f"{row['metric']}: {', '.join(how)}"
 
 
-def metric_table(rows: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any]:
-    """Of rows with the same title; "others" are the baselines that were measured alike."""
+def metric_table(
+    title: str, rows: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]] = ()
+) -> dict[str, Any]:
+    """Of rows of one group; "others" are the baselines that were measured alike."""
     steps = sorted({row["steps"] for row in rows})
     samplers = dict.fromkeys(map(sampler_name, rows))
     cells = {(sampler_name(row), row["steps"]): format_value(row) for row in rows}
@@ -264,10 +292,10 @@ def metric_table(rows: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[
         if measurement(row) == measurement(rows[0])
     ]
     return {
-        "title": table_title(rows[0]),
+        "title": title,
         "steps": steps,
         "rows": {name: [cells.get((name, step), "") for step in steps] for name in samplers},
-        "others": [*dict.fromkeys(others)],  # `evaluate` measures them again with other weights
+        "others": [*dict.fromkeys(others)],
     }
 
 
