@@ -415,8 +415,9 @@ def calibrate(
         batch_size: images in a network call.
         seed: of the noise.
         accelerator: an `accelerate.Accelerator` whose processes share the work, with the network on its device.
-        folder: keeps the teacher's states and finished tables, from which the same call goes on after an interruption;
-            for a `torch.nn.Module`, which is known again by its weights. Deleted when done.
+        folder: keeps the teacher's states, teacher_steps + 1 times the size of all noises, and finished tables, from
+            which the same call goes on after an interruption; for a `torch.nn.Module`, which is known again by its
+            weights. Deleted when done.
         progress: gets `update(n)` for n images in a network call, at most `network_calls(...)` in all.
 
     Raises:
@@ -567,7 +568,7 @@ def teacher_states(
 ) -> torch.Tensor:
     """x at each of the teacher's levels, (timesteps + 1, images, C, H, W)."""
     shape = (len(teacher.levels), *noise.shape)
-    known = torch.full(shape, torch.nan, dtype=torch.float64) if store is None else store.load(shape)
+    known = torch.full(shape, torch.nan, dtype=noise.dtype) if store is None else store.load(shape, noise.dtype)
     if store is not None and network.accelerator is not None:
         network.accelerator.wait_for_everyone()  # until all have read what is written next
     size = network.batch_size * network.num_processes
@@ -576,11 +577,11 @@ def teacher_states(
         if not known[:, part].isnan().any():
             continue
         x, x0s = noise[part], NOTHING
-        known[0, part] = x.double().cpu()
+        known[0, part] = x.cpu()
         for i, (row, t) in enumerate(zip(teacher.updates, teacher.timesteps.tolist(), strict=True)):
             x0s = (network(x, t, teacher.levels[i], start), *x0s)[:2]
             x = weighted_sum((row.sample, *row.x0), (x, *x0s[: len(row.x0)]))
-            known[i + 1, part] = x.double().cpu()
+            known[i + 1, part] = x.cpu()
         if store is not None and main:
             store.save(known)
     return known.to(noise)

@@ -460,9 +460,9 @@ class PartialResults:
         self.save_every = save_every
         self.last_save = time.monotonic()
 
-    def load(self, shape: Sequence[int]) -> torch.Tensor:
+    def load(self, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """All that any process of an earlier call has saved."""
-        values = torch.full(tuple(shape), math.nan, dtype=torch.float64)
+        values = torch.full(tuple(shape), math.nan, dtype=dtype)
         for path in self.folder.glob("partial-*.safetensors"):
             try:
                 with safe_open(path, framework="pt") as file:

@@ -146,6 +146,28 @@ def test_every_legal_config_gives_a_finite_reproducible_loop(case):
         paths.append(path)
     assert torch.equal(*paths)
     assert torch.equal(start, kept)
+    output = network(start, timesteps[0])
+    given_output = output.clone()
+    scheduler.step(output, timesteps[0], start, seeded())
+    assert torch.equal(output, given_output)
+    assert torch.equal(start, kept)
+    assert dict(scheduler.config) == before
+
+
+@given(case=cases())
+def test_every_legal_config_without_noise_encodes(case):
+    config, steps, _ = case
+    scheduler = DPMSolverScheduler(**{**config, "algorithm_type": config["algorithm_type"].removeprefix("sde-")})
+    before = dict(scheduler.config)
+    scheduler.set_timesteps(steps)
+    if scheduler.timesteps[0] == 0:  # one step on a short chain
+        with pytest.raises(ValueError, match="above 0"):
+            scheduler.set_timesteps(steps, encode=True)
+        return
+    scheduler.set_timesteps(steps, encode=True)
+    assert scheduler.timesteps[0] == 0
+    assert all(s < t for s, t in pairwise(scheduler.timesteps.tolist()))
+    assert walk(scheduler, network, noise(2, 2, 3, 2))[0].isfinite().all()
     assert dict(scheduler.config) == before
 
 
