@@ -33,6 +33,7 @@ from diffusers_dpm.evaluation import (
     compare,
     comparison,
     extract,
+    find_inception_weights,
     frechet_distance,
     frechet_name,
     inception_score,
@@ -237,6 +238,20 @@ def test_features_that_are_not_there(classifier, tmp_path):
     classifier.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="guidance will not do"):
         load_features(str(tmp_path))
+
+
+def test_inception_weights_are_fetched_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    (tmp_path / "weights.pth").write_bytes(b"1")
+    url = (tmp_path / "weights.pth").as_uri()
+    path = find_inception_weights(url=url)
+    assert path == tmp_path / "hub" / "checkpoints" / "weights.pth"
+    (tmp_path / "weights.pth").unlink()
+    assert find_inception_weights(url=url).read_bytes() == b"1"
+    with pytest.raises(ValueError, match=r"could not be fetched from file:.*other\.pth"):
+        find_inception_weights(url=(tmp_path / "other.pth").as_uri())
+    with pytest.raises(ValueError, match=r"no weights of InceptionV3 at .*mine\.pth: weights\.pth is among"):
+        find_inception_weights(tmp_path / "mine.pth", url)
 
 
 @pytest.fixture

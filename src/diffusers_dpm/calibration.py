@@ -469,7 +469,12 @@ def calibrate(
     }
     conditions = {key: teacher.config[key] for key in CONDITIONS}
     inputs = [noise] if labels is None else [noise, labels]
-    named = on_tensors(lambda rows: inputs.append(rows) or list(rows.shape), arguments)  # tensors by shape
+
+    def noted(rows: torch.Tensor) -> list[int]:
+        inputs.append(rows)
+        return list(rows.shape)
+
+    named = on_tensors(noted, arguments)  # tensors by their shape
     settings = {
         **{"schedule_hash": schedule.hash, **conditions, **made},
         **{"inputs": fingerprint(inputs), "network_kwargs": repr(named)},

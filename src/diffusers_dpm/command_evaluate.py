@@ -103,7 +103,7 @@ class MeasurementOptions:
         },
     )
     inception_weights: str | None = field(
-        default=None, metadata={"help": "torch-fidelity's file (default: where its own download leaves it)"}
+        default=None, metadata={"help": "torch-fidelity's file (default: fetched, once)"}
     )
     held_out_split: str | None = field(
         default=None,

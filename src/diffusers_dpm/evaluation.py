@@ -27,7 +27,9 @@ from diffusers_dpm.statistics import fingerprint
 
 
 FEATURES_FILE = "features.json"
-INCEPTION_WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
 FULL_FID = 50_000  # images that an FID is of
 NUM_PROJECTIONS = 512
 INCEPTION_SPLITS = 10
@@ -75,10 +77,10 @@ class InceptionFeatures(nn.Module):
     Grey images are repeated to RGB.
 
     Args:
-        weights: torch-fidelity's file of weights; default: where torch-fidelity's own download leaves it.
+        weights: torch-fidelity's file of weights; default: where its own download leaves it, and fetched if need be.
 
     Raises:
-        ValueError: no torch-fidelity, or no weights.
+        ValueError: no torch-fidelity, no such file, or it cannot be fetched.
     """
 
     num_features = 2048
@@ -86,13 +88,9 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self, weights: str | Path | None = None):
         super().__init__()
-        path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_WEIGHTS)
         if not _TORCH_FIDELITY_AVAILABLE:
             raise ValueError('features of InceptionV3 need torch-fidelity: pip install "diffusers-dpm[inception]"')
-        if not path.is_file():
-            raise ValueError(
-                f"no weights of InceptionV3 at {path}: {INCEPTION_WEIGHTS} is among the releases of torch-fidelity"
-            )
+        path = find_inception_weights(weights)
         self.network = NoTrainInceptionV3("inception-v3-compat", [str(self.num_features)], str(path))
 
     @torch.no_grad()
@@ -104,6 +102,22 @@ class InceptionFeatures(nn.Module):
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Of the 1008 classes, without bias, as the Inception Score takes them."""
         return features.to(self.network.fc.weight.device) @ self.network.fc.weight.T
+
+
+def find_inception_weights(weights: str | Path | None = None, url: str = INCEPTION_URL) -> Path:
+    """The file, or by default torch-fidelity's, which is fetched if it is not there."""
+    name = url.rsplit("/", 1)[-1]
+    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / name)
+    if path.is_file():
+        return path
+    if weights is not None:
+        raise ValueError(f"no weights of InceptionV3 at {path}: {name} is among the releases of torch-fidelity")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path))
+    except OSError as error:
+        raise ValueError(f"the weights of InceptionV3 could not be fetched from {url} ({error})") from error
+    return path
 
 
 class TransformerFeatures(nn.Module):

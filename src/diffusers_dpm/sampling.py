@@ -137,7 +137,7 @@ def build_scheduler(
         raise ValueError(f"{name}: {error}") from error
 
 
-def check_options(name: str, scheduler_class: type, options: dict[str, Any]) -> None:
+def check_options(name: str, scheduler_class: type[SchedulerMixin], options: dict[str, Any]) -> None:
     """Raise ValueError for a key that is not in the class's config, or a value of another kind than its default."""
     known = inspect.signature(scheduler_class.__init__).parameters
     for key, value in options.items():
