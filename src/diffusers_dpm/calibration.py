@@ -475,10 +475,8 @@ def calibrate(
         return list(rows.shape)
 
     named = on_tensors(noted, arguments)  # tensors by their shape
-    settings = {
-        **{"schedule_hash": schedule.hash, **conditions, **made},
-        **{"inputs": fingerprint(inputs), "network_kwargs": repr(named)},
-    }
+    given = {"inputs": fingerprint(inputs), "network_kwargs": repr(named)}
+    settings = {"schedule_hash": schedule.hash, **conditions, **made, **given}
     main = accelerator is None or accelerator.is_main_process
     store = None if folder is None else PartialResults(Path(folder), settings, accelerator, save_every=60.0)
     with evaluation_mode(*(part for part in (unet, classifier) if isinstance(part, torch.nn.Module))):
