@@ -355,6 +355,14 @@ def test_what_cannot_be_used_is_said_in_one_line(sample, capsys, arguments, mess
     assert message in error[-1]
 
 
+def test_a_place_that_cannot_be_written_is_said_in_one_line(sample, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    sample("--seeds=0", output="file/out", code=2)
+    error = capsys.readouterr().err.strip().split("\n")[-1]
+    assert error.startswith("error: ")
+    assert "file" in error
+
+
 def test_images_that_are_not_finite_are_an_error(run, sample, capsys):
     pipeline = DPMPipeline.from_pretrained(run)
     with torch.no_grad():

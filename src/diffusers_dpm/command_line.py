@@ -51,13 +51,18 @@ def quiet() -> Iterator[None]:
 
 
 def run_command(command: Callable[[], object]) -> int:
-    """The exit code of `command`: 2 for input that cannot be used, 130 when interrupted, both told in one line."""
+    """The exit code of `command`: 2 for input that cannot be used, and for files and hosts that cannot be reached; 130
+    when interrupted; all told in one line.
+    """
     try:
         command()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()  # which accelerate made; its threads must not outlive Python
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # those of the Hub have paragraphs
+        print("error:", *str(error).split(), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
