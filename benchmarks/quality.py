@@ -96,6 +96,8 @@ def measure(arguments: argparse.Namespace) -> None:
     )
     pairs = [(name, steps_for(name, calls)) for calls in arguments.calls for name in options.schedulers or []]
     measured = Evaluation(str(run), options, pairs)
+    if arguments.compile:
+        measured.pipeline.unet.compile(dynamic=False)  # the network that all cells share
     measured.run()
     if measured.accelerator.is_main_process:
         results = json.loads((run / "quality" / "metrics.json").read_text())
@@ -119,6 +121,7 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=5000, help="images of each cell [%(default)s]")
     parser.add_argument("--calls", type=int, nargs="+", default=[*CALLS], help="numbers of network calls")
     parser.add_argument("--batch-size", type=int, default=256, help="images in a network call [%(default)s]")
+    parser.add_argument("--compile", action="store_true", help="the U-Net: faster, the same up to float32 rounding")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the tables and the plots lie beside it")
     arguments = parser.parse_args()
     return run_command(lambda: measure(arguments))

@@ -268,9 +268,6 @@ class Conversion(NamedTuple):
     epsilon: tuple[float, float]
 
 
-# Keys of configs for other processes than DDPM's: of schedulers that have no betas.
-OTHER_PROCESSES = {"shift": "flow matching", "sigma_data": "EDM"}
-
 # Salimans and Ho 2022, section 4 and appendix D. Coefficients that a level does not have (division by 0) are left to
 # the caller: `epsilon` networks cannot start at alpha = 0.
 PREDICTIONS: dict[str, Callable[[Level], Conversion]] = {
@@ -396,6 +393,10 @@ class LinearSchedulerOutput(BaseOutput):
 
 
 Tensors = tuple[torch.Tensor, ...]
+
+
+# Keys of configs for other processes than DDPM's: of schedulers that have no betas.
+OTHER_PROCESSES = {"shift": "flow matching", "sigma_data": "EDM"}
 
 
 class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
@@ -694,7 +695,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(x_s, x_0 prediction) in the sample's dtype."""
         x = sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
-        output, variance = self.split(model_output, x)
+        output, variance = self.split_output(model_output, x)
         if isinstance(timestep, torch.Tensor) and timestep.numel() > 1:
             rows = [self._locate(t) for t in timestep.tolist()]
             if len(rows) != len(x):
@@ -712,7 +713,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
             prev_sample, x0 = self._apply(rows[0], output, variance, x, noise)
         return (prev_sample, x0) if x is sample else (prev_sample.to(sample.dtype), x0.to(sample.dtype))
 
-    def split(self, model_output: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def split_output(self, model_output: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(prediction, variance channels or None), in x's dtype: a network may return C or 2C channels."""
         output = model_output if model_output.dtype == x.dtype else model_output.to(x.dtype)
         if output.shape == x.shape:

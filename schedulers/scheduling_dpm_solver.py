@@ -285,7 +285,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
     - third_order_rule: published, the rule of all other implementations, has second order; exact has third order. In
       the x_0 form published is nearer to the solution of the ODE at 5 to 50 calls on every grid (RMS on the digits
       model at 10 and 20 calls, exact against published: quadratic 0.058, 0.016 against 0.047, 0.012; logsnr 0.105,
-      0.012 against 0.080, 0.010); in the epsilon form they are within a tenth of each other, and exact is the nearer
+      0.012 against 0.080, 0.010); in the epsilon form they differ by an eighth at most, and exact is the nearer
       one on logsnr (0.051, 0.011 against 0.053, 0.013). So published is the default (benchmarks/ode_error.py).
     - denoise_to_zero: ends at the level of timestep 0 and spends the last call on a prediction of x_0 from there.
     - fractional_timesteps: real-valued timesteps where the grid has them; False rounds, and takes the level from the

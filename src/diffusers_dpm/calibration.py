@@ -234,7 +234,7 @@ class Network:
     def _predict(self, x: torch.Tensor, t: int, level: Level, first: int) -> torch.Tensor:
         own = on_tensors(lambda rows: rows[first : first + len(x)], self.arguments)
         output = self.unet(x.to(self.dtype), torch.tensor(t, device=x.device), **own)
-        output, _ = self.scheduler.split(getattr(output, "sample", output), x)
+        output, _ = self.scheduler.split_output(getattr(output, "sample", output), x)
         if self.guidance is not None:
             output = self.guidance(first, first + len(x))(output, x, t, level.alpha, level.sigma)
         of_x0 = PREDICTIONS[self.scheduler.config.prediction_type](level).x0

@@ -505,6 +505,7 @@ class PartialResults:
         return values
 
     def save_json(self, values: Mapping[str, Any]) -> None:
+        """For `load_json` of a later call; only the first process calls it."""
         temporary = self.document.with_suffix(".tmp")
         temporary.write_text(json.dumps({"settings": self.settings, "values": values}))
         os.replace(temporary, self.document)
