@@ -741,7 +741,7 @@ def test_saving_is_exact(fitted, tmp_path):
     assert Calibration.from_dict(fitted.to_dict()) == fitted
     whole, table = fitted.to_dict(), fitted.to_dict()["tables"][0]
     for change in ({"extra": 1}, {"tables": [5]}, {"tables": None}, {"made": None}):
-        with pytest.raises(ValueError, match="a calibration has the keys|must have the keys|must be a list"):
+        with pytest.raises(ValueError, match=r"a calibration has the keys|must have the keys|must be a list"):
             Calibration.from_dict({**whole, **change})
     del table["mean_error"]
     for text in ("{}", "[]", "no JSON", json.dumps({**whole, "tables": [table]})):
