@@ -25,13 +25,15 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from diffusers_dpm import AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler, PosteriorStatistics
-from diffusers_dpm.command_line import load_pipeline
-from diffusers_dpm.command_statistics import main as statistics_command
-from diffusers_dpm.likelihood import bound_from_errors, measure_errors, standard_error
+from diffusers_dpm.commands.statistics import main as statistics_command
+from diffusers_dpm.data import load_images
+from diffusers_dpm.likelihood.bound import bound_from_errors, measure_errors
+from diffusers_dpm.likelihood.problem import standard_error
+from diffusers_dpm.networks import load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.posterior_statistics import estimate_statistics
+from diffusers_dpm.records import fingerprint
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, even_timesteps
-from diffusers_dpm.statistics import estimate_statistics, fingerprint
-from diffusers_dpm.training.data import load_images
 
 
 RESULTS = Path(__file__).parent / "results" / "analytic_dpm.json"

@@ -29,9 +29,8 @@ from tqdm.auto import tqdm
 
 from diffusers_dpm import DPMSolverScheduler
 from diffusers_dpm.calibration import Calibration, calibrate, network_calls
-from diffusers_dpm.command_line import load_pipeline
-from diffusers_dpm.sampling import load_classifier
-from diffusers_dpm.statistics import fingerprint
+from diffusers_dpm.networks import load_classifier, load_pipeline
+from diffusers_dpm.records import fingerprint
 
 
 RESULTS = Path(__file__).parent / "results" / "calibrated.json"

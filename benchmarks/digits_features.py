@@ -19,8 +19,8 @@ import torch
 from sklearn.neural_network import MLPClassifier
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from diffusers_dpm.data import load_images
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.training.data import load_images
 
 
 FRECHET = "Fréchet distance in features of a digits classifier"

@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from diffusers_dpm import AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler, DPMSolverScheduler, NoisyClassifier
-from diffusers_dpm.command_line import load_pipeline
+from diffusers_dpm.networks import load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.statistics import fingerprint
+from diffusers_dpm.records import fingerprint
 from diffusers_dpm.training.train_classifier import main as train_classifier
 
 

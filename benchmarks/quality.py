@@ -17,11 +17,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from diffusers_dpm import evaluation
-from diffusers_dpm.command_evaluate import EvaluateOptions, Evaluation
-from diffusers_dpm.command_line import run_command
-from diffusers_dpm.evaluation import Row, Table, report
-from diffusers_dpm.model_card import format_value, sampler_name
+from diffusers_dpm.commands.evaluate import EvaluateOptions
+from diffusers_dpm.commands.runner import run_command
+from diffusers_dpm.evaluation import report as evaluation
+from diffusers_dpm.evaluation.report import Row, Table, report
+from diffusers_dpm.evaluation.results import format_value, sampler_name
+from diffusers_dpm.evaluation.run import Evaluation
 
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"

@@ -29,10 +29,10 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm import tqdm
 
+from diffusers_dpm.data import ImageDataset, ImageSource, read_digits
 from diffusers_dpm.schedulers import DDPMScheduler, VPNoiseSchedule
-from diffusers_dpm.training import PRESETS, DenoisingLoss, ImageDataset, ImageSource, TrainingState, build_unet
+from diffusers_dpm.training import PRESETS, DenoisingLoss, TrainingState, build_unet
 from diffusers_dpm.training import loop as our_module
-from diffusers_dpm.training.data import read_digits
 from diffusers_dpm.training.train_diffusion import TrainingOptions
 
 

@@ -52,7 +52,13 @@ def in_two_processes(pytestconfig):
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
         result = subprocess.run(
             [*launch, *(() if Path(module).is_file() else ("-m",)), module, *map(str, arguments)],
-            env={**os.environ, **one_thread_on_the_cpu, "PYTHONPATH": str(pytestconfig.rootpath)},
+            env={
+                **os.environ,
+                **one_thread_on_the_cpu,
+                "PYTHONPATH": os.pathsep.join(
+                    [str(pytestconfig.rootpath), *filter(None, [os.environ.get("PYTHONPATH")])]
+                ),
+            },
             capture_output=True,
             text=True,
             check=False,

@@ -10,8 +10,8 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from diffusers_dpm.calibration import Calibration, calibrate, network_calls
-from diffusers_dpm.cli import main as cli
-from diffusers_dpm.command_calibrate import largest_defect, main
+from diffusers_dpm.commands.calibrate import largest_defect, main
+from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
@@ -225,7 +225,7 @@ def test_two_processes_equal_one(run, in_two_processes):
     assert main(command(run)) == 0
     one = tables(run / "calibrated")
     shutil.rmtree(run / "calibrated")
-    result = in_two_processes("diffusers_dpm.command_calibrate", *command(run))
+    result = in_two_processes("diffusers_dpm.commands.calibrate", *command(run))
     assert tables(run / "calibrated") == one
     assert result.stdout.count("distance to the teacher's images") == 1
     assert not (run / "calibrated" / "partial").exists()

@@ -13,15 +13,18 @@ from diffusers import DDPMScheduler
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from diffusers_dpm import command_evaluate, sampling
-from diffusers_dpm.cli import main as cli
-from diffusers_dpm.command_evaluate import Results, main, shuffled_pixels, split_options
-from diffusers_dpm.evaluation import Reference, load_features, quality, to_bytes
-from diffusers_dpm.likelihood import evidence_lower_bound
-from diffusers_dpm.model_card import metric_tables, read_metrics
+from diffusers_dpm import sampling
+from diffusers_dpm.commands.evaluate import main
+from diffusers_dpm.commands.main import main as cli
+from diffusers_dpm.data import load_images
+from diffusers_dpm.evaluation.distances import quality
+from diffusers_dpm.evaluation.features import Reference, load_features, to_bytes
+from diffusers_dpm.evaluation.results import metric_tables, read_metrics
+from diffusers_dpm.evaluation.run import Results, describe_source, shuffled_pixels, split_options
+from diffusers_dpm.likelihood.bound import evidence_lower_bound
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import DDIMScheduler
-from diffusers_dpm.training import build_unet, load_images
+from diffusers_dpm.training import build_unet
 from diffusers_dpm.training.unet_presets import ddpm_unet
 
 
@@ -160,7 +163,7 @@ def test_results_of_two_that_write_in_turn(tmp_path):
 @pytest.mark.slow
 def test_two_evaluations_into_one_folder(run, features):
     """Real ones: they draw at the same time, in part the same cells, and each cell is in the results once."""
-    command = [sys.executable, "-m", "diffusers_dpm.command_evaluate", str(run), "--data=digits", "--num-images=24"]
+    command = [sys.executable, "-m", "diffusers_dpm.commands.evaluate", str(run), "--data=digits", "--num-images=24"]
     command += [f"--features={features}", "--cpu", "--num-resamples=2", "--steps", "1", "2", "3", "--schedulers"]
     pair = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = [subprocess.Popen([*command, "ddim", name], **pair) for name in ("dpm-solver", "ddpm")]
@@ -302,10 +305,10 @@ def test_shuffled_pixels_are_the_same_pixels():
 
 
 def test_names_of_local_data_have_no_path(tmp_path):
-    assert command_evaluate.describe_source("digits") == "digits"
-    assert command_evaluate.describe_source("org/data") == "org/data"
+    assert describe_source("digits") == "digits"
+    assert describe_source("org/data") == "org/data"
     (tmp_path / "cats").mkdir()
-    assert command_evaluate.describe_source(str(tmp_path / "cats")) == "cats"
+    assert describe_source(str(tmp_path / "cats")) == "cats"
 
 
 @pytest.mark.parametrize(
@@ -342,7 +345,7 @@ def test_two_processes_measure_what_one_measures(evaluate, run, features, tmp_pa
         "--held-out-split=test",
         f"--output-dir={tmp_path / 'two'}",
     ]
-    in_two_processes("diffusers_dpm.command_evaluate", run, *options)
+    in_two_processes("diffusers_dpm.commands.evaluate", run, *options)
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     one = evaluate("--held-out-split=test", schedulers=("ddim", "ddpm"))
     assert [row["metric"] for row in two["rows"]] == METRICS * 2

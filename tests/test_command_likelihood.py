@@ -11,12 +11,14 @@ from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_dpm.cli import main as cli
-from diffusers_dpm.command_likelihood import main, measure_resumably
-from diffusers_dpm.likelihood import evidence_lower_bound, ode_log_likelihood
+from diffusers_dpm.commands.likelihood import main
+from diffusers_dpm.commands.main import main as cli
+from diffusers_dpm.data import load_images
+from diffusers_dpm.likelihood.bound import evidence_lower_bound
+from diffusers_dpm.likelihood.ode import ode_log_likelihood
 from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.records import measure_resumably
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
-from diffusers_dpm.training.data import load_images
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

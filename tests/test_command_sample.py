@@ -9,10 +9,11 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, HeunDiscreteSc
 from PIL import Image
 
 from diffusers_dpm import sampling
-from diffusers_dpm.cli import main as cli
-from diffusers_dpm.command_sample import main
+from diffusers_dpm.commands.main import main as cli
+from diffusers_dpm.commands.sample import main
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
-from diffusers_dpm.sampling import build_scheduler, parse_assignments, parse_seeds, weights_hash
+from diffusers_dpm.records import weights_hash
+from diffusers_dpm.sampling import build_scheduler, parse_assignments, parse_seeds
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler, DDIMScheduler, DPMSolverScheduler
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
 from diffusers_dpm.training import build_unet
@@ -88,7 +89,7 @@ def test_image_is_that_of_its_seed_in_any_batch(run, sample):
 
 def test_two_processes_draw_what_one_draws(run, tmp_path, in_two_processes):
     options = ["--scheduler=ddim", "--num-inference-steps=5", "--seeds=0-8", "--cpu", "--batch-size=2"]
-    result = in_two_processes("diffusers_dpm.command_sample", run, *options, "--output", tmp_path / "two")
+    result = in_two_processes("diffusers_dpm.commands.sample", run, *options, "--output", tmp_path / "two")
     assert_same(pixels(tmp_path / "two", range(9)), expected(run, range(9)))
     drawn = [(tmp_path / "two" / f"timing-{process}.jsonl").read_text() for process in (0, 1)]
     assert [sum(json.loads(line)["images"] for line in text.splitlines()) for text in drawn] == [5, 4]

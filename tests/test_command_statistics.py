@@ -10,12 +10,13 @@ from diffusers import UNet2DModel
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from diffusers_dpm.cli import main as cli
-from diffusers_dpm.command_statistics import main
+from diffusers_dpm.commands.main import main as cli
+from diffusers_dpm.commands.statistics import main
+from diffusers_dpm.data import load_images
+from diffusers_dpm.networks import noise_schedule_of
 from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics, interpolate
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
-from diffusers_dpm.statistics import PosteriorStatistics, estimate_statistics, interpolate, noise_schedule_of
-from diffusers_dpm.training.data import load_images
 from diffusers_dpm.training.train_diffusion import TrainingOptions, train
 from diffusers_dpm.training.unet_presets import ddpm_unet
 
@@ -133,7 +134,7 @@ def test_two_processes_equal_one(run, in_two_processes):
     assert main(command(run)) == 0
     one = estimates(run / "analytic_dpm")
     shutil.rmtree(run / "analytic_dpm")
-    result = in_two_processes("diffusers_dpm.command_statistics", *command(run))
+    result = in_two_processes("diffusers_dpm.commands.statistics", *command(run))
     assert estimates(run / "analytic_dpm") == one
     assert result.stdout.count("relative Monte-Carlo error") == 1
     assert not (run / "analytic_dpm" / "partial").exists()

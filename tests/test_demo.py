@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from diffusers_dpm import demo
+from diffusers_dpm.commands import demo
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler
 from diffusers_dpm.training import build_unet

@@ -22,32 +22,28 @@ from transformers import (
     ViTModel,
 )
 
-from diffusers_dpm.evaluation import (
-    ClassifierFeatures,
-    InceptionFeatures,
-    Reference,
-    TransformerFeatures,
+from diffusers_dpm.evaluation.distances import (
     bootstrap,
-    by_calls,
-    by_eta,
-    compare,
-    comparison,
-    extract,
-    find_inception_weights,
     frechet_distance,
     frechet_name,
     inception_score,
     kernel_distance,
-    load_features,
-    markdown,
-    plot,
     precision_and_recall,
     quality,
-    report,
     sliced_wasserstein_distance,
+)
+from diffusers_dpm.evaluation.features import (
+    ClassifierFeatures,
+    InceptionFeatures,
+    Reference,
+    TransformerFeatures,
+    extract,
+    find_inception_weights,
+    load_features,
     to_bytes,
 )
-from diffusers_dpm.model_card import metric_tables
+from diffusers_dpm.evaluation.report import by_calls, by_eta, compare, comparison, markdown, plot, report
+from diffusers_dpm.evaluation.results import metric_tables
 from diffusers_dpm.pipelines import NoisyClassifier
 
 

@@ -16,10 +16,16 @@ from diffusers.utils import get_class_from_dynamic_module
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffusers_dpm import cli, hub, remote_code
-from diffusers_dpm.model_card import EXTRAS, Extra, read_baselines, read_metrics
+from diffusers_dpm.commands import main as cli
+from diffusers_dpm.evaluation.results import read_baselines, read_metrics
+from diffusers_dpm.hub import publish as hub
+from diffusers_dpm.hub import remote_code, staging
+from diffusers_dpm.hub.checks import check, check_without_package, evaluate
+from diffusers_dpm.hub.staging import list_files, stage, stage_pictures
+from diffusers_dpm.hub.upload import PublishError
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
-from diffusers_dpm.sampling import weights_hash
+from diffusers_dpm.records import weights_hash
+from diffusers_dpm.run_folder import EXTRAS, Extra
 from diffusers_dpm.schedulers import (
     ALL_SCHEDULERS,
     AnalyticDPMScheduler,
@@ -116,7 +122,7 @@ def run(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def staged(run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("staged")
-    hub.stage(run, folder, "org/name", variant="fp16")
+    stage(run, folder, "org/name", variant="fp16")
     return folder
 
 
@@ -133,7 +139,7 @@ def config(path):
 
 
 def test_files(staged):
-    found = {path.as_posix() for path in hub.list_files(staged)}
+    found = {path.as_posix() for path in list_files(staged)}
     code = {"": "pipeline_dpm", "classifier/": "modeling_noisy_classifier"}
     code |= {"analytic_dpm/": "scheduling_analytic_dpm", "calibrated/": "scheduling_calibrated"}
     hashed = {folder: next(staged.glob(f"{folder}{name}_*.py")).name for folder, name in code.items()}
@@ -160,7 +166,7 @@ def test_index_names_stock_classes_and_keeps_the_classifier_from_plain_downloads
 
 
 def test_no_path_of_this_machine_is_published(run, staged):
-    for path in hub.list_files(staged):
+    for path in list_files(staged):
         content = (staged / path).read_bytes()
         assert b"_name_or_path" not in content or path.suffix == ".py", path
         assert str(run).encode() not in content, path
@@ -194,21 +200,21 @@ def test_rows_fitted_to_other_weights_are_not_published(tmp_path):
         fitted_scheduler(pipe.scheduler, steps, made={"weights": weights}).save_pretrained(run / "calibrated")
         if len(steps) == 1:
             with pytest.raises(ValueError, match="calibrated has rows fitted to other weights: delete them"):
-                hub.stage(run, tmp_path / "staged", "org/name")
+                stage(run, tmp_path / "staged", "org/name")
             shutil.rmtree(tmp_path / "staged")
-    hub.stage(run, tmp_path / "staged", "org/name")
+    stage(run, tmp_path / "staged", "org/name")
     assert (tmp_path / "staged" / "calibrated" / "scheduler_config.json").is_file()
     CalibratedScheduler.from_config(pipe.scheduler.config).save_pretrained(run / "calibrated")
     with pytest.raises(ValueError, match="calibrated has no fitted rows"):
-        hub.stage(run, tmp_path / "again", "org/name")
+        stage(run, tmp_path / "again", "org/name")
 
 
 def test_what_an_interrupted_command_left_is_no_component(tmp_path):
     run = make_run(tmp_path / "run")
     (run / "calibrated" / "partial").mkdir(parents=True)
-    hub.stage(run, tmp_path / "staged", "org/name")
+    stage(run, tmp_path / "staged", "org/name")
     assert not (tmp_path / "staged" / "calibrated").exists()
-    assert "calibrated" not in hub.evaluate(run)
+    assert "calibrated" not in evaluate(run)
 
 
 def test_figures_of_other_weights_are_not_published(tmp_path, capsys):
@@ -219,27 +225,27 @@ def test_figures_of_other_weights_are_not_published(tmp_path, capsys):
     baseline = METRIC | {"scheduler": "held-out images", "steps": 0, "weights": None, "weights_sha256": "0" * 64}
     metrics = {"rows": [own, other, unnamed], "baselines": [baseline]}
     (run / "metrics.json").write_text(json.dumps(metrics))
-    hub.stage(run, tmp_path / "staged", "org/name")
+    stage(run, tmp_path / "staged", "org/name")
     assert config(tmp_path / "staged" / "metrics.json") == metrics | {"rows": [own, unnamed]}
     assert "777.7" not in (tmp_path / "staged" / "README.md").read_text()
     assert "left out: 1 of 3 rows of" in capsys.readouterr().out
 
     (run / "metrics.json").write_text(json.dumps(metrics | {"rows": [other]}))
-    hub.stage(run, tmp_path / "again", "org/name")
+    stage(run, tmp_path / "again", "org/name")
     assert not (tmp_path / "again" / "metrics.json").exists()
     assert "Not measured yet." in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_a_plain_run_has_nothing_to_ignore(tmp_path):
-    hub.stage(make_run(tmp_path / "run"), tmp_path / "staged", "org/name")
+    stage(make_run(tmp_path / "run"), tmp_path / "staged", "org/name")
     assert "_ignore_files" not in config(tmp_path / "staged" / "model_index.json")
     assert not (tmp_path / "staged" / "classifier").exists()
 
 
 def test_pictures_are_drawn_from_seeds_or_taken_over(run, tmp_path):
     pipe = DPMPipeline.from_pretrained(run)
-    hub.stage_pictures(pipe, tmp_path / "none", tmp_path / "drawn")
-    hub.stage_pictures(pipe, tmp_path / "none", tmp_path / "again")
+    stage_pictures(pipe, tmp_path / "none", tmp_path / "drawn")
+    stage_pictures(pipe, tmp_path / "none", tmp_path / "again")
     name = "DDIM-50-steps-seeds-0-to-15.png"
     assert (tmp_path / "drawn" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
     picture = np.asarray(Image.open(tmp_path / "drawn" / name))
@@ -253,13 +259,13 @@ def test_pictures_are_drawn_from_seeds_or_taken_over(run, tmp_path):
     (tmp_path / "own").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "own" / "by the author.png")
     Image.new("L", (8, 8)).save(tmp_path / "own" / "step-00000001.png")
-    hub.stage_pictures(pipe, tmp_path / "own", tmp_path / "taken")
+    stage_pictures(pipe, tmp_path / "own", tmp_path / "taken")
     assert [path.name for path in (tmp_path / "taken").iterdir()] == ["by the author.png"]
 
 
 def test_picture_of_wide_images_with_four_channels(tmp_path):
     run = make_run(tmp_path / "run", sample_size=(8, 16), in_channels=4, out_channels=4, num_train_timesteps=5)
-    hub.stage_pictures(DPMPipeline.from_pretrained(run), tmp_path / "none", tmp_path / "drawn")
+    stage_pictures(DPMPipeline.from_pretrained(run), tmp_path / "none", tmp_path / "drawn")
     assert Image.open(tmp_path / "drawn" / "DDIM-5-steps-seeds-0-to-15.png").size == (4 * 68, 4 * 36)
 
 
@@ -368,23 +374,23 @@ def test_a_bundle_runs(tmp_path):
 
 
 def test_what_was_staged_passes(run, staged):
-    hub.check(run, staged)
+    check(run, staged)
 
 
 def test_one_changed_weight_is_found(run, copy):
     weights = load_file(copy / "unet" / WEIGHTS)
     weights["conv_in.weight"][0, 0, 0, 0] *= 1.001
     save_file(weights, copy / "unet" / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(hub.PublishError, match=r"pipeline of the staged folder differs .* nothing was published"):
-        hub.check(run, copy)
+    with pytest.raises(PublishError, match=r"pipeline of the staged folder differs .* nothing was published"):
+        check(run, copy)
 
 
 def test_a_changed_classifier_is_found(run, copy):
     weights = load_file(copy / "classifier" / WEIGHTS)
     weights["conv_in.weight"][0, 0, 0, 0] += 0.01
     save_file(weights, copy / "classifier" / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(hub.PublishError, match="classifier of the staged folder differs"):
-        hub.check(run, copy)
+    with pytest.raises(PublishError, match="classifier of the staged folder differs"):
+        check(run, copy)
 
 
 def break_index(folder):
@@ -436,9 +442,9 @@ def break_half(folder):
 )
 def test_damage_that_only_others_would_see_is_found(damage, way, run, copy):
     damage(copy)
-    results = hub.evaluate(run)
-    with pytest.raises(hub.PublishError, match=way):
-        hub.check_without_package(copy, results)
+    results = evaluate(run)
+    with pytest.raises(PublishError, match=way):
+        check_without_package(copy, results)
 
 
 def test_a_network_that_diverged_is_not_published(tmp_path):
@@ -446,15 +452,15 @@ def test_a_network_that_diverged_is_not_published(tmp_path):
     weights = load_file(run / "unet" / WEIGHTS)
     weights["conv_in.weight"][:] = torch.nan
     save_file(weights, run / "unet" / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(hub.PublishError, match="not finite"):
-        hub.check(run, run)
+    with pytest.raises(PublishError, match="not finite"):
+        check(run, run)
 
 
 @pytest.mark.slow
 def test_class_conditional_network(tmp_path):
     run = make_run(tmp_path / "run", num_class_embeds=3, num_train_timesteps=3)
-    hub.stage(run, tmp_path / "staged", "org/name")
-    hub.check(run, tmp_path / "staged")
+    stage(run, tmp_path / "staged", "org/name")
+    check(run, tmp_path / "staged")
 
 
 @pytest.mark.slow
@@ -468,18 +474,18 @@ def test_a_new_kind_of_scheduler_needs_one_line(tmp_path, monkeypatch):
     for name in ("listed", "unlisted"):
         DDIMScheduler(eta=0.5).save_pretrained(run / name)
     monkeypatch.setitem(EXTRAS, "listed", Extra(DDIMScheduler, "of-the-listed"))
-    hub.stage(run, tmp_path / "staged", "org/name")
+    stage(run, tmp_path / "staged", "org/name")
     assert "- of-the-listed\n" in (tmp_path / "staged" / "README.md").read_text()
     assert {"scheduler_config.json", "scheduling_ddim.py"} < {
         path.name for path in (tmp_path / "staged/listed").iterdir()
     }
     assert not (tmp_path / "staged" / "unlisted").exists()
-    results = hub.evaluate(run)
+    results = evaluate(run)
     pipe = DPMPipeline(DPMPipeline.from_pretrained(run).unet, DDIMScheduler(eta=0.5))
     assert np.array_equal(results["listed"], pipe(seeds=[0], num_inference_steps=7, output_type="np").images)
-    hub.check_without_package(tmp_path / "staged", results)
-    with pytest.raises(hub.PublishError, match="DDIMScheduler with trust_remote_code: the result differs"):
-        hub.check_without_package(tmp_path / "staged", results | {"listed": results["pipeline"]})
+    check_without_package(tmp_path / "staged", results)
+    with pytest.raises(PublishError, match="DDIMScheduler with trust_remote_code: the result differs"):
+        check_without_package(tmp_path / "staged", results | {"listed": results["pipeline"]})
 
 
 # Input that cannot be used -------------------------------------------------------------------------------------------
@@ -518,14 +524,14 @@ def test_files_that_hold_no_metrics(content, tmp_path):
 
 def test_folders_that_cannot_be_staged(run, tmp_path):
     with pytest.raises(ValueError, match="is no folder"):
-        hub.stage(tmp_path / "nowhere", tmp_path / "staged", "org/name")
+        stage(tmp_path / "nowhere", tmp_path / "staged", "org/name")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds no model_index.json"):
-        hub.stage(tmp_path / "empty", tmp_path / "staged", "org/name")
+        stage(tmp_path / "empty", tmp_path / "staged", "org/name")
     with pytest.raises(ValueError, match="is not empty"):
-        hub.stage(run, run, "org/name")
+        stage(run, run, "org/name")
     with pytest.raises(ValueError, match="choose one of fp16"):
-        hub.stage(run, tmp_path / "staged", "org/name", variant="int8")
+        stage(run, tmp_path / "staged", "org/name", variant="int8")
 
 
 def test_an_extra_of_an_unknown_class(tmp_path):
@@ -533,13 +539,13 @@ def test_an_extra_of_an_unknown_class(tmp_path):
     (run / "classifier").mkdir()
     (run / "classifier" / "config.json").write_text('{"_class_name": "SomebodysClassifier"}')
     with pytest.raises(ValueError, match="'SomebodysClassifier' and not by NoisyClassifier"):
-        hub.stage(run, tmp_path / "staged", "org/name")
+        stage(run, tmp_path / "staged", "org/name")
 
 
 def test_extras_need_a_diffusers_that_can_check_their_code(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "version", lambda package: "0.37.1")
+    monkeypatch.setattr(staging, "version", lambda package: "0.37.1")
     with pytest.raises(ValueError, match=r"publishing .*classifier needs diffusers 0\.38 or newer.* this is 0\.37\.1"):
-        hub.stage(run, tmp_path / "staged", "org/name")
+        stage(run, tmp_path / "staged", "org/name")
 
 
 # The command ---------------------------------------------------------------------------------------------------------
@@ -562,7 +568,7 @@ def test_dry_run(run, tmp_path, monkeypatch, capsys, no_network):
     sizes = [
         (int(line.split()[0].replace(",", "")), line.split("bytes  ")[1]) for line in printed.out.splitlines()[:-2]
     ]
-    assert sizes[:-1] == [((folder / path).stat().st_size, path.as_posix()) for path in hub.list_files(folder)]
+    assert sizes[:-1] == [((folder / path).stat().st_size, path.as_posix()) for path in list_files(folder)]
     assert sizes[-1] == (sum(size for size, _ in sizes[:-1]), "in all")
     assert "nothing was uploaded" in printed.out
 

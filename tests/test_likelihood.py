@@ -11,20 +11,10 @@ import torch
 from diffusers import UNet2DModel
 from torch.distributions import Normal, kl_divergence
 
-from diffusers_dpm.likelihood import (
-    PredictionErrors,
-    bound_from_errors,
-    decoder_variances,
-    dequantize,
-    discretized_gaussian_log_prob,
-    draw,
-    evidence_lower_bound,
-    exact_trace,
-    largest_error,
-    measure_errors,
-    ode_log_likelihood,
-    probed_traces,
-)
+from diffusers_dpm.likelihood.bound import PredictionErrors, bound_from_errors, evidence_lower_bound, measure_errors
+from diffusers_dpm.likelihood.decoder import decoder_variances, discretized_gaussian_log_prob
+from diffusers_dpm.likelihood.ode import dequantize, exact_trace, largest_error, ode_log_likelihood, probed_traces
+from diffusers_dpm.random_streams import draw
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 

@@ -10,7 +10,9 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from diffusers_dpm import hub, model_card
+from diffusers_dpm.evaluation.results import format_value, metric_tables, read_baselines, read_metrics
+from diffusers_dpm.hub import card as model_card
+from diffusers_dpm.hub.staging import stage
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDPMScheduler
 from diffusers_dpm.training.train_diffusion import TrainingOptions
@@ -27,7 +29,7 @@ SECTIONS = ("Use", "Training", "Evaluation", "Limits", "Citation")
 
 def card_of(run: Path, folder: Path, repo_id: str = "org/name", **options) -> str:
     shutil.rmtree(folder, ignore_errors=True)
-    hub.stage(run, folder, repo_id, **options)
+    stage(run, folder, repo_id, **options)
     return (folder / "README.md").read_text(encoding="utf-8")
 
 
@@ -81,14 +83,14 @@ def test_the_kept_card_is_what_its_facts_and_figures_give(tmp_path):
     """
     facts = model_card.load_facts(CARDS / "ddpm-digits.yaml")
     run = published_run(facts, tmp_path / "run")
-    rows = model_card.read_metrics(CARDS / "ddpm-digits.metrics.json")
+    rows = read_metrics(CARDS / "ddpm-digits.metrics.json")
     card = model_card.render_card(
         DPMPipeline.from_pretrained(run),
         "diffusers-dpm/ddpm-digits",
         facts=facts,
         options=json.loads((run / "training_options.json").read_text()),
         rows=rows,
-        baselines=model_card.read_baselines(CARDS / "ddpm-digits.metrics.json"),
+        baselines=read_baselines(CARDS / "ddpm-digits.metrics.json"),
         extras=["classifier", "analytic_dpm", "calibrated"],
         fitted_steps={None: [5, 10]},
         pictures=[path.name for path in (CARDS / "samples").iterdir()],
@@ -270,13 +272,13 @@ def test_metrics(tmp_path):
     ],
 )
 def test_no_more_digits_than_the_error_leaves(value, error, text):
-    assert model_card.format_value({"value": value, "error": error}) == text
+    assert format_value({"value": value, "error": error}) == text
 
 
 def test_tables_tell_weights_apart():
     """The same EMA weights trained further, and weights of which only the hash is known."""
     named = [METRIC | {"weights_sha256": digit * 64} for digit in "12"]
-    titles = [table["title"] for table in model_card.metric_tables([*named, METRIC, named[0] | {"weights": None}])]
+    titles = [table["title"] for table in metric_tables([*named, METRIC, named[0] | {"weights": None}])]
     assert [re.search(r"InceptionV3, (.*), against", title)[1] for title in titles] == [
         *("ema weights 111111111111", "ema weights 222222222222", "ema weights", "weights 111111111111")
     ]
@@ -311,7 +313,7 @@ def test_facts_that_contradict_the_run(tmp_path):
     run = make_run(tmp_path / "run")
     (tmp_path / "facts.yaml").write_text(yaml.safe_dump({"training": {"batch_size": 128}}))
     with pytest.raises(ValueError, match="facts say batch_size 128, but the run was trained with 64"):
-        hub.stage(run, tmp_path / "staged", "org/name", facts=tmp_path / "facts.yaml")
+        stage(run, tmp_path / "staged", "org/name", facts=tmp_path / "facts.yaml")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusers_dpm.cli import main as diffusers_dpm
+from diffusers_dpm.commands.main import main as diffusers_dpm
 
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")

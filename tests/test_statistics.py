@@ -14,16 +14,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch.utils.data import DataLoader, TensorDataset
 
+from diffusers_dpm.networks import noise_schedule_of
+from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics, import_ms_eps, interpolate
+from diffusers_dpm.random_streams import NoiseSource
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler, even_timesteps
-from diffusers_dpm.statistics import (
-    NoiseSource,
-    PosteriorStatistics,
-    estimate_statistics,
-    import_ms_eps,
-    interpolate,
-    noise_schedule_of,
-)
 
 
 class ExactNetwork(ModelMixin, ConfigMixin):

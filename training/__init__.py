@@ -5,8 +5,8 @@ The commands are in `train_diffusion` (`TrainingOptions`, `train(options)`, `mai
 they also run as scripts.
 """
 
+from diffusers_dpm.data import DataError, ImageDataset, ImageSource, load_images
 from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS, build_classifier
-from diffusers_dpm.training.data import DataError, ImageDataset, ImageSource, load_images
 from diffusers_dpm.training.loop import NonFiniteLossError, StepRecord, TrainingState, training_steps
 from diffusers_dpm.training.loss import ClassifierLoss, DenoisingLoss, loss_weights
 from diffusers_dpm.training.unet_presets import PRESETS, build_unet, init_as_papers

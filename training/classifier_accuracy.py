@@ -10,9 +10,9 @@ from accelerate.utils import tqdm
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from diffusers_dpm.data import ImageDataset
+from diffusers_dpm.random_streams import EVALUATION, keyed_generator
 from diffusers_dpm.schedulers import VPNoiseSchedule
-from diffusers_dpm.training.data import ImageDataset
-from diffusers_dpm.training.loop import EVALUATION, keyed_generator
 
 
 CALIBRATION_BINS = 15

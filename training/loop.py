@@ -17,7 +17,6 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
 from diffusers.optimization import get_scheduler
@@ -25,14 +24,11 @@ from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Sampler
 
+from diffusers_dpm.data import ImageDataset
+from diffusers_dpm.random_streams import DATA, DROPOUT, NOISE, derive_seed, keyed_generator
 from diffusers_dpm.schedulers import VPNoiseSchedule
 from diffusers_dpm.training.augmentation import random_crop, random_flip, random_shift
-from diffusers_dpm.training.data import ImageDataset
 from diffusers_dpm.training.loss_history import LossHistory
-
-
-# Streams of random numbers that must not meet.
-DATA, NOISE, DROPOUT, EVALUATION = range(4)
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -231,15 +227,6 @@ def average_of(model: torch.nn.Module, options: Any) -> tuple[torch.nn.Module, E
     )
     ema.shadow_params = list(ema_model.parameters())  # averaged in place: nothing to swap for sampling or saving
     return ema_model, ema
-
-
-def keyed_generator(device: torch.device | str, seed: int, *key: int) -> torch.Generator:
-    """A generator whose numbers depend on (seed, key) alone."""
-    return torch.Generator(device).manual_seed(derive_seed(seed, *key))
-
-
-def derive_seed(seed: int, *key: int) -> int:
-    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
 
 
 @lru_cache(maxsize=2)

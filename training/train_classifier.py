@@ -19,17 +19,20 @@ from typing import Any
 
 from diffusers import UNet2DModel
 
-from diffusers_dpm.command_line import load_pipeline, take_model
+from diffusers_dpm.commands.runner import take_model
+from diffusers_dpm.data import ImageDataset, describe, load_data, load_held_out_data
+from diffusers_dpm.networks import load_pipeline
+from diffusers_dpm.options import check_ranges, parse_options
 from diffusers_dpm.pipelines import NoisyClassifier
+from diffusers_dpm.records import atomic_folder, remove, write_json
+from diffusers_dpm.run_folder import OPTIONS_FILE
 from diffusers_dpm.schedulers import DDPMScheduler
-from diffusers_dpm.training.checkpoints import atomic_folder
 from diffusers_dpm.training.classifier_accuracy import (
     accuracy_by_noise_level,
     accuracy_table,
     plot_accuracy,
 )
 from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS, build_classifier
-from diffusers_dpm.training.data import ImageDataset, describe
 from diffusers_dpm.training.loss import ClassifierLoss
 from diffusers_dpm.training.options import (
     AugmentationOptions,
@@ -40,18 +43,8 @@ from diffusers_dpm.training.options import (
     EMAOptions,
     EvaluationOptions,
     LoggingOptions,
-    check_ranges,
-    parse_options,
 )
-from diffusers_dpm.training.trainer import (
-    OPTIONS_FILE,
-    Trainer,
-    load_data,
-    load_held_out_data,
-    remove,
-    run_command,
-    write_json,
-)
+from diffusers_dpm.training.trainer import Trainer, run_command
 from diffusers_dpm.training.unet_presets import choose_preset, read_config
 
 

@@ -19,11 +19,14 @@ from diffusers import UNet2DModel
 from huggingface_hub import HfApi
 from PIL import Image
 
-from diffusers_dpm.hub import PublishError, check_repo_id, log_in, publish
+from diffusers_dpm.data import ImageDataset, load_data
+from diffusers_dpm.hub.publish import check_repo_id, publish
+from diffusers_dpm.hub.upload import PublishError, log_in
+from diffusers_dpm.options import check_ranges, parse_options
 from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.records import TEMPORARY, flush_tree, move_children
+from diffusers_dpm.run_folder import OPTIONS_FILE
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
-from diffusers_dpm.training.checkpoints import TEMPORARY, flush_tree, move_children
-from diffusers_dpm.training.data import ImageDataset
 from diffusers_dpm.training.loss import DenoisingLoss
 from diffusers_dpm.training.options import (
     CheckpointOptions,
@@ -37,10 +40,8 @@ from diffusers_dpm.training.options import (
     OptimizationOptions,
     RunFolderOptions,
     SampleOptions,
-    check_ranges,
-    parse_options,
 )
-from diffusers_dpm.training.trainer import OPTIONS_FILE, Trainer, is_due, load_data, run_command
+from diffusers_dpm.training.trainer import Trainer, is_due, run_command
 from diffusers_dpm.training.unet_presets import PRESETS, build_unet, choose_preset, read_config
 
 

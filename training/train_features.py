@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 
-from diffusers_dpm.evaluation import FEATURES_FILE
+from diffusers_dpm.data import ImageDataset, load_data, load_held_out_data
+from diffusers_dpm.evaluation.features import FEATURES_FILE
+from diffusers_dpm.options import check_ranges, parse_options
 from diffusers_dpm.pipelines import NoisyClassifier
-from diffusers_dpm.sampling import weights_hash
+from diffusers_dpm.records import atomic_folder, move_children, weights_hash, write_json
+from diffusers_dpm.run_folder import OPTIONS_FILE
 from diffusers_dpm.schedulers import VPNoiseSchedule
-from diffusers_dpm.training.checkpoints import atomic_folder, move_children
 from diffusers_dpm.training.classifier_accuracy import accuracy_by_noise_level
 from diffusers_dpm.training.classifier_presets import build_classifier, ddpm_encoder
-from diffusers_dpm.training.data import ImageDataset
 from diffusers_dpm.training.loss import ClassifierLoss
 from diffusers_dpm.training.options import (
     AugmentationOptions,
@@ -36,18 +37,9 @@ from diffusers_dpm.training.options import (
     EvaluationOptions,
     LoggingOptions,
     RunFolderOptions,
-    check_ranges,
-    parse_options,
 )
 from diffusers_dpm.training.train_classifier import check_labels
-from diffusers_dpm.training.trainer import (
-    OPTIONS_FILE,
-    Trainer,
-    load_data,
-    load_held_out_data,
-    run_command,
-    write_json,
-)
+from diffusers_dpm.training.trainer import Trainer, run_command
 
 
 # One noise level, whose noise is a thousandth of an 8-bit grey level: the images are clean.

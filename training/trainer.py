@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,15 +14,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 
-from diffusers_dpm.hub import PublishError
+from diffusers_dpm.data import DataError, ImageDataset, describe
+from diffusers_dpm.hub.upload import PublishError
+from diffusers_dpm.options import flag
+from diffusers_dpm.records import atomic_folder, remove, write_json
+from diffusers_dpm.run_folder import OPTIONS_FILE
 from diffusers_dpm.training.checkpoints import (
-    atomic_folder,
     checkpoint_folder,
     list_checkpoints,
     prune_checkpoints,
     remove_incomplete,
 )
-from diffusers_dpm.training.data import DataError, ImageDataset, describe, load_images
 from diffusers_dpm.training.loop import (
     Loss,
     NonFiniteLossError,
@@ -32,11 +33,12 @@ from diffusers_dpm.training.loop import (
     batch_shares,
     training_steps,
 )
-from diffusers_dpm.training.options import flag
 
 
 # About this call of the command and not about the run: not written down.
 CALL_OPTIONS = frozenset({"resume", "overwrite", "dry_run", "push_to_hub", "hub_private"})
+
+
 # What a resumed run may change: nothing that its weights depend on, beyond rounding.
 MAY_CHANGE = frozenset(
     {
@@ -45,7 +47,6 @@ MAY_CHANGE = frozenset(
         *("cache_gigabytes", "dataloader_num_workers", "gradient_accumulation_steps", "cpu"),
     }
 )
-OPTIONS_FILE = "training_options.json"
 
 
 class Trainer(ABC):
@@ -278,30 +279,6 @@ class Trainer(ABC):
         return self.state.ema_model or self.state.model
 
 
-def load_data(
-    options: Any, *, require_labels: bool, data: str | None = None, split: str | None = None
-) -> ImageDataset:
-    """The data that `DataSourceOptions` name; `data` and `split` go before theirs."""
-    return load_images(
-        data or options.data,
-        config=options.data_config,
-        split=split or options.split,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        require_labels=require_labels,
-        resolution=options.resolution,
-        channels=None if options.channels == "auto" else int(options.channels),
-        cache_bytes=int(options.cache_gigabytes * 2**30),
-    )
-
-
-def load_held_out_data(options: Any) -> ImageDataset | None:
-    """The data that `EvaluationOptions` name, with labels; None if they name nothing."""
-    if not options.eval_data and not options.eval_split:
-        return None
-    return load_data(options, require_labels=True, data=options.eval_data, split=options.eval_split)
-
-
 def find_checkpoint(options: Any, run: Path) -> Path | None:
     """The checkpoint to resume, or None to start at step 0.
 
@@ -326,18 +303,6 @@ def find_checkpoint(options: Any, run: Path) -> Path | None:
 def saved_options(options: Any) -> dict[str, Any]:
     """The options that describe the run."""
     return {name: value for name, value in dataclasses.asdict(options).items() if name not in CALL_OPTIONS}
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def is_due(step: int, every: int) -> bool:

@@ -4,8 +4,10 @@ from importlib.metadata import version
 
 from diffusers_dpm.adaptive import StepPlan, integrate_adaptive, plan_timesteps
 from diffusers_dpm.calibration import Calibration, calibrate
-from diffusers_dpm.likelihood import evidence_lower_bound, ode_log_likelihood
+from diffusers_dpm.likelihood.bound import evidence_lower_bound
+from diffusers_dpm.likelihood.ode import ode_log_likelihood
 from diffusers_dpm.pipelines import ClassifierGuidance, DPMPipeline, NoisyClassifier
+from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics, import_ms_eps
 from diffusers_dpm.schedulers import (
     AnalyticDPMScheduler,
     CalibratedScheduler,
@@ -16,7 +18,6 @@ from diffusers_dpm.schedulers import (
     Update,
     VPNoiseSchedule,
 )
-from diffusers_dpm.statistics import PosteriorStatistics, estimate_statistics, import_ms_eps
 
 
 __version__ = version("diffusers-dpm")

@@ -34,16 +34,18 @@ from typing import Any, NamedTuple
 
 import torch
 
+from diffusers_dpm.networks import Progress, noise_schedule_of
 from diffusers_dpm.pipelines.pipeline_dpm import (
     ClassifierGuidance,
     check_classifier,
     evaluation_mode,
     label_log_probability,
 )
+from diffusers_dpm.random_streams import NoiseSource
+from diffusers_dpm.records import PartialResults, fingerprint
 from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, SPACINGS, Level, Update, affine, weighted_sum
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS, CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_dpm_solver import DPMSolverScheduler
-from diffusers_dpm.statistics import NoiseSource, PartialResults, Progress, fingerprint, noise_schedule_of
 
 
 STEPS = (4, 5, 6, 8, 10, 15, 20)

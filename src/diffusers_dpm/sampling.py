@@ -1,7 +1,6 @@
 """Many images from seeds, kept one by one in a folder: under any scheduler, on any number of processes, resumable."""
 
 import difflib
-import hashlib
 import inspect
 import json
 import os
@@ -23,19 +22,17 @@ from diffusers.utils import logging
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.records import PACKAGES, short_hash, weights_hash, write_text
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import STATISTICS
 from diffusers_dpm.schedulers.scheduling_calibrated import CALIBRATION
-from diffusers_dpm.statistics import fingerprint
 
 
 SETTINGS_FILE = "sampling.json"
+
+
 STOCK = "diffusers:"
-PACKAGES = ("diffusers-dpm", "diffusers", "torch")
-
-
-# Schedulers by name --------------------------------------------------------------------------------------------------
 
 
 def command_name(scheduler_class: type) -> str:
@@ -45,6 +42,8 @@ def command_name(scheduler_class: type) -> str:
 
 
 SCHEDULERS = {command_name(scheduler_class): scheduler_class for scheduler_class in ALL_SCHEDULERS}
+
+
 # Kind of a config key's default -> the types that its values may have, and what they are called.
 KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     bool: ((bool,), "true or false"),
@@ -52,6 +51,8 @@ KINDS: dict[type, tuple[tuple[type, ...], str]] = {
     float: ((int, float), "a number"),
     str: ((str,), "a word"),
 }
+
+
 # Schedulers that hold something of the model: the folder beside it where they lie, and the command that makes it.
 BESIDE: dict[type, tuple[str, str]] = {
     AnalyticDPMScheduler: ("analytic_dpm", "statistics"),
@@ -195,9 +196,6 @@ def parse_seeds(texts: Iterable[str]) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
-# What is drawn -------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Sampler:
     """All that the image of a seed depends on.
@@ -260,11 +258,6 @@ class Sampler:
         return (output.images * 255).round().astype(np.uint8), drawn, calls
 
 
-def weights_hash(network: torch.nn.Module) -> str:
-    """SHA-256 of the weights."""
-    return fingerprint(network.state_dict().values())
-
-
 def carried_hash(scheduler: Any, num_inference_steps: int | None) -> str | None:
     """Of the statistics, or the rows for so many steps, that a scheduler carries; None if it does not.
 
@@ -278,25 +271,10 @@ def carried_hash(scheduler: Any, num_inference_steps: int | None) -> str | None:
     return short_hash(carried) if carried else None
 
 
-def short_hash(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def scheduler_name(scheduler: Any) -> str:
     """The class, with "diffusers." before it if it is not ours."""
     own = type(scheduler) in ALL_SCHEDULERS
     return type(scheduler).__name__ if own else f"diffusers.{type(scheduler).__name__}"
-
-
-def load_classifier(model: str) -> NoisyClassifier:
-    """The classifier beside a model. Raises ValueError if there is none."""
-    try:
-        return NoisyClassifier.from_pretrained(model, subfolder="classifier")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"guidance needs a classifier: 'diffusers-dpm train-classifier {model}' makes it") from error
-
-
-# Where it is kept ----------------------------------------------------------------------------------------------------
 
 
 class SampleFolder:
@@ -421,10 +399,3 @@ class SampleFolder:
 def to_pil(image: np.ndarray) -> Image.Image:
     """One image of uint8 (H, W, C) with 1 or 3 channels."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-
-def write_text(path: Path, text: str) -> None:
-    """The whole file or none of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

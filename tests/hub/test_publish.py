@@ -3,7 +3,7 @@
 import huggingface_hub
 import pytest
 
-from diffusers_dpm.hub import PublishError, log_in, upload
+from diffusers_dpm.hub.upload import PublishError, log_in, upload
 from diffusers_dpm.training.train_diffusion import main as train
 from tests.test_hub_staging import make_run
 
@@ -206,7 +206,7 @@ def test_a_run_that_cannot_be_published_after_its_training_is_kept(hub, tmp_path
 
 PUBLISH = """
 import sys
-from diffusers_dpm.cli import main
+from diffusers_dpm.commands.main import main
 sys.exit(main(["publish", sys.argv[1], "org/name", "--private", "--variant", "fp16"]))
 """
 PLAIN = """

@@ -11,7 +11,8 @@ import pytest
 
 import diffusers_dpm
 from diffusers_dpm import pipelines, schedulers, training
-from diffusers_dpm.hub import stage, upload
+from diffusers_dpm.hub.staging import stage
+from diffusers_dpm.hub.upload import upload
 from tests.test_hub_staging import make_run
 
 from .conftest import Hub
@@ -103,7 +104,7 @@ def draw_all(pipe, analytic, calibrated):
 SAVE = "np.savez(sys.argv[1], **results)\n"
 PUBLISH = """
 import sys
-from diffusers_dpm.cli import main
+from diffusers_dpm.commands.main import main
 sys.exit(main(["publish", *sys.argv[1:]]))
 """
 
@@ -356,7 +357,7 @@ def test_hostile_repositories_run_nothing(hub, staged, tmp_path):
     code = f"""{BEGIN}
 from huggingface_hub import list_repo_files, snapshot_download
 from diffusers_dpm import DPMPipeline
-from diffusers_dpm.command_line import load_pipeline
+from diffusers_dpm.networks import load_pipeline
 for name in sys.argv[1:]:
     print(name, outcome(lambda: DiffusionPipeline.from_pretrained(name)), sep="|")
     print(name, outcome(lambda: DPMPipeline.from_pretrained(name)), sep="|")
@@ -421,7 +422,7 @@ def test_what_was_loaded_from_the_hub_is_published_again(run, published, tmp_pat
 
 TRAIN = """
 import sys
-from diffusers_dpm.cli import main
+from diffusers_dpm.commands.main import main
 sys.exit(main(["train", "--data", "digits", "--log-with", "none", "--max-train-steps", "2", "--sample-every", "0",
     "--unet-config", sys.argv[1], "--output-dir", sys.argv[2], "--push-to-hub", sys.argv[3], "--cpu"]))
 """

@@ -2,14 +2,11 @@
 
 import pytest
 
+from diffusers_dpm.records import TEMPORARY, atomic_folder, move_children, remove_folder
 from diffusers_dpm.training.checkpoints import (
-    TEMPORARY,
-    atomic_folder,
     checkpoint_folder,
     list_checkpoints,
-    move_children,
     prune_checkpoints,
-    remove_folder,
     remove_incomplete,
 )
 

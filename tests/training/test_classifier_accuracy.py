@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from diffusers_dpm.data import ImageDataset, ImageSource
 from diffusers_dpm.schedulers import DDPMScheduler
-from diffusers_dpm.training import ImageDataset, ImageSource
 from diffusers_dpm.training.classifier_accuracy import accuracy_by_noise_level, accuracy_table, equal_ranges
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from diffusers_dpm.cli import COMMANDS, main
+from diffusers_dpm.commands.main import COMMANDS, main
 
 
 def test_help_lists_the_commands(capsys):
@@ -47,7 +47,7 @@ def test_every_command_exists():
 WITHOUT_EXTRA = """
 import sys
 sys.modules["accelerate"] = None
-from diffusers_dpm.cli import main
+from diffusers_dpm.commands.main import main
 assert "diffusers_dpm.training" not in sys.modules
 sys.exit(main(["train", "--data", "digits"]))
 """

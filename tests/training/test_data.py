@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from diffusers_dpm.training.data import DataError, load_images
+from diffusers_dpm.data import DataError, load_images
 
 
 @pytest.fixture(autouse=True)

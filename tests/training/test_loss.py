@@ -6,8 +6,9 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from diffusers_dpm.data import load_images
 from diffusers_dpm.schedulers import DDPMScheduler
-from diffusers_dpm.training import DenoisingLoss, build_unet, load_images, loss_weights
+from diffusers_dpm.training import DenoisingLoss, build_unet, loss_weights
 from diffusers_dpm.training.unet_presets import PRESETS
 
 

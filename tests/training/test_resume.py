@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.training.checkpoints import TEMPORARY, checkpoint_folder, list_checkpoints
+from diffusers_dpm.records import TEMPORARY
+from diffusers_dpm.training.checkpoints import checkpoint_folder, list_checkpoints
 from diffusers_dpm.training.train_diffusion import DiffusionTrainer, main, train
 
 
@@ -175,7 +176,7 @@ def test_killed_in_the_middle_of_a_checkpoint(tmp_path, options, arguments):
     common = {"sample_every": 6, "sample_steps": 3, "num_samples": 4}
     run = tmp_path / "killed"
     settings = {"output_dir": str(run), "checkpoint_every": 1, "checkpoints_total_limit": 0, **common}
-    command = [sys.executable, "-m", "diffusers_dpm.cli", "train", *arguments(**settings)]
+    command = [sys.executable, "-m", "diffusers_dpm.commands.main", "train", *arguments(**settings)]
     while not kill_while_writing(command, run):  # the kill came a moment too late: once more
         shutil.rmtree(run)
     done = len(list_checkpoints(run))

@@ -17,12 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
+from diffusers_dpm.data import ImageDataset, ImageSource
+from diffusers_dpm.options import flag
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import DDPMScheduler
-from diffusers_dpm.training import ClassifierLoss, ImageDataset, ImageSource, TrainingState, build_unet, training_steps
+from diffusers_dpm.training import ClassifierLoss, TrainingState, build_unet, training_steps
 from diffusers_dpm.training.checkpoints import checkpoint_folder, list_checkpoints
 from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS, build_classifier, ddpm_encoder
-from diffusers_dpm.training.options import flag
 from diffusers_dpm.training.train_classifier import (
     ClassifierTrainer,
     ClassifierTrainingOptions,

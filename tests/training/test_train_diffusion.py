@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from diffusers_dpm.options import flag, parse_options
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler
 from diffusers_dpm.training.checkpoints import checkpoint_folder, list_checkpoints
-from diffusers_dpm.training.options import flag, parse_options
 from diffusers_dpm.training.train_diffusion import TrainingOptions, image_grid, main, train
 
 
@@ -55,7 +55,7 @@ def fails(capsys, *arguments, code=2):
 def test_command_then_plain_diffusers(tmp_path):
     """The main job: train on the digits, load where this package cannot be imported."""
     folder = tmp_path / "run"
-    run("-m", "diffusers_dpm.cli", "train", *DIGITS, "--output-dir", str(folder))
+    run("-m", "diffusers_dpm.commands.main", "train", *DIGITS, "--output-dir", str(folder))
     loaded = run("-c", PLAIN_DIFFUSERS, str(folder))
     assert loaded.stdout.split("\n")[0] == "diffusers diffusers (1, 8, 8, 1)"
     index = json.loads((folder / "model_index.json").read_text())

@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from diffusers_dpm.evaluation import load_features
+from diffusers_dpm.data import load_images
+from diffusers_dpm.evaluation.features import load_features
+from diffusers_dpm.options import flag
 from diffusers_dpm.pipelines import NoisyClassifier
-from diffusers_dpm.sampling import weights_hash
-from diffusers_dpm.training import build_classifier, load_images
-from diffusers_dpm.training.options import flag
+from diffusers_dpm.records import weights_hash
+from diffusers_dpm.training import build_classifier
 from diffusers_dpm.training.train_features import (
     CLEAN_SCHEDULE,
     FeatureTrainer,

@@ -29,9 +29,17 @@ from diffusers_dpm.schedulers import (
 
 
 COLUMNS = 10
+
+
 SEEDS = range(100)
+
+
 STATISTICS = ("--timesteps", "100", "--num-samples", "128", "--batch-size", "256")
+
+
 CALIBRATION = ("--steps", "5", "10", "--num-images", "32", "--max-walks", "15", "--teacher-steps", "100")
+
+
 CLASSIFIER = (
     "--max-train-steps",
     "1000",
@@ -42,7 +50,10 @@ CLASSIFIER = (
     "--lr-scheduler",
     "cosine",
 )
+
+
 GUIDED = "guided by class, DPM-Solver, 20 steps"
+
 
 PLAIN_DIFFUSERS = """
 import sys
@@ -123,7 +134,7 @@ def command(*words: object) -> None:
     """Runs the command that a user would run."""
     line = [str(word) for word in words]
     print("diffusers-dpm", *line, flush=True)
-    subprocess.run([sys.executable, "-m", "diffusers_dpm.cli", *line], check=True)
+    subprocess.run([sys.executable, "-m", "diffusers_dpm.commands.main", *line], check=True)
 
 
 def draw(run: Path) -> dict[str, Image.Image]:

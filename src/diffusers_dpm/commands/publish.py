@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers_dpm.command_line import run_command
-from diffusers_dpm.hub import VARIANTS, publish
+from diffusers_dpm.commands.runner import run_command
+from diffusers_dpm.hub.publish import publish
+from diffusers_dpm.hub.staging import VARIANTS
 
 
 class Parser(argparse.ArgumentParser):

@@ -16,36 +16,28 @@ dimensions. With k_t = sigma_t^2 / alpha_t^2, one pass of the network gives two 
 Both are kept as C_t and not as E|epsilon_hat|^2, which float32 or a process that ends in pure noise would spoil.
 """
 
-import hashlib
 import json
 import math
-import os
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file
-from safetensors.torch import save_file
 
+from diffusers_dpm.networks import Progress, checked_labels, network_output, noise_schedule_of
 from diffusers_dpm.pipelines.pipeline_dpm import evaluation_mode
+from diffusers_dpm.random_streams import NoiseSource
+from diffusers_dpm.records import PartialResults, fingerprint
 from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level, VPNoiseSchedule
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
 
 Pair = tuple[int, int]  # (place of an image among the chosen ones, place of a timestep among the computed ones)
-
-
-class Progress(Protocol):
-    """What long work tells how much of it is done: a `tqdm` bar."""
-
-    def update(self, n: int) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -133,27 +125,6 @@ class PosteriorStatistics:
         return analytic
 
 
-def noise_schedule_of(scheduler: Any) -> VPNoiseSchedule:
-    """The forward process of any diffusers scheduler that has one of DDPM's kind, in float64.
-
-    It is made from the config, as `AnalyticDPMScheduler.from_config` would: the float32 betas of diffusers' own
-    classes are another schedule in the seventh digit.
-
-    Raises:
-        ValueError: the scheduler has no betas (flow matching, EDM, ...), or others than its config says.
-    """
-    schedule = getattr(scheduler, "schedule", None)
-    if isinstance(schedule, VPNoiseSchedule):
-        return schedule
-    name, betas = type(scheduler).__name__, getattr(scheduler, "betas", None)
-    if betas is None:
-        raise ValueError(f"{name} has no betas: the statistics are those of a DDPM process.")
-    schedule = AnalyticDPMScheduler.from_config(scheduler.config, timestep_spacing="even").schedule
-    if betas.shape != schedule.betas.shape or not torch.allclose(betas.double().cpu(), schedule.betas, rtol=1e-3):
-        raise ValueError(f"the betas of this {name} are not those of its config: give them as trained_betas.")
-    return schedule
-
-
 def interpolate(schedule: VPNoiseSchedule, timesteps: Sequence[int], values: Sequence[float]) -> list[float]:
     """`values` at all of 0 .. T-1, linear in log sigma_t: in log C between two positive values, else in C itself.
 
@@ -169,9 +140,6 @@ def interpolate(schedule: VPNoiseSchedule, timesteps: Sequence[int], values: Seq
     curve = np.where(np.isnan(curve), np.interp(everywhere, places, known), curve)
     curve[list(timesteps)] = known
     return curve.tolist()
-
-
-# Estimation ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -314,31 +282,6 @@ def posterior_variances(
     return torch.stack([mean_square(x0 - x0_hat), analytic], dim=1)
 
 
-def network_output(
-    unet: Any, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None
-) -> torch.Tensor:
-    """The prediction, without the variance half of 2C channels: computed in the network's dtype, float64 from here."""
-    conditioning = {} if class_labels is None else {"class_labels": class_labels}
-    output = unet(x.to(unet.dtype), timesteps, **conditioning).sample
-    return output[:, : x.shape[1]].double()
-
-
-class NoiseSource:
-    """(image, timestep) -> standard normal float32 of `shape`, a function of (seed, image, timestep) alone.
-
-    Seeding one of torch's generators anew for every draw takes 5 microseconds, and its numbers are the cheapest to be
-    had on the CPU. It keeps 32 bits of a seed: among the draws for 256 images and 1000 timesteps a handful are equal.
-    Those of `likelihood.draw` never are, and take two to six times as long.
-    """
-
-    def __init__(self, seed: int, shape: Sequence[int]):
-        self.seed, self.shape, self.generator = seed, tuple(shape), torch.Generator()
-
-    def __call__(self, image: int, timestep: int) -> torch.Tensor:
-        digest = hashlib.blake2b(f"{self.seed} {image} {timestep}".encode(), digest_size=8).digest()
-        return torch.randn(self.shape, generator=self.generator.manual_seed(int.from_bytes(digest, "little")))
-
-
 def standard_errors(values: torch.Tensor) -> list[float]:
     """Of the means over the images, (N, n) -> n floats."""
     return (values.std(dim=0) / math.sqrt(len(values))).tolist()
@@ -355,9 +298,6 @@ def computed_timesteps(timesteps: Iterable[int] | None, num_train_timesteps: int
     if grid[0] < 0 or grid[-1] > last:
         raise ValueError(f"timesteps must lie in 0 .. {last}, got {grid[0]} .. {grid[-1]}.")
     return grid
-
-
-# The images ----------------------------------------------------------------------------------------------------------
 
 
 Images = tuple[torch.Tensor, torch.Tensor | None]  # (N, C, H, W), and labels (N,) if there are any
@@ -408,113 +348,6 @@ def joined(batches: Sequence[Images]) -> Images:
         raise ValueError("the data holds no images.")
     labels = None if batches[0][1] is None else torch.cat([torch.as_tensor(label) for _, label in batches])
     return torch.cat([images for images, _ in batches]), labels
-
-
-def checked_labels(unet: Any, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:
-    """The labels that the network needs: None if it is not class-conditional.
-
-    Raises:
-        ValueError: images or labels do not fit the network.
-    """
-    config = unet.config
-    size = config.sample_size
-    height_width = (size, size) if isinstance(size, int) else tuple(size or images.shape[2:])
-    wanted = (config.in_channels, *height_width)
-    if images.shape[1:] != wanted:
-        raise ValueError(f"the images have shape {tuple(images.shape[1:])}, the network's have {wanted}.")
-    if config.get("num_class_embeds") is None:
-        return None
-    if labels is None or bool((labels < 0).any()):
-        raise ValueError("the network is class-conditional: it needs the label of every image.")
-    if bool((labels >= config.num_class_embeds).any()):
-        raise ValueError(
-            f"the labels go up to {int(labels.max())}, the network has {config.num_class_embeds} classes."
-        )
-    return labels
-
-
-# The pass over all pairs ---------------------------------------------------------------------------------------------
-
-
-def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
-    """SHA-256 of shapes, types and values."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-class PartialResults:
-    """What is known of the values so far, in one file for each process; NaN is not known yet. And a dict, if asked.
-
-    Raises:
-        ValueError: the folder holds results of other settings, or a broken file.
-    """
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any], accelerator: Any, save_every: float):
-        self.folder = folder
-        self.settings = {name: json.dumps(value) for name, value in settings.items()}
-        self.own = folder / f"partial-{0 if accelerator is None else accelerator.process_index}.safetensors"
-        self.document = folder / "partial-values.json"
-        self.save_every = save_every
-        self.last_save = time.monotonic()
-
-    def load(self, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        """All that any process of an earlier call has saved."""
-        values = torch.full(tuple(shape), math.nan, dtype=dtype)
-        for path in self.folder.glob("partial-*.safetensors"):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    self._check(file.metadata())
-                    saved = file.get_tensor("values")
-            except SafetensorError as error:
-                raise ValueError(f"{path} is broken ({error}): delete it.") from error
-            values = torch.where(values.isnan(), saved, values)
-        return values
-
-    def _check(self, saved: Mapping[str, str]) -> None:
-        changed = [name for name, value in self.settings.items() if saved.get(name) != value]
-        if changed:
-            raise ValueError(
-                f"{self.folder} holds partial results of other settings ({', '.join(changed)}): repeat that call, "
-                "delete the folder, or use another one."
-            )
-
-    def save(self, values: torch.Tensor) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.own.with_suffix(".tmp")
-        save_file({"values": values}, temporary, metadata=self.settings)
-        os.replace(temporary, self.own)
-        self.last_save = time.monotonic()
-
-    def save_if_due(self, values: torch.Tensor) -> None:
-        if time.monotonic() - self.last_save > self.save_every:
-            self.save(values)
-
-    def load_json(self) -> dict[str, Any]:
-        """What the first process gave to `save_json`, of the same settings; {} if nothing."""
-        if not self.document.is_file():
-            return {}
-        try:
-            saved = json.loads(self.document.read_text())
-            settings, values = saved["settings"], saved["values"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.document} is broken: delete it.") from error
-        self._check(settings)
-        return values
-
-    def save_json(self, values: Mapping[str, Any]) -> None:
-        """For `load_json` of a later call; only the first process calls it."""
-        temporary = self.document.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"settings": self.settings, "values": values}))
-        os.replace(temporary, self.document)
-
-    def delete(self) -> None:
-        for path in self.folder.glob("partial-*"):
-            path.unlink()
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
 
 
 def measure(
@@ -574,9 +407,6 @@ def measure(
 def merged(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """`first`, and `second` where it is NaN."""
     return torch.where(first.isnan(), second, first)
-
-
-# Published statistics ------------------------------------------------------------------------------------------------
 
 
 def import_ms_eps(

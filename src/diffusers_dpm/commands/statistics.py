@@ -2,7 +2,7 @@
 
 diffusers-dpm statistics runs/mine --data path/to/images
 diffusers-dpm statistics runs/mine --data path/to/images --timesteps 100 --num-samples 64    # a hundredth of the calls
-accelerate launch -m diffusers_dpm.command_statistics runs/mine --data path/to/images        # several devices
+accelerate launch -m diffusers_dpm.commands.statistics runs/mine --data path/to/images        # several devices
 """
 
 import dataclasses
@@ -15,14 +15,17 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 
-from diffusers_dpm.command_line import load_pipeline, run_command, take_model
+from diffusers_dpm.commands.runner import run_command, take_model
+from diffusers_dpm.data import load_data
+from diffusers_dpm.networks import load_pipeline, noise_schedule_of
+from diffusers_dpm.options import DataSourceOptions, check_ranges, parse_options
+from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import even_timesteps
-from diffusers_dpm.statistics import PosteriorStatistics, estimate_statistics, noise_schedule_of
-from diffusers_dpm.training.options import DataSourceOptions, check_ranges, parse_options
-from diffusers_dpm.training.trainer import load_data
 
 
 PROG = "diffusers-dpm statistics"
+
+
 TABLE_ROWS = 11
 
 

@@ -13,15 +13,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
 from torch.utils.data import Dataset
+
+from diffusers_dpm.errors import DiffusersDPMError
 
 
 UNLABELLED = -1
 
 
-class DataError(ValueError):
+class DataError(DiffusersDPMError):
     """The data cannot be used as asked. The message is one line: what is wrong, and where."""
 
     def __init__(self, message: str):
@@ -384,3 +388,55 @@ def to_unit_range(image: np.ndarray, name: str) -> np.ndarray:
 def first_line(error: Exception) -> str:
     """An exception's message without its later lines."""
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+LOCAL_DATA = "images from a local folder"
+
+
+def describe_data(data: str) -> str:
+    """The data option of the training, unless it is a path on somebody's disk."""
+    try:
+        validate_repo_id(data)
+    except HFValidationError:
+        return LOCAL_DATA
+    return LOCAL_DATA if Path(data).exists() else data
+
+
+def find_num_levels(data: ImageDataset, given: int | None) -> int:
+    """The number of values of a pixel, from the type that the images are stored in.
+
+    Raises:
+        ValueError: they are stored in floating point, where one cannot know.
+    """
+    if given is not None:
+        return given
+    dtype = data.source.read(0).dtype
+    if dtype == "uint8":
+        return data.source.levels + 1
+    if dtype == "uint16":
+        return 2**16
+    raise ValueError(f"the images are stored as {dtype}: say with --num-levels how many values a pixel can have")
+
+
+def load_data(
+    options: Any, *, require_labels: bool, data: str | None = None, split: str | None = None
+) -> ImageDataset:
+    """The data that `DataSourceOptions` name; `data` and `split` go before theirs."""
+    return load_images(
+        data or options.data,
+        config=options.data_config,
+        split=split or options.split,
+        image_column=options.image_column,
+        label_column=options.label_column,
+        require_labels=require_labels,
+        resolution=options.resolution,
+        channels=None if options.channels == "auto" else int(options.channels),
+        cache_bytes=int(options.cache_gigabytes * 2**30),
+    )
+
+
+def load_held_out_data(options: Any) -> ImageDataset | None:
+    """The data that `EvaluationOptions` name, with labels; None if they name nothing."""
+    if not options.eval_data and not options.eval_split:
+        return None
+    return load_data(options, require_labels=True, data=options.eval_data, split=options.eval_split)

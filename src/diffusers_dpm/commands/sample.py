@@ -2,7 +2,7 @@
 
 diffusers-dpm sample runs/mine --scheduler dpm-solver --num-inference-steps 10 --seeds 0-15 --output grid.png
 diffusers-dpm sample runs/mine --scheduler ddim --scheduler-options eta=0.5 --seeds 0-49999 --output samples
-accelerate launch -m diffusers_dpm.command_sample runs/mine --seeds 0-49999 --output samples.npz    # several devices
+accelerate launch -m diffusers_dpm.commands.sample runs/mine --seeds 0-49999 --output samples.npz    # several devices
 
 Image i depends on seed i alone, in any batch and on any number of processes. Interrupted, the same command goes on.
 """
@@ -17,17 +17,10 @@ from pathlib import Path
 import numpy as np
 from accelerate import Accelerator
 
-from diffusers_dpm.command_line import load_pipeline, run_command, take_model
-from diffusers_dpm.sampling import (
-    SampleFolder,
-    Sampler,
-    build_scheduler,
-    load_classifier,
-    parse_assignments,
-    parse_seeds,
-    to_pil,
-)
-from diffusers_dpm.training.options import check_ranges, parse_options
+from diffusers_dpm.commands.runner import run_command, take_model
+from diffusers_dpm.networks import load_classifier, load_pipeline
+from diffusers_dpm.options import check_ranges, parse_options
+from diffusers_dpm.sampling import SampleFolder, Sampler, build_scheduler, parse_assignments, parse_seeds, to_pil
 
 
 PROG = "diffusers-dpm sample"

@@ -1,14 +1,9 @@
 """What the commands `command_*.py` share: the model that they work on, and errors in one line."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import torch
-from diffusers.utils import logging as diffusers_logging
-
-from diffusers_dpm.pipelines import DPMPipeline
 
 
 def take_model(argv: Sequence[str], prog: str) -> tuple[str, list[str]]:
@@ -22,32 +17,6 @@ def take_model(argv: Sequence[str], prog: str) -> tuple[str, list[str]]:
     if not argv or argv[0].startswith("-"):
         raise ValueError(f"{prog} needs the run folder, or the Hub id of a model, as its first argument")
     return argv[0], list(argv[1:])
-
-
-def load_pipeline(model: str) -> DPMPipeline:
-    """The pipeline of a run folder or Hub id, quietly.
-
-    Raises:
-        ValueError: there is none, in one line.
-    """
-    if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
-        raise ValueError(f"{model} holds no model_index.json: it is not a pipeline, or its training has not finished")
-    try:
-        with quiet():
-            return DPMPipeline.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load {model}: {' '.join(str(error).split())}") from error
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No warnings of diffusers, which speaks up about every config key that it does not know."""
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(verbosity)
 
 
 def run_command(command: Callable[[], object]) -> int:

@@ -3,7 +3,7 @@
 diffusers-dpm calibrate runs/mine                                            # 4, 5, 6, 8, 10, 15 and 20 steps
 diffusers-dpm calibrate runs/mine --steps 5 10 --guidance-scale 4            # for guidance by runs/mine/classifier
 diffusers-dpm sample runs/mine --scheduler calibrated --num-inference-steps 5 --seeds 0-15 --output grid.png
-accelerate launch -m diffusers_dpm.command_calibrate runs/mine               # several devices
+accelerate launch -m diffusers_dpm.commands.calibrate runs/mine               # several devices
 
 No images are needed. Tables for other steps and scales that are there already are kept.
 """
@@ -18,11 +18,12 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 
 from diffusers_dpm.calibration import STEPS, Calibration, calibrate, network_calls, solver_for
-from diffusers_dpm.command_line import load_pipeline, run_command, take_model
+from diffusers_dpm.commands.runner import run_command, take_model
+from diffusers_dpm.networks import load_classifier, load_pipeline
+from diffusers_dpm.options import check_ranges, flag, parse_options
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.sampling import load_classifier, weights_hash
+from diffusers_dpm.records import weights_hash
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS, CalibratedScheduler
-from diffusers_dpm.training.options import check_ranges, flag, parse_options
 
 
 PROG = "diffusers-dpm calibrate"

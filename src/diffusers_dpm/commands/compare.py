@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusers_dpm.command_line import run_command
-from diffusers_dpm.evaluation import compare, comparison
-from diffusers_dpm.model_card import read_metrics
+from diffusers_dpm.commands.runner import run_command
+from diffusers_dpm.evaluation.report import compare, comparison
+from diffusers_dpm.evaluation.results import read_metrics
 
 
 def differences(argv: Sequence[str]) -> None:

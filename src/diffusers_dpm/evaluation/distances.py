@@ -1,0 +1,246 @@
+"""Distances between sets of images, with their errors."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.inception import InceptionScore
+
+from diffusers_dpm.evaluation.features import FeatureExtractor, InceptionFeatures, Reference, extract
+
+
+FULL_FID = 50_000  # images that an FID is of
+
+
+NUM_PROJECTIONS = 512
+
+
+INCEPTION_SPLITS = 10
+
+
+ALONE: dict[str, Any] = {"sync_on_compute": False}  # one process measures; torchmetrics would wait for the others
+
+
+class Score(NamedTuple):
+    """A measured number and its standard error; None where that is unknown."""
+
+    value: float
+    error: float | None
+
+
+class Given(nn.Module):
+    """The feature network of torchmetrics' metrics, where the features are there already."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+def bootstrap(
+    statistic: Callable[[torch.Tensor], float], samples: torch.Tensor, num_resamples: int, seed: int = 0
+) -> Score:
+    """The statistic of the samples, and its standard deviation over resamples with replacement.
+
+    A statistic with a bias that shrinks with n, such as a Fréchet distance, has more of it on resamples; so they give
+    the error and no other value.
+
+    Args:
+        statistic: samples (N, ...) -> number.
+        num_resamples: 0 gives no error.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values = [
+        statistic(samples[torch.randint(len(samples), (len(samples),), generator=generator)])
+        for _ in range(num_resamples)
+    ]
+    error = torch.tensor(values, dtype=torch.float64).std().item() if num_resamples > 1 else None
+    return Score(statistic(samples), error)
+
+
+def frechet_distance(features: torch.Tensor, reference: torch.Tensor, num_resamples: int = 50, seed: int = 0) -> Score:
+    """The squared Fréchet distance of the Gaussians with the moments of two sets, in float64 (Heusel et al. 2017).
+
+    |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)). Its bias is about d^2 / (4 n) + d / n for whitened features.
+
+    Args:
+        features: (N, d).
+        reference: (M, d); the error leaves out that it is a sample, too.
+        num_resamples: of the bootstrap.
+    """
+    metric = FrechetInceptionDistance(feature=Given(features.shape[1]), reset_real_features=False, **ALONE)
+    metric.update(reference.double(), real=True)
+
+    def distance(features: torch.Tensor) -> float:
+        metric.reset()
+        metric.update(features, real=False)
+        return metric.compute().item()
+
+    return bootstrap(distance, features.double(), num_resamples, seed)
+
+
+def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Score:
+    """Squared maximum mean discrepancy for the kernel (x y / d + 1)^3, without bias (Bińkowski et al. 2018).
+
+    Over all pairs of images, where common implementations draw subsets: the same expectation with less noise. The
+    error is that of a U-statistic under sampling of both sets: the variance of the rows' means, which counts the part
+    that single images do not explain twice, so once of it is taken off. It holds for distributions alike, too.
+
+    Args:
+        features: (N, d).
+        reference: (M, d); at least 4 of both.
+    """
+    x, y = features.double(), reference.double()
+    n, m = len(x), len(y)
+    if min(n, m) < 4:
+        raise ValueError(f"the kernel distance needs at least 4 images, got {min(n, m)}")
+    xx, yy, xy = KernelSums.of(x), KernelSums.of(y), KernelSums.of(x, y)
+    own = (xx.rows / (n - 1), yy.rows / (m - 1))  # means over the other images of the set
+    value = own[0].mean() + own[1].mean() - 2 * xy.rows.sum() / (n * m)
+    rows = 4 * ((own[0] - xy.rows / m).var() / n + (own[1] - xy.columns / n).var() / m)
+    pairs = 2 * (xx.interaction() / (n * (n - 1)) + yy.interaction() / (m * (m - 1)) + 2 * xy.interaction() / (n * m))
+    return Score(value.item(), ((rows - 2 * pairs).clamp(min=0) + pairs).sqrt().item())
+
+
+class KernelSums(NamedTuple):
+    """Of the matrix k(x_i, y_j) (N, M): sums of its rows, columns and squares. Of one set: k(x_i, x_j) for i != j."""
+
+    rows: torch.Tensor
+    columns: torch.Tensor
+    squares: torch.Tensor
+    of_one_set: bool
+
+    @classmethod
+    def of(cls, x: torch.Tensor, y: torch.Tensor | None = None, block: int = 1024) -> "KernelSums":
+        of_one_set = y is None
+        y = x if y is None else y
+        rows, columns, squares = [], x.new_zeros(len(y)), x.new_zeros(())
+        for start in range(0, len(x), block):
+            kernel = (x[start : start + block] @ y.T).div_(x.shape[1]).add_(1).pow_(3)
+            if of_one_set:
+                kernel.diagonal(start).zero_()
+            rows.append(kernel.sum(dim=1))
+            columns += kernel.sum(dim=0)
+            squares += kernel.square_().sum()
+        return cls(torch.cat(rows), columns, squares, of_one_set)
+
+    def interaction(self) -> torch.Tensor:
+        """Variance of what the means of rows and columns leave of the matrix, without bias (Székely & Rizzo 2014)."""
+        n, m, total = len(self.rows), len(self.columns), self.rows.sum()
+        if self.of_one_set:
+            left = self.squares - 2 * self.rows.square().sum() / (n - 2) + total**2 / ((n - 1) * (n - 2))
+            return left.clamp(min=0) / (n * (n - 3))
+        left = self.squares - self.rows.square().sum() / m - self.columns.square().sum() / n + total**2 / (n * m)
+        return left.clamp(min=0) / ((n - 1) * (m - 1))
+
+
+def precision_and_recall(
+    features: torch.Tensor, reference: torch.Tensor, num_neighbors: int = 3, seed: int = 0
+) -> tuple[Score, Score]:
+    """The part of the samples on the reference's manifold, and of the reference on theirs (Kynkäänniemi et al. 2019).
+
+    The manifold of a set is the union of balls around its points, each as large as the distance to the k-th nearest
+    other point (eq. 1 and 2). Both parts grow with the size of the sets, so both sets are cut to that of the smaller.
+    The errors are binomial, for given manifolds.
+
+    Args:
+        features: (N, d).
+        reference: (M, d).
+        num_neighbors: k, fewer than there are points.
+        seed: of the choice.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n = min(len(features), len(reference))
+    if n <= num_neighbors:
+        raise ValueError(f"precision and recall need more than num_neighbors={num_neighbors} images, got {n}")
+    samples, real = (
+        part[torch.randperm(len(part), generator=generator)[:n]].double() for part in (features, reference)
+    )
+    return on_manifold(samples, real, num_neighbors), on_manifold(real, samples, num_neighbors)
+
+
+def on_manifold(points: torch.Tensor, others: torch.Tensor, num_neighbors: int, block: int = 1024) -> Score:
+    """The part of `points` that lie in one of the balls around `others`."""
+    nearest = [torch.cdist(part, others).kthvalue(num_neighbors + 1, dim=1) for part in others.split(block)]
+    radii = torch.cat([found.values for found in nearest])  # the nearest of all is the point itself
+    inside = torch.cat([(torch.cdist(part, others) <= radii).any(dim=1) for part in points.split(block)])
+    part = inside.double().mean().item()
+    return Score(part, math.sqrt(part * (1 - part) / len(points)))
+
+
+def sliced_wasserstein_distance(
+    x: torch.Tensor, reference: torch.Tensor, num_resamples: int = 50, seed: int = 0
+) -> Score:
+    """The 2-Wasserstein distance of one-dimensional projections, RMS over 512 random directions (Rabin et al. 2011).
+
+    Args:
+        x: (N, ...), flattened.
+        reference: (M, ...); of the larger set as many are used as the smaller one has.
+        num_resamples: of the bootstrap.
+        seed: of the directions, the choice and the resamples.
+
+    For N(m, I) and N(0, I) in d dimensions the square is |m|^2 / d on average over directions.
+    """
+    x, reference = x.flatten(1).float(), reference.flatten(1).float()
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(x.shape[1], NUM_PROJECTIONS, generator=generator)
+    directions /= directions.norm(dim=0)
+    n = min(len(x), len(reference))
+    x, reference = (part[torch.randperm(len(part), generator=generator)[:n]] for part in (x, reference))
+    quantiles = (reference @ directions).sort(dim=0).values
+
+    def distance(projections: torch.Tensor) -> float:
+        return (projections.sort(dim=0).values - quantiles).double().square().mean().sqrt().item()
+
+    return bootstrap(distance, x @ directions, num_resamples, seed)
+
+
+def inception_score(logits: torch.Tensor, seed: int = 0) -> Score:
+    """exp E KL(p(y | x) || p(y)), mean and standard deviation over ten splits (Salimans et al. 2016)."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", UserWarning)
+        torch.manual_seed(seed)
+        metric = InceptionScore(feature=Given(logits.shape[1]), splits=INCEPTION_SPLITS, **ALONE)
+        metric.update(logits)
+        mean, std = metric.compute()
+    return Score(mean.item(), std.item())
+
+
+def frechet_name(extractor: FeatureExtractor, num_images: int) -> str:
+    """What a Fréchet distance in these features may be called."""
+    if not isinstance(extractor, InceptionFeatures):
+        return "Fréchet distance"
+    return "FID" if num_images >= FULL_FID else f"FID@{num_images}"
+
+
+def quality(
+    images: torch.Tensor, reference: Reference, extractor: FeatureExtractor, num_resamples: int = 50, seed: int = 0
+) -> list[dict[str, Any]]:
+    """Rows {"metric", "value", "error", "num_images", "feature_extractor"} about uint8 images (N, C, H, W)."""
+    features = extract(extractor, images)
+    pixels, theirs = (part.float() / 127.5 - 1 for part in (images, reference.images))
+    inception = extractor if isinstance(extractor, InceptionFeatures) else None
+    scores = {
+        frechet_name(extractor, len(images)): frechet_distance(features, reference.features, num_resamples, seed),
+        "KID" if inception else "kernel distance": kernel_distance(features, reference.features),
+    }
+    if inception:
+        scores["Inception Score"] = inception_score(inception.logits(features), seed)
+    rows = [score_row(metric, score, len(images), extractor.name) for metric, score in scores.items()]
+    compared = min(len(images), len(theirs))
+    for metric, score in zip(
+        ("precision", "recall"), precision_and_recall(features, reference.features, seed=seed), strict=True
+    ):
+        rows.append(score_row(metric, score, compared, extractor.name))
+    distance = sliced_wasserstein_distance(pixels, theirs, num_resamples, seed)
+    return [*rows, score_row("sliced Wasserstein distance", distance, compared, "pixels in [-1, 1]")]
+
+
+def score_row(metric: str, score: Score, num_images: int, feature_extractor: str | None) -> dict[str, Any]:
+    return {"metric": metric, **score._asdict(), "num_images": num_images, "feature_extractor": feature_extractor}

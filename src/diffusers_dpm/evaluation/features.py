@@ -1,0 +1,231 @@
+"""Features of images, and the images that samples are compared with."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torchmetrics.image.fid import NoTrainInceptionV3
+from torchmetrics.utilities.imports import _TORCH_FIDELITY_AVAILABLE
+
+from diffusers_dpm.pipelines import NoisyClassifier
+from diffusers_dpm.records import fingerprint, read_json
+
+
+FEATURES_FILE = "features.json"
+
+
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+
+
+class ClassifierFeatures(nn.Module):
+    """uint8 images (B, C, H, W) -> the input of a classifier's last layer, (B, num_features).
+
+    Args:
+        classifier: trained on clean images, and never the one that guides: it would grade itself.
+    """
+
+    def __init__(self, classifier: NoisyClassifier):
+        super().__init__()
+        self.classifier = classifier.eval()
+        head: Any = classifier.head
+        self.num_features = head.out.in_features
+        self.name = f"clean classifier {fingerprint(classifier.state_dict().values())[:12]}"
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        handle = self.classifier.head.out.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+        try:
+            self.classifier(images.float() / 127.5 - 1, 0)
+        finally:
+            handle.remove()
+        return found[0]
+
+
+class InceptionFeatures(nn.Module):
+    """uint8 images (B, C, H, W) -> the 2048 pooled features of the InceptionV3 of 2015, by torch-fidelity's port.
+
+    Grey images are repeated to RGB.
+
+    Args:
+        weights: torch-fidelity's file of weights; default: where its own download leaves it, and fetched if need be.
+
+    Raises:
+        ValueError: no torch-fidelity, no such file, or it cannot be fetched.
+    """
+
+    num_features = 2048
+    name = "InceptionV3 of torch-fidelity"
+
+    def __init__(self, weights: str | Path | None = None):
+        super().__init__()
+        if not _TORCH_FIDELITY_AVAILABLE:
+            raise ValueError('features of InceptionV3 need torch-fidelity: pip install "diffusers-dpm[inception]"')
+        path = find_inception_weights(weights)
+        self.network = NoTrainInceptionV3("inception-v3-compat", [str(self.num_features)], str(path))
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"InceptionV3 reads grey and RGB images, these have {images.shape[1]} channels")
+        return self.network(images.expand(-1, 3, -1, -1))
+
+    def logits(self, features: torch.Tensor) -> torch.Tensor:
+        """Of the 1008 classes, without bias, as the Inception Score takes them."""
+        return features.to(self.network.fc.weight.device) @ self.network.fc.weight.T
+
+
+def find_inception_weights(weights: str | Path | None = None, url: str = INCEPTION_URL) -> Path:
+    """The file, or by default torch-fidelity's, which is fetched if it is not there."""
+    name = url.rsplit("/", 1)[-1]
+    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / name)
+    if path.is_file():
+        return path
+    if weights is not None:
+        raise ValueError(f"no weights of InceptionV3 at {path}: {name} is among the releases of torch-fidelity")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path))
+    except OSError as error:
+        raise ValueError(f"the weights of InceptionV3 could not be fetched from {url} ({error})") from error
+    return path
+
+
+class TransformerFeatures(nn.Module):
+    """uint8 images (B, C, H, W) -> what an image model of transformers makes of them, (B, num_features).
+
+    They are prepared by the model's own processor, on the CPU. Features are the `pooler_output`, or the mean of
+    `last_hidden_state` over tokens or positions where there is none or its weights are missing, as in checkpoints of
+    `ViTForImageClassification`. Of a model of images and text they are those of its `vision_model`. Grey images are
+    repeated to RGB.
+
+    Args:
+        where: folder or Hub id.
+
+    Raises:
+        ValueError: no image model, no processor, or other weights are missing.
+    """
+
+    def __init__(self, where: str):
+        super().__init__()
+        from transformers import AutoImageProcessor, AutoModel  # slow to import
+        from transformers.utils import logging
+
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it warns of what is dealt with here
+        try:
+            # not torchvision's way to resize, which gives other features and may not be there
+            self.process = AutoImageProcessor.from_pretrained(where, use_fast=False)
+            model, loaded = AutoModel.from_pretrained(where, output_loading_info=True)
+        except (OSError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{where} is no image model of transformers, here or on the Hub: {reason}") from error
+        finally:
+            logging.set_verbosity(verbosity)
+        missing = sorted(loaded["missing_keys"])
+        if others := [key for key in missing if "pooler" not in key]:
+            raise ValueError(f"{where} lacks weights: {', '.join(others[:3])}")
+        self.pooled = not missing
+        self.network = getattr(model, "vision_model", model).float().eval()
+        weights = [value for key, value in self.network.state_dict().items() if self.pooled or "pooler" not in key]
+        probe = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+        height, width = self.prepare(probe).shape[2:]
+        self.name = f"{type(self.network).__name__} {fingerprint(weights)[:12]} at {height}x{width}"
+        self.num_features = self(probe).shape[1]
+
+    def prepare(self, images: torch.Tensor) -> torch.Tensor:
+        """The network's input, float (B, 3, H', W')."""
+        if images.shape[1] not in (1, 3):
+            raise ValueError(f"{self.name} reads grey and RGB images, these have {images.shape[1]} channels")
+        arrays = list(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy())
+        return self.process(arrays, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        output = self.network(self.prepare(images).to(next(self.parameters()).device))
+        features = output.get("pooler_output") if self.pooled else None
+        if features is None:
+            hidden = output.last_hidden_state  # (B, tokens, C) or (B, C, H, W)
+            features = hidden.mean(dim=1 if hidden.ndim == 3 else (2, 3))
+        return features.flatten(1)
+
+
+FeatureExtractor = ClassifierFeatures | InceptionFeatures | TransformerFeatures
+
+
+def load_features(where: str, inception_weights: str | None = None) -> FeatureExtractor:
+    """The extractor in a folder that `diffusers-dpm train-features` wrote, "inception", or a model of transformers.
+
+    Args:
+        where: folder, "inception", or the Hub id of a model of transformers.
+        inception_weights: as `InceptionFeatures`.
+
+    Raises:
+        ValueError: there is none; a classifier that was not trained for this.
+    """
+    if where == "inception":
+        return InceptionFeatures(inception_weights)
+    folder = Path(where)
+    if (folder / FEATURES_FILE).is_file():
+        return ClassifierFeatures(NoisyClassifier.from_pretrained(where))
+    config = folder / "config.json"
+    if folder.exists() and not (config.is_file() and "model_type" in read_json(config)):
+        raise ValueError(
+            f"{where} holds no {FEATURES_FILE}, which 'diffusers-dpm train-features' writes, and no model of "
+            "transformers. A classifier for guidance will not do, it would grade its own work"
+        )
+    return TransformerFeatures(where)
+
+
+def extract(extractor: FeatureExtractor, images: torch.Tensor, batch_size: int = 256) -> torch.Tensor:
+    """float32 (N, num_features) on the CPU.
+
+    Raises:
+        ValueError: images with other channels than the extractor reads.
+    """
+    device = next(extractor.parameters()).device
+    images = images.clone(memory_format=torch.contiguous_format)  # by their strides, convolutions round differently
+    return torch.cat([extractor(batch.to(device)).float().cpu() for batch in images.split(batch_size)])
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] -> uint8, rounded."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with.
+
+    Attributes:
+        name: data set and split, in words.
+        images: uint8 (N, C, H, W).
+        features: float32 (N, num_features).
+        hash: SHA-256 of the images.
+    """
+
+    name: str
+    images: torch.Tensor
+    features: torch.Tensor
+    hash: str
+
+    @classmethod
+    def of(cls, name: str, images: torch.Tensor, extractor: FeatureExtractor, cache: Path) -> "Reference":
+        """With the features from the folder `cache`, if it has those of the same images and extractor."""
+        digest = fingerprint([images])
+        path = cache / f"{digest[:16]}-{extractor.name.replace(' ', '-')}.safetensors"
+        if path.is_file():
+            features = load_file(path)["features"]
+        else:
+            features = extract(extractor, images)
+            cache.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")  # other evaluations may be at it, too
+            save_file({"features": features}, temporary)
+            temporary.replace(path)
+        return cls(name, images, features, digest)

@@ -1,0 +1,150 @@
+"""Model cards: rendered from what a run recorded, from the files that are published, and from facts in a YAML file."""
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from diffusers_dpm.data import describe_data
+from diffusers_dpm.evaluation.results import metric_tables, sampler_name
+from diffusers_dpm.networks import image_size
+from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.run_folder import EXTRAS
+
+
+FACTS = {"name", "title", "license", "description", "data", "training", "hardware", "limits"}
+
+
+DATA_FACTS = {"name", "source", "license", "images", "shape", "note", "hub_id", "citation"}
+
+
+# Options of the training command that make the recipe, in the order of its --help.
+RECIPE = (
+    *("data", "split", "resolution", "channels", "random_flip", "preset", "dropout", "init", "class_conditional"),
+    *("class_dropout_prob", "num_train_timesteps", "beta_schedule", "beta_start", "beta_end"),
+    *("rescale_betas_zero_snr", "prediction_type", "variance_type", "loss_type", "weighting", "max_train_steps"),
+    *("batch_size", "learning_rate", "lr_scheduler", "lr_warmup_steps", "adam_beta1", "adam_beta2"),
+    *("adam_weight_decay", "max_grad_norm", "timestep_sampling", "mixed_precision", "seed"),
+    *("ema", "ema_decay", "ema_warmup", "ema_inv_gamma", "ema_power"),
+)
+
+
+def load_facts(path: Path) -> dict[str, Any]:
+    """The facts of a model from a YAML file. Raises ValueError for a file that cannot be read and unknown keys."""
+    try:
+        facts = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the facts in {path}: {' '.join(str(error).split())}") from error
+    for part in (facts, *(facts[key] for key in ("data", "training") if facts and key in facts)):
+        if not isinstance(part, dict):
+            raise ValueError(f"{path}, and data and training in it, must hold 'fact: value' lines")
+    for values, known in ((facts, FACTS), (facts.get("data", {}), DATA_FACTS)):
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"{path}: unknown fact {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    return facts
+
+
+def check_recipe(facts: Mapping[str, Any], options: Mapping[str, Any]) -> None:
+    """Raise ValueError if the run was not trained as the facts say."""
+    for name, value in facts.items():
+        if name in options and options[name] != value:
+            raise ValueError(f"the facts say {name} {value}, but the run was trained with {options[name]}")
+
+
+def render_card(
+    pipe: DPMPipeline,
+    repo_id: str,
+    *,
+    facts: Mapping[str, Any],
+    options: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    baselines: Sequence[Mapping[str, Any]],
+    extras: Sequence[str],
+    pictures: Sequence[str],
+    fitted_steps: Mapping[float | None, Sequence[int]] | None = None,
+) -> str:
+    """The model card as Markdown.
+
+    Args:
+        pipe: its network and scheduler are described.
+        repo_id: what the snippets load.
+        facts: as from `load_facts`; may be empty.
+        options: the training's, as the run recorded them; may be empty.
+        rows: as from `read_metrics`.
+        baselines: as from `read_baselines`.
+        extras: which of `EXTRAS` the repository has.
+        pictures: file names in samples/.
+        fitted_steps: guidance scale (None: without) -> numbers of steps, what the extra "calibrated" has rows for.
+    """
+    config = pipe.unet.config
+    title = facts.get("title") or repo_id.split("/")[1]
+    height, width = image_size(config.sample_size)
+    trained = recipe(facts, options)
+    card = ModelCard.from_template(
+        card_metadata(facts, title, rows, extras),
+        template_str=(files("diffusers_dpm.model_cards") / "template.md").read_text(encoding="utf-8"),
+        repo_id=repo_id,
+        title=title,
+        facts=facts,
+        data={"name": trained.get("data"), **facts.get("data", {})},
+        recipe=trained,
+        shape=f"{height}x{width}",
+        channels=config.in_channels,
+        parameters=f"{pipe.unet.num_parameters():,}",
+        scheduler=pipe.scheduler.config,
+        num_classes=config.num_class_embeds,
+        extras=extras,
+        fitted_steps=fitted_steps or {},
+        pictures={Path(name).stem.replace("-", " "): quote(f"samples/{name}") for name in pictures},
+        tables=metric_tables(rows, baselines),
+        diffusers_version=version("diffusers"),
+    )
+    return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
+
+
+def card_metadata(
+    facts: Mapping[str, Any], title: str, rows: Sequence[Mapping[str, Any]], extras: Sequence[str]
+) -> ModelCardData:
+    """The front matter; results only if some were measured."""
+    data = facts.get("data", {})
+    results = [
+        EvalResult(
+            task_type="unconditional-image-generation",
+            dataset_type=data.get("hub_id") or row["reference"] or "unknown",
+            dataset_name=row["reference"] or data.get("name") or "unknown",
+            metric_type=metric_type(row["metric"]),
+            metric_name=f"{row['metric']} ({sampler_name(row)}, {row['steps']} steps, {row['num_images']:,} images)",
+            metric_value=row["value"],
+        )
+        for row in rows
+    ]
+    return ModelCardData(
+        license=facts.get("license"),
+        library_name="diffusers",
+        pipeline_tag="unconditional-image-generation",
+        tags=["diffusion", "ddpm", "diffusers-dpm", *(EXTRAS[name].tag for name in extras)],
+        datasets=[data["hub_id"]] if "hub_id" in data else None,
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+
+
+def metric_type(metric: str) -> str:
+    """The identifier that the Hub wants: "Fr\u00e9chet distance" -> "frechet-distance", "FID@1000" -> "fid"."""
+    ascii_only = unicodedata.normalize("NFKD", metric.partition("@")[0]).encode("ascii", "ignore").decode()
+    return ascii_only.lower().replace(" ", "-")
+
+
+def recipe(facts: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that matter, as the run recorded them, or else as the facts say."""
+    known = {**facts.get("training", {}), **options}
+    chosen = {name: known[name] for name in RECIPE if known.get(name) is not None}
+    return {**chosen, "data": describe_data(chosen["data"])} if "data" in chosen else chosen

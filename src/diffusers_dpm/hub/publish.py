@@ -1,0 +1,83 @@
+"""Publishing: a run folder becomes a Hub repository that plain diffusers loads. `stage`, `check`, then `upload`.
+
+The repository's index names stock classes only. What plain diffusers does not know (a classifier, Analytic-DPM's
+statistics, our pipeline) lies beside it, each with its code (`remote_code`).
+"""
+
+import tempfile
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from diffusers_dpm.hub.checks import check
+from diffusers_dpm.hub.staging import list_files, stage
+from diffusers_dpm.hub.upload import first_line, log_in, upload
+
+
+def publish(
+    run: str | Path,
+    repo_id: str,
+    *,
+    facts: str | Path | None = None,
+    variant: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    force: bool = False,
+    dry_run: bool = False,
+    staging_dir: str | Path | None = None,
+    api: HfApi | None = None,
+) -> str | None:
+    """Stage, check and upload a run folder; returns the address of the commit or pull request.
+
+    Args:
+        run: folder of a pipeline, as `diffusers-dpm train` leaves it; may also hold the folders of
+            `model_card.EXTRAS`, samples/*.png, metrics.json and training_options.json.
+        repo_id: "organisation/name".
+        facts, variant: as in `stage`.
+        private, revision, create_pr, force, api: as in `upload`.
+        dry_run: stage and check only, without network and login; returns None.
+        staging_dir: keep the staged folder here; default: a temporary folder.
+
+    Raises:
+        ValueError: the folder, the facts or the arguments cannot be used.
+        PublishError: a check or the upload failed.
+    """
+    check_repo_id(repo_id)
+    if create_pr and revision:
+        raise ValueError("a pull request is always made to the main branch: give either create_pr or revision")
+    if not dry_run:
+        log_in(api or HfApi())  # now, and not after minutes of checks
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(staging_dir or temporary)
+        stage(run, folder, repo_id, facts=facts, variant=variant)
+        print(file_table(folder), flush=True)
+        check(run, folder)
+        print("checked: plain diffusers, this package and the code in the repository give the run's own samples")
+        if dry_run:
+            print("dry run: nothing was uploaded")
+            return None
+        address = upload(
+            folder, repo_id, private=private, revision=revision, create_pr=create_pr, force=force, api=api
+        )
+    print(f"published, and read back unchanged: {address}")
+    return address
+
+
+def file_table(folder: Path) -> str:
+    """One aligned line for each file, and their sum."""
+    sizes = {path.as_posix(): (folder / path).stat().st_size for path in list_files(folder)}
+    sizes["in all"] = sum(sizes.values())
+    return "\n".join(f"{size:>14,} bytes  {name}" for name, size in sizes.items())
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raise ValueError unless `repo_id` is a valid "organisation/name"."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no name for a Hub repository: {first_line(error)}") from error
+    if "/" not in repo_id:
+        raise ValueError(f"{repo_id!r} names no owner; write organisation/{repo_id}")

@@ -1,0 +1,196 @@
+"""Assemble the files of a Hub repository."""
+
+import copy
+import json
+import math
+import re
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import ModelMixin
+from diffusers.utils import make_image_grid
+from packaging.version import Version
+from PIL import Image, ImageOps
+
+from diffusers_dpm.evaluation.results import read_baselines, read_metrics
+from diffusers_dpm.hub.card import check_recipe, load_facts, render_card
+from diffusers_dpm.hub.remote_code import write_code
+from diffusers_dpm.networks import load_pipeline, quiet
+from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.records import read_json, weights_hash
+from diffusers_dpm.run_folder import EXTRAS
+from diffusers_dpm.sampling import fitted_steps
+from diffusers_dpm.schedulers import DDIMScheduler
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+EXTRAS_NEED = "0.38"  # diffusers, the first that loads code from a folder inside a repository
+
+
+VARIANTS = {"fp16": torch.float16}
+
+
+SEEDS = range(16)
+
+
+DRAWING_STEPS = 50
+
+
+TRAINING_GRID = re.compile(r"step-\d+\.png")  # the trainer's own pictures, of raw beside averaged weights
+
+
+def stage(
+    run: str | Path,
+    folder: str | Path,
+    repo_id: str,
+    *,
+    facts: str | Path | None = None,
+    variant: str | None = None,
+) -> None:
+    """Write the repository's files into `folder`, which must be empty or absent.
+
+    Args:
+        run, repo_id: as in `publish`.
+        facts: YAML file of what only the author knows about the model (see model_cards/).
+        variant: "fp16" adds the weights in half precision beside the full ones.
+
+    Raises:
+        ValueError: `run` is no pipeline, one of its parts cannot be used, or the facts contradict the run.
+    """
+    run, folder = Path(run), Path(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty")
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r} is not known; choose one of {', '.join(VARIANTS)}")
+    if not run.is_dir():
+        raise ValueError(f"{run} is no folder")
+    about = load_facts(Path(facts)) if facts else {}
+    options = read_json(run / "training_options.json") if (run / "training_options.json").is_file() else {}
+    check_recipe(about.get("training", {}), options)
+
+    loaded = load_pipeline(str(run))
+    pipe = DPMPipeline(unet=loaded.unet, scheduler=loaded.scheduler)
+    if pipe.unet.config.sample_size is None:
+        raise ValueError(f"the U-Net's config in {run} has no sample_size: plain diffusers could not sample from it")
+    extras = list_extras(run)
+    for name in extras:
+        stage_extra(run / name, folder / name)
+    calibrated, fitted = run / "calibrated", {}
+    if calibrated.name in extras:
+        classifier = load_extra(run / "classifier") if "classifier" in extras else None
+        fitted = fitted_steps(load_extra(calibrated), pipe.unet, calibrated, classifier)
+    pipe.save_pretrained(folder)  # after the classifier's weights, which its index tells plain diffusers to leave
+    if variant:
+        rounded = copy.deepcopy(pipe.unet).to(VARIANTS[variant])
+        rounded.save_pretrained(folder / "unet", variant=variant)
+    copy_config(folder / "unet" / "config.json", folder / "unet" / "config.json")
+    write_code(DPMPipeline, folder)
+    rows, baselines = stage_metrics(run / "metrics.json", folder / "metrics.json", weights_hash(pipe.unet))
+    card = render_card(
+        pipe,
+        repo_id,
+        facts=about,
+        options=options,
+        rows=rows,
+        baselines=baselines,
+        extras=extras,
+        pictures=stage_pictures(pipe, run / "samples", folder / "samples"),
+        fitted_steps=fitted,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def list_files(folder: Path) -> list[Path]:
+    """All files below `folder`, relative to it, sorted."""
+    return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+
+
+def list_extras(folder: Path) -> list[str]:
+    """Those of `EXTRAS` that the folder has; an interrupted command leaves one without a config."""
+    return [name for name, extra in EXTRAS.items() if (folder / name / extra.cls.config_name).is_file()]
+
+
+def stage_extra(source: Path, target: Path) -> None:
+    """A component of this package: its config, its weights if it is a model, and its code.
+
+    Raises:
+        ValueError: another class, no weights, or a version of diffusers that could not check the code.
+    """
+    cls, installed, additions = EXTRAS[source.name].cls, version("diffusers"), {}
+    saved_by = read_json(source / cls.config_name).get("_class_name")
+    if saved_by != cls.__name__:
+        raise ValueError(f"{source} was saved by a class {saved_by!r} and not by {cls.__name__}")
+    if Version(installed) < Version(EXTRAS_NEED):
+        raise ValueError(
+            f"publishing {source} needs diffusers {EXTRAS_NEED} or newer, to load its code as users will; this is "
+            f"{installed}"
+        )
+    target.mkdir(parents=True)
+    module = write_code(cls, target)
+    if issubclass(cls, ModelMixin):
+        if not (source / WEIGHTS).is_file():
+            raise ValueError(f"{source} holds no {WEIGHTS}")
+        shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
+        additions = {"auto_map": {"AutoModel": f"{module}.{cls.__name__}"}}
+    copy_config(source / cls.config_name, target / cls.config_name, **additions)
+
+
+def copy_config(source: Path, target: Path, **additions: Any) -> None:
+    """A component's config without the folder that it was loaded from, a path of this machine."""
+    config = {key: value for key, value in read_json(source).items() if key != "_name_or_path"}
+    target.write_text(json.dumps(config | additions, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def load_extra(folder: Path) -> Any:
+    """The component in `folder`, by its own class."""
+    with quiet():
+        return EXTRAS[folder.name].cls.from_pretrained(str(folder))
+
+
+def stage_metrics(source: Path, target: Path, weights_sha256: str) -> tuple[list[dict], list[dict]]:
+    """The rows and the baselines of metrics.json, without rows that say that they are of other weights.
+
+    `diffusers-dpm evaluate` keeps those of a model that was then trained further; they are no figures of this one.
+    """
+    if not source.is_file():
+        return [], []
+    measured = read_metrics(source)
+    rows = [row for row in measured if row.get("weights_sha256") in (None, weights_sha256)]
+    if len(rows) < len(measured):
+        print(f"left out: {len(measured) - len(rows)} of {len(measured)} rows of {source}, which are of other weights")
+    baselines = read_baselines(source)
+    if rows:
+        metrics = {"rows": rows, "baselines": baselines}
+        target.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return rows, baselines
+
+
+def stage_pictures(pipe: DPMPipeline, source: Path, target: Path) -> list[str]:
+    """The run's own pictures, or else a grid of samples from fixed seeds. A picture's name is its caption."""
+    target.mkdir()
+    found = [path for path in source.glob("*.png") if not TRAINING_GRID.fullmatch(path.name)]
+    for path in found:
+        shutil.copyfile(path, target / path.name)
+    if not found:
+        steps = min(DRAWING_STEPS, pipe.scheduler.config.num_train_timesteps)
+        draw_grid(pipe, steps).save(target / f"DDIM-{steps}-steps-seeds-{SEEDS[0]}-to-{SEEDS[-1]}.png")
+    return sorted(path.name for path in target.iterdir())
+
+
+def draw_grid(pipe: DPMPipeline, steps: int) -> Image.Image:
+    """One framed sample for each of `SEEDS`; small images are enlarged, of many channels three are shown."""
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    drawn: Any = DPMPipeline(pipe.unet, scheduler)(seeds=SEEDS, num_inference_steps=steps, output_type="np")
+    pixels = (drawn.images * 255).round().astype(np.uint8)
+    pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0]
+    scale = max(1, 64 // pixels.shape[2])
+    tiles = [Image.fromarray(image).resize((scale * image.shape[1], scale * image.shape[0]), 0) for image in pixels]
+    tiles = [ImageOps.expand(tile, border=2, fill="gray") for tile in tiles]
+    columns = math.isqrt(len(tiles))
+    return make_image_grid(tiles, rows=len(tiles) // columns, cols=columns)

@@ -1,0 +1,326 @@
+"""How likely images are under a diffusion model, in bits per dimension: the variational bound and the exact ODE value.
+
+    scheduler = AnalyticDPMScheduler.from_config(pipe.scheduler.config, reverse_variance="small")
+    scheduler.set_timesteps(50)
+    bound = evidence_lower_bound(pipe.unet, scheduler, images)      # -log p(x_0) <= bound, for the 50-step sampler
+    exact = ode_log_likelihood(pipe.unet, pipe.scheduler, images)   # -log p(x_0) under the probability-flow ODE
+
+The bound of any trajectory and any reverse variance is a function of a few numbers for each image and timestep, so one
+pass of the network serves them all:
+
+    errors = measure_errors(pipe.unet, scheduler, images, timesteps)
+    for scheduler in schedulers:                                    # grids within `timesteps`, any variances
+        print(bound_from_errors(errors, scheduler).bits_per_dim)
+
+The two are values of different models (the stochastic sampler and the ODE) that share a network.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+from diffusers_dpm.likelihood.decoder import (
+    check_levels,
+    decoder_variances,
+    discretized_gaussian_log_prob,
+    gaussian_log_density,
+)
+from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Evaluation, forward_process, standard_error
+from diffusers_dpm.networks import Progress, network_output
+from diffusers_dpm.pipelines.pipeline_dpm import evaluation_mode, is_ddpm
+from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level
+from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
+
+
+@dataclass(frozen=True)
+class PredictionErrors:
+    """All that the bound of N images needs to know about the network, at n timesteps; means over the d dimensions.
+
+    Attributes:
+        timesteps: ascending.
+        moments: float64 (N, n, 3), the means of e^2, e c and c^2, where e = x_0 - x_0-hat is the error of the
+            prediction as the sampler uses it, and c is what clipping added to the prediction.
+        decoder: float64 (N, n), -log p(x_0 | x_t) in nats per dimension.
+        mean_square: float64 (N,), of x_0.
+        schedule_hash: of the noise schedule.
+
+    Raises:
+        ValueError: tensors of other images or timesteps than the rest.
+    """
+
+    timesteps: tuple[int, ...]
+    moments: torch.Tensor
+    decoder: torch.Tensor
+    mean_square: torch.Tensor
+    schedule_hash: str
+
+    def __post_init__(self) -> None:
+        size = (len(self.mean_square), len(self.timesteps))
+        if self.decoder.shape != size or self.moments.shape != (*size, 3):
+            raise ValueError(
+                f"errors of {size[0]} images at {size[1]} timesteps cannot have moments of shape "
+                f"{tuple(self.moments.shape)} and a decoder of shape {tuple(self.decoder.shape)}."
+            )
+
+    def mean_squared_error(self) -> torch.Tensor:
+        """E|x_0 - x_0-hat|^2 / d at each of `timesteps`, float64 (n,)."""
+        return self.moments[..., 0].mean(dim=0)
+
+
+@torch.no_grad()
+def measure_errors(
+    unet: Any,
+    scheduler: Any,
+    images: torch.Tensor,
+    timesteps: Iterable[int],
+    *,
+    class_labels: torch.Tensor | None = None,
+    num_levels: int | None = 256,
+    cdf: str = "exact",
+    decoder_variance: float | None = None,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> PredictionErrors:
+    """Calls the network once for each image and timestep; `bound_from_errors` makes any bound of the result.
+
+    Args:
+        unet: a `UNet2DModel` with epsilon, sample or v prediction, C or 2C output channels.
+        scheduler: any diffusers scheduler of a DDPM process: the noise schedule, prediction_type and clipping.
+        images: (N, C, H, W) in [-1, 1], kept where they are and moved to the network batch by batch.
+        timesteps: where; any order.
+        class_labels: (N,), for a class-conditional network.
+        num_levels: number of values that a pixel can have, 256 for 8 bits; None for continuous data, whose bound is
+            one of the density.
+        cdf: of the decoder, see `discretized_gaussian_log_prob`.
+        decoder_variance: of p(x_0 | x_t); default: see `decoder_variances`.
+        seed: of the noise. The noise of an image at a timestep follows from the seed, the image's index and the
+            timestep alone.
+        indices: (N,) the index of each image in its data set; default: 0 .. N-1.
+        batch_size: (image, timestep) pairs in a network call. It changes results only by the network's rounding.
+        progress: gets `update(n)` for n pairs.
+
+    Raises:
+        ValueError: images that do not lie on the levels, timesteps out of range, lists of different lengths, or a
+            network output that is not finite.
+    """
+    process = forward_process(scheduler)
+    schedule, config = process.schedule, process.config
+    grid = sorted(set(map(int, timesteps)))
+    if not grid or grid[0] < 0 or grid[-1] >= len(schedule):
+        raise ValueError(f"timesteps must lie in 0 .. {len(schedule) - 1}, got {grid[:4]} .. {grid[-4:]}.")
+    evaluation = Evaluation(unet, images, class_labels, indices, seed, batch_size)
+    if num_levels is not None:
+        check_levels(images, num_levels)
+    if decoder_variance is not None and not decoder_variance > 0:
+        raise ValueError(f"decoder_variance={decoder_variance} must be positive.")
+    variances = decoder_variances(schedule, grid) if decoder_variance is None else [decoder_variance] * len(grid)
+
+    def evaluate(pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """(len(pairs), 4): the moments and the decoder term of (image, place in the grid) pairs."""
+        rows, places = [row for row, _ in pairs], [place for _, place in pairs]
+        x0, labels = evaluation.batch(rows)
+        noise = evaluation.draw("normal", rows, ((0, grid[place]) for place in places))
+        t = torch.tensor([grid[place] for place in places], device=x0.device)
+        level = Level._make((*schedule.at(t, x0), math.nan))
+        x_t = level.alpha * x0 + level.sigma * noise
+        of_sample, of_output = PREDICTIONS[config.prediction_type](level).x0
+        raw = of_sample * x_t + of_output * network_output(unet, x_t, t, labels)
+        predicted = process.clip_x0(raw)
+        error, clipping = x0 - predicted, predicted - raw
+        variance = x0.new_tensor([variances[place] for place in places]).view(-1, *(1,) * (x0.ndim - 1))
+        if num_levels is None:
+            log_prob = gaussian_log_density(x0, predicted, variance)
+        else:
+            log_prob = discretized_gaussian_log_prob(x0, predicted, variance, num_levels, cdf)
+        terms = (error**2, error * clipping, clipping**2, -log_prob)
+        return torch.stack([term.flatten(1).mean(dim=1) for term in terms], dim=1).cpu()
+
+    parts, num_pairs = [], len(images) * len(grid)
+    with evaluation_mode(unet):
+        for start in range(0, num_pairs, batch_size):
+            batch = range(start, min(start + batch_size, num_pairs))
+            parts.append(evaluate([divmod(pair, len(grid)) for pair in batch]))
+            if progress is not None:
+                progress.update(len(parts[-1]))
+    values = torch.cat(parts).unflatten(0, (len(images), len(grid)))
+    if not values.isfinite().all():
+        raise ValueError("the network's predictions are not finite.")
+    mean_square = images.double().square().flatten(1).mean(dim=1).cpu()
+    return PredictionErrors(tuple(grid), values[..., :3], values[..., 3], mean_square, schedule.hash)
+
+
+class Transition(NamedTuple):
+    """One step t -> s of the reverse process, whose means under q and p differ by `error` * e - `clipping` * c."""
+
+    t: int
+    s: int
+    posterior_variance: float
+    reverse_variance: float
+    error: float
+    clipping: float
+
+    def divergence(self, moments: torch.Tensor) -> torch.Tensor:
+        """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats per dimension; `moments` (N, 3) as in `PredictionErrors`."""
+        squared, cross, clipped = moments.unbind(dim=-1)
+        distance = self.error**2 * squared - 2 * self.error * self.clipping * cross + self.clipping**2 * clipped
+        ratio = self.posterior_variance / self.reverse_variance
+        return 0.5 * (ratio - 1 - math.log(ratio) + distance / self.reverse_variance)
+
+
+def reverse_process(scheduler: Any) -> tuple[AnalyticDPMScheduler, list[Transition]]:
+    """The scheduler's present grid as one whose variances can be read, and its transitions but that to clean data.
+
+    Raises:
+        ValueError: a scheduler without scalar reverse variance; eta = 0, whose posterior variance is 0; a grid that
+            does not descend.
+    """
+    process = _sampler(scheduler)
+    if process.config.forward_process == "ddim" and not process.config.eta:
+        raise ValueError(
+            "the bound is infinite for the ddim process with eta=0, whose q(x_s | x_t, x_0) has no variance: choose "
+            "eta > 0 or forward_process='ddpm', or use ode_log_likelihood."
+        )
+    variances = process.reverse_variances()
+    timesteps = process.timesteps.tolist()
+    transitions = []
+    for i, (t, s) in enumerate(pairwise(timesteps)):
+        source, target, row = process.levels[i], process.levels[i + 1], process.updates[i]
+        epsilon = sum(row.epsilon) * source.alpha / source.sigma  # epsilon-hat misses by this much of x_0-hat's error
+        eta = process.config.eta if row.epsilon else 1.0
+        free = eta**2 * target.sigma**2 * -math.expm1(2 * (source.lambda_ - target.lambda_))
+        clipping = 0.0 if scheduler.config.get("use_clipped_model_output") else epsilon
+        transitions.append(Transition(t, s, free, variances[i], sum(row.x0) - epsilon, clipping))
+    return process, transitions
+
+
+def _sampler(scheduler: Any) -> AnalyticDPMScheduler:
+    """A twin of `scheduler` on the same `timesteps`, with the reverse variance that DDPM and DDIM schedulers have."""
+    variance_type = scheduler.config.get("variance_type") or "fixed_small"
+    if isinstance(scheduler, AnalyticDPMScheduler):
+        options: dict[str, Any] = {}
+    elif is_ddpm(scheduler) and variance_type.startswith("fixed"):
+        large = variance_type.startswith("fixed_large")
+        options = {"forward_process": "ddpm", "reverse_variance": "large" if large else "small"}
+    elif any(base.__name__ == "DDIMScheduler" for base in type(scheduler).__mro__):
+        eta = scheduler.config.get("eta", 0.0)
+        options = {"forward_process": "ddim", "reverse_variance": "small", "eta": eta}
+    else:
+        what = f"variance_type={variance_type!r}" if is_ddpm(scheduler) else "it"
+        raise ValueError(
+            f"{type(scheduler).__name__} has no bound, because {what} gives no scalar reverse variance: use "
+            "AnalyticDPMScheduler.from_config(scheduler.config, reverse_variance='small')."
+        )
+    process = copy.copy(forward_process(scheduler, **options))
+    process.set_timesteps(timesteps=scheduler.timesteps.tolist())  # whose levels a slice of a grid does not have
+    return process
+
+
+class Term(NamedTuple):
+    """One row of a bound's table; bits per dimension and standard error are over images.
+
+    Attributes:
+        name: "prior", "step" or "decoder".
+        t, s: the step; t is None for the prior, s None for the decoder.
+        posterior_variance, reverse_variance: of q(x_s | x_t, x_0) and p(x_s | x_t); None but for steps.
+    """
+
+    name: str
+    t: int | None
+    s: int | None
+    posterior_variance: float | None
+    reverse_variance: float | None
+    bits_per_dim: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class EvidenceLowerBound:
+    """An upper bound of -log2 p(x_0) / d, in the order of sampling: the prior, each step, the decoder.
+
+    Attributes:
+        transitions: the steps of the reverse process.
+        per_term: float64 (N, len(transitions) + 2), every term of every image in bits per dimension.
+    """
+
+    transitions: tuple[Transition, ...]
+    per_term: torch.Tensor
+
+    @property
+    def per_image(self) -> torch.Tensor:
+        """Bits per dimension of each image, float64 (N,)."""
+        return self.per_term.sum(dim=1)
+
+    @property
+    def bits_per_dim(self) -> float:
+        """Mean over the images of the sum of the terms."""
+        return self.per_image.mean().item()
+
+    @property
+    def standard_error(self) -> float:
+        """Of `bits_per_dim`, from the spread over the images (noise draws included); NaN for one image."""
+        return standard_error(self.per_image)
+
+    def terms(self) -> list[Term]:
+        """One row per term. They sum to `bits_per_dim`; their standard errors do not add up."""
+        first, last = (self.transitions[0].t, self.transitions[-1].s) if self.transitions else (None, None)
+        heads: list[tuple] = [("prior", None, first, None, None)]
+        heads += [("step", *transition[:4]) for transition in self.transitions]
+        heads += [("decoder", last, None, None, None)]
+        return [
+            Term._make((*head, term.mean().item(), standard_error(term)))
+            for head, term in zip(heads, self.per_term.T, strict=True)
+        ]
+
+
+def prior_divergence(level: Level, mean_square: torch.Tensor) -> torch.Tensor:
+    """KL(q(x_t | x_0) || N(0, I)) in nats per dimension, from the mean of x_0^2 over an image's dimensions."""
+    return 0.5 * (level.alpha**2 * (mean_square - 1) - 2 * math.log(level.sigma))
+
+
+def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLowerBound:
+    """The bound of the sampler that `scheduler` is on its present grid, without calling the network.
+
+    Any descending grid has one. It is that of its own model, which begins at N(0, I) for the grid's first timestep and
+    ends with the decoder at its last, so a grid that does not reach T - 1 and 0 pays for it in these two terms
+    (Sohl-Dickstein et al. 2015; Ho et al. 2020, eq. 5; Bao et al. 2022, section 3.2 for sub-sequences).
+
+    Args:
+        errors: measured at least at the timesteps of the grid, with the same clipping.
+        scheduler: `AnalyticDPMScheduler`, without its cap in grey levels; or DDPM with fixed variance or DDIM with
+            eta > 0, ours or diffusers'. `set_timesteps` chooses the grid; before it is called, that is all timesteps.
+
+    Raises:
+        ValueError: no bound (see `reverse_process`), other noise levels, or a timestep that was not measured.
+    """
+    process, transitions = reverse_process(scheduler)
+    if process.schedule.hash != errors.schedule_hash:
+        raise ValueError("the errors were measured under another noise schedule.")
+    timesteps = process.timesteps.tolist()
+    missing = sorted(set(timesteps) - set(errors.timesteps))
+    if missing:
+        raise ValueError(f"{len(missing)} timesteps of the grid were not measured, the first of them {missing[0]}.")
+    place = {t: i for i, t in enumerate(errors.timesteps)}
+    nats = [
+        prior_divergence(process.levels[0], errors.mean_square),
+        *(transition.divergence(errors.moments[:, place[transition.t]]) for transition in transitions),
+        errors.decoder[:, place[timesteps[-1]]],
+    ]
+    return EvidenceLowerBound(tuple(transitions), torch.stack(nats, dim=1) / NATS_PER_BIT)
+
+
+def evidence_lower_bound(unet: Any, scheduler: Any, images: torch.Tensor, **options: Any) -> EvidenceLowerBound:
+    """The bound on the scheduler's present grid: `measure_errors`, whose options it takes, and `bound_from_errors`.
+
+    Raises:
+        ValueError: as the two; that there is no finite bound is found before the network is called.
+    """
+    process, _ = reverse_process(scheduler)
+    errors = measure_errors(unet, scheduler, images, process.timesteps.tolist(), **options)
+    return bound_from_errors(errors, scheduler)

@@ -1,0 +1,252 @@
+"""Likelihood under the probability-flow ODE."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffusers_dpm.likelihood.decoder import check_levels, gaussian_log_density
+from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Evaluation, forward_process, standard_error
+from diffusers_dpm.networks import Progress, network_output
+from diffusers_dpm.pipelines.pipeline_dpm import evaluation_mode
+from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level, affine
+from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
+
+
+DEQUANTIZATIONS = ("centered", "score_sde")
+
+
+DIVERGENCES = ("rademacher", "gaussian", "exact")
+
+
+SOLVERS = ("dopri5", "rk4")
+
+
+def dequantize(
+    images: torch.Tensor, num_levels: int, dequantization: str, uniform: torch.Tensor
+) -> tuple[torch.Tensor, float]:
+    """(images with noise that fills their bins, bits per dimension to add to those of the density).
+
+    Args:
+        images: values of `num_levels` equidistant levels from -1 to 1.
+        num_levels: 256 for 8 bits.
+        dequantization: "centered" spreads each level over its own bin, of width 2 / (num_levels - 1), as the levels
+            were at training; "score_sde" maps level k to 2 (k + u) / num_levels - 1, as the code of Song et al. 2021
+            did, which shrinks the images by a little.
+        uniform: noise in [0, 1), of the images' shape.
+
+    Raises:
+        ValueError: an unknown convention.
+    """
+    if dequantization == "centered":
+        return images + (uniform - 0.5) * 2 / (num_levels - 1), math.log2((num_levels - 1) / 2)
+    if dequantization == "score_sde":
+        level = ((images + 1) * (num_levels - 1) / 2).round()
+        return (level + uniform) * 2 / num_levels - 1, math.log2(num_levels / 2)
+    raise ValueError(f"dequantization={dequantization!r} must be one of {', '.join(DEQUANTIZATIONS)}.")
+
+
+@dataclass(frozen=True)
+class ODELikelihood:
+    """-log2 p(x_0) / d under the probability-flow ODE, an estimate: the divergence is probed, and pixels have noise.
+
+    For pixels of finite depth its expectation is an upper bound of the bits of the discrete image (Theis et al. 2016,
+    eq. 5); for continuous data it is unbiased up to the solver's error.
+
+    Attributes:
+        samples: float64 (N, num_passes, num_probes), bits per dimension by image, dequantisation and probe.
+        num_evaluations: mean number of network calls of an integration.
+    """
+
+    samples: torch.Tensor
+    num_evaluations: float
+
+    @property
+    def per_image(self) -> torch.Tensor:
+        """Bits per dimension of each image, float64 (N,)."""
+        return self.samples.mean(dim=(1, 2))
+
+    @property
+    def per_image_error(self) -> torch.Tensor:
+        """Standard error of `per_image` that passes and probes leave, float64 (N,); NaN with one of each."""
+        passes = self.samples.mean(dim=2) if self.samples.shape[1] > 1 else self.samples[:, 0]
+        if passes.shape[1] == 1:
+            return torch.full_like(passes[:, 0], math.nan)
+        return passes.std(dim=1) / math.sqrt(passes.shape[1])
+
+    @property
+    def bits_per_dim(self) -> float:
+        """Mean over the images."""
+        return self.per_image.mean().item()
+
+    @property
+    def standard_error(self) -> float:
+        """Of `bits_per_dim`, from the spread over the images; NaN for one image."""
+        return standard_error(self.per_image)
+
+
+def ode_log_likelihood(
+    unet: Any,
+    scheduler: Any,
+    images: torch.Tensor,
+    *,
+    class_labels: torch.Tensor | None = None,
+    num_levels: int | None = 256,
+    dequantization: str = "centered",
+    num_passes: int = 1,
+    divergence: str = "rademacher",
+    num_probes: int = 1,
+    solver: str = "dopri5",
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    num_steps: int = 100,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    batch_size: int = 64,
+    progress: Progress | None = None,
+) -> ODELikelihood:
+    """Likelihood by the change of variables along dx / du = sigma epsilon-hat - sigma^2 x, u = log(sigma / alpha).
+
+    This is the probability-flow ODE of Song et al. 2021, section 4.3 and appendix D.2, without beta(t): y = x / alpha
+    follows dy / d(sigma/alpha) = epsilon-hat (Karras et al. 2022, eq. 4). It is solved from the level of timestep 0,
+    at which the images are taken to be, to the highest level with a signal, where x is taken to be N(0, I). Between
+    training timesteps the network is told a real-valued timestep, log alpha being linear. Predictions are not clipped.
+    Needs torchdiffeq.
+
+    Args:
+        unet, scheduler, images, class_labels, seed, indices: as in `measure_errors`.
+        num_levels: number of values that a pixel can have, 256 for 8 bits; None for continuous data.
+        dequantization: see `dequantize`.
+        num_passes: dequantisations of each image, each of which is a run of the ODE.
+        divergence: "rademacher" or "gaussian" probes of Hutchinson's estimator, kept along the trajectory; or "exact",
+            d derivatives for each network call.
+        num_probes: probes of each run; a probe costs one derivative for each network call.
+        solver: "dopri5", adaptive; or "rk4" with `num_steps` equal steps in log(sigma / alpha), 4 network calls each.
+        rtol, atol: tolerances of dopri5, on x and on the log-density per dimension. Every image of a batch meets them,
+            and all take the steps of the hardest one: a result depends on its batch within the tolerance. With
+            batch_size=1, or rk4, it does not.
+        batch_size: images in a network call.
+        progress: gets `update(n)` for n images in each pass.
+
+    Raises:
+        ValueError: as `measure_errors`, or an option out of range.
+    """
+    for name, value, known in (("divergence", divergence, DIVERGENCES), ("solver", solver, SOLVERS)):
+        if value not in known:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")
+    if min(num_passes, num_probes, num_steps) < 1:
+        raise ValueError("num_passes, num_probes and num_steps must be at least 1.")
+    process = forward_process(scheduler)
+    evaluation = Evaluation(unet, images, class_labels, indices, seed, batch_size)
+    if num_levels is not None:
+        check_levels(images, num_levels)
+    probe_kind = "normal" if divergence == "gaussian" else "sign"
+
+    def integrate(rows: Sequence[int], number: int) -> tuple[torch.Tensor, int]:
+        """(bits per dimension (B, probes), network calls) of one dequantisation of some images."""
+        x, labels = evaluation.batch(rows)
+        offset, probes = 0.0, None
+        if num_levels is not None:
+            uniform = evaluation.draw("uniform", rows, [(0, number)] * len(rows))
+            x, offset = dequantize(x, num_levels, dequantization, uniform)
+        if divergence != "exact":
+            drawn = [evaluation.draw(probe_kind, rows, [(1 + i, number)] * len(rows)) for i in range(num_probes)]
+            probes = torch.stack(drawn)
+        flow = ProbabilityFlow(unet, process, labels, probes)
+        log_density = flow.log_density(x, solver, rtol, atol, num_steps)
+        return (offset - log_density / NATS_PER_BIT).cpu(), flow.num_evaluations
+
+    samples, calls = [], []
+    with evaluation_mode(unet):
+        for start in range(0, len(images), batch_size):
+            rows = range(len(images))[start : start + batch_size]
+            passes = []
+            for number in range(num_passes):
+                bits, evaluations = integrate(rows, number)
+                passes.append(bits)
+                calls.append(evaluations)
+                if progress is not None:
+                    progress.update(len(rows))
+            samples.append(torch.stack(passes, dim=1))
+    return ODELikelihood(torch.cat(samples), sum(calls) / len(calls))
+
+
+class ProbabilityFlow:
+    """d(x, g) / du at u = log(sigma / alpha) for a batch of images; g is what x's log-density gains per dimension.
+
+    The part of g that x's linear term causes, log(alpha_T / alpha_0), is left out and added at the end.
+
+    Args:
+        unet, process: network and forward process.
+        class_labels: (B,) or None.
+        probes: (P, B, C, ...) of unit variance; None computes every diagonal entry of the Jacobian.
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        process: AnalyticDPMScheduler,
+        class_labels: torch.Tensor | None,
+        probes: torch.Tensor | None,
+    ):
+        self.unet, self.class_labels, self.probes = unet, class_labels, probes
+        self.schedule, self.prediction_type = process.schedule, process.config.prediction_type
+        self.num_evaluations = 0
+
+    @torch.no_grad()
+    def log_density(self, x: torch.Tensor, solver: str, rtol: float, atol: float, num_steps: int) -> torch.Tensor:
+        """log p(x) / d in nats for x at the level of timestep 0, float64 (B, P); P is 1 without probes."""
+        from torchdiffeq import odeint
+
+        lowest = self.schedule[0]
+        highest = self.schedule[int(self.schedule.lambda_.isfinite().sum()) - 1]  # the last one may have no signal
+        span = torch.tensor([-lowest.lambda_, -highest.lambda_], dtype=torch.float64, device=x.device)
+        gained = x.new_zeros(len(x), 1 if self.probes is None else len(self.probes))
+        options: dict[str, Any] = {"norm": largest_error}
+        if solver == "rk4":
+            grid = torch.linspace(
+                -lowest.lambda_, -highest.lambda_, num_steps + 1, dtype=span.dtype, device=span.device
+            )
+            options = {"grid_constructor": lambda f, y, t: grid}
+        try:
+            states = odeint(self, (x, gained), span, rtol=rtol, atol=atol, method=solver, options=options)
+        except AssertionError as error:  # how torchdiffeq says that no step is small enough
+            raise ValueError(f"the ODE cannot be solved to rtol={rtol:g}, atol={atol:g}: {error}.") from error
+        noise, gained = (state[-1] for state in states)
+        prior = gaussian_log_density(noise, torch.zeros_like(noise), torch.ones_like(noise))
+        return prior.flatten(1).mean(dim=1, keepdim=True) + gained + math.log(highest.alpha / lowest.alpha)
+
+    def __call__(self, u: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        self.num_evaluations += 1
+        lambda_ = -u.cpu()
+        alpha, sigma = (math.sqrt(value) for value in torch.sigmoid(torch.stack([2 * lambda_, -2 * lambda_])).tolist())
+        t = self.schedule.timestep_of(lambda_).float().to(u.device)
+        with torch.enable_grad():
+            x = state[0].detach().requires_grad_()
+            output = network_output(self.unet, x, t.expand(len(x)), self.class_labels)
+            epsilon = affine(PREDICTIONS[self.prediction_type](Level(alpha, sigma, lambda_.item())).epsilon, x, output)
+            traces = exact_trace(epsilon, x) if self.probes is None else probed_traces(epsilon, x, self.probes)
+        if not (epsilon.isfinite().all() and traces.isfinite().all()):  # an adaptive solver would never end
+            raise ValueError("the network's predictions are not finite.")
+        return sigma * epsilon.detach() - sigma**2 * state[0], sigma / x[0].numel() * traces
+
+
+def probed_traces(outputs: torch.Tensor, inputs: torch.Tensor, probes: torch.Tensor) -> torch.Tensor:
+    """v^T (d outputs / d inputs) v for each image and probe, (B, P): its mean is the trace (Hutchinson 1990)."""
+    products = [torch.autograd.grad(outputs, inputs, probe, retain_graph=True)[0] * probe for probe in probes]
+    return torch.stack([product.flatten(1).sum(dim=1) for product in products], dim=1)
+
+
+def exact_trace(outputs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """The trace of d outputs / d inputs of each image, (B, 1), one derivative for each dimension."""
+    total = inputs.new_zeros(len(inputs))
+    for i, output in enumerate(outputs.flatten(1).unbind(dim=1)):
+        total += torch.autograd.grad(output.sum(), inputs, retain_graph=True)[0].flatten(1)[:, i]
+    return total[:, None]
+
+
+def largest_error(state: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The solver's error norm: the RMS over an image, and over its log-densities, of the worst image."""
+    return torch.stack([part.flatten(1).square().mean(dim=1).sqrt().max() for part in state]).max()

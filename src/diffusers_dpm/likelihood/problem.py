@@ -1,0 +1,69 @@
+"""What bound and ODE share."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from diffusers_dpm.networks import noise_schedule_of
+from diffusers_dpm.random_streams import draw
+from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
+
+
+NATS_PER_BIT = math.log(2)
+
+
+def forward_process(scheduler: Any, **options: Any) -> AnalyticDPMScheduler:
+    """Any scheduler's forward process, prediction type and clipping, as an `AnalyticDPMScheduler`.
+
+    Raises:
+        ValueError: a scheduler of another process than DDPM's.
+    """
+    if isinstance(scheduler, AnalyticDPMScheduler):
+        return scheduler
+    noise_schedule_of(scheduler)  # checks it
+    return AnalyticDPMScheduler.from_config(scheduler.config, timestep_spacing="even", **options)
+
+
+class Evaluation:
+    """Images, their labels, and their random numbers, some of them at a time on the network's device."""
+
+    def __init__(
+        self,
+        unet: Any,
+        images: torch.Tensor,
+        class_labels: torch.Tensor | None,
+        indices: Sequence[int] | None,
+        seed: int,
+        batch_size: int,
+    ):
+        if images.ndim < 2 or not len(images):
+            raise ValueError(f"images must be a batch (N, C, ...), got shape {tuple(images.shape)}.")
+        for name, given in (("class_labels", class_labels), ("indices", indices)):
+            if given is not None and len(given) != len(images):
+                raise ValueError(f"{len(given)} {name} for {len(images)} images.")
+        if seed < 0 or batch_size < 1:
+            raise ValueError(f"seed={seed} must not be negative, and batch_size={batch_size} must be at least 1.")
+        self.unet, self.images, self.class_labels = unet, images, class_labels
+        self.indices = list(range(len(images))) if indices is None else [int(i) for i in indices]
+        self.seed = seed
+
+    def batch(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Images as float64, and their labels."""
+        device = self.unet.device
+        labels = None if self.class_labels is None else self.class_labels[list(rows)].to(device)
+        return self.images[list(rows)].to(device, torch.float64), labels
+
+    def draw(self, kind: str, rows: Sequence[int], numbers: Iterable[tuple[int, int]]) -> torch.Tensor:
+        """Float64 random numbers of the shape of `batch(rows)`."""
+        shape = self.images.shape[1:]
+        parts = [
+            draw(kind, self.seed, self.indices[row], number, shape) for row, number in zip(rows, numbers, strict=True)
+        ]
+        return torch.stack(parts).to(self.unet.device, torch.float64)
+
+
+def standard_error(values: torch.Tensor) -> float:
+    """Of the mean of a vector; NaN for a single value."""
+    return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan

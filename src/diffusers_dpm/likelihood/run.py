@@ -1,0 +1,232 @@
+"""Measure the likelihood of a data set under a model."""
+
+import csv
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import tqdm
+
+from diffusers_dpm.data import ImageDataset, describe, find_num_levels, load_data
+from diffusers_dpm.likelihood.bound import (
+    EvidenceLowerBound,
+    PredictionErrors,
+    Term,
+    bound_from_errors,
+    measure_errors,
+    reverse_process,
+)
+from diffusers_dpm.likelihood.problem import forward_process
+from diffusers_dpm.networks import checked_labels, load_pipeline
+from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.records import Tensors, fingerprint, measure_resumably
+from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, AnalyticDPMScheduler
+
+
+# The options that say which images there are, and in which form.
+DATA_OPTIONS = ("data", "data_config", "split", "image_column", "label_column", "resolution", "channels")
+
+
+CLIPPING_KEYS = (
+    *("clip_sample", "clip_sample_range"),
+    *("thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
+)
+
+
+class Task(NamedTuple):
+    """The model and the images, in the order in which they are evaluated."""
+
+    model: str
+    pipeline: DPMPipeline
+    data: ImageDataset
+    indices: list[int]
+    num_levels: int
+    options: Any
+    folder: Path
+
+    def settings(self, **more: Any) -> dict[str, Any]:
+        """All that measured values depend on, other than the choice of images."""
+        process = forward_process(self.pipeline.scheduler)
+        return {
+            "weights": fingerprint(self.pipeline.unet.state_dict().values()),
+            "schedule_hash": process.schedule.hash,
+            "prediction_type": process.config.prediction_type,
+            "images": f"{len(self.data)} images of {describe(self.data.shape)}",
+            "num_levels": self.num_levels,
+            "seed": self.options.seed,
+            **{name: getattr(self.options, name) for name in DATA_OPTIONS},
+            **more,
+        }
+
+    def batch(self, rows: range) -> dict[str, Any]:
+        """The arguments of `likelihood`'s functions that describe some of the images."""
+        indices = self.indices[rows.start : rows.stop]
+        examples = self.data[indices]
+        labels = examples["labels"] if is_conditional(self.pipeline) else None
+        return {
+            "images": examples["images"],
+            "class_labels": labels,
+            "indices": indices,
+            "num_levels": self.num_levels,
+            "seed": self.options.seed,
+            "batch_size": self.options.batch_size,
+        }
+
+
+def open_task(model: str, options: Any) -> Task:
+    """Loads everything and checks that it fits together.
+
+    Raises:
+        ValueError: the model, the data or the options cannot be used.
+    """
+    if options.output_dir is None and not Path(model).is_dir():
+        raise ValueError(f"{model} is not a folder here: say with --output-dir where the results go")
+    pipeline = load_pipeline(model)
+    data = load_data(options, require_labels=is_conditional(pipeline))
+    checked_labels(pipeline.unet, data[[0]]["images"], data.labels)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        pipeline.unet.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed)).tolist()
+    num_images = len(data) if options.num_images is None else options.num_images
+    if num_images > len(data):
+        raise ValueError(f"--num-images {num_images} is more than the {len(data)} images of the data")
+    folder = Path(options.output_dir or model)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Task(model, pipeline, data, order[:num_images], find_num_levels(data, options.num_levels), options, folder)
+
+
+def is_conditional(pipeline: DPMPipeline) -> bool:
+    return pipeline.unet.config.num_class_embeds is not None
+
+
+class Sampler(NamedTuple):
+    timestep_spacing: str
+    num_inference_steps: int
+    reverse_variance: str
+    scheduler: AnalyticDPMScheduler
+
+
+def find_statistics(model: str, folder: str | None) -> AnalyticDPMScheduler | None:
+    """The scheduler that holds the model's statistics; None if there is none and none was asked for."""
+    if folder is not None:
+        if not (Path(folder) / "scheduler_config.json").is_file():
+            raise ValueError(f"no statistics in {folder}: it holds no scheduler_config.json")
+        return AnalyticDPMScheduler.from_pretrained(folder)
+    try:
+        return AnalyticDPMScheduler.from_pretrained(model, subfolder="analytic_dpm")
+    except OSError:
+        return None
+
+
+def build_samplers(task: Task) -> list[Sampler]:
+    """All combinations that were asked for, on their grids.
+
+    Raises:
+        ValueError: one of them cannot be, or has no finite bound.
+    """
+    options = task.options
+    with_statistics = find_statistics(task.model, options.statistics)
+    config = task.pipeline.scheduler.config if with_statistics is None else with_statistics.config
+    process = {"forward_process": options.forward_process, "eta": options.eta}
+    variances = options.reverse_variance
+    if variances is None:
+        variances = ["small"] if options.forward_process == "ddim" else ["small", "large"]
+        variances += [] if with_statistics is None else ["residual"]
+    samplers: list[Sampler] = []
+    for spacing, variance in product(options.timestep_spacing or ["even"], variances):
+        # The optimal trajectory is made for the variances of an estimate, whichever the sampler then uses.
+        estimate = variance if variance in ESTIMATES or spacing != "optimal" else "residual"
+        grids = AnalyticDPMScheduler.from_config(
+            config, timestep_spacing=spacing, reverse_variance=estimate, **process
+        )
+        some = []
+        for num_steps in sorted(set(options.num_inference_steps or [10, 25, 50, 100]), reverse=True):
+            grids.set_timesteps(num_steps)  # the longest first: optimal trajectories share its work
+            scheduler = AnalyticDPMScheduler.from_config(grids.config, reverse_variance=variance)
+            scheduler.set_timesteps(timesteps=grids.timesteps)
+            reverse_process(scheduler)
+            some.append(Sampler(spacing, num_steps, variance, scheduler))
+        samplers += reversed(some)
+    return samplers
+
+
+def measure_bounds(task: Task) -> list[tuple[Sampler, EvidenceLowerBound]]:
+    """One pass of the network over all timesteps that any sampler visits, then all bounds."""
+    samplers = build_samplers(task)
+    timesteps = sorted({t for sampler in samplers for t in sampler.scheduler.timesteps.tolist()})
+    options, scheduler = task.options, samplers[0].scheduler
+    settings = task.settings(
+        timesteps=timesteps,
+        cdf=options.cdf,
+        decoder_variance=options.decoder_variance,
+        **{key: scheduler.config[key] for key in CLIPPING_KEYS},
+    )
+    path = task.folder / "likelihood_elbo.safetensors"
+    block = max(1, 8 * options.batch_size // len(timesteps))
+    with tqdm(total=len(task.indices) * len(timesteps), unit="call", desc="images x timesteps") as bar:
+
+        def measure(rows: range) -> Tensors:
+            bar.update(rows.start * len(timesteps) - bar.n)
+            errors = measure_errors(
+                task.pipeline.unet,
+                scheduler,
+                timesteps=timesteps,
+                cdf=options.cdf,
+                decoder_variance=options.decoder_variance,
+                progress=bar,
+                **task.batch(rows),
+            )
+            return {"moments": errors.moments, "decoder": errors.decoder, "mean_square": errors.mean_square}
+
+        measured = measure_resumably(path, settings, len(task.indices), block, measure)
+    errors = PredictionErrors(tuple(timesteps), **measured, schedule_hash=scheduler.schedule.hash)
+    return [(sampler, bound_from_errors(errors, sampler.scheduler)) for sampler in samplers]
+
+
+def write_terms(path: Path, bounds: Sequence[tuple[Sampler, EvidenceLowerBound]]) -> None:
+    """Every term of every bound as one table."""
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["spacing", "steps", "variance", *Term._fields])
+        for sampler, bound in bounds:
+            writer.writerows([*sampler[:3], *term] for term in bound.terms())
+
+
+def plot(path: Path, bounds: Sequence[tuple[Sampler, EvidenceLowerBound]]) -> None:
+    """Bounds against the number of steps, and the terms of those with the most steps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    kinds = dict.fromkeys((sampler.timestep_spacing, sampler.reverse_variance) for sampler, _ in bounds)
+    for spacing, variance in kinds:
+        mine = [(s, b) for s, b in bounds if (s.timestep_spacing, s.reverse_variance) == (spacing, variance)]
+        mine.sort(key=lambda pair: pair[0].num_inference_steps)
+        steps = [sampler.num_inference_steps for sampler, _ in mine]
+        left.errorbar(
+            steps,
+            [bound.bits_per_dim for _, bound in mine],
+            [bound.standard_error for _, bound in mine] if len(mine[0][1].per_image) > 1 else None,
+            marker="o",
+            markersize=3,
+            label=f"{spacing}, {variance}",
+        )
+        terms = [term for term in mine[-1][1].terms() if term.name == "step"]
+        right.plot(
+            [term.t for term in terms],
+            [term.bits_per_dim for term in terms],
+            label=f"{spacing}, {variance}, {steps[-1]} steps",
+        )
+    for axes, label in ((left, "steps"), (right, "timestep t of the step")):
+        axes.set_xlabel(label)
+        axes.set_yscale("log")
+        axes.legend(fontsize="small")
+    left.set_xscale("log")
+    left.set_ylabel("bits per dimension, upper bound")
+    right.set_ylabel("bits per dimension of a step")
+    figure.savefig(path, dpi=120)
