@@ -1,13 +1,7 @@
-"""Schedulers for diffusers pipelines: tables of coefficient rows, built in float64 (see `dpm_core`)."""
+"""Schedulers for diffusers pipelines: tables of coefficient rows, built in float64 (see `linear_scheduler`)."""
 
-from diffusers_dpm.schedulers.dpm_core import (
-    CLEAN,
-    Level,
-    LinearScheduler,
-    LinearSchedulerOutput,
-    Update,
-    VPNoiseSchedule,
-)
+from diffusers_dpm.schedulers.linear_scheduler import LinearScheduler, LinearSchedulerOutput, Update
+from diffusers_dpm.schedulers.noise_schedule import CLEAN, Level, VPNoiseSchedule
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 from diffusers_dpm.schedulers.scheduling_calibrated import CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_ddim import DDIMScheduler
@@ -15,7 +9,7 @@ from diffusers_dpm.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers_dpm.schedulers.scheduling_dpm_solver import DPMSolverScheduler
 
 
-# The one list that contract, row, parity and shippable tests are parametrised over.
+# Every sampler: what the commands offer, what saving and the Hub know, and what the tests run over.
 ALL_SCHEDULERS = (DDPMScheduler, DDIMScheduler, AnalyticDPMScheduler, DPMSolverScheduler, CalibratedScheduler)
 
 __all__ = [

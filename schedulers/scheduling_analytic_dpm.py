@@ -1,7 +1,7 @@
 """Analytic-DPM (Bao, Li, Zhu and Zhang 2022, https://arxiv.org/abs/2201.06503): the optimal reverse variances."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -9,34 +9,15 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .dpm_core import (
-    SPACINGS,
-    Level,
-    LinearScheduler,
-    Update,
-    ddim_mean,
-    ddpm_mean,
-    forward_step,
-    unknown,
-)
+from .linear_scheduler import LinearScheduler, Update, ddim_mean, ddpm_mean, forward_step
+from .noise_schedule import Level
+from .timestep_grids import SPACINGS, Grid
 
 
 FORWARD_PROCESSES = ("ddpm", "ddim")
 STATISTICS = "_posterior_statistics"  # config key; diffusers neither prints nor loses keys that begin like this
 ESTIMATES = ("residual", "analytic")  # entries of the statistics, and so values of reverse_variance that need them
 REVERSE_VARIANCES = (*ESTIMATES, "small", "large")
-
-
-def even_timesteps(num_train_timesteps: int, n: int) -> list[int]:
-    """The even trajectory of Bao et al.: both ends, halves rounded to even in their 1-based count; n = 1: the top."""
-    stride = (num_train_timesteps - 1) / max(n - 1, 1)
-    return [round(1 + i * stride) - 1 for i in range(n)] if n > 1 else [num_train_timesteps - 1]
-
-
-def power_timesteps(num_train_timesteps: int, n: int, power: float) -> list[int]:
-    """Denser at low noise for powers above 1: t / (T - 1) = 1 - (1 - i / (n - 1))^(1 / power)."""
-    fractions = [1 - (1 - i / (n - 1)) ** (1 / power) for i in range(n)] if n > 1 else [1.0]
-    return [round((num_train_timesteps - 1) * x) for x in fractions]
 
 
 def signal_gain(alpha_s: Any, u: Any, free: Any, direction: Any, ratio: Any) -> Any:
@@ -117,7 +98,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         "spacing_power",
         "missing_statistics",
     )
-    spacings = (*SPACINGS, "even", "power", "optimal")
+    spacings = (*LinearScheduler.spacings, "even", "power", "optimal")
 
     @register_to_config
     def __init__(
@@ -150,9 +131,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
             "reverse_variance": REVERSE_VARIANCES,
             "missing_statistics": ("error", "lower_bound"),
         }
-        for key, known in choices.items():
-            if self.config[key] not in known:
-                raise ValueError(unknown(key, self.config[key], known))
+        self._check_choices(choices)
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} must lie in 0 .. 1 (the variance of DDPM).")
         if reverse_variance == "large" and forward_process != "ddpm":
@@ -240,14 +219,10 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
 
     # The grid ----------------------------------------------------------------------------------------------------
 
-    def _spaced_timesteps(self, n: int) -> list[int]:
-        spacing, num = self.config.timestep_spacing, len(self.schedule)
-        own: dict[str, Callable[[], list[int]]] = {
-            "even": lambda: even_timesteps(num, n),
-            "power": lambda: power_timesteps(num, n, self.config.spacing_power),
-            "optimal": lambda: self.optimal_timesteps(n),
-        }
-        return own[spacing]() if spacing in own else super()._spaced_timesteps(n)
+    def _spaced(self, n: int, **options: Any) -> list[float]:
+        if self.config.timestep_spacing == "optimal":
+            return [*reversed(self.optimal_timesteps(n))]
+        return super()._spaced(n, power=self.config.spacing_power, **options)
 
     def optimal_timesteps(self, num_inference_steps: int) -> list[int]:
         """The ascending timesteps with the highest evidence lower bound (Bao et al., theorem 3 and section 4.1).
@@ -271,7 +246,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         n, num = num_inference_steps, len(self.schedule)
         optimal, below, even = self._split_path(n)
         if optimal < 2:
-            return even_timesteps(num, n)
+            return [round(t) for t in reversed(SPACINGS["even"](Grid(self.schedule, n, num)))]
         return [*path_to(self._least_cost_paths(below, optimal), optimal), *even]
 
     def _split_path(self, n: int) -> tuple[int, int, list[int]]:
@@ -296,10 +271,10 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
 
     def _least_cost_paths(self, num_nodes: int, length: int) -> torch.Tensor:
         """`least_cost_paths` over the first `num_nodes` timesteps, at least up to paths of `length` nodes."""
-        known = self._paths.get(num_nodes)
-        if known is None or len(known) <= length:
-            known = self._paths[num_nodes] = least_cost_paths(self._edge_costs()[:num_nodes, :num_nodes], length)
-        return known
+        paths = self._paths.get(num_nodes)
+        if paths is None or len(paths) <= length:
+            paths = self._paths[num_nodes] = least_cost_paths(self._edge_costs()[:num_nodes, :num_nodes], length)
+        return paths
 
     def _edge_costs(self) -> torch.Tensor:
         """(t, s) -> twice the expected KL divergence per dimension of the transition t -> s (theorem 3).
@@ -342,7 +317,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         return [row.noise**2 for row in self._transitions(self.levels)]
 
     def _transitions(self, levels: list[Level]) -> list[Update]:
-        timesteps = [*self._index][1 - len(levels) :]  # those of `levels`, which may begin in mid-grid
+        timesteps = [*self._plan.index][1 - len(levels) :]  # those of `levels`, which may begin in mid-grid
         posterior = [0.0] * len(timesteps)
         if self.config.reverse_variance in ESTIMATES:
             estimate = self._estimate()

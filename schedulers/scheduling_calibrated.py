@@ -21,7 +21,8 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .dpm_core import Level, LinearScheduler, Update
+from .linear_scheduler import LinearScheduler, Update
+from .noise_schedule import Level
 
 
 CALIBRATION = "_calibration"  # the config key; diffusers neither logs nor warns about keys with an underscore
@@ -39,8 +40,9 @@ CONDITIONS: dict[str, str | None] = {
 class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks for the mixin's name
     """Samples in few steps with rows of coefficients that were fitted to this checkpoint.
 
-    It has a table of rows for each of some numbers of steps, and knows no others: `available_steps` lists them. All
-    begin at pure noise. To begin in mid-grid (image to image), or to encode, use `DPMSolverScheduler`.
+    It has a table of rows for each of some numbers of steps, and no others: `available_steps` lists them, and
+    `set_timesteps` takes one of these numbers, or the timesteps of a table. All begin at pure noise. To begin in
+    mid-grid (image to image), or to encode, use `DPMSolverScheduler`.
 
     The config is that of DPM-Solver as far as it concerns the network, and one key more:
 
@@ -53,6 +55,7 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
         ValueError: tables for another noise schedule, prediction type or clipping.
     """
 
+    whole_loops_only = True  # each row, even one without history, is for the states that the rows before it lead to
     own_keys = ("guidance_scale",)  # not clip_sample: a stock scheduler with another default must read it in the file
 
     @register_to_config
@@ -92,9 +95,9 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
         Raises:
             ValueError: no tables, damaged ones, or tables for another schedule, prediction type or clipping.
         """
-        given = deepcopy(dict(calibration)) if isinstance(calibration, Mapping) else calibration.to_dict()
-        self._check(given)
-        self.register_to_config(**{CALIBRATION: given})
+        tables = deepcopy(dict(calibration)) if isinstance(calibration, Mapping) else calibration.to_dict()
+        self._check(tables)
+        self.register_to_config(**{CALIBRATION: tables})
 
     def _check(self, calibration: Mapping[str, Any]) -> None:
         matters = [key for key, switch in CONDITIONS.items() if switch is None or self.config[switch]]
@@ -114,7 +117,7 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
     def _check_table(
         self, timesteps: Sequence[int], rows: Sequence[Sequence[float]], guidance_scale: float | None
     ) -> None:
-        super()._grid(None, timesteps)
+        super()._explicit_grid(timesteps)
         # Row i can use the i + 1 predictions made so far.
         fits = len(rows) == len(timesteps) and all(2 <= len(row) <= i + 2 for i, row in enumerate(rows))
         if not fits or not all(math.isfinite(factor) for row in rows for factor in row):
@@ -135,59 +138,28 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
 
     # The grid and the rows ---------------------------------------------------------------------------------------
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: Sequence[int] | torch.Tensor | None = None,
-    ) -> None:
-        """Choose the table of so many steps. Exactly one of the first and the last argument is given.
-
-        Args:
-            num_inference_steps: number of network calls, one of `available_steps`.
-            device: where `timesteps` lies.
-            timesteps: those of a table.
-
-        Raises:
-            ValueError: there is no such table, or the tables are not for this scheduler.
-        """
-        super().set_timesteps(num_inference_steps, device, timesteps)
-
-    def _grid(self, num_inference_steps: int | None, timesteps: Sequence[float] | torch.Tensor | None) -> list[int]:
-        asked = super()._grid(num_inference_steps, timesteps)  # whose checks are wanted here
-        tables = self._tables()
-        if len(asked) not in tables:
-            raise ValueError(self._no_table(f"for {len(asked)} steps"))
+    def _spaced_grid(self, n: int) -> list[int]:
+        if n not in self._tables():
+            raise ValueError(self._no_table(n))
         self._check(self.config[CALIBRATION])
-        grid = list(tables[len(asked)]["timesteps"])
-        if timesteps is not None and asked != grid:
-            raise ValueError(f"the rows for {len(grid)} steps were fitted at the timesteps {grid}, not at {asked}.")
+        return list(self._tables()[n]["timesteps"])
+
+    def _explicit_grid(self, timesteps: Sequence[float] | torch.Tensor) -> list[int]:
+        grid = super()._explicit_grid(timesteps)
+        fitted = self._spaced_grid(len(grid))
+        if grid != fitted:
+            raise ValueError(f"the rows for {len(grid)} steps were fitted at the timesteps {fitted}, not at {grid}.")
         return grid
 
-    def _no_table(self, wanted: str) -> str:
+    def _no_table(self, n: int) -> str:
         scale = self.config.guidance_scale
-        known = ", ".join(map(str, self.available_steps)) or "no"
+        steps = ", ".join(map(str, self.available_steps)) or "no"
         others = {table["guidance_scale"] for table in (self.calibration or {}).get("tables", ())} - {scale}
         instead = f" (others are {', '.join(sorted(map(guided, others)))})" if others else ""
         return (
-            f"no rows {wanted}: the calibration has rows for {known} steps {guided(scale)}{instead}. 'diffusers-dpm "
-            "calibrate RUN --steps ...' or diffusers_dpm.calibrate fits others."
+            f"no rows for {n} steps: the calibration has rows for {steps} steps {guided(scale)}{instead}. "
+            "'diffusers-dpm calibrate RUN --steps ...' or diffusers_dpm.calibrate fits others."
         )
-
-    def _ensure_grid(self) -> None:
-        if not self.updates:
-            raise ValueError(self._no_table("before set_timesteps"))
-
-    def _replan(self) -> None:
-        super()._replan()
-        self._has_state = True  # even rows without history are for the states that the rows before them lead to
-
-    def _enter(self, index: int) -> None:
-        if index:
-            raise ValueError(
-                f"the rows are fitted to the whole way from noise: to begin at step {index} use DPMSolverScheduler."
-            )
-        super()._enter(index)
 
     def plan(self, levels: list[Level]) -> list[Update]:
         return [Update(sample=sample, x0=tuple(x0)) for sample, *x0 in self._tables()[len(levels) - 1]["rows"]]

@@ -2,13 +2,23 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .dpm_core import CLEAN, Level, LinearScheduler, LinearSchedulerOutput, Update, ddim_mean, forward_step
+from .linear_scheduler import LinearScheduler, LinearSchedulerOutput, Update, ddim_mean, forward_step
+from .noise_schedule import CLEAN, Level
+
+
+class DDIMOptions(NamedTuple):
+    """What a step may say instead of the config; see the keys of these names."""
+
+    eta: float
+    use_clipped_model_output: bool
 
 
 class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks for the mixin's name in this module
@@ -46,21 +56,18 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         use_clipped_model_output: bool = False,
     ):
         self._setup()
-        self._options = self._checked_options()
 
-    def _checked_options(
-        self, eta: float = 0.0, use_clipped_model_output: bool | None = None, encode: bool = False
-    ) -> tuple[float, bool]:
-        """(eta, use_clipped_model_output) in force: what a step is given, or else what the config says."""
+    def _default_options(self) -> DDIMOptions:
+        return self._options()
+
+    def _options(self, eta: float = 0.0, clipped: bool | None = None, encode: bool = False) -> DDIMOptions:
+        """The options in force: what a step is given, or else what the config says."""
         eta = eta or self.config.eta
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} must lie in 0 (deterministic) .. 1 (DDPM).")
         if eta and encode:
             raise ValueError(f"encoding is deterministic: it needs eta=0, not {eta}.")
-        clipped = (
-            self.config.use_clipped_model_output if use_clipped_model_output is None else use_clipped_model_output
-        )
-        return eta, bool(clipped)
+        return DDIMOptions(eta, bool(self.config.use_clipped_model_output if clipped is None else clipped))
 
     def set_timesteps(
         self,
@@ -77,25 +84,22 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         Raises:
             ValueError: also if `encode` is asked for with eta > 0, or on a grid that has no level above timestep 0.
         """
-        self._options = self._checked_options(encode=encode)
-        self._encode = encode
-        if not encode:
-            super().set_timesteps(num_inference_steps, device, timesteps)
-            return
-        self._visit_upward(self._grid(num_inference_steps, timesteps), device)
+        self._options(encode=encode)  # raises if they do not allow it
+        walk = self._ascend if encode else self._descend
+        walk(self._grid(num_inference_steps, timesteps), device)
 
     def _last_level(self) -> Level:
         return CLEAN if self.config.set_alpha_to_one else self.schedule[0]
 
     def _rederives_epsilon(self) -> bool:
-        return self._options[1]
+        return self._plan.options.use_clipped_model_output
 
     def plan(self, levels: list[Level]) -> list[Update]:
         return [self.update(t, s) for t, s in pairwise(levels)]
 
     def update(self, t: Level, s: Level) -> Update:
         """Eq. 12 with the standard deviation of eq. 16."""
-        eta, _ = self._options
+        eta = self._plan.options.eta
         mean = ddim_mean(t, s, eta)
         return mean._replace(noise=eta * s.sigma * math.sqrt(forward_step(t, s))) if eta else mean
 
@@ -127,9 +131,8 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         if generator is not None and variance_noise is not None:
             raise ValueError("give either generator or variance_noise.")
         self._ensure_grid()
-        options = self._checked_options(eta, use_clipped_model_output, self._encode)
-        if options != self._options:
-            self._options = options
-            self._replan()
+        options = self._options(eta, use_clipped_model_output, self._plan.ascends)
+        if options != self._plan.options:
+            self._follow(replace(self._plan, options=options))
         result = self._advance(model_output, timestep, sample, generator, variance_noise)
         return self._output(*result, return_dict)

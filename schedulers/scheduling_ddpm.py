@@ -7,7 +7,8 @@ from itertools import pairwise
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .dpm_core import Level, LinearScheduler, Update, ddpm_mean, forward_step, unknown
+from .linear_scheduler import LinearScheduler, Update, ddpm_mean, forward_step
+from .noise_schedule import Level, unknown
 
 
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")

@@ -15,7 +15,7 @@ All updates from level s to level t, with h = lambda_t - lambda_s, are one formu
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,9 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .dpm_core import CLEAN, Level, LinearScheduler, Update, spread, unknown
+from .linear_scheduler import LinearScheduler, Update
+from .noise_schedule import CLEAN, Level
+from .timestep_grids import LAMBDA_SPACINGS, SPACINGS, Grid, lambda_grid, spread
 
 
 # diffusers' names, the reference code's, and those that diffusers' DPM-Solver accepts from other solvers' configs
@@ -143,6 +145,19 @@ def singlestep_orders(num_calls: int, solver_order: int) -> list[int]:
     return [solver_order] * blocks + ([rest] if rest else [])
 
 
+# DPM-Solver++(2M), the usual case of `multistep_row`, in nine lines (Lu et al. 2022b, Algorithm 2):
+#
+#     def plan(self, levels):
+#         rows, last = [], math.inf
+#         for s, t in pairwise(levels):
+#             h = t.lambda_ - s.lambda_
+#             weight = -t.alpha * math.expm1(-h)
+#             back = 0.0 if math.isinf(h) else h / (2 * last)
+#             rows.append(Update(sample=t.sigma / s.sigma, x0=(weight * (1 + back), -weight * back)))
+#             last = h
+#         return rows
+
+
 def multistep_row(algorithm_type: str, order: int, solver_type: str, factor: float, levels: Sequence[Level]) -> Update:
     """Adams-type step from levels[-2] to levels[-1]; `levels` also holds the order - 1 levels before them.
 
@@ -201,57 +216,10 @@ def singlestep_rows(algorithm_type: str, solver_type: str, levels: Sequence[Leve
 
 def last_orders(orders: Sequence[int], num_calls: int) -> list[int]:
     """Orders of the blocks over the last `num_calls` calls; the first block may have lost its first stages."""
-    kept: list[int] = []
+    result: list[int] = []
     for order in reversed(orders):
-        kept.insert(0, min(order, num_calls - sum(kept)))
-    return [order for order in kept if order]
-
-
-# Grids ---------------------------------------------------------------------------------------------------------------
-
-
-def index_grid(spacing: str, top: int, n: int, steps_offset: int) -> list[int]:
-    """n ascending timesteps below `top`, spaced as in diffusers' DPM-Solver: as n + 1 points, the lowest left out."""
-    if spacing == "linspace":
-        return [round(i * ((top - 1) / n)) for i in range(1, n + 1)]
-    if spacing == "leading":
-        return [i * (top // (n + 1)) + steps_offset for i in range(1, n + 1)]
-    if spacing == "trailing":
-        stride = (top - top / n) - top  # numpy.arange's arithmetic, so that halves round as they do in diffusers
-        return [round(top + i * stride) - 1 for i in reversed(range(n))]
-    return [round(i**2 * (top - 1) / n**2) for i in range(1, n + 1)]  # quadratic in time
-
-
-@cache
-def beta_distribution(shape: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """(angles, multiples of the mass of Beta(shape, shape) below sin^2(angle)), by quadrature."""
-    angle = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)  # x = sin^2(angle) takes the poles away
-    density = (angle.sin() * angle.cos()) ** (2 * shape - 1)
-    return angle, torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumulative_trapezoid(density)])
-
-
-def beta_quantiles(p: torch.Tensor, shape: float = 0.6) -> torch.Tensor:
-    """Inverse of the distribution function of Beta(shape, shape); error below 1e-7."""
-    angle, mass = beta_distribution(shape)
-    wanted = p * mass[-1]
-    right = torch.searchsorted(mass, wanted).clamp(1, len(mass) - 1)
-    left = right - 1
-    fraction = (wanted - mass[left]) / (mass[right] - mass[left])
-    return torch.lerp(angle[left], angle[right], fraction).sin() ** 2
-
-
-def lambda_grid(spacing: str, noisiest: float, cleanest: float, num: int) -> torch.Tensor:
-    """`num` ascending values of lambda with both ends, spaced in lambda or in sigma / alpha = exp(-lambda)."""
-    if num == 1:
-        return torch.tensor([noisiest], dtype=torch.float64)
-    u = torch.linspace(0, 1, num, dtype=torch.float64)
-    high, low = math.exp(-noisiest), math.exp(-cleanest)
-    if spacing == "karras":  # Karras et al. 2022, eq. 5
-        rho = 7
-        return -rho * torch.log(high ** (1 / rho) + u * (low ** (1 / rho) - high ** (1 / rho)))
-    if spacing == "beta":  # Lee et al. 2024, arXiv 2407.12173
-        return -torch.log(low + (high - low) * beta_quantiles(1 - u))
-    return torch.lerp(torch.tensor(noisiest).double(), torch.tensor(cleanest).double(), u)  # logsnr
+        result.insert(0, min(order, num_calls - sum(result)))
+    return [order for order in result if order]
 
 
 SIGMA_FLAGS = {
@@ -260,7 +228,16 @@ SIGMA_FLAGS = {
     "use_beta_sigmas": "beta",
     "use_lu_lambdas": "logsnr",
 }
-INDEX_SPACINGS = ("linspace", "leading", "trailing", "quadratic")
+CHOICES = {
+    "algorithm_type": tuple(ALGORITHM_TYPES),
+    "solver_type": tuple(SOLVER_TYPES),
+    "solver_order": (1, 2, 3),
+    "method": METHODS,
+    "third_order_rule": tuple(THIRD_ORDER_RULES),
+    "final_sigmas_type": ("zero", "sigma_min"),
+    "use_flow_sigmas": (False,),
+    "use_dynamic_shifting": (False,),
+}
 
 
 class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks for the mixin's name
@@ -347,35 +324,27 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         clip_sample_range: float = 1.0,
         step_plan: dict | None = None,
     ):
-        choices: dict[str, Sequence[object]] = {
-            "algorithm_type": tuple(ALGORITHM_TYPES),
-            "solver_type": tuple(SOLVER_TYPES),
-            "solver_order": (1, 2, 3),
-            "method": METHODS,
-            "third_order_rule": tuple(THIRD_ORDER_RULES),
-            "final_sigmas_type": ("zero", "sigma_min"),
-            "use_flow_sigmas": (False,),
-            "use_dynamic_shifting": (False,),
-        }
-        for key, known in choices.items():
-            if self.config[key] not in known:
-                raise ValueError(unknown(key, self.config[key], known))
-        if euler_at_final and method != "multistep":
-            raise ValueError("euler_at_final=True needs method='multistep': the blocks of the others end as they end.")
-        if sum(self.config[flag] for flag in SIGMA_FLAGS) > 1:
-            raise ValueError(f"only one of {', '.join(SIGMA_FLAGS)} can be used.")
-        if method != "multistep" and algorithm_type.startswith("sde"):
-            raise ValueError(
-                f"algorithm_type={algorithm_type!r} needs method='multistep', not {method!r}: the noises of the "
-                "stages of a singlestep block would have to come from one Brownian path."
-            )
+        self._check_choices(CHOICES)
+        self._check_combinations()
+        self._algorithm = ALGORITHM_TYPES[algorithm_type]
         self._setup()
         self._num_levels = int((self.schedule.lambda_ >= lambda_min_clipped).sum())  # what the grids may start from
         if not self._num_levels:
             raise ValueError(f"lambda_min_clipped={lambda_min_clipped} leaves no timestep.")
-        self._plan_orders: list[int] = []  # of the plan that is being walked
         if step_plan is not None:
             self._check_plan(step_plan)
+
+    def _check_combinations(self) -> None:
+        config = self.config
+        if config.euler_at_final and config.method != "multistep":
+            raise ValueError("euler_at_final=True needs method='multistep': the blocks of the others end as they end.")
+        if sum(config[flag] for flag in SIGMA_FLAGS) > 1:
+            raise ValueError(f"only one of {', '.join(SIGMA_FLAGS)} can be used.")
+        if config.method != "multistep" and config.algorithm_type.startswith("sde"):
+            raise ValueError(
+                f"algorithm_type={config.algorithm_type!r} needs method='multistep', not {config.method!r}: the noise "
+                "of the stages of a singlestep block would have to come from one Brownian path."
+            )
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -414,7 +383,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
             ValueError: not exactly one of the four is given, a value is out of range or order, noise is added, or the
                 plan was made for another schedule or solver, or is to be walked upward.
         """
-        if sum(given is not None for given in (num_inference_steps, timesteps, sigmas, plan)) != 1:
+        if sum(argument is not None for argument in (num_inference_steps, timesteps, sigmas, plan)) != 1:
             raise ValueError("give one of num_inference_steps, timesteps, sigmas and plan.")
         if plan is not None and encode:
             raise ValueError("a plan cannot be walked upward: its orders are those of the way down.")
@@ -422,31 +391,27 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         if stored is not None and num_inference_steps == len(stored["timesteps"]) and not encode:
             plan = stored
         if plan is not None:
-            if isinstance(plan, (str, Path)):
-                raise ValueError(f"plan is a StepPlan or its dict, got {str(plan)!r}: StepPlan.load reads files.")
-            self._visit_plan(plan if isinstance(plan, Mapping) else vars(plan), device)
+            self._follow_steps(plan, device)
             return
-        self._plan_orders = []
         if encode and self._algorithm.startswith("sde"):
             raise ValueError(f"encoding is deterministic: it cannot use algorithm_type={self._algorithm!r}.")
         if sigmas is not None:
-            grid = self._labels(self._timesteps_of(torch.as_tensor(sigmas, dtype=torch.float64).cpu()))
-        elif timesteps is not None:
-            grid = self._explicit(timesteps)
+            nodes = self._timesteps_of(torch.as_tensor(sigmas, dtype=torch.float64).cpu())
+            grid = self._distinct(nodes, len(self.schedule))
         else:
-            self._grid(num_inference_steps, None)  # checks the number
-            grid = self._labels(self._nodes(num_inference_steps or 1), self._num_levels)
-        if encode:
-            self._visit_upward(grid, device)
-        else:
-            self._visit(grid, [*map(self.schedule.level, grid), self._last_level()], device)
+            grid = self._grid(num_inference_steps, timesteps)
+        walk = self._ascend if encode else self._descend
+        walk(grid, device)
 
-    def _visit_plan(self, plan: Mapping[str, Any], device: str | torch.device | None) -> None:
-        """`_visit` the timesteps of a plan, in its blocks."""
-        self._check_plan(plan)
-        self._plan_orders = list(plan["orders"])
-        last = CLEAN if plan["end"] is None else self.schedule.level(plan["end"])
-        self._visit(plan["timesteps"], [*map(self.schedule.level, plan["timesteps"]), last], device)
+    def _follow_steps(self, plan: Any, device: str | torch.device | None) -> None:
+        """Take the timesteps of a StepPlan, and its orders as `Plan.options`."""
+        if isinstance(plan, (str, Path)):
+            raise ValueError(f"plan is a StepPlan or its dict, got {str(plan)!r}: StepPlan.load reads files.")
+        steps = plan if isinstance(plan, Mapping) else vars(plan)
+        self._check_plan(steps)
+        last = CLEAN if steps["end"] is None else self.schedule.level(steps["end"])
+        levels = [*map(self.schedule.level, steps["timesteps"]), last]
+        self._follow(replace(self._new_plan(steps["timesteps"], levels, device), options=tuple(steps["orders"])))
 
     def _check_plan(self, plan: Mapping[str, Any]) -> None:
         """Raises ValueError if the plan is not one for this schedule and solver."""
@@ -474,10 +439,10 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         fits = sum(orders) == len(times) and {*orders} <= {1, 2, 3} and (end is not None or orders[-1:] == [1])
         return inside and descends and fits
 
-    def _explicit(self, timesteps: Sequence[float] | torch.Tensor) -> list[float]:
+    def _explicit_grid(self, timesteps: Sequence[float] | torch.Tensor) -> list[Any]:
         """Timesteps as they were given; real-valued ones if the config allows them."""
         if not self.config.fractional_timesteps:
-            return [*self._grid(None, timesteps)]
+            return super()._explicit_grid(timesteps)
         grid = torch.tensor([float(t) for t in timesteps], dtype=torch.float32).tolist()
         top = len(self.schedule) - 1
         if not grid or grid[0] > top or grid[-1] < 0 or any(t <= s for t, s in pairwise(grid)):
@@ -496,43 +461,34 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
             )
         return self.schedule.timestep_of(lambdas).tolist()
 
-    def _labels(self, nodes: list[float], num_levels: int | None = None) -> list[float]:
-        """Timesteps below `num_levels` for the network, strictly descending, from real-valued ones that may repeat."""
-        ceiling = max(num_levels or len(self.schedule), len(nodes))
-        if not self.config.fractional_timesteps:
-            return [*spread([round(t) for t in reversed(nodes)], ceiling)[::-1]]
-        grid = torch.tensor(nodes, dtype=torch.float32).tolist()  # float32 is what the network will be told
-        if grid[-1] >= 0 and grid[0] <= ceiling - 1 and all(t > s for t, s in pairwise(grid)):
-            return grid
-        return [float(t) for t in spread([round(t) for t in reversed(nodes)], ceiling)[::-1]]
-
-    def _nodes(self, n: int) -> list[float]:
-        """Real-valued descending timesteps of n network calls."""
-        if self.config.denoise_to_zero and n > 1:
-            return [*self._from_the_top(n - 1, to_zero=True), 0]
-        return self._from_the_top(n, self.config.final_sigmas_type == "sigma_min")
-
-    def _from_the_top(self, n: int, to_zero: bool) -> list[float]:
-        """`_spaced` from the noisiest level in use. Where its lambda is -inf, it stands before a grid in lambda."""
-        top = self._num_levels
-        if self.schedule.alpha[top - 1] > 0 or self._spacing in INDEX_SPACINGS:
-            return self._spaced(n, top, to_zero)
-        return [top - 1, *(self._spaced(n - 1, top - 1, to_zero) if n > 1 else [])]
-
-    def _spaced(self, n: int, top: int, to_zero: bool) -> list[float]:
-        """n descending timesteps below `top`; `to_zero`: the walk ends at timestep 0, which is none of them."""
-        spacing, lambdas = self._spacing, self.schedule.lambda_
-        if self.config.method == "singlestep_fixed":
-            order, alone = self.config.solver_order, (not to_zero) + (self.schedule.alpha[top - 1].item() == 0)
-            n = max((n - alone) // order * order + alone, 1)
-        if spacing in INDEX_SPACINGS:
-            return [float(t) for t in reversed(index_grid(spacing, top, n, self.config.steps_offset))]
-        ends = lambdas[top - 1].item(), lambdas[0].item()
-        if spacing == "logsnr" and self.config.method == "singlestep":
-            grid = self._block_lambdas(n, *ends, to_zero)
+    def _spaced_grid(self, n: int) -> list[Any]:
+        if not self.config.denoise_to_zero or n == 1:
+            nodes = self._spaced(n, self.config.final_sigmas_type == "sigma_min")
         else:
-            grid = lambda_grid(spacing, *ends, n + to_zero)[:n]
-        return self.schedule.timestep_of(grid).tolist()
+            nodes = [*self._spaced(n - 1, to_zero=True), 0]
+        return self._distinct(nodes, self._num_levels)
+
+    def _distinct(self, nodes: list[float], num_levels: int) -> list[Any]:
+        """Strictly descending timesteps below `num_levels` for the network, from real-valued ones that may repeat."""
+        fractional, ceiling = self.config.fractional_timesteps, max(num_levels, len(nodes))
+        grid = torch.tensor(nodes, dtype=torch.float32).tolist()  # float32 is what the network gets
+        if fractional and grid[-1] >= 0 and grid[0] <= ceiling - 1 and all(t > s for t, s in pairwise(grid)):
+            return grid
+        integers = spread([round(t) for t in nodes], ceiling)
+        return [float(t) for t in integers] if fractional else integers
+
+    def _spaced(self, n: int, to_zero: bool) -> list[float]:  # type: ignore[override]
+        """n descending timesteps from the noisiest level in use; `to_zero`: the walk ends at timestep 0, not in it."""
+        config, spacing, top = self.config, self._spacing, self._num_levels
+        in_lambda = spacing in LAMBDA_SPACINGS
+        if config.method == "singlestep_fixed":
+            from_pure_noise = self.schedule.alpha[top - 1].item() == 0
+            order, alone = config.solver_order, (not to_zero) + from_pure_noise
+            n = max((n - alone) // order * order + alone, min(n, 1 + (from_pure_noise and in_lambda)))
+        grid = Grid(self.schedule, n, top, skip=to_zero if in_lambda else 1, steps_offset=config.steps_offset)
+        if spacing == "logsnr" and config.method == "singlestep":
+            return lambda_grid(grid, lambda n, a, b: self._block_lambdas(n, a, b, to_zero))
+        return SPACINGS[spacing](grid)
 
     def _block_lambdas(self, n: int, noisiest: float, cleanest: float, to_zero: bool) -> torch.Tensor:
         """Blocks of equal width in lambda, whatever their order, each divided evenly by its stages."""
@@ -551,17 +507,11 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
 
     # The rows ----------------------------------------------------------------------------------------------------
 
-    @property
-    def _algorithm(self) -> str:
-        return ALGORITHM_TYPES[self.config.algorithm_type]
-
     def _rederives_epsilon(self) -> bool:
-        return not self._algorithm.endswith("++") and (self._clip_range, self._threshold) != (None, None)
+        return self._plan.clipping != (None, None) and not self._algorithm.endswith("++")
 
     def _block_orders(self, n: int, last_alone: bool, pure_noise: bool = False) -> list[int]:
         """Orders of singlestep blocks for n calls; steps from pure noise, or to it or clean data, have first order."""
-        if self._plan_orders:
-            return last_orders(self._plan_orders, n)
         if n <= 1:
             return [1] * n
         if pure_noise:
@@ -581,9 +531,10 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         config, n = self.config, len(levels) - 1
         algorithm_type, solver_type = self._algorithm, SOLVER_TYPES[config.solver_type]
         clean = levels[-1].sigma == 0
-        if config.method != "multistep" or self._plan_orders:
-            edges = [0, *accumulate(self._block_orders(n, clean or levels[-1].alpha == 0, levels[0].alpha == 0))]
-            blocks = (levels[a : b + 1] for a, b in pairwise(edges))
+        if config.method != "multistep" or self._plan.options:
+            own = last_orders(self._plan.options, n)
+            orders = own or self._block_orders(n, clean or levels[-1].alpha == 0, levels[0].alpha == 0)
+            blocks = (levels[a : b + 1] for a, b in pairwise([0, *accumulate(orders)]))
             return [row for block in blocks for row in singlestep_rows(algorithm_type, solver_type, block)]
         lower_last = 2 if config.lower_order_final and n < 15 else 0
         if clean and config.denoise_to_zero:

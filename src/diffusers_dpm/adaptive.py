@@ -27,15 +27,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_dpm.pipelines.pipeline_dpm import draw_labels, evaluation_mode, make_generators
-from diffusers_dpm.schedulers.dpm_core import (
-    CLEAN,
-    PREDICTIONS,
-    Level,
-    Update,
-    affine,
-    spread,
-    weighted_sum,
-)
+from diffusers_dpm.schedulers.linear_scheduler import Update
+from diffusers_dpm.schedulers.noise_schedule import CLEAN, Level
 from diffusers_dpm.schedulers.scheduling_dpm_solver import (
     ALGORITHM_TYPES,
     SOLVER_TYPES,
@@ -43,6 +36,7 @@ from diffusers_dpm.schedulers.scheduling_dpm_solver import (
     first_order,
     singlestep_rows,
 )
+from diffusers_dpm.schedulers.timestep_grids import spread
 
 
 ATOL = 0.0078  # 2 / 256: one grey level of an image in [-1, 1]
@@ -167,9 +161,8 @@ class AdaptiveResult:
 
 def combine(row: Update, x: torch.Tensor, predictions: Sequence[Predicted]) -> torch.Tensor:
     """`row` applied to the x at which its block starts; predictions newest first."""
-    x0s = [x0 for x0, _ in predictions[: len(row.x0)]]
-    epsilons = [epsilon for _, epsilon in predictions[: len(row.epsilon)]]
-    return weighted_sum((row.sample, *row.x0, *row.epsilon), (x, *x0s, *epsilons))
+    x0s, epsilons = zip(*predictions, strict=True)
+    return row.apply(x, x0s, epsilons)
 
 
 @dataclass
@@ -296,19 +289,11 @@ def predictor(model: Callable, scheduler: DPMSolverScheduler, dtype: torch.dtype
 
     The network is given x in `dtype` and the timestep as a floating-point tensor of shape ().
     """
-    config = scheduler.config
-    clips = config.thresholding or config.clip_sample
 
     def predict(x: torch.Tensor, node: Node) -> Predicted:
         output = model(x.to(dtype), torch.tensor(node.t, dtype=x.dtype, device=x.device))
-        if output.shape != x.shape:  # the second half of 2C channels is a variance
-            output = output[:, : x.shape[1]]
         output = output.to(x.dtype, copy=True)  # the network may write to its own buffer again
-        of_x0, of_epsilon = PREDICTIONS[config.prediction_type](node.level)
-        x0 = scheduler.clip_x0(affine(of_x0, x, output))
-        if clips:  # the pair stays consistent
-            return x0, affine(PREDICTIONS["sample"](node.level).epsilon, x, x0)
-        return x0, affine(of_epsilon, x, output)
+        return scheduler.predict(output, x, node.level)
 
     return predict
 
@@ -507,7 +492,7 @@ def plan_timesteps(
         "options": {key: repr(value) for key, value in options.items()},
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    timesteps, end = _labels(result.timesteps, result.end, len(scheduler.schedule), fractional)
+    timesteps, end = _network_timesteps(result.timesteps, result.end, len(scheduler.schedule), fractional)
     return StepPlan(
         schedule_hash=scheduler.schedule.hash,
         algorithm_type=ALGORITHM_TYPES[scheduler.config.algorithm_type],
@@ -520,10 +505,10 @@ def plan_timesteps(
     )
 
 
-def _labels(
+def _network_timesteps(
     timesteps: list[float], end: float | None, num_train_timesteps: int, fractional: bool
 ) -> tuple[list[float], float | None]:
-    """(what the network will be told, the end): float32 values, or distinct integers."""
+    """(timesteps of the network calls, the end): float32 values, or distinct integers."""
     path = timesteps if end is None else [*timesteps, end]
     if fractional:
         path = torch.tensor(path, dtype=torch.float32).tolist()
@@ -533,7 +518,7 @@ def _labels(
                 f"{len(path)} steps do not fit into {num_train_timesteps} integer timesteps: ask for a larger "
                 "tolerance, or fractional=True."
             )
-        path = [*spread([round(t) for t in reversed(path)], num_train_timesteps)[::-1]]
+        path = [*spread([round(t) for t in path], num_train_timesteps)]
     return (path, None) if end is None else (path[:-1], path[-1])
 
 

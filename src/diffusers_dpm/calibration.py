@@ -43,7 +43,8 @@ from diffusers_dpm.pipelines.pipeline_dpm import (
 )
 from diffusers_dpm.random_streams import NoiseSource
 from diffusers_dpm.records import PartialResults, fingerprint
-from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, SPACINGS, Level, Update, affine, weighted_sum
+from diffusers_dpm.schedulers.linear_scheduler import Update
+from diffusers_dpm.schedulers.noise_schedule import Level
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS, CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_dpm_solver import DPMSolverScheduler
 
@@ -133,7 +134,9 @@ class Calibration:
         """
         scales = [table["guidance_scale"] for table in self.tables]
         options = {"guidance_scale": None if None in scales or not scales else min(scales), **options}
-        if scheduler.config.get("timestep_spacing") not in SPACINGS:  # AnalyticDPMScheduler has more
+        if (
+            scheduler.config.get("timestep_spacing") not in CalibratedScheduler.spacings
+        ):  # AnalyticDPMScheduler has more
             options = {"timestep_spacing": "linspace", **options}
         calibrated = CalibratedScheduler.from_config(scheduler.config, **options)
         calibrated.set_calibration(self)
@@ -239,9 +242,7 @@ class Network:
         output, _ = self.scheduler.split_output(getattr(output, "sample", output), x)
         if self.guidance is not None:
             output = self.guidance(first, first + len(x))(output, x, t, level.alpha, level.sigma)
-        of_x0 = PREDICTIONS[self.scheduler.config.prediction_type](level).x0
-        x0 = affine(of_x0, x, output)
-        return self.scheduler.clip_x0(x0.clone() if x0 is output else x0)
+        return self.scheduler.predict_x0(output, x, level)
 
 
 class Student:
@@ -310,7 +311,7 @@ class Student:
             terms = [term[: self.num_images] for term in (x, *x0s)]
             factors = self.network.agreed(fit_row(terms, target[: self.num_images], priors[i], ridge))
             rows.append(Update(sample=factors[0], x0=tuple(factors[1:])))
-            x = weighted_sum(factors, (x, *x0s))
+            x = rows[-1].apply(x, x0s)
         return Walk(list(places), rows, states, predictions, self.distances(x))
 
     def follow(self, solver: DPMSolverScheduler) -> torch.Tensor:
@@ -319,7 +320,7 @@ class Student:
         x, x0s = self.states[0, first:], NOTHING
         for row, t, level in zip(solver.updates, solver.timesteps.tolist(), solver.levels, strict=False):
             x0s = (self.network(x, t, level, first), *x0s)[:3]
-            x = weighted_sum((row.sample, *row.x0), (x, *x0s[: len(row.x0)]))
+            x = row.apply(x, x0s)
         return self.distances(x, first)
 
     def searched(self, walk: Walk) -> float:
@@ -585,7 +586,7 @@ def teacher_states(
         known[0, part] = x.cpu()
         for i, (row, t) in enumerate(zip(teacher.updates, teacher.timesteps.tolist(), strict=True)):
             x0s = (network(x, t, teacher.levels[i], start), *x0s)[:2]
-            x = weighted_sum((row.sample, *row.x0), (x, *x0s[: len(row.x0)]))
+            x = row.apply(x, x0s)
             known[i + 1, part] = x.cpu()
         if store is not None and main:
             store.save(known)

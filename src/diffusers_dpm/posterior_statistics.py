@@ -33,7 +33,7 @@ from diffusers_dpm.networks import Progress, checked_labels, network_output, noi
 from diffusers_dpm.pipelines.pipeline_dpm import evaluation_mode
 from diffusers_dpm.random_streams import NoiseSource
 from diffusers_dpm.records import PartialResults, fingerprint
-from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level, VPNoiseSchedule
+from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, VPNoiseSchedule, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
 
@@ -273,9 +273,8 @@ def posterior_variances(
     alpha, sigma = schedule.at(t, x0)
     x_t = alpha * x0 + sigma * noise
     output = network_output(unet, x_t, t, class_labels)
-    of_x0, of_epsilon = PREDICTIONS[prediction_type](Level._make((alpha, sigma, math.nan)))
-    x0_hat = of_x0[0] * x_t + of_x0[1] * output
-    epsilon_hat = of_epsilon[0] * x_t + of_epsilon[1] * output
+    conversion = PREDICTIONS[prediction_type](alpha, sigma)
+    x0_hat, epsilon_hat = (affine(factors, x_t, output) for factors in conversion)
     alpha, sigma = alpha.flatten(), sigma.flatten()
     published = (sigma / alpha) ** 2 * (1 - mean_square(epsilon_hat))
     analytic = torch.where(alpha > 0, published, mean_square(x0) - mean_square(x0_hat))

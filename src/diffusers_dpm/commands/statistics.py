@@ -20,7 +20,7 @@ from diffusers_dpm.data import load_data
 from diffusers_dpm.networks import load_pipeline, noise_schedule_of
 from diffusers_dpm.options import DataSourceOptions, check_ranges, parse_options
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
-from diffusers_dpm.schedulers.scheduling_analytic_dpm import even_timesteps
+from diffusers_dpm.schedulers.timestep_grids import Grid, even
 
 
 PROG = "diffusers-dpm statistics"
@@ -71,13 +71,15 @@ def estimate(model: str, options: StatisticsOptions) -> None:
     folder = Path(options.output_dir or Path(model) / "analytic_dpm")
     pipeline = load_pipeline(model)
     unet, scheduler = pipeline.unet, pipeline.scheduler
-    num_train_timesteps = len(noise_schedule_of(scheduler))
+    schedule = noise_schedule_of(scheduler)
+    num_train_timesteps = len(schedule)
     if options.timesteps is not None and options.timesteps > num_train_timesteps:
         raise ValueError(f"--timesteps {options.timesteps} is more than the model's {num_train_timesteps}")
     accelerator = Accelerator(cpu=options.cpu)
     with accelerator.main_process_first():  # which fills the cache of `datasets`
         data = load_data(options, require_labels=unet.config.num_class_embeds is not None)
-    timesteps = even_timesteps(num_train_timesteps, options.timesteps or num_train_timesteps)
+    grid = Grid(schedule, options.timesteps or num_train_timesteps, num_train_timesteps)
+    timesteps = [round(t) for t in even(grid)]
     num_pairs = min(options.num_samples, len(data)) * len(timesteps)
     with tqdm(total=num_pairs, unit="call", desc="images x timesteps") as bar:
         statistics = estimate_statistics(

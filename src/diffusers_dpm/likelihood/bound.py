@@ -33,7 +33,7 @@ from diffusers_dpm.likelihood.decoder import (
 from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Evaluation, forward_process, standard_error
 from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.pipeline_dpm import evaluation_mode, is_ddpm
-from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level
+from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, Level, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
 
@@ -128,10 +128,9 @@ def measure_errors(
         x0, labels = evaluation.batch(rows)
         noise = evaluation.draw("normal", rows, ((0, grid[place]) for place in places))
         t = torch.tensor([grid[place] for place in places], device=x0.device)
-        level = Level._make((*schedule.at(t, x0), math.nan))
-        x_t = level.alpha * x0 + level.sigma * noise
-        of_sample, of_output = PREDICTIONS[config.prediction_type](level).x0
-        raw = of_sample * x_t + of_output * network_output(unet, x_t, t, labels)
+        alpha, sigma = schedule.at(t, x0)
+        x_t = alpha * x0 + sigma * noise
+        raw = affine(PREDICTIONS[config.prediction_type](alpha, sigma).x0, x_t, network_output(unet, x_t, t, labels))
         predicted = process.clip_x0(raw)
         error, clipping = x0 - predicted, predicted - raw
         variance = x0.new_tensor([variances[place] for place in places]).view(-1, *(1,) * (x0.ndim - 1))

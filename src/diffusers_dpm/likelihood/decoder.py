@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch.special import log_ndtr
 
-from diffusers_dpm.schedulers.dpm_core import VPNoiseSchedule
+from diffusers_dpm.schedulers.noise_schedule import VPNoiseSchedule
 
 
 CDFS = ("exact", "tanh")

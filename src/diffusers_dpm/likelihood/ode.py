@@ -11,7 +11,7 @@ from diffusers_dpm.likelihood.decoder import check_levels, gaussian_log_density
 from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Evaluation, forward_process, standard_error
 from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.pipeline_dpm import evaluation_mode
-from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level, affine
+from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
 
@@ -226,7 +226,7 @@ class ProbabilityFlow:
         with torch.enable_grad():
             x = state[0].detach().requires_grad_()
             output = network_output(self.unet, x, t.expand(len(x)), self.class_labels)
-            epsilon = affine(PREDICTIONS[self.prediction_type](Level(alpha, sigma, lambda_.item())).epsilon, x, output)
+            epsilon = affine(PREDICTIONS[self.prediction_type](alpha, sigma).epsilon, x, output)
             traces = exact_trace(epsilon, x) if self.probes is None else probed_traces(epsilon, x, self.probes)
         if not (epsilon.isfinite().all() and traces.isfinite().all()):  # an adaptive solver would never end
             raise ValueError("the network's predictions are not finite.")

@@ -1,0 +1,687 @@
+"""Schedulers made of rows of coefficients.
+
+Every update of DDPM, DDIM, Analytic-DPM and DPM-Solver is one linear combination
+
+    x_s = sample * x_t + sum_j x0[j] * x0_j + sum_j epsilon[j] * epsilon_j + noise * z        (j = 0 is the newest)
+
+so a sampler is a table of such rows (`Update`), built once in float64 by `LinearScheduler.set_timesteps`, and `step`
+is the same for all of them. A new sampler writes `plan(levels)` and nothing else.
+"""
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from inspect import signature
+from itertools import pairwise
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+from .noise_schedule import (
+    BETA_SCHEDULES,
+    CLEAN,
+    PREDICTIONS,
+    Level,
+    VPNoiseSchedule,
+    affine,
+    rescale_zero_terminal_snr,
+    unknown,
+)
+from .timestep_grids import SPACINGS, Grid, spread
+
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+class Update(NamedTuple):
+    """One row: the coefficients of one step.
+
+    Attributes:
+        sample: factor of the current x; of the x that opened the block if `anchored`.
+        x0: factors of the predictions of x_0, newest first.
+        epsilon: factors of the predictions of epsilon, newest first.
+        noise: standard deviation of the fresh noise.
+        anchored: the row continues a block (a later stage of a singlestep method): `sample` multiplies the x at which
+            the last row that was not anchored started.
+        log_variance: the interval [low, high] in which a network with 2C output channels chooses the logarithm of the
+            noise variance; it then replaces `noise`, which must still be positive.
+    """
+
+    sample: float = 0.0
+    x0: tuple[float, ...] = ()
+    epsilon: tuple[float, ...] = ()
+    noise: float = 0.0
+    anchored: bool = False
+    log_variance: tuple[float, float] | None = None
+
+    def apply(
+        self, x: torch.Tensor, x0s: Tensors, epsilons: Tensors = (), noise: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x_s, always a new tensor.
+
+        Args:
+            x: what `sample` multiplies.
+            x0s, epsilons: predictions, newest first; those beyond the row's factors are not used.
+            noise: z, standard normal; None leaves it out.
+        """
+        factors = (self.sample, *self.x0, *self.epsilon)
+        result = weighted_sum(factors, (x, *x0s[: len(self.x0)], *epsilons[: len(self.epsilon)]))
+        return result if noise is None or not self.noise else result.add_(noise, alpha=self.noise)
+
+    def defect(self, source: Level, target: Level) -> tuple[float, float]:
+        """How far the row misses `target` when every prediction is exact: (signal error, excess variance).
+
+        Both vanish for any method that keeps the marginals q(x_t | x_0); reverse variances other than the posterior's
+        (fixed_large, Analytic-DPM) exceed the second on purpose. `source` is the level of the x that `sample`
+        multiplies.
+        """
+        signal = self.sample * source.alpha + math.fsum(self.x0)
+        noise = self.sample * source.sigma + math.fsum(self.epsilon)
+        return signal - target.alpha, math.hypot(noise, self.noise) ** 2 - target.sigma**2
+
+
+def forward_step(t: Level, s: Level) -> float:
+    """u = 1 - SNR_t / SNR_s: q(x_t | x_s) has variance sigma_t^2 u, and q(x_s | x_t, x_0) of DDPM sigma_s^2 u."""
+    return -math.expm1(2 * (t.lambda_ - s.lambda_))
+
+
+def ddpm_mean(t: Level, s: Level) -> Update:
+    """The mean of q(x_s | x_t, x_0) in x_t and x_0 (Ho et al. 2020, eq. 7); the row has no noise yet."""
+    return Update(sample=s.sigma / t.sigma * math.exp(t.lambda_ - s.lambda_), x0=(s.alpha * forward_step(t, s),))
+
+
+def ddim_mean(t: Level, s: Level, eta: float) -> Update:
+    """The mean of q(x_s | x_t, x_0) with standard deviation eta s.sigma sqrt(u), in x_0 and epsilon.
+
+    Song et al. 2021, eq. 7 and 16, with u of `forward_step`; the row has no noise yet.
+    """
+    direction = s.sigma * math.sqrt(1 - eta**2 * forward_step(t, s)) if eta else s.sigma
+    return Update(x0=(s.alpha,), epsilon=(direction,))
+
+
+def weighted_sum(factors: Iterable[float], tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """sum of factor * tensor, leaving out zero factors (0 * inf must not appear); always a new tensor."""
+    total: torch.Tensor | None = None
+    for factor, tensor in zip(factors, tensors, strict=True):
+        if factor:
+            total = tensor * factor if total is None else total.add_(tensor, alpha=factor)
+    if total is None:
+        raise ValueError("a row needs at least one factor that is not zero.")
+    return total
+
+
+def dynamic_threshold(x0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:
+    """Clip each image to its own quantile s >= 1 of |x_0| and divide by s (Saharia et al. 2022, section 2.3).
+
+    Args:
+        x0: shape (B, ...), float32 or float64.
+        ratio: the quantile, in (0, 1].
+        max_value: upper bound of s. A bound of 1 would leave a static clip, so up to 1 means no bound.
+    """
+    magnitude = x0.abs().flatten(1)
+    position = ratio * (magnitude.shape[1] - 1)
+    below = math.floor(position)  # two order statistics: torch.quantile refuses more than 2^24 elements
+    low = magnitude.kthvalue(below + 1, dim=1).values
+    high = magnitude.kthvalue(min(below + 2, magnitude.shape[1]), dim=1).values
+    s = torch.lerp(low, high, position - below).clamp(1, max_value if max_value > 1 else None)
+    s = s.view(-1, *(1,) * (x0.ndim - 1))
+    return torch.minimum(torch.maximum(x0, -s), s) / s
+
+
+@dataclass
+class LinearSchedulerOutput(BaseOutput):
+    """What `step` returns.
+
+    Attributes:
+        prev_sample: x at the next level of the grid, of the sample's shape and dtype.
+        pred_original_sample: the prediction of x_0 that the step used, clipped if the config says so.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor
+
+    def __post_init__(self) -> None:
+        # What BaseOutput does for any fields; its inspection of them would take longer than the arithmetic of a step.
+        OrderedDict.__setitem__(self, "prev_sample", self.prev_sample)
+        OrderedDict.__setitem__(self, "pred_original_sample", self.pred_original_sample)
+
+
+class Clipping(NamedTuple):
+    """How predictions of x_0 are limited: (quantile, bound) of `dynamic_threshold`, or a range, or not at all."""
+
+    threshold: tuple[float, float] | None = None
+    clip_range: float | None = None
+
+    def __call__(self, x0: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+        if self.threshold is not None:
+            return dynamic_threshold(x0, *self.threshold)
+        if self.clip_range is not None:
+            clamp = torch.clamp_ if in_place else torch.clamp
+            return clamp(x0, -self.clip_range, self.clip_range)
+        return x0
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What `set_timesteps` decides.
+
+    Attributes:
+        timesteps: (n,), what the network is told at each level; callers assign slices of it to `scheduler.timesteps`.
+        index: the same as numbers -> row.
+        levels: n + 1, the last one is where the loop ends.
+        clipping: of the predictions of x_0.
+        options: what the rows depend on beside levels and config; each sampler's own.
+        rows: n, of a loop that begins at the first level.
+    """
+
+    timesteps: torch.Tensor
+    index: Mapping[float, int]
+    levels: list[Level]
+    clipping: Clipping
+    options: Any
+    rows: Sequence[Update] = ()
+
+    @property
+    def ascends(self) -> bool:
+        """Whether the loop goes from images to noise."""
+        return bool(self.levels) and self.levels[0].lambda_ > self.levels[-1].lambda_
+
+    @cached_property
+    def uses_epsilon(self) -> bool:
+        return any(row.epsilon for row in self.rows)
+
+    @cached_property
+    def history_length(self) -> int:
+        return max(max(len(row.x0), len(row.epsilon)) for row in self.rows)
+
+    @cached_property
+    def has_state(self) -> bool:
+        """Whether a row uses what an earlier one saw."""
+        return self.history_length > 1 or any(row.anchored for row in self.rows)
+
+
+class History(NamedTuple):
+    """What a loop remembers from step to step; never changed, only replaced, so that copies of a scheduler differ.
+
+    Attributes:
+        rows: those of a loop that begins at row `entry`.
+        entry: where the loop began or will begin.
+        last: the row of the last step; None before the first.
+        anchor: the x at which the present block began.
+        x0s, epsilons: the last predictions, newest first.
+    """
+
+    rows: Sequence[Update]
+    entry: int = 0
+    last: int | None = None
+    anchor: torch.Tensor | None = None
+    x0s: Tensors = ()
+    epsilons: Tensors = ()
+
+
+# Keys of configs for other processes than DDPM's: of schedulers that have no betas.
+OTHER_PROCESSES = {"shift": "flow matching", "sigma_data": "EDM"}
+
+
+class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
+    """A scheduler whose steps are rows of coefficients. Subclasses implement `plan`, and `__init__` with their config.
+
+    The config keys are diffusers' own, with its defaults, so that `from_config` swaps both ways. Three attributes hold
+    the grid: `timesteps` (n,), `levels` (n + 1 entries, the last one is where the loop ends) and `updates` (n rows).
+    Methods without history (DDPM, DDIM) keep no state between steps; the others keep it here, so give each thread
+    `copy.copy(scheduler)`.
+    """
+
+    _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
+    order = 1
+    init_noise_sigma = 1.0
+    own_keys: ClassVar[tuple[str, ...]] = ()  # config keys that diffusers' class of the same name lacks
+    # What `timestep_spacing` may be.
+    spacings: ClassVar[tuple[str, ...]] = ("leading", "linspace", "trailing", "quadratic", "quad", "logsnr")
+    whole_loops_only: ClassVar[bool] = False  # whether a loop must begin at the first row and leave none out
+
+    schedule: VPNoiseSchedule
+    timesteps: torch.Tensor
+
+    @abstractmethod
+    def plan(self, levels: list[Level]) -> list[Update]:
+        """One row for each pair of neighbours in `levels` (n + 1 levels, in the order in which they are visited)."""
+
+    # Construction ------------------------------------------------------------------------------------------------
+
+    def _setup(self) -> None:
+        """Called at the end of `__init__`: checks the config and builds the forward process."""
+        config = self.config
+        self._check_choices({"prediction_type": PREDICTIONS, "timestep_spacing": self.spacings})
+        if config.thresholding and not 0 < config.dynamic_thresholding_ratio <= 1:
+            raise ValueError(f"dynamic_thresholding_ratio={config.dynamic_thresholding_ratio} must lie in (0, 1].")
+        if config.clip_sample and not config.clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range={config.clip_sample_range} must be positive.")
+        if isinstance(config.trained_betas, torch.Tensor):  # JSON takes lists
+            self.register_to_config(trained_betas=config.trained_betas.tolist())
+        self.schedule = VPNoiseSchedule(self._betas())
+        if self.schedule.alpha[-1] == 0 and config.prediction_type == "epsilon":
+            raise ValueError(
+                "prediction_type='epsilon' cannot be used with zero terminal SNR (rescale_betas_zero_snr=True): "
+                "x_0 is undefined where alpha is 0. Use a network of prediction_type 'v_prediction' or 'sample'."
+            )
+        # float32, as diffusers' own code expects to find them; exact values are in `schedule`.
+        self.betas = self.schedule.betas.float()
+        self.alphas_cumprod = self.schedule.alphas_cumprod.float()
+        self.timesteps = torch.arange(len(self.schedule) - 1, -1, -1)
+        self.num_inference_steps: int | None = None
+        self._plan = self._new_plan([], [], None)
+        self._history = History([])
+
+    def _check_choices(self, choices: Mapping[str, Iterable[object]]) -> None:
+        """Raises ValueError for a config value that is none of its key's choices."""
+        for key, values in choices.items():
+            if self.config[key] not in values:
+                raise ValueError(unknown(key, self.config[key], values))
+
+    def _betas(self) -> torch.Tensor:
+        config = self.config
+        if config.trained_betas is not None:
+            betas = torch.as_tensor(config.trained_betas, dtype=torch.float64)
+            if len(betas) != config.num_train_timesteps:
+                raise ValueError(
+                    f"trained_betas has {len(betas)} values but num_train_timesteps={config.num_train_timesteps}."
+                )
+        elif config.beta_schedule in BETA_SCHEDULES:
+            make = BETA_SCHEDULES[config.beta_schedule]
+            betas = make(config.num_train_timesteps, config.beta_start, config.beta_end)
+        else:
+            raise ValueError(unknown("beta_schedule", config.beta_schedule, BETA_SCHEDULES))
+        return rescale_zero_terminal_snr(betas) if config.rescale_betas_zero_snr else betas
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As `ConfigMixin.from_config`, but a config in memory means what its JSON file says.
+
+        diffusers forgets the values that the other scheduler had by default, and so swaps in this class's defaults.
+
+        Raises:
+            ValueError: the config is one of flow matching or of EDM.
+        """
+        if isinstance(config, dict):
+            config = {key: value for key, value in config.items() if key != "_use_default_values"}
+            for key, process in OTHER_PROCESSES.items():
+                if key in config:
+                    raise ValueError(f"{key}={config[key]!r} is of {process}; this scheduler is for a DDPM process.")
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        """diffusers' schedulers and these: what only another of them can read is kept for it, without a warning."""
+        return [*super()._get_compatibles(), *LinearScheduler.__subclasses__()]
+
+    def to_json_string(self) -> str:
+        """The config as JSON; own keys at their default are left out, so that diffusers' class reads it silently."""
+        config = json.loads(super().to_json_string())
+        defaults = signature(type(self).__init__).parameters
+        for key in self.own_keys:
+            if key in config and config[key] == defaults[key].default:
+                del config[key]
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+
+    def __len__(self) -> int:
+        return len(self.schedule)
+
+    # Training ----------------------------------------------------------------------------------------------------
+
+    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """`VPNoiseSchedule.add_noise`: the training process at any t in 0 .. T-1, whatever the inference grid."""
+        return self.schedule.add_noise(original_samples, noise, timesteps)
+
+    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """`VPNoiseSchedule.velocity` of clean samples and their noise."""
+        return self.schedule.velocity(sample, noise, timesteps)
+
+    # The grid ----------------------------------------------------------------------------------------------------
+
+    @property
+    def levels(self) -> list[Level]:
+        """Noise levels of the loop: one for each timestep, and where it ends."""
+        return self._plan.levels
+
+    @property
+    def updates(self) -> Sequence[Update]:
+        """The rows; those of a loop from its entry on, if it began in mid-grid."""
+        return self._history.rows
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | torch.Tensor | None = None,
+    ) -> None:
+        """Chooses the timesteps to visit and builds the rows. Exactly one of the first and the last argument is given.
+
+        Args:
+            num_inference_steps: number of network calls, 1 to `num_train_timesteps`; spaced by `timestep_spacing`.
+            device: where `timesteps` lies.
+            timesteps: explicit, strictly descending timesteps.
+
+        Raises:
+            ValueError: both or none of the two are given, or a value is out of range or out of order.
+        """
+        self._descend(self._grid(num_inference_steps, timesteps), device)
+
+    def _grid(self, num_inference_steps: int | None, timesteps: Sequence[float] | torch.Tensor | None) -> list[Any]:
+        """The descending timesteps that the arguments of `set_timesteps` ask for."""
+        if timesteps is not None and num_inference_steps is None:
+            return self._explicit_grid(timesteps)
+        if timesteps is not None or num_inference_steps is None:
+            raise ValueError("give either num_inference_steps or timesteps.")
+        if not 1 <= num_inference_steps <= len(self.schedule):
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps} must lie in 1 .. num_train_timesteps={len(self.schedule)}."
+            )
+        return self._spaced_grid(num_inference_steps)
+
+    def _explicit_grid(self, timesteps: Sequence[float] | torch.Tensor) -> list[Any]:
+        grid, top = [int(t) for t in timesteps], len(self.schedule) - 1
+        descends = all(t > s for t, s in pairwise(grid))
+        if not grid or grid[0] > top or grid[-1] < 0 or not descends or grid != [float(t) for t in timesteps]:
+            raise ValueError(
+                f"timesteps must be strictly descending integers in 0 .. {top}; got {list(timesteps)[:8]}."
+            )
+        return grid
+
+    def _spaced_grid(self, n: int) -> list[Any]:
+        return spread([round(t) for t in self._spaced(n)], len(self.schedule))
+
+    def _spaced(self, n: int, **options: Any) -> list[float]:
+        """n descending timesteps, spaced as the config says; rounding may make some equal."""
+        config = self.config
+        grid = Grid(self.schedule, n, len(self.schedule), steps_offset=config.steps_offset)
+        return SPACINGS[config.timestep_spacing](grid._replace(**options))
+
+    def _ensure_grid(self) -> None:
+        if not self.updates:  # before set_timesteps is called diffusers' DDPM walks the full chain; so do we
+            self.set_timesteps(timesteps=range(len(self.schedule) - 1, -1, -1))
+
+    def _last_level(self) -> Level:
+        return CLEAN
+
+    def _default_options(self) -> Any:
+        """`Plan.options` where nothing else is said."""
+        return ()
+
+    def _rederives_epsilon(self) -> bool:
+        """Whether epsilon follows from the clipped x_0, so that the pair stays consistent, or from the network."""
+        return False
+
+    def _descend(self, grid: Sequence[float], device: str | torch.device | None) -> None:
+        """Plan the loop from noise to images."""
+        levels = [*map(self.schedule.level, grid), self._last_level()]
+        self._follow(self._new_plan(grid, levels, device))
+
+    def _ascend(self, grid: Sequence[float], device: str | torch.device | None) -> None:
+        """Plan the same grid upward: the image is taken as x at timestep 0, and nothing is clipped.
+
+        Raises:
+            ValueError: the grid has no timestep above 0.
+        """
+        timesteps = sorted({0, *grid})
+        if len(timesteps) == 1:
+            raise ValueError("encoding needs a grid with a timestep above 0: use more steps or another spacing.")
+        plan = self._new_plan(timesteps[:-1], [*map(self.schedule.level, timesteps)], device)
+        self._follow(replace(plan, clipping=Clipping()))
+
+    def _new_plan(self, timesteps: Sequence[float], levels: list[Level], device: str | torch.device | None) -> Plan:
+        """A plan without rows, in which timesteps[i] is what the network is told at levels[i]."""
+        return Plan(
+            timesteps=torch.tensor(timesteps).to(device),  # integers, or float32 between the training timesteps
+            index={t: i for i, t in enumerate(timesteps)},
+            levels=levels,
+            clipping=self._clipping(),
+            options=self._default_options(),
+        )
+
+    def _clipping(self) -> Clipping:
+        config = self.config
+        if config.thresholding:
+            return Clipping(threshold=(config.dynamic_thresholding_ratio, config.sample_max_value))
+        return Clipping(clip_range=config.clip_sample_range if config.clip_sample else None)
+
+    def _follow(self, plan: Plan) -> None:
+        """Take the plan, with rows for its levels and options, and forget the last loop."""
+        self._plan = plan  # `plan` looks at its options
+        self._plan = replace(plan, rows=self.plan(plan.levels))
+        self._history = History(self._plan.rows)
+        self.timesteps, self.num_inference_steps = plan.timesteps, len(plan.index)
+
+    def _enter(self, index: int) -> None:
+        """Begin a loop at row `index`, in mid-grid for image to image: from there the rows are those of a new walk."""
+        plan, history = self._plan, self._history
+        if not 0 <= index < len(plan.levels):
+            raise ValueError(f"begin_index={index} must lie in 0 .. {len(plan.levels) - 1}.")
+        if index and self.whole_loops_only:
+            raise ValueError(
+                f"the rows of {type(self).__name__} are for the whole way from noise: to begin at step {index} use "
+                "DPMSolverScheduler."
+            )
+        rows = history.rows
+        if index != history.entry:
+            rest = plan.levels[index:]
+            rows = [*plan.rows[:index], *(self.plan(rest) if index and len(rest) > 1 else plan.rows[index:])]
+        self._history = History(rows, index)
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Say at which entry of `timesteps` the loop will begin. Pipelines call it; `step` finds out by itself."""
+        self._ensure_grid()
+        self._enter(begin_index)
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
+        """The sample itself: the network sees x_t. Present because pipelines call it."""
+        return sample
+
+    def previous_timestep(self, timestep: int | float | torch.Tensor) -> int | float:
+        """The next timestep that the loop visits after `timestep`; -1 after the last one."""
+        following = self._locate(timestep) + 1
+        return -1 if following == len(self.updates) else [*self._plan.index][following]
+
+    def _locate(self, timestep: int | float | torch.Tensor) -> int:
+        """Row of a timestep."""
+        self._ensure_grid()
+        if isinstance(timestep, torch.Tensor):
+            # A view of the grid is found by its place in memory: reading its value would wait for the device.
+            if timestep.untyped_storage().data_ptr() == self._plan.timesteps.untyped_storage().data_ptr():
+                return int(timestep.storage_offset())
+            timestep = timestep.item()
+        row = self._plan.index.get(timestep)
+        if row is None:
+            grid = [*self._plan.index][:8]
+            raise ValueError(f"timestep {timestep} is not on the grid {grid} ...; call set_timesteps.")
+        return row
+
+    # The step ----------------------------------------------------------------------------------------------------
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> LinearSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        """x_t -> x_s, where s is the next level of the grid.
+
+        Args:
+            model_output: shape (B, C, ...), or (B, 2C, ...) from a network that also predicts a variance.
+            timestep: an entry of `timesteps`, or one for each image, shape (B,), for methods without history.
+            sample: x_t, shape (B, C, ...). Half precision is computed in float32; the result has the sample's dtype.
+            generator: source of the noise; a list has one for each image.
+            return_dict: False returns (prev_sample, pred_original_sample).
+
+        Raises:
+            ValueError: a timestep off the grid, or a network output of the wrong number of channels.
+        """
+        return self._output(*self._advance(model_output, timestep, sample, generator), return_dict)
+
+    @staticmethod
+    def _output(
+        prev_sample: torch.Tensor, pred_original_sample: torch.Tensor, return_dict: bool
+    ) -> LinearSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        if return_dict:
+            return LinearSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
+        return prev_sample, pred_original_sample
+
+    def _advance(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        generator: torch.Generator | list[torch.Generator] | None,
+        noise: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x_s, x_0 prediction) in the sample's dtype."""
+        x = sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
+        output, variance = self.split_output(model_output, x)
+        if isinstance(timestep, torch.Tensor) and timestep.numel() > 1:
+            rows = [self._locate(t) for t in timestep.tolist()]
+            if len(rows) != len(x):
+                raise ValueError(f"{len(rows)} timesteps for a batch of {len(x)} images.")
+            rows = rows if len({*rows}) > 1 else rows[:1]
+        else:
+            rows = [self._locate(timestep)]
+        if self._has_state and rows[0] != self._next_row:
+            self._enter(rows[0])
+        if noise is None and any(self.updates[i].noise for i in rows):
+            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        apply = self._apply if len(rows) == 1 else self._apply_each
+        prev_sample, x0 = apply(rows, output, variance, x, noise)
+        return (prev_sample, x0) if x is sample else (prev_sample.to(sample.dtype), x0.to(sample.dtype))
+
+    @property
+    def _has_state(self) -> bool:
+        return self.whole_loops_only or self._plan.has_state
+
+    @property
+    def _next_row(self) -> int:
+        history = self._history
+        return history.entry if history.last is None else history.last + 1
+
+    def _apply(
+        self,
+        rows: list[int],
+        output: torch.Tensor,
+        variance: torch.Tensor | None,
+        x: torch.Tensor,
+        noise: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One row on a batch that stands at one level."""
+        plan, (index,) = self._plan, rows
+        row, level = self.updates[index], plan.levels[index]
+        x0 = self.predict_x0(output, x, level)
+        x0s: Tensors = (x0,)
+        epsilons: Tensors = (self.predict_epsilon(output, x, level, x0),) if plan.uses_epsilon else ()
+        anchor = x
+        if self._has_state:  # what is kept must not be the network's own buffer, which it may write to again
+            x0s, epsilons = (tuple(t.clone() if t is output else t for t in tensors) for tensors in (x0s, epsilons))
+            x0s, epsilons, anchor = self._remember(index, x0s, epsilons, x)
+        if row.log_variance is None or noise is None:
+            return row.apply(anchor, x0s, epsilons, noise), x0
+        return row.apply(anchor, x0s, epsilons) + self.learned_std(row.log_variance, variance) * noise, x0
+
+    def _apply_each(
+        self,
+        rows: list[int],
+        output: torch.Tensor,
+        variance: torch.Tensor | None,
+        x: torch.Tensor,
+        noise: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_apply` for images at different levels: each group of equals at once."""
+        if self._has_state:
+            raise ValueError(f"{type(self).__name__} keeps a history: all images of a batch must be at one timestep.")
+        groups = {index: [i for i, row in enumerate(rows) if row == index] for index in rows}
+        parts = []
+        for index, members in groups.items():
+            some, noises = variance if variance is None else variance[members], noise if noise is None else noise[members]
+            parts.append(self._apply([index], output[members], some, x[members], noises))
+        place = torch.tensor([i for members in groups.values() for i in members]).argsort().to(x.device)
+        prev_samples, x0s = zip(*parts, strict=True)
+        return torch.cat(prev_samples)[place], torch.cat(x0s)[place]
+
+    def _remember(
+        self, index: int, x0s: Tensors, epsilons: Tensors, x: torch.Tensor
+    ) -> tuple[Tensors, Tensors, torch.Tensor]:
+        """(x_0 and epsilon predictions, newest first, and the x that opened the block), this step's included."""
+        history, rows = self._history, self._history.rows
+        x0s, epsilons = x0s + history.x0s, epsilons + history.epsilons
+        anchor = history.anchor if rows[index].anchored and history.anchor is not None else x
+        if index + 1 == len(rows):  # the next loop starts afresh
+            self._history = History(rows, history.entry)
+        else:
+            opens, length = anchor is x and rows[index + 1].anchored, self._plan.history_length - 1
+            kept = x.clone() if opens else anchor  # callers may write to x again
+            self._history = History(rows, history.entry, index, kept, x0s[:length], epsilons[:length])
+        return x0s, epsilons, anchor
+
+    # Predictions -------------------------------------------------------------------------------------------------
+
+    def predict(self, output: torch.Tensor, x: torch.Tensor, level: Level) -> tuple[torch.Tensor, torch.Tensor]:
+        """(x_0, epsilon) as `step` uses them.
+
+        Args:
+            output: the network's, (B, C, ...), or (B, 2C, ...) with a variance, which is left out.
+            x: (B, C, ...), in the precision to compute in: float32 or float64.
+            level: of x.
+
+        Returns:
+            Two tensors, of which one may be `output` itself.
+
+        Raises:
+            ValueError: another shape of `output`.
+        """
+        output, _ = self.split_output(output, x)
+        x0 = self.predict_x0(output, x, level)
+        return x0, self.predict_epsilon(output, x, level, x0)
+
+    def predict_x0(self, output: torch.Tensor, x: torch.Tensor, level: Level) -> torch.Tensor:
+        """The first of `predict`, from an output of x's shape and dtype."""
+        x0 = affine(PREDICTIONS[self.config.prediction_type](level.alpha, level.sigma).x0, x, output)
+        return self.clip_x0(x0, in_place=x0 is not output)
+
+    def predict_epsilon(self, output: torch.Tensor, x: torch.Tensor, level: Level, x0: torch.Tensor) -> torch.Tensor:
+        """The second of `predict`, which may have to follow from the first."""
+        if self._rederives_epsilon():
+            return affine(PREDICTIONS["sample"](level.alpha, level.sigma).epsilon, x, x0)
+        return affine(PREDICTIONS[self.config.prediction_type](level.alpha, level.sigma).epsilon, x, output)
+
+    def split_output(self, model_output: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(prediction, variance channels or None), in x's dtype: a network may return C or 2C channels."""
+        output = model_output if model_output.dtype == x.dtype else model_output.to(x.dtype)
+        if output.shape == x.shape:
+            return output, None
+        if x.ndim > 1 and output.shape[1] == 2 * x.shape[1]:
+            mean, variance = output.split(x.shape[1], dim=1)
+            return mean, variance
+        raise ValueError(
+            f"model_output has shape {tuple(model_output.shape)}; for a sample of shape {tuple(x.shape)} it must have "
+            "the same shape, or twice the channels if it also predicts a variance."
+        )
+
+    def clip_x0(self, x0: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+        """A prediction of x_0 as `step` uses it: clipped or thresholded if the config says so, but not in encoding."""
+        return self._plan.clipping(x0, in_place)
+
+    @staticmethod
+    def learned_std(log_variance: tuple[float, float], variance: torch.Tensor | None) -> torch.Tensor:
+        """Network output -1 means the lower, 1 the upper end of the interval (Nichol and Dhariwal 2021, eq. 15)."""
+        if variance is None:
+            raise ValueError(
+                "variance_type 'learned' or 'learned_range' needs a network with twice the sample's channels."
+            )
+        low, high = log_variance
+        return torch.exp(0.25 * (high - low) * variance + 0.25 * (high + low))

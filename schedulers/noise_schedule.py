@@ -1,0 +1,227 @@
+"""The forward process: noise levels, beta schedules, and what a network's output means at a level.
+
+Names, against the papers and against other code:
+
+| here                 | Ho et al., Song et al. | Lu et al.     | diffusers                                    |
+|----------------------|------------------------|---------------|----------------------------------------------|
+| `alphas_cumprod`     | alpha-bar_t (DDIM: alpha_t) | alpha_t^2 | `alphas_cumprod`                             |
+| `alpha`              | sqrt(alpha-bar_t)      | alpha_t       | `alpha_t`                                    |
+| `sigma`              | sqrt(1 - alpha-bar_t)  | sigma_t       | `sigma_t` (`sigmas` there is sigma / alpha)  |
+| `lambda_`            |                        | lambda_t      | `lambda_t` = log(alpha / sigma)              |
+| t, s (source, target)| t, t-1                 | s, t          | timestep, prev_timestep                      |
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Level(NamedTuple):
+    """The noise level of one time: x_t = alpha * x_0 + sigma * epsilon, lambda_ = log(alpha / sigma)."""
+
+    alpha: float
+    sigma: float
+    lambda_: float
+
+
+CLEAN = Level(1.0, 0.0, math.inf)
+
+
+def betas_from_alpha_bar(alpha_bar: Callable[[float], float], num_train_timesteps: int) -> torch.Tensor:
+    """Betas of a continuous alpha-bar on [0, 1], capped at 0.999 (Nichol and Dhariwal 2021, eq. 17 and below it)."""
+    values = [alpha_bar(i / num_train_timesteps) for i in range(num_train_timesteps + 1)]
+    betas = [min(1 - after / before, 0.999) for before, after in pairwise(values)]
+    return torch.tensor(betas, dtype=torch.float64)
+
+
+def _cosine_alpha_bar(u: float) -> float:
+    return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _laplace_alpha_bar(u: float) -> float:
+    # diffusers takes the square root here; models trained with this schedule depend on it.
+    log_snr = -0.5 * math.copysign(1, 0.5 - u) * math.log(1 - 2 * abs(0.5 - u) + 1e-6)
+    return math.sqrt(1 / (1 + math.exp(-log_snr)))
+
+
+def _linspace(start: float, end: float, num: int) -> torch.Tensor:
+    return torch.linspace(start, end, num, dtype=torch.float64)
+
+
+# name -> betas(num_train_timesteps, beta_start, beta_end), float64
+BETA_SCHEDULES: dict[str, Callable[[int, float, float], torch.Tensor]] = {
+    "linear": lambda num, start, end: _linspace(start, end, num),
+    "scaled_linear": lambda num, start, end: _linspace(math.sqrt(start), math.sqrt(end), num) ** 2,
+    "sigmoid": lambda num, start, end: torch.sigmoid(_linspace(-6, 6, num)) * (end - start) + start,
+    "squaredcos_cap_v2": lambda num, start, end: betas_from_alpha_bar(_cosine_alpha_bar, num),
+    "cosine": lambda num, start, end: betas_from_alpha_bar(_cosine_alpha_bar, num),  # the paper's name of the above
+    "laplace": lambda num, start, end: betas_from_alpha_bar(_laplace_alpha_bar, num),
+}
+
+
+def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
+    """Shift and scale sqrt(alpha-bar): the last value becomes 0, the first stays (Lin et al. 2024, Algorithm 1)."""
+    if len(betas) < 2:
+        raise ValueError("rescale_betas_zero_snr needs num_train_timesteps of at least 2.")
+    root = torch.cumprod(1 - betas.double(), dim=0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alphas_cumprod = root**2
+    return 1 - torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
+
+
+class VPNoiseSchedule:
+    """The forward process q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I) with alpha_t^2 + sigma_t^2 = 1, in float64.
+
+    Args:
+        betas: shape (T,), in (0, 1), the last one may be 1; `alphas_cumprod` is the cumulative product of 1 - betas
+            (Ho et al. 2020, eq. 4).
+
+    Attributes:
+        betas, alphas_cumprod, log_alpha, alpha, sigma, lambda_: float64 tensors of shape (T,) on the host.
+
+    Raises:
+        ValueError: a beta outside this range.
+    """
+
+    def __init__(self, betas: torch.Tensor):
+        betas = betas.detach().to("cpu", torch.float64)
+        if betas.ndim != 1 or not len(betas) or not (betas > 0).all() or not (betas[:-1] < 1).all() or betas[-1] > 1:
+            raise ValueError("betas must be a non-empty vector of values in (0, 1), of which the last may be 1.")
+        self.betas = betas
+        # Sums of logarithms and expm1: 1 - alphas_cumprod would lose the low-noise end to cancellation.
+        self.log_alpha = 0.5 * torch.cumsum(torch.log1p(-betas), dim=0)
+        self.alphas_cumprod = torch.exp(2 * self.log_alpha)
+        self.alpha = torch.exp(self.log_alpha)
+        self.sigma = torch.sqrt(-torch.expm1(2 * self.log_alpha))
+        self.lambda_ = self.log_alpha - torch.log(self.sigma)
+        self._levels = [Level(*row) for row in torch.stack([self.alpha, self.sigma, self.lambda_], dim=1).tolist()]
+        self._tables: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._levels)
+
+    def __getitem__(self, t: int) -> Level:
+        """The level of training timestep t in 0 .. T-1; `CLEAN` is not one of them."""
+        if not 0 <= t < len(self):
+            raise IndexError(f"timestep {t} is outside 0 .. {len(self) - 1}.")
+        return self._levels[t]
+
+    def level(self, t: float) -> Level:
+        """The level of a real-valued timestep in 0 .. T-1; log alpha is linear between training timesteps."""
+        below = math.floor(t)
+        if below == t:
+            return self[below]
+        if not 0 <= t <= len(self) - 1:
+            raise IndexError(f"timestep {t} is outside 0 .. {len(self) - 1}.")
+        log_alpha = torch.lerp(self.log_alpha[below], self.log_alpha[below + 1], t - below).item()
+        sigma = math.sqrt(-math.expm1(2 * log_alpha))
+        return Level(math.exp(log_alpha), sigma, log_alpha - math.log(sigma))
+
+    def timestep_of(self, lambda_: torch.Tensor) -> torch.Tensor:
+        """Real-valued timestep at which log(alpha / sigma) = lambda_; log alpha is linear between training timesteps.
+
+        Values beyond the trained range map to its ends (Lu et al. 2022a, appendix D, discrete-time models).
+        """
+        knots = -self.log_alpha[self.log_alpha.isfinite()]
+        minus_log_alpha = 0.5 * torch.logaddexp(torch.zeros((), dtype=torch.float64), -2 * lambda_.double())
+        if len(knots) == 1:
+            return torch.zeros_like(minus_log_alpha)
+        right = torch.searchsorted(knots, minus_log_alpha).clamp(1, len(knots) - 1)
+        left = right - 1
+        fraction = (minus_log_alpha - knots[left]) / (knots[right] - knots[left])
+        t = left + fraction.clamp(0, 1)
+        whole = t.round()  # a step from one timestep to the same but for rounding would divide by next to nothing
+        return torch.where((t - whole).abs() < 1e-6, whole, t)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of alphas_cumprod, written to 7 digits so that no machine's rounding changes it."""
+        text = " ".join(f"{a:.6e}" for a in self.alphas_cumprod.tolist())
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def at(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(alpha_t, sigma_t) of a batch of timesteps, shaped to broadcast over `like` and on its device.
+
+        Args:
+            t: timesteps, shape (B,) or (); real-valued ones are read on the host.
+            like: shape (B, ...); the result is float64 for a float64 tensor and float32 for any other.
+        """
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        if t.is_floating_point():
+            levels = torch.tensor([self.level(value)[:2] for value in t.flatten().tolist()], dtype=dtype)
+            pairs = levels.T.to(like.device)
+        else:
+            pairs = self._table(like.device, dtype)[:2, t.to(like.device)]
+        alpha, sigma = pairs.reshape(2, -1, *(1,) * (like.ndim - 1))
+        return alpha, sigma
+
+    def _table(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """(alpha, sigma, SNR), shape (3, T); kept per device, so that training does not copy it at every step."""
+        if (device, dtype) not in self._tables:
+            rows = torch.stack([self.alpha, self.sigma, torch.exp(2 * self.lambda_)])
+            self._tables[device, dtype] = rows.to(dtype).to(device)
+        return self._tables[device, dtype]
+
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t = alpha_t x_0 + sigma_t noise (Ho et al. 2020, eq. 4), computed in float32 or better, in x0's dtype."""
+        alpha, sigma = self.at(t, x0)
+        return (alpha * x0 + sigma * noise).to(x0.dtype)
+
+    def velocity(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """v = alpha_t noise - sigma_t x_0 (Salimans and Ho 2022, appendix D)."""
+        alpha, sigma = self.at(t, x0)
+        return (alpha * noise - sigma * x0).to(x0.dtype)
+
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, prediction_type: str) -> torch.Tensor:
+        """What a network of that prediction type is trained to return for x_t = alpha_t x_0 + sigma_t noise."""
+        if prediction_type == "epsilon":
+            return noise
+        if prediction_type == "sample":
+            return x0
+        if prediction_type == "v_prediction":
+            return self.velocity(x0, noise, t)
+        raise ValueError(unknown("prediction_type", prediction_type, PREDICTIONS))
+
+    def snr(self, t: torch.Tensor) -> torch.Tensor:
+        """Signal-to-noise ratio alpha_t^2 / sigma_t^2, float32, of t's shape and on its device."""
+        return self._table(t.device, torch.float32)[2, t]
+
+
+class Conversion(NamedTuple):
+    """x_0 and epsilon as linear functions of (x_t, network output), for `affine`."""
+
+    x0: tuple[Any, Any]
+    epsilon: tuple[Any, Any]
+
+
+# prediction_type -> conversion(alpha, sigma), of floats or of tensors (`VPNoiseSchedule.at`). Salimans and Ho 2022,
+# section 4 and appendix D. Divisions by 0 are left to the caller: `epsilon` networks cannot start at alpha = 0.
+PREDICTIONS: dict[str, Callable[[Any, Any], Conversion]] = {
+    "epsilon": lambda alpha, sigma: Conversion((1 / alpha, -sigma / alpha), (0.0, 1.0)),
+    "sample": lambda alpha, sigma: Conversion((0.0, 1.0), (1 / sigma, -alpha / sigma)),
+    "v_prediction": lambda alpha, sigma: Conversion((alpha, -sigma), (sigma, alpha)),
+}
+
+
+def affine(factors: tuple[Any, Any], x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    """factors[0] * x + factors[1] * output; the output itself, not a copy, for factors (0, 1).
+
+    Factors are floats, or tensors that broadcast over a batch at several levels.
+    """
+    a, b = factors
+    if isinstance(a, torch.Tensor):
+        return a * x + b * output
+    if a == 0:
+        return output if b == 1 else output * b
+    # Scaled after the sum: (x - sigma epsilon) / alpha rounds better than x / alpha - (sigma / alpha) epsilon.
+    return torch.add(x, output, alpha=b / a).mul_(a)
+
+
+def unknown(key: str, value: object, choices: Iterable[object]) -> str:
+    """The message for a config value that is not implemented."""
+    return f"{key}={value!r} is not implemented; choose one of {', '.join(map(repr, choices))}."

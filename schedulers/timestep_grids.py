@@ -1,0 +1,185 @@
+"""Timestep spacings: one table of functions, name -> n descending timesteps.
+
+The same formulas differ by one point: DDIM's grids contain both ends; DPM-Solver's have n + 1 points, of which the
+lowest, where the walk ends, is left out (`Grid.skip`).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from .noise_schedule import VPNoiseSchedule
+
+
+class Grid(NamedTuple):
+    """What a spacing divides into timesteps.
+
+    Attributes:
+        schedule: its lambda, for the spacings that are even in lambda or sigma / alpha.
+        n: number of timesteps, at least 1.
+        top: one more than the highest timestep that may be used; `len(schedule)` for all of them.
+        skip: 1 leaves out the lowest of n + 1 points, 0 keeps all of n.
+        steps_offset: added to the timesteps of "leading".
+        power: of "power".
+    """
+
+    schedule: VPNoiseSchedule
+    n: int
+    top: int
+    skip: int = 0
+    steps_offset: int = 0
+    power: float = 1.0
+
+    @property
+    def last(self) -> int:
+        """Number of the highest point, counted from 0 at the lowest."""
+        return self.n - 1 + self.skip
+
+    @property
+    def points(self) -> range:
+        """Numbers of the points to visit, descending."""
+        return range(self.last, self.skip - 1, -1)
+
+
+# Spacings of timesteps -----------------------------------------------------------------------------------------------
+
+
+def leading(grid: Grid) -> list[float]:
+    """Multiples of a whole stride (Lin et al. 2024, Table 2, as the next two)."""
+    stride = grid.top // (grid.last + 1)
+    return [i * stride + grid.steps_offset for i in grid.points]
+
+
+def linspace(grid: Grid) -> list[float]:
+    stride = (grid.top - 1) / max(grid.last, 1)
+    return [round(i * stride) for i in grid.points]
+
+
+def trailing(grid: Grid) -> list[float]:
+    stride = (grid.top - grid.top / grid.n) - grid.top  # numpy.arange's arithmetic: halves round as in diffusers
+    return [round(grid.top + i * stride) - 1 for i in range(grid.n)]
+
+
+def from_the_top(grid: Grid) -> Grid:
+    """The grid, but for one point in all it is the highest and not the lowest."""
+    return grid._replace(skip=1) if grid.last == 0 else grid
+
+
+def quadratic(grid: Grid) -> list[float]:
+    """(T - 1) (i / last)^2: denser at low noise."""
+    grid = from_the_top(grid)
+    return [round(i**2 * (grid.top - 1) / grid.last**2) for i in grid.points]
+
+
+def quad(grid: Grid) -> list[float]:
+    """floor(0.8 T (i / last)^2), in exact integers: the skip_type of that name in the code of Song et al. 2021."""
+    grid = from_the_top(grid)
+    return [8 * grid.top * i**2 // (10 * grid.last**2) for i in grid.points]
+
+
+def even(grid: Grid) -> list[float]:
+    """The even trajectory of Bao et al. 2022: linspace, with halves rounded to even in their 1-based count."""
+    grid = from_the_top(grid)
+    stride = (grid.top - 1) / grid.last
+    return [round(1 + i * stride) - 1 for i in grid.points]
+
+
+def power(grid: Grid) -> list[float]:
+    """Denser at low noise for powers above 1: t / (T - 1) = 1 - (1 - i / last)^(1 / power)."""
+    grid = from_the_top(grid)
+    return [round((grid.top - 1) * (1 - (1 - i / grid.last) ** (1 / grid.power))) for i in grid.points]
+
+
+# Spacings of lambda, and so of sigma / alpha = exp(-lambda) ----------------------------------------------------------
+
+
+Spacing = Callable[[Grid], list[float]]
+
+
+def lambda_grid(grid: Grid, lambdas: Callable[[int, float, float], torch.Tensor]) -> list[float]:
+    """Real-valued timesteps at lambdas(n, noisiest, cleanest). A noisiest level of lambda -inf stands by itself."""
+    schedule, top = grid.schedule, grid.top
+    if schedule.alpha[top - 1] == 0:
+        rest = grid._replace(n=grid.n - 1, top=top - 1)
+        return [top - 1, *(lambda_grid(rest, lambdas) if rest.n else [])]
+    ends = schedule.lambda_[top - 1].item(), schedule.lambda_[0].item()
+    return schedule.timestep_of(lambdas(grid.n, *ends)).tolist()
+
+
+def in_lambda(path: Callable[[torch.Tensor, float, float], torch.Tensor]) -> Spacing:
+    """The spacing that takes lambda from path(0, noisiest, cleanest) to path(1, noisiest, cleanest)."""
+
+    def spacing(grid: Grid) -> list[float]:
+        def lambdas(n: int, noisiest: float, cleanest: float) -> torch.Tensor:
+            u = torch.linspace(0, 1, n + grid.skip, dtype=torch.float64)
+            return path(u, noisiest, cleanest)[:n]
+
+        return lambda_grid(grid, lambdas)
+
+    return spacing
+
+
+@in_lambda
+def logsnr(u: torch.Tensor, noisiest: float, cleanest: float) -> torch.Tensor:
+    """Even in lambda (Lu et al. 2022a, section 3.4), which is exponential in sigma / alpha."""
+    return torch.lerp(torch.tensor(noisiest).double(), torch.tensor(cleanest).double(), u)
+
+
+@in_lambda
+def karras(u: torch.Tensor, noisiest: float, cleanest: float) -> torch.Tensor:
+    """Karras et al. 2022, eq. 5, with rho = 7."""
+    high, low, rho = math.exp(-noisiest), math.exp(-cleanest), 7
+    return -rho * torch.log(high ** (1 / rho) + u * (low ** (1 / rho) - high ** (1 / rho)))
+
+
+@in_lambda
+def beta(u: torch.Tensor, noisiest: float, cleanest: float) -> torch.Tensor:
+    """Quantiles of Beta(0.6, 0.6) in sigma / alpha (Lee et al. 2024, arXiv 2407.12173)."""
+    high, low = math.exp(-noisiest), math.exp(-cleanest)
+    return -torch.log(low + (high - low) * beta_quantiles(1 - u))
+
+
+@cache
+def beta_distribution(shape: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(angles, multiples of the mass of Beta(shape, shape) below sin^2(angle)), by quadrature."""
+    angle = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)  # x = sin^2(angle) takes the poles away
+    density = (angle.sin() * angle.cos()) ** (2 * shape - 1)
+    return angle, torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumulative_trapezoid(density)])
+
+
+def beta_quantiles(p: torch.Tensor, shape: float = 0.6) -> torch.Tensor:
+    """Inverse of the distribution function of Beta(shape, shape); error below 1e-7."""
+    angle, mass = beta_distribution(shape)
+    target = p * mass[-1]
+    right = torch.searchsorted(mass, target).clamp(1, len(mass) - 1)
+    left = right - 1
+    fraction = (target - mass[left]) / (mass[right] - mass[left])
+    return torch.lerp(angle[left], angle[right], fraction).sin() ** 2
+
+
+INDEX_SPACINGS: dict[str, Spacing] = {
+    "leading": leading,
+    "linspace": linspace,
+    "trailing": trailing,
+    "quadratic": quadratic,
+    "quad": quad,
+    "even": even,
+    "power": power,
+}
+LAMBDA_SPACINGS: dict[str, Spacing] = {"logsnr": logsnr, "exponential": logsnr, "karras": karras, "beta": beta}
+SPACINGS = INDEX_SPACINGS | LAMBDA_SPACINGS
+
+
+def spread(timesteps: Sequence[int], num_train_timesteps: int) -> list[int]:
+    """The timesteps made strictly descending inside 0 .. T-1: rounding makes some equal, an offset some too large."""
+    result, floor, ceiling = [*timesteps], 0, num_train_timesteps - 1
+    for i in reversed(range(len(result))):
+        result[i] = max(result[i], floor)
+        floor = result[i] + 1
+    for i in range(len(result)):
+        result[i] = min(result[i], ceiling)
+        ceiling = result[i] - 1
+    return result
