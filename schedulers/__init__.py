@@ -1,7 +1,8 @@
 """Schedulers for diffusers pipelines: tables of coefficient rows, built in float64 (see `linear_scheduler`)."""
 
-from diffusers_dpm.schedulers.linear_scheduler import LinearScheduler, LinearSchedulerOutput, Update
+from diffusers_dpm.schedulers.linear_scheduler import LinearScheduler, LinearSchedulerOutput
 from diffusers_dpm.schedulers.noise_schedule import CLEAN, Level, VPNoiseSchedule
+from diffusers_dpm.schedulers.plan import Update
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 from diffusers_dpm.schedulers.scheduling_calibrated import CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_ddim import DDIMScheduler

@@ -9,21 +9,20 @@ is the same for all of them. A new sampler writes `plan(levels)` and nothing els
 """
 
 import json
-import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from inspect import signature
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 
 from .noise_schedule import (
     BETA_SCHEDULES,
@@ -35,105 +34,13 @@ from .noise_schedule import (
     rescale_zero_terminal_snr,
     unknown,
 )
+from .plan import Clipping, History, Plan, Tensors, Update
 from .timestep_grids import SPACINGS, Grid, spread
 
 
-Tensors = tuple[torch.Tensor, ...]
-
-
-class Update(NamedTuple):
-    """One row: the coefficients of one step.
-
-    Attributes:
-        sample: factor of the current x; of the x that opened the block if `anchored`.
-        x0: factors of the predictions of x_0, newest first.
-        epsilon: factors of the predictions of epsilon, newest first.
-        noise: standard deviation of the fresh noise.
-        anchored: the row continues a block (a later stage of a singlestep method): `sample` multiplies the x at which
-            the last row that was not anchored started.
-        log_variance: the interval [low, high] in which a network with 2C output channels chooses the logarithm of the
-            noise variance; it then replaces `noise`, which must still be positive.
-    """
-
-    sample: float = 0.0
-    x0: tuple[float, ...] = ()
-    epsilon: tuple[float, ...] = ()
-    noise: float = 0.0
-    anchored: bool = False
-    log_variance: tuple[float, float] | None = None
-
-    def apply(
-        self, x: torch.Tensor, x0s: Tensors, epsilons: Tensors = (), noise: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """x_s, always a new tensor.
-
-        Args:
-            x: what `sample` multiplies.
-            x0s, epsilons: predictions, newest first; those beyond the row's factors are not used.
-            noise: z, standard normal; None leaves it out.
-        """
-        factors = (self.sample, *self.x0, *self.epsilon)
-        result = weighted_sum(factors, (x, *x0s[: len(self.x0)], *epsilons[: len(self.epsilon)]))
-        return result if noise is None or not self.noise else result.add_(noise, alpha=self.noise)
-
-    def defect(self, source: Level, target: Level) -> tuple[float, float]:
-        """How far the row misses `target` when every prediction is exact: (signal error, excess variance).
-
-        Both vanish for any method that keeps the marginals q(x_t | x_0); reverse variances other than the posterior's
-        (fixed_large, Analytic-DPM) exceed the second on purpose. `source` is the level of the x that `sample`
-        multiplies.
-        """
-        signal = self.sample * source.alpha + math.fsum(self.x0)
-        noise = self.sample * source.sigma + math.fsum(self.epsilon)
-        return signal - target.alpha, math.hypot(noise, self.noise) ** 2 - target.sigma**2
-
-
-def forward_step(t: Level, s: Level) -> float:
-    """u = 1 - SNR_t / SNR_s: q(x_t | x_s) has variance sigma_t^2 u, and q(x_s | x_t, x_0) of DDPM sigma_s^2 u."""
-    return -math.expm1(2 * (t.lambda_ - s.lambda_))
-
-
-def ddpm_mean(t: Level, s: Level) -> Update:
-    """The mean of q(x_s | x_t, x_0) in x_t and x_0 (Ho et al. 2020, eq. 7); the row has no noise yet."""
-    return Update(sample=s.sigma / t.sigma * math.exp(t.lambda_ - s.lambda_), x0=(s.alpha * forward_step(t, s),))
-
-
-def ddim_mean(t: Level, s: Level, eta: float) -> Update:
-    """The mean of q(x_s | x_t, x_0) with standard deviation eta s.sigma sqrt(u), in x_0 and epsilon.
-
-    Song et al. 2021, eq. 7 and 16, with u of `forward_step`; the row has no noise yet.
-    """
-    direction = s.sigma * math.sqrt(1 - eta**2 * forward_step(t, s)) if eta else s.sigma
-    return Update(x0=(s.alpha,), epsilon=(direction,))
-
-
-def weighted_sum(factors: Iterable[float], tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """sum of factor * tensor, leaving out zero factors (0 * inf must not appear); always a new tensor."""
-    total: torch.Tensor | None = None
-    for factor, tensor in zip(factors, tensors, strict=True):
-        if factor:
-            total = tensor * factor if total is None else total.add_(tensor, alpha=factor)
-    if total is None:
-        raise ValueError("a row needs at least one factor that is not zero.")
-    return total
-
-
-def dynamic_threshold(x0: torch.Tensor, ratio: float, max_value: float) -> torch.Tensor:
-    """Clip each image to its own quantile s >= 1 of |x_0| and divide by s (Saharia et al. 2022, section 2.3).
-
-    Args:
-        x0: shape (B, ...), float32 or float64.
-        ratio: the quantile, in (0, 1].
-        max_value: upper bound of s. A bound of 1 would leave a static clip, so up to 1 means no bound.
-    """
-    magnitude = x0.abs().flatten(1)
-    position = ratio * (magnitude.shape[1] - 1)
-    below = math.floor(position)  # two order statistics: torch.quantile refuses more than 2^24 elements
-    low = magnitude.kthvalue(below + 1, dim=1).values
-    high = magnitude.kthvalue(min(below + 2, magnitude.shape[1]), dim=1).values
-    s = torch.lerp(low, high, position - below).clamp(1, max_value if max_value > 1 else None)
-    s = s.view(-1, *(1,) * (x0.ndim - 1))
-    return torch.minimum(torch.maximum(x0, -s), s) / s
+Pair = tuple[Tensor, Tensor]
+Device = str | torch.device | None
+Generators = torch.Generator | list[torch.Generator] | None
 
 
 @dataclass
@@ -145,86 +52,13 @@ class LinearSchedulerOutput(BaseOutput):
         pred_original_sample: the prediction of x_0 that the step used, clipped if the config says so.
     """
 
-    prev_sample: torch.Tensor
-    pred_original_sample: torch.Tensor
+    prev_sample: Tensor
+    pred_original_sample: Tensor
 
     def __post_init__(self) -> None:
         # What BaseOutput does for any fields; its inspection of them would take longer than the arithmetic of a step.
         OrderedDict.__setitem__(self, "prev_sample", self.prev_sample)
         OrderedDict.__setitem__(self, "pred_original_sample", self.pred_original_sample)
-
-
-class Clipping(NamedTuple):
-    """How predictions of x_0 are limited: (quantile, bound) of `dynamic_threshold`, or a range, or not at all."""
-
-    threshold: tuple[float, float] | None = None
-    clip_range: float | None = None
-
-    def __call__(self, x0: torch.Tensor, in_place: bool = False) -> torch.Tensor:
-        if self.threshold is not None:
-            return dynamic_threshold(x0, *self.threshold)
-        if self.clip_range is not None:
-            clamp = torch.clamp_ if in_place else torch.clamp
-            return clamp(x0, -self.clip_range, self.clip_range)
-        return x0
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What `set_timesteps` decides.
-
-    Attributes:
-        timesteps: (n,), what the network is told at each level; callers assign slices of it to `scheduler.timesteps`.
-        index: the same as numbers -> row.
-        levels: n + 1, the last one is where the loop ends.
-        clipping: of the predictions of x_0.
-        options: what the rows depend on beside levels and config; each sampler's own.
-        rows: n, of a loop that begins at the first level.
-    """
-
-    timesteps: torch.Tensor
-    index: Mapping[float, int]
-    levels: list[Level]
-    clipping: Clipping
-    options: Any
-    rows: Sequence[Update] = ()
-
-    @property
-    def ascends(self) -> bool:
-        """Whether the loop goes from images to noise."""
-        return bool(self.levels) and self.levels[0].lambda_ > self.levels[-1].lambda_
-
-    @cached_property
-    def uses_epsilon(self) -> bool:
-        return any(row.epsilon for row in self.rows)
-
-    @cached_property
-    def history_length(self) -> int:
-        return max(max(len(row.x0), len(row.epsilon)) for row in self.rows)
-
-    @cached_property
-    def has_state(self) -> bool:
-        """Whether a row uses what an earlier one saw."""
-        return self.history_length > 1 or any(row.anchored for row in self.rows)
-
-
-class History(NamedTuple):
-    """What a loop remembers from step to step; never changed, only replaced, so that copies of a scheduler differ.
-
-    Attributes:
-        rows: those of a loop that begins at row `entry`.
-        entry: where the loop began or will begin.
-        last: the row of the last step; None before the first.
-        anchor: the x at which the present block began.
-        x0s, epsilons: the last predictions, newest first.
-    """
-
-    rows: Sequence[Update]
-    entry: int = 0
-    last: int | None = None
-    anchor: torch.Tensor | None = None
-    x0s: Tensors = ()
-    epsilons: Tensors = ()
 
 
 # Keys of configs for other processes than DDPM's: of schedulers that have no betas.
@@ -249,7 +83,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
     whole_loops_only: ClassVar[bool] = False  # whether a loop must begin at the first row and leave none out
 
     schedule: VPNoiseSchedule
-    timesteps: torch.Tensor
+    timesteps: Tensor
 
     @abstractmethod
     def plan(self, levels: list[Level]) -> list[Update]:
@@ -265,7 +99,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
             raise ValueError(f"dynamic_thresholding_ratio={config.dynamic_thresholding_ratio} must lie in (0, 1].")
         if config.clip_sample and not config.clip_sample_range > 0:
             raise ValueError(f"clip_sample_range={config.clip_sample_range} must be positive.")
-        if isinstance(config.trained_betas, torch.Tensor):  # JSON takes lists
+        if isinstance(config.trained_betas, Tensor):  # JSON takes lists
             self.register_to_config(trained_betas=config.trained_betas.tolist())
         self.schedule = VPNoiseSchedule(self._betas())
         if self.schedule.alpha[-1] == 0 and config.prediction_type == "epsilon":
@@ -287,7 +121,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
             if self.config[key] not in values:
                 raise ValueError(unknown(key, self.config[key], values))
 
-    def _betas(self) -> torch.Tensor:
+    def _betas(self) -> Tensor:
         config = self.config
         if config.trained_betas is not None:
             betas = torch.as_tensor(config.trained_betas, dtype=torch.float64)
@@ -337,11 +171,11 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
 
     # Training ----------------------------------------------------------------------------------------------------
 
-    def add_noise(self, original_samples: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """`VPNoiseSchedule.add_noise`: the training process at any t in 0 .. T-1, whatever the inference grid."""
         return self.schedule.add_noise(original_samples, noise, timesteps)
 
-    def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """`VPNoiseSchedule.velocity` of clean samples and their noise."""
         return self.schedule.velocity(sample, noise, timesteps)
 
@@ -360,8 +194,8 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: Sequence[int] | torch.Tensor | None = None,
+        device: Device = None,
+        timesteps: Sequence[int] | Tensor | None = None,
     ) -> None:
         """Chooses the timesteps to visit and builds the rows. Exactly one of the first and the last argument is given.
 
@@ -375,7 +209,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         """
         self._descend(self._grid(num_inference_steps, timesteps), device)
 
-    def _grid(self, num_inference_steps: int | None, timesteps: Sequence[float] | torch.Tensor | None) -> list[Any]:
+    def _grid(self, num_inference_steps: int | None, timesteps: Sequence[float] | Tensor | None) -> list[Any]:
         """The descending timesteps that the arguments of `set_timesteps` ask for."""
         if timesteps is not None and num_inference_steps is None:
             return self._explicit_grid(timesteps)
@@ -387,7 +221,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
             )
         return self._spaced_grid(num_inference_steps)
 
-    def _explicit_grid(self, timesteps: Sequence[float] | torch.Tensor) -> list[Any]:
+    def _explicit_grid(self, timesteps: Sequence[float] | Tensor) -> list[Any]:
         grid, top = [int(t) for t in timesteps], len(self.schedule) - 1
         descends = all(t > s for t, s in pairwise(grid))
         if not grid or grid[0] > top or grid[-1] < 0 or not descends or grid != [float(t) for t in timesteps]:
@@ -420,12 +254,12 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         """Whether epsilon follows from the clipped x_0, so that the pair stays consistent, or from the network."""
         return False
 
-    def _descend(self, grid: Sequence[float], device: str | torch.device | None) -> None:
+    def _descend(self, grid: Sequence[float], device: Device) -> None:
         """Plan the loop from noise to images."""
         levels = [*map(self.schedule.level, grid), self._last_level()]
         self._follow(self._new_plan(grid, levels, device))
 
-    def _ascend(self, grid: Sequence[float], device: str | torch.device | None) -> None:
+    def _ascend(self, grid: Sequence[float], device: Device) -> None:
         """Plan the same grid upward: the image is taken as x at timestep 0, and nothing is clipped.
 
         Raises:
@@ -437,7 +271,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         plan = self._new_plan(timesteps[:-1], [*map(self.schedule.level, timesteps)], device)
         self._follow(replace(plan, clipping=Clipping()))
 
-    def _new_plan(self, timesteps: Sequence[float], levels: list[Level], device: str | torch.device | None) -> Plan:
+    def _new_plan(self, timesteps: Sequence[float], levels: list[Level], device: Device) -> Plan:
         """A plan without rows, in which timesteps[i] is what the network is told at levels[i]."""
         return Plan(
             timesteps=torch.tensor(timesteps).to(device),  # integers, or float32 between the training timesteps
@@ -481,19 +315,19 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         self._ensure_grid()
         self._enter(begin_index)
 
-    def scale_model_input(self, sample: torch.Tensor, timestep: int | torch.Tensor | None = None) -> torch.Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """The sample itself: the network sees x_t. Present because pipelines call it."""
         return sample
 
-    def previous_timestep(self, timestep: int | float | torch.Tensor) -> int | float:
+    def previous_timestep(self, timestep: int | float | Tensor) -> int | float:
         """The next timestep that the loop visits after `timestep`; -1 after the last one."""
         following = self._locate(timestep) + 1
         return -1 if following == len(self.updates) else [*self._plan.index][following]
 
-    def _locate(self, timestep: int | float | torch.Tensor) -> int:
+    def _locate(self, timestep: int | float | Tensor) -> int:
         """Row of a timestep."""
         self._ensure_grid()
-        if isinstance(timestep, torch.Tensor):
+        if isinstance(timestep, Tensor):
             # A view of the grid is found by its place in memory: reading its value would wait for the device.
             if timestep.untyped_storage().data_ptr() == self._plan.timesteps.untyped_storage().data_ptr():
                 return int(timestep.storage_offset())
@@ -508,12 +342,12 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
 
     def step(
         self,
-        model_output: torch.Tensor,
-        timestep: int | torch.Tensor,
-        sample: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
         return_dict: bool = True,
-    ) -> LinearSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+    ) -> LinearSchedulerOutput | Pair:
         """x_t -> x_s, where s is the next level of the grid.
 
         Args:
@@ -526,65 +360,50 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         Raises:
             ValueError: a timestep off the grid, or a network output of the wrong number of channels.
         """
-        return self._output(*self._advance(model_output, timestep, sample, generator), return_dict)
+        return self._step(model_output, timestep, sample, generator, return_dict)
 
-    @staticmethod
-    def _output(
-        prev_sample: torch.Tensor, pred_original_sample: torch.Tensor, return_dict: bool
-    ) -> LinearSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        if return_dict:
-            return LinearSchedulerOutput(prev_sample=prev_sample, pred_original_sample=pred_original_sample)
-        return prev_sample, pred_original_sample
-
-    def _advance(
+    def _step(
         self,
-        model_output: torch.Tensor,
-        timestep: int | torch.Tensor,
-        sample: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None,
-        noise: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x_s, x_0 prediction) in the sample's dtype."""
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators,
+        return_dict: bool,
+        noise: Tensor | None = None,
+    ) -> LinearSchedulerOutput | Pair:
+        """`step`, with noise that is drawn if there is none."""
         x = sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
         output, variance = self.split_output(model_output, x)
-        if isinstance(timestep, torch.Tensor) and timestep.numel() > 1:
+        if isinstance(timestep, Tensor) and timestep.numel() > 1:
             rows = [self._locate(t) for t in timestep.tolist()]
             if len(rows) != len(x):
                 raise ValueError(f"{len(rows)} timesteps for a batch of {len(x)} images.")
             rows = rows if len({*rows}) > 1 else rows[:1]
         else:
             rows = [self._locate(timestep)]
-        if self._has_state and rows[0] != self._next_row:
+        history = self._history
+        if self._has_state and rows[0] != (history.entry if history.last is None else history.last + 1):
             self._enter(rows[0])
         if noise is None and any(self.updates[i].noise for i in rows):
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         apply = self._apply if len(rows) == 1 else self._apply_each
-        prev_sample, x0 = apply(rows, output, variance, x, noise)
-        return (prev_sample, x0) if x is sample else (prev_sample.to(sample.dtype), x0.to(sample.dtype))
+        result = apply(rows, output, variance, x, noise)
+        prev_sample, x0 = result if x is sample else (tensor.to(sample.dtype) for tensor in result)
+        return LinearSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
 
     @property
     def _has_state(self) -> bool:
         return self.whole_loops_only or self._plan.has_state
 
-    @property
-    def _next_row(self) -> int:
-        history = self._history
-        return history.entry if history.last is None else history.last + 1
-
     def _apply(
-        self,
-        rows: list[int],
-        output: torch.Tensor,
-        variance: torch.Tensor | None,
-        x: torch.Tensor,
-        noise: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One row on a batch that stands at one level."""
-        plan, (index,) = self._plan, rows
-        row, level = self.updates[index], plan.levels[index]
+        self, rows: list[int], output: Tensor, variance: Tensor | None, x: Tensor, noise: Tensor | None
+    ) -> Pair:
+        """(x_s, x_0 prediction) of a batch that stands at one level, and so at one row."""
+        (index,) = rows
+        row, level = self.updates[index], self.levels[index]
         x0 = self.predict_x0(output, x, level)
         x0s: Tensors = (x0,)
-        epsilons: Tensors = (self.predict_epsilon(output, x, level, x0),) if plan.uses_epsilon else ()
+        epsilons: Tensors = (self.predict_epsilon(output, x, level, x0),) if self._plan.uses_epsilon else ()
         anchor = x
         if self._has_state:  # what is kept must not be the network's own buffer, which it may write to again
             x0s, epsilons = (tuple(t.clone() if t is output else t for t in tensors) for tensors in (x0s, epsilons))
@@ -594,28 +413,21 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         return row.apply(anchor, x0s, epsilons) + self.learned_std(row.log_variance, variance) * noise, x0
 
     def _apply_each(
-        self,
-        rows: list[int],
-        output: torch.Tensor,
-        variance: torch.Tensor | None,
-        x: torch.Tensor,
-        noise: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, rows: list[int], output: Tensor, variance: Tensor | None, x: Tensor, noise: Tensor | None
+    ) -> Pair:
         """`_apply` for images at different levels: each group of equals at once."""
         if self._has_state:
             raise ValueError(f"{type(self).__name__} keeps a history: all images of a batch must be at one timestep.")
         groups = {index: [i for i, row in enumerate(rows) if row == index] for index in rows}
         parts = []
         for index, members in groups.items():
-            some, noises = variance if variance is None else variance[members], noise if noise is None else noise[members]
-            parts.append(self._apply([index], output[members], some, x[members], noises))
+            some = [None if tensor is None else tensor[members] for tensor in (variance, noise)]
+            parts.append(self._apply([index], output[members], some[0], x[members], some[1]))
         place = torch.tensor([i for members in groups.values() for i in members]).argsort().to(x.device)
         prev_samples, x0s = zip(*parts, strict=True)
         return torch.cat(prev_samples)[place], torch.cat(x0s)[place]
 
-    def _remember(
-        self, index: int, x0s: Tensors, epsilons: Tensors, x: torch.Tensor
-    ) -> tuple[Tensors, Tensors, torch.Tensor]:
+    def _remember(self, index: int, x0s: Tensors, epsilons: Tensors, x: Tensor) -> tuple[Tensors, Tensors, Tensor]:
         """(x_0 and epsilon predictions, newest first, and the x that opened the block), this step's included."""
         history, rows = self._history, self._history.rows
         x0s, epsilons = x0s + history.x0s, epsilons + history.epsilons
@@ -630,7 +442,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
 
     # Predictions -------------------------------------------------------------------------------------------------
 
-    def predict(self, output: torch.Tensor, x: torch.Tensor, level: Level) -> tuple[torch.Tensor, torch.Tensor]:
+    def predict(self, output: Tensor, x: Tensor, level: Level) -> Pair:
         """(x_0, epsilon) as `step` uses them.
 
         Args:
@@ -648,18 +460,18 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         x0 = self.predict_x0(output, x, level)
         return x0, self.predict_epsilon(output, x, level, x0)
 
-    def predict_x0(self, output: torch.Tensor, x: torch.Tensor, level: Level) -> torch.Tensor:
+    def predict_x0(self, output: Tensor, x: Tensor, level: Level) -> Tensor:
         """The first of `predict`, from an output of x's shape and dtype."""
         x0 = affine(PREDICTIONS[self.config.prediction_type](level.alpha, level.sigma).x0, x, output)
         return self.clip_x0(x0, in_place=x0 is not output)
 
-    def predict_epsilon(self, output: torch.Tensor, x: torch.Tensor, level: Level, x0: torch.Tensor) -> torch.Tensor:
+    def predict_epsilon(self, output: Tensor, x: Tensor, level: Level, x0: Tensor) -> Tensor:
         """The second of `predict`, which may have to follow from the first."""
         if self._rederives_epsilon():
             return affine(PREDICTIONS["sample"](level.alpha, level.sigma).epsilon, x, x0)
         return affine(PREDICTIONS[self.config.prediction_type](level.alpha, level.sigma).epsilon, x, output)
 
-    def split_output(self, model_output: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def split_output(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(prediction, variance channels or None), in x's dtype: a network may return C or 2C channels."""
         output = model_output if model_output.dtype == x.dtype else model_output.to(x.dtype)
         if output.shape == x.shape:
@@ -672,12 +484,12 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
             "the same shape, or twice the channels if it also predicts a variance."
         )
 
-    def clip_x0(self, x0: torch.Tensor, in_place: bool = False) -> torch.Tensor:
+    def clip_x0(self, x0: Tensor, in_place: bool = False) -> Tensor:
         """A prediction of x_0 as `step` uses it: clipped or thresholded if the config says so, but not in encoding."""
         return self._plan.clipping(x0, in_place)
 
     @staticmethod
-    def learned_std(log_variance: tuple[float, float], variance: torch.Tensor | None) -> torch.Tensor:
+    def learned_std(log_variance: tuple[float, float], variance: Tensor | None) -> Tensor:
         """Network output -1 means the lower, 1 the upper end of the interval (Nichol and Dhariwal 2021, eq. 15)."""
         if variance is None:
             raise ValueError(

@@ -9,8 +9,9 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .linear_scheduler import LinearScheduler, Update, ddim_mean, ddpm_mean, forward_step
+from .linear_scheduler import LinearScheduler
 from .noise_schedule import Level
+from .plan import Update, ddim_mean, ddpm_mean, forward_step
 from .timestep_grids import SPACINGS, Grid
 
 

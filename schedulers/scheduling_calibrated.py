@@ -21,8 +21,9 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .linear_scheduler import LinearScheduler, Update
+from .linear_scheduler import LinearScheduler
 from .noise_schedule import Level
+from .plan import Update
 
 
 CALIBRATION = "_calibration"  # the config key; diffusers neither logs nor warns about keys with an underscore

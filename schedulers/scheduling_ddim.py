@@ -6,12 +6,13 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
-import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
 
-from .linear_scheduler import LinearScheduler, LinearSchedulerOutput, Update, ddim_mean, forward_step
+from .linear_scheduler import Device, Generators, LinearScheduler, LinearSchedulerOutput, Pair
 from .noise_schedule import CLEAN, Level
+from .plan import Update, ddim_mean, forward_step
 
 
 class DDIMOptions(NamedTuple):
@@ -72,8 +73,8 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
-        device: str | torch.device | None = None,
-        timesteps: Sequence[int] | torch.Tensor | None = None,
+        device: Device = None,
+        timesteps: Sequence[int] | Tensor | None = None,
         encode: bool = False,
     ) -> None:
         """As `LinearScheduler.set_timesteps`; `encode=True` walks the same grid upward, from an image to its noise.
@@ -105,16 +106,16 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
 
     def step(
         self,
-        model_output: torch.Tensor,
-        timestep: int | torch.Tensor,
-        sample: torch.Tensor,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: Generators = None,
         return_dict: bool = True,
         *,
         eta: float = 0.0,
         use_clipped_model_output: bool | None = None,
-        variance_noise: torch.Tensor | None = None,
-    ) -> LinearSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
+        variance_noise: Tensor | None = None,
+    ) -> LinearSchedulerOutput | Pair:
         """As `LinearScheduler.step`, with the arguments that diffusers' pipelines pass to a DDIM scheduler.
 
         Args:
@@ -134,5 +135,4 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         options = self._options(eta, use_clipped_model_output, self._plan.ascends)
         if options != self._plan.options:
             self._follow(replace(self._plan, options=options))
-        result = self._advance(model_output, timestep, sample, generator, variance_noise)
-        return self._output(*result, return_dict)
+        return self._step(model_output, timestep, sample, generator, return_dict, variance_noise)

@@ -7,8 +7,9 @@ from itertools import pairwise
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .linear_scheduler import LinearScheduler, Update, ddpm_mean, forward_step
+from .linear_scheduler import LinearScheduler
 from .noise_schedule import Level, unknown
+from .plan import Update, ddpm_mean, forward_step
 
 
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")

@@ -303,24 +303,31 @@ def test_bundled_scheduler_is_the_packages(cls, tmp_path, caplog):
 def test_bundle_keeps_every_line_but_the_import():
     path = Path(inspect.getfile(DDIMScheduler))
     code = remote_code.bundle(path)
-    core = path.with_name("dpm_core.py").read_text()
-    assert core.strip() in code
-    before, after = code.split(core.strip())
-    own = path.read_text()
-    assert own.startswith(before.split("# dpm_core.py")[0])
-    assert own.endswith(after.split("# The rest of scheduling_ddim.py:")[1].lstrip())
-    assert "import dpm_core" not in code
-    assert "from .dpm_core" not in code
+    names = ("scheduling_ddim", "linear_scheduler", "plan", "timestep_grids", "noise_schedule")
+    parts = [path.with_name(f"{name}.py").read_text() for name in names]
+    bundled = code.splitlines()
+    for line in (line for part in parts for line in part.splitlines() if line and not line.startswith("from .")):
+        bundled.remove(line)  # raises if it is not there as often as in the files
+    rest = [line.strip() for line in bundled if line]
+    imported = {line for line in rest if not line.startswith("#")}
+    assert {line for line in rest if line.startswith("#")} == {
+        *(f"# {name}.py:" for name in names[1:]),
+        *(f"# The rest of {name}.py:" for name in names[:-1]),
+    }
+    assert not imported, imported
+    assert "from ." not in code
 
 
 def test_two_versions_in_one_process_keep_their_own_functions(tmp_path, monkeypatch):
     """diffusers imports remote files under their bare names, so the name must tell versions apart."""
     path = Path(inspect.getfile(DDIMScheduler))
-    core = path.with_name("dpm_core.py").read_text()
+    core = path.with_name("plan.py").read_text()
     changed = core.replace("total = tensor * factor if total is None", "total = tensor * -factor if total is None")
     assert changed != core
-    (tmp_path / "dpm_core.py").write_text(changed)
-    other = Path(shutil.copy(path, tmp_path))
+    for file in path.parent.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    (tmp_path / "plan.py").write_text(changed)
+    other = tmp_path / path.name
     first = load_remote(tmp_path / "first", DDIMScheduler)()
     monkeypatch.setattr(remote_code.inspect, "getfile", lambda cls: str(other))
     second = load_remote(tmp_path / "second", DDIMScheduler)()

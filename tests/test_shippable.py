@@ -51,7 +51,11 @@ def imports(path):
 
 def test_files_are_found():
     assert {path.stem for path in FILES} == {
-        "dpm_core",
+        "noise_schedule",
+        "timestep_grids",
+        "linear_scheduler",
+        "plan",
+        "dpm_solver_rows",
         "scheduling_ddpm",
         "scheduling_ddim",
         "scheduling_analytic_dpm",

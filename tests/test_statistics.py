@@ -18,7 +18,8 @@ from diffusers_dpm.networks import noise_schedule_of
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics, import_ms_eps, interpolate
 from diffusers_dpm.random_streams import NoiseSource
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
-from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler, even_timesteps
+from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
+from diffusers_dpm.schedulers.timestep_grids import Grid, even
 
 
 class ExactNetwork(ModelMixin, ConfigMixin):
@@ -511,7 +512,7 @@ def test_how_good_interpolation_is(num, anywhere, above_50):
     """Pixels of four variances, from 1 to 0.001."""
     schedule = SCHEDULER.schedule
     curve = np.mean([[exact(schedule, t, v) for t in range(1000)] for v in (1, 0.1, 0.01, 0.001)], axis=0)
-    timesteps = even_timesteps(1000, num)
+    timesteps = even(Grid(schedule, num, 1000))[::-1]
     error = np.abs(interpolate(schedule, timesteps, curve[timesteps]) / curve - 1)
     assert error.max() < anywhere
     assert error[50:].max() < above_50

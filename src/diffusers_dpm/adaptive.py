@@ -27,15 +27,10 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_dpm.pipelines.pipeline_dpm import draw_labels, evaluation_mode, make_generators
-from diffusers_dpm.schedulers.linear_scheduler import Update
+from diffusers_dpm.schedulers.dpm_solver_rows import first_order, singlestep_rows
 from diffusers_dpm.schedulers.noise_schedule import CLEAN, Level
-from diffusers_dpm.schedulers.scheduling_dpm_solver import (
-    ALGORITHM_TYPES,
-    SOLVER_TYPES,
-    DPMSolverScheduler,
-    first_order,
-    singlestep_rows,
-)
+from diffusers_dpm.schedulers.plan import Update
+from diffusers_dpm.schedulers.scheduling_dpm_solver import ALGORITHM_TYPES, SOLVER_TYPES, DPMSolverScheduler
 from diffusers_dpm.schedulers.timestep_grids import spread
 
 

@@ -43,8 +43,8 @@ from diffusers_dpm.pipelines.pipeline_dpm import (
 )
 from diffusers_dpm.random_streams import NoiseSource
 from diffusers_dpm.records import PartialResults, fingerprint
-from diffusers_dpm.schedulers.linear_scheduler import Update
 from diffusers_dpm.schedulers.noise_schedule import Level
+from diffusers_dpm.schedulers.plan import Update
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS, CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_dpm_solver import DPMSolverScheduler
 

@@ -228,7 +228,10 @@ def test_two_versions_of_the_package_in_one_process(run, published, tmp_path):
         {
             "pipelines/pipeline_dpm.py": ("manual_seed(index(seed))", "manual_seed(index(seed) + 10)"),
             "pipelines/modeling_noisy_classifier.py": ("scaled_dot_product_attention, silu", "relu as silu"),
-            "schedulers/dpm_core.py": ("total = tensor * factor if total", "total = 0.5 * tensor * factor if total"),
+            "schedulers/plan.py": (
+                "total = tensor * factor if total",
+                "total = 0.5 * tensor * factor if total",
+            ),
         },
     )
     publish = f"import sys; sys.path.insert(0, {str(folder)!r})" + PUBLISH

@@ -14,7 +14,7 @@ from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
 
 
 STOCK_SPACINGS = ("leading", "linspace", "trailing")
-SPACINGS = (*STOCK_SPACINGS, "quadratic", "logsnr")
+SPACINGS = (*STOCK_SPACINGS, "quadratic", "quad", "logsnr")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 # Those that make rows for any timesteps, and for a walk that begins in mid-grid; the others have tables of rows.
 PLANNING = tuple(c for c in ALL_SCHEDULERS if c is not CalibratedScheduler)

@@ -91,7 +91,7 @@ def test_before_set_timesteps_there_is_no_grid():
         lambda: scheduler.previous_timestep(999),
         lambda: scheduler.set_begin_index(0),
     ):
-        with pytest.raises(ValueError, match=r"before set_timesteps.* 4 steps"):
+        with pytest.raises(ValueError, match=r"no rows for 1000 steps.* 4 steps"):
             call()
 
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler
-from diffusers_dpm.schedulers.dpm_core import BETA_SCHEDULES, SPACINGS
+from diffusers_dpm.schedulers.noise_schedule import BETA_SCHEDULES
 
-from .helpers import DTYPES, PREDICTION_TYPES, Gaussian, network, noise, order, seeded, sources, walk
+from .helpers import DTYPES, PREDICTION_TYPES, SPACINGS, Gaussian, network, noise, order, seeded, sources, walk
 
 
 FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
@@ -534,5 +534,5 @@ def test_lambda_min_clipped_on_every_grid(spacing):
     for n in (1, 2, 10, 50):
         scheduler.set_timesteps(n)
         assert scheduler.levels[0].lambda_ > -5.1
-        if spacing not in ("leading", "linspace", "trailing", "quadratic"):
+        if spacing not in ("leading", "linspace", "trailing", "quadratic", "quad"):
             assert scheduler.levels[0].lambda_ < -5

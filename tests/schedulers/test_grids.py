@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_dpm.schedulers import ALL_SCHEDULERS, DDIMScheduler, DDPMScheduler
-from diffusers_dpm.schedulers.dpm_core import SPACINGS, spread
+from diffusers_dpm.schedulers import ALL_SCHEDULERS, DDIMScheduler, DDPMScheduler, DPMSolverScheduler
+from diffusers_dpm.schedulers.timestep_grids import SPACINGS, Grid, spread
 
+from .helpers import SPACINGS as COMMON_SPACINGS
 from .helpers import STOCK_SPACINGS, working
 
 
 def grid(scheduler, n):
     """What set_timesteps(n) visits, without planning the rows (a test below compares the two)."""
     config = scheduler.config
-    ascending = SPACINGS[config.timestep_spacing](scheduler.schedule, n, config.steps_offset)
-    return spread(ascending, len(scheduler))[::-1]
+    divided = Grid(scheduler.schedule, n, len(scheduler), steps_offset=config.steps_offset)
+    return spread([round(t) for t in SPACINGS[config.timestep_spacing](divided)], len(scheduler))
 
 
 def stock_grid(n, **config):
@@ -43,7 +44,7 @@ def test_every_n_visits_what_diffusers_visits(spacing, steps_offset):
 
 
 @pytest.mark.parametrize("num_train_timesteps", [10, 100, 1000])
-@pytest.mark.parametrize(("spacing", "steps_offset"), [*((spacing, 0) for spacing in SPACINGS), ("leading", 1)])
+@pytest.mark.parametrize(("spacing", "steps_offset"), [*((spacing, 0) for spacing in COMMON_SPACINGS), ("leading", 1)])
 def test_every_n_gives_n_descending_timesteps_of_the_process(spacing, steps_offset, num_train_timesteps):
     config = {"timestep_spacing": spacing, "steps_offset": steps_offset, "num_train_timesteps": num_train_timesteps}
     scheduler = DDPMScheduler(**config)
@@ -54,7 +55,7 @@ def test_every_n_gives_n_descending_timesteps_of_the_process(spacing, steps_offs
         assert 0 <= visited[-1] <= visited[0] < num_train_timesteps
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", COMMON_SPACINGS)
 @pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler])
 def test_set_timesteps_follows_the_spacing(scheduler_class, spacing):
     scheduler = scheduler_class(timestep_spacing=spacing)
@@ -68,18 +69,27 @@ def test_set_timesteps_follows_the_spacing(scheduler_class, spacing):
         assert scheduler.levels[:-1] == visited
 
 
-def test_quadratic_golden_grid():
-    scheduler = DDPMScheduler(timestep_spacing="quadratic")
+def test_quad_golden_grid():
+    scheduler = DDPMScheduler(timestep_spacing="quad")
     assert grid(scheduler, 10)[::-1] == [0, 9, 39, 88, 158, 246, 355, 483, 632, 800]
 
 
+def test_quadratic_is_one_grid():
+    """Both ends, (T - 1) (i / (n - 1))^2; DPM-Solver's n timesteps are those of n + 1 but the lowest."""
+    visited = grid(DDPMScheduler(timestep_spacing="quadratic"), 10)
+    assert visited[::-1] == [0, 12, 49, 111, 197, 308, 444, 604, 789, 999]
+    solver = DPMSolverScheduler(timestep_spacing="quadratic")
+    solver.set_timesteps(9)
+    assert solver.timesteps.tolist() == visited[:-1]
+
+
 @pytest.mark.parametrize("num", [100, 1000, 4000])
-def test_quadratic_is_the_floor_of_exact_squares(num):
+def test_quad_is_the_floor_of_exact_squares(num):
     """int(linspace(0, sqrt(0.8 T), n)^2) of Song et al.'s code, in integers: rounding must not cost a whole step."""
-    scheduler = DDPMScheduler(num, timestep_spacing="quadratic")
+    scheduler = DDPMScheduler(num, timestep_spacing="quad")
     for n in range(2, num // 10):
         exact = [8 * num * i * i // (10 * (n - 1) ** 2) for i in range(n)]
-        assert grid(scheduler, n)[::-1] == spread(exact, num)
+        assert grid(scheduler, n) == spread(exact[::-1], num)
         authors = (np.linspace(0, np.sqrt(0.8 * num), n) ** 2).astype(int)
         assert np.abs(authors - exact).max() <= 1
 
@@ -149,7 +159,7 @@ def test_previous_timestep_is_the_next_entry(scheduler_class):
         scheduler.previous_timestep(31)
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("spacing", COMMON_SPACINGS)
 def test_encoding_walks_the_decoding_grid_upward(spacing):
     scheduler = DDIMScheduler(timestep_spacing=spacing, set_alpha_to_one=False)
     scheduler.set_timesteps(20)

@@ -220,7 +220,7 @@ def test_levels_outside_the_process_are_refused(linear):
         ({"num_train_timesteps": 3, "trained_betas": [0.1, 1.0, 0.5], "prediction_type": "sample"}, "betas"),
         ({"beta_schedule": "cubic"}, "'linear'.*'squaredcos_cap_v2'"),
         ({"prediction_type": "score"}, "'epsilon', 'sample', 'v_prediction'"),
-        ({"timestep_spacing": "karras"}, "'leading', 'linspace', 'trailing', 'quadratic', 'logsnr'"),
+        ({"timestep_spacing": "karras"}, "'leading', 'linspace', 'trailing', 'quadratic', 'quad', 'logsnr'"),
         ({"rescale_betas_zero_snr": True}, "v_prediction"),
         ({"beta_end": 1.0}, "v_prediction"),
         ({"thresholding": True, "dynamic_thresholding_ratio": 1.5}, "dynamic_thresholding_ratio"),

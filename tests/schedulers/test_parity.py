@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
-from diffusers_dpm.schedulers.dpm_core import dynamic_threshold
+from diffusers_dpm.schedulers.plan import dynamic_threshold
 
 from .helpers import (
     PREDICTION_TYPES,

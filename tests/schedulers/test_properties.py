@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diffusers_dpm.schedulers import ALL_SCHEDULERS
-from diffusers_dpm.schedulers.dpm_core import BETA_SCHEDULES
+from diffusers_dpm.schedulers.noise_schedule import BETA_SCHEDULES
 
 from .helpers import DTYPES, PREDICTION_TYPES, SPACINGS, network, noise, seeded, walk, working
 
