@@ -344,7 +344,7 @@ def test_two_versions_in_one_process_keep_their_own_functions(tmp_path, monkeypa
         ("from .helper import a as b\nc = b", "a = 1", "no relative import but"),
         ("from . import helper\nc = helper", "a = 1", "no relative import but"),
         ("from .helper import a\ndef f():\n    from .helper import a", "a = 1", "no relative import but"),
-        ("from .helper import a\nc = a", "from .third import b\na = 1", "no relative import but"),
+        ("from .helper import a\nc = a", "from .main import c as b\na = 1", "no relative import but"),
     ],
 )
 def test_code_that_cannot_be_bundled_is_refused(main, helper, message, tmp_path):
@@ -360,10 +360,12 @@ def test_a_bundle_runs(tmp_path):
         "# Why.\nc = a + b + math.floor(1.5)\n"
     )
     (tmp_path / "helper.py").write_text(
-        '"""Helper."""\nimport math\nfrom math import ceil\na = math.pi * 0 + ceil(6.5)\n'
+        '"""Helper."""\nimport math\nfrom math import ceil\nfrom .more import b\na = b * 0 + ceil(6.5)\n'
     )
-    (tmp_path / "more.py").write_text("b = 10\n")
+    (tmp_path / "more.py").write_text("from .ground import ten\nb = ten\n")
+    (tmp_path / "ground.py").write_text("ten = 10\n")
     code = remote_code.bundle(tmp_path / "main.py")
+    assert code.count("ten = 10") == 1
     names: dict = {}
     exec(compile(code, "bundle.py", "exec"), names)
     assert (names["c"], names["__doc__"]) == (18, "Main.")

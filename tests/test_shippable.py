@@ -1,12 +1,15 @@
 """Every file of schedulers/ and pipelines/ can be shipped in a Hub repository as remote code.
 
-diffusers copies such a file, finds the files it needs by regular expressions over its lines, and looks classes up by
-name in its namespace; the rules below are those of its loader (`diffusers.utils.dynamic_modules_utils`).
+`hub.remote_code.bundle` makes one file of a class and of what it imports from its folder. diffusers' loader copies the
+file, finds its requirements by regular expressions over its lines, and looks classes up by name in its namespace; the
+rules below are those of the loader (`diffusers.utils.dynamic_modules_utils`).
 """
 
 import ast
 import importlib
 import logging
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from diffusers.pipelines.pipeline_loading_utils import _fetch_class_library_tupl
 from diffusers.utils.dynamic_modules_utils import check_imports, find_pipeline_class, get_relative_imports
 
 from diffusers_dpm import pipelines, schedulers
+from diffusers_dpm.hub.remote_code import write_code
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 
 
@@ -59,9 +63,26 @@ def test_files_are_found():
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_only_schedulers_have_a_file_beside_them(path):
-    allowed = {"dpm_core"} if path.stem.startswith("scheduling_") else set()
-    assert imports(path)[1] <= allowed
+def test_relative_imports_are_of_the_same_folder(path):
+    assert imports(path)[1] <= {file.stem for file in FILES if file.parent == path.parent}
+
+
+def test_bundles_load_alone(tmp_path):
+    """In one process without the package: nothing but the library and what is allowed is imported."""
+    modules = {cls.__name__: write_code(cls, tmp_path) for cls in PUBLIC_CLASSES}
+    for code in tmp_path.glob("*_????????.py"):
+        absolute, relative = imports(code)
+        assert not relative
+        assert absolute - set(sys.stdlib_module_names) <= LIBRARIES
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").touch()
+    for file in tmp_path.glob("*.py"):
+        file.rename(tmp_path / "package" / file.name)
+    lines = [f"from package.{module} import {name}; print({name}.__name__)" for name, module in modules.items()]
+    script = "\n".join(["import sys", *lines, "print('diffusers_dpm' in sys.modules)"])
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    printed = subprocess.check_output([sys.executable, "-c", script], cwd=tmp_path, env=environment, text=True)
+    assert printed.split() == [*modules, "False"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)

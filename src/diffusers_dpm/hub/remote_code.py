@@ -34,25 +34,42 @@ def write_code(cls: type, folder: Path) -> str:
 
 
 def bundle(path: Path) -> str:
-    """The file, with each `from .module import name` replaced by that module; all else is kept as it is written.
+    """The file with each `from .module import name` replaced by that module, recursively and each module once.
 
     Raises:
-        ValueError: another kind of relative import, or a name that means one thing here and another there.
+        ValueError: another kind of relative import, or a name with two meanings in these files.
     """
-    code, known = path.read_text(encoding="utf-8"), bindings(path)
-    lines, nodes = code.splitlines(), ast.parse(code).body
-    for node in reversed(nodes):  # from the end, so that line numbers stay true
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module and is_plain(node):
-            helper = path.with_name(f"{node.module}.py")
-            for name, origin in bindings(helper).items():
-                if known.setdefault(name, origin) != origin:
-                    raise ValueError(f"{path} and {helper.name} give {name} two meanings: they cannot be one file")
-            inlined = [f"# {helper.name}:", "", *helper.read_text(encoding="utf-8").splitlines()]
-            lines[node.lineno - 1 : node.end_lineno] = [*inlined, "", "", f"# The rest of {path.name}:", ""]
-    bundled = "\n".join(lines) + "\n"
+    bundled = "\n".join(inline(path, {}, {})) + "\n"
     if any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(ast.parse(bundled))):
         raise ValueError(f"{path}: no relative import but `from .module import name` at its top level can be bundled")
     return bundled
+
+
+def inline(path: Path, files: dict[Path, None], origins: dict[str, str]) -> list[str]:
+    """The lines of a file, preceded by those of the modules that it imports and that are not in `files` yet.
+
+    Args:
+        path: the file.
+        files: those that are already in the bundle; this one and its modules are added.
+        origins: name -> where it comes from, over all files of the bundle; this file's names are added.
+    """
+    files[path] = None
+    for name, origin in bindings(path).items():
+        if origins.setdefault(name, origin) != origin:
+            names = " and ".join(file.name for file in files)
+            raise ValueError(f"{names} give {name} two meanings: they cannot be one file")
+    code = path.read_text(encoding="utf-8")
+    lines, result, end = code.splitlines(), [], 0
+    for node in ast.parse(code).body:
+        if not isinstance(node, ast.ImportFrom) or node.level != 1 or not node.module or not is_plain(node):
+            continue
+        result += lines[end : node.lineno - 1]
+        end = node.end_lineno or node.lineno
+        helper = path.with_name(f"{node.module}.py")
+        if helper not in files:
+            inlined = inline(helper, files, origins)
+            result += [f"# {helper.name}:", "", *inlined, "", "", f"# The rest of {path.name}:", ""]
+    return result + lines[end:]
 
 
 def is_plain(node: ast.ImportFrom) -> bool:
