@@ -26,7 +26,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_dpm.pipelines.pipeline_dpm import draw_labels, evaluation_mode, make_generators
+from diffusers_dpm.pipelines.networks import evaluation_mode
+from diffusers_dpm.pipelines.pipeline_dpm import draw_labels, make_generators
 from diffusers_dpm.schedulers.dpm_core import (
     CLEAN,
     PREDICTIONS,
