@@ -49,7 +49,7 @@ class Guidance:
         return False
 
     def bind(
-        self, unet: Any, classifier: Any, scheduler: SchedulerAdapter, latents: Tensor, labels: Any
+        self, unet: Any, classifier: Any, scheduler: SchedulerAdapter, latents: Tensor, labels: Tensor | None
     ) -> "Guidance | None":
         """This guidance for the images of one call; None if it leaves all of them as they are."""
         return self
@@ -130,19 +130,20 @@ class ClassifierGuidance(Guidance):
         return self.log_prob is None
 
     def bind(
-        self, unet: Any, classifier: Any, scheduler: SchedulerAdapter, latents: Tensor, labels: Any
+        self, unet: Any, classifier: Any, scheduler: SchedulerAdapter, latents: Tensor, labels: Tensor | None
     ) -> "ClassifierGuidance | None":
-        """This guidance with the scheduler's prediction type and clipping, and the classifier if `log_prob` is None.
+        """This guidance with the scheduler's prediction type and clipping, and the classifier's `log_prob` by default.
 
         Raises:
-            ValueError: classifier, labels or scheduler are missing, or do not fit.
+            ValueError: the classifier or the labels are missing, or do not fit.
         """
-        clip = scheduler.clip
-        if self.clip_order == "before" and scheduler.has_fitted_rows and clip is not None:
-            raise ValueError('clip_order must be "after" or "both": the rows were fitted to steps that clip')
         scale, log_prob = torch.as_tensor(self.scale).expand(len(latents)).to(latents), self.log_prob
         if log_prob is None:
-            self._check_parts(classifier, labels)
+            if classifier is None or labels is None:
+                missing = "a classifier or a cond_fn" if classifier is None else "class_labels"
+                raise ValueError(f"guidance was asked for; it needs {missing}")
+            if self.through_unet:
+                raise ValueError("guidance_through_unet is for a cond_fn of x0_hat; the classifier reads x_t")
             if scale.any():
                 check_classifier(classifier, unet, latents, labels)
                 log_prob = label_log_probability(classifier, labels, latents.device)
@@ -150,14 +151,7 @@ class ClassifierGuidance(Guidance):
         if not scale.any():
             return None
         prediction_type = scheduler.scheduler.config.get("prediction_type")
-        return replace(self, log_prob=log_prob, prediction_type=prediction_type, scale=scale, clip=clip)
-
-    def _check_parts(self, classifier: Any, labels: Any) -> None:
-        if classifier is None or labels is None:
-            missing = "a classifier or a cond_fn" if classifier is None else "class_labels"
-            raise ValueError(f"guidance was asked for; it needs {missing}")
-        if self.through_unet:
-            raise ValueError("guidance_through_unet is for a cond_fn of x0_hat; the classifier reads x_t")
+        return replace(self, log_prob=log_prob, prediction_type=prediction_type, scale=scale, clip=scheduler.clip)
 
     def predict(
         self, network: Network, x_t: Tensor, t: Any, alpha: float, sigma: float

@@ -20,7 +20,7 @@ def image_shape(unet: Any) -> tuple[int, int, int]:
         ValueError: its config has no `sample_size`.
     """
     if unet.config.sample_size is None:
-        raise ValueError("the U-Net's config has no sample_size")
+        raise ValueError("the U-Net's config has no sample_size: DPMPipeline needs latents (B, C, H, W)")
     return unet.config.in_channels, *image_size(unet.config.sample_size)
 
 

@@ -29,7 +29,6 @@ from .scheduler_adapter import SchedulerAdapter, adapt
 
 logger = logging.getLogger(__name__)
 Generators = torch.Generator | list[torch.Generator] | None
-OnStepEnd = Callable[[int, Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass
@@ -155,8 +154,9 @@ class DPMPipeline(DiffusionPipeline):
             ValueError: arguments that contradict each other, the network, the classifier or the scheduler; labels out
                 of range; a gradient that is not finite.
         """
-        self._check_output(output_type, return_trajectory)
-        on_step_end = self._bind_callback(callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
+        tensor_inputs = tuple(callback_on_step_end_tensor_inputs)
+        self._check_output(output_type, return_trajectory, tensor_inputs)
+        after_step = partial(self._after_step, callback_on_step_end, tensor_inputs)
         shortcuts = (cond_fn, guidance_scale, guidance_mode, guidance_interval, clip_order, max_gradient_norm)
         guidance = choose_guidance(guidance, *shortcuts, guidance_through_unet)
         generator = make_generators(generator, seeds)
@@ -174,7 +174,7 @@ class DPMPipeline(DiffusionPipeline):
             scheduler = scheduler.without_clipping()
         with evaluation_mode(self.unet, self.classifier):
             latents, trajectory = self._denoise(
-                latents, labels, scheduler, guidance, step_arguments, on_step_end, int(return_trajectory)
+                latents, labels, scheduler, guidance, step_arguments, after_step, int(return_trajectory)
             )
         images = self._to_images(latents, output_type)
         self.maybe_free_model_hooks()
@@ -189,7 +189,7 @@ class DPMPipeline(DiffusionPipeline):
         scheduler: SchedulerAdapter,
         guidance: Guidance | None,
         step_arguments: dict[str, Any],
-        on_step_end: OnStepEnd,
+        after_step: Callable[..., Tensor],
         keep_every: int,
     ) -> tuple[Tensor, DPMTrajectory | None]:
         """Run the loop over the timesteps; returns x_0 and the trajectory (None if `keep_every` is 0)."""
@@ -217,7 +217,7 @@ class DPMPipeline(DiffusionPipeline):
                     prev_sample = prev_sample + scheduler.step_variance(i, t, model_output, latents) * gradient
             if keep_every and i % keep_every == 0:
                 states.append([None if x is None else x.cpu() for x in (t, latents, pred_original_sample)])
-            latents = on_step_end(i, t, prev_sample, pred_original_sample)
+            latents = after_step(i, t, latents=prev_sample, pred_original_sample=pred_original_sample)
         check_finite(finite, timesteps)
         return latents, stack_trajectory(states, latents) if keep_every else None
 
@@ -269,7 +269,7 @@ class DPMPipeline(DiffusionPipeline):
         return None if labels is None else checked_labels(labels, lowest, num_classes)
 
     def _bind_guidance(
-        self, guidance: Guidance | None, scheduler: SchedulerAdapter, latents: Tensor, labels: Any
+        self, guidance: Guidance | None, scheduler: SchedulerAdapter, latents: Tensor, labels: Tensor | None
     ) -> Guidance | None:
         """`guidance` for this call, by default that of the classifier if there are labels; None if nothing guides."""
         if guidance is None and self.classifier is not None and labels is not None:
@@ -285,7 +285,7 @@ class DPMPipeline(DiffusionPipeline):
             )
         return guidance
 
-    def _check_output(self, output_type: str, return_trajectory: bool | int) -> None:
+    def _check_output(self, output_type: str, return_trajectory: bool | int, tensor_inputs: tuple[str, ...]) -> None:
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f'output_type must be "pil", "np" or "pt", got {output_type!r}')
         channels = self.unet.config.in_channels
@@ -293,25 +293,14 @@ class DPMPipeline(DiffusionPipeline):
             raise ValueError(f'PIL images have 1 or 3 channels, these have {channels}: use output_type "np" or "pt"')
         if return_trajectory < 0:
             raise ValueError(f"return_trajectory must be True, False or a positive integer, got {return_trajectory}")
+        names = self._callback_tensor_inputs
+        if not set(tensor_inputs) <= set(names):
+            raise ValueError(f"callback_on_step_end_tensor_inputs can hold {names}, got {sorted(tensor_inputs)}")
 
-    def _bind_callback(self, callback: Callable[..., Any] | None, tensor_inputs: tuple[str, ...]) -> OnStepEnd:
-        """`callback` as a function (step_index, timestep, latents, pred_original_sample) -> latents."""
-        unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs can hold {self._callback_tensor_inputs}, got {sorted(unknown)}"
-            )
-
-        def on_step_end(
-            step_index: int, timestep: Tensor, latents: Tensor, pred_original_sample: Tensor | None
-        ) -> Tensor:
-            if callback is None:
-                return latents
-            tensors = {"latents": latents, "pred_original_sample": pred_original_sample}
-            returned = callback(self, step_index, timestep, {name: tensors[name] for name in tensor_inputs})
-            return (returned or {}).get("latents", latents)
-
-        return on_step_end
+    def _after_step(self, callback: Any, tensor_inputs: Iterable[str], i: int, t: Tensor, **tensors: Any) -> Tensor:
+        """The new sample, or what the callback puts in its place."""
+        changes = callback(self, i, t, {name: tensors[name] for name in tensor_inputs}) if callback else None
+        return (changes or {}).get("latents", tensors["latents"])
 
     def _to_images(self, latents: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image.Image]:
         """[-1, 1] to [0, 1], clamped, in the form asked for."""

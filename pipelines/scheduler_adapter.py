@@ -88,7 +88,9 @@ class SchedulerAdapter:
         raise NotImplementedError
 
     def without_clipping(self) -> "SchedulerAdapter":
-        """That of a copy, at its first step, that neither clips nor thresholds."""
+        """The adapter of a copy, at its first step, that neither clips nor thresholds x_0."""
+        if self.has_fitted_rows and self.clip is not None:
+            raise ValueError('clip_order must be "after" or "both": the rows were fitted to steps that clip')
         scheduler = copy.deepcopy(self.scheduler)
         scheduler.register_to_config(clip_sample=False, thresholding=False)
         scheduler.set_timesteps(self.scheduler.num_inference_steps)
@@ -108,14 +110,11 @@ class SchedulerAdapter:
             return scheduler
         stock_keys = inspect.signature(twin.__init__).parameters
         config = {key: value for key, value in scheduler.config.items() if key in stock_keys}
-        lost = [
-            key
-            for key, parameter in inspect.signature(own.__init__).parameters.items()
-            if key in scheduler.config and key not in stock_keys and scheduler.config[key] != parameter.default
-        ]
-        tables = {"AnalyticDPMScheduler": "its statistics", "CalibratedScheduler": "its fitted rows"}
-        if own.__name__ in tables:
-            lost.append(tables[own.__name__])
+        parameters = inspect.signature(own.__init__).parameters
+        defaults = {key: parameter.default for key, parameter in parameters.items() if key not in stock_keys}
+        lost = [key for key, default in defaults.items() if scheduler.config.get(key, default) != default]
+        tables = {"AnalyticDPMScheduler": ["its statistics"], "CalibratedScheduler": ["its fitted rows"]}
+        lost += tables.get(own.__name__, [])
         if config.get("timestep_spacing") not in (None, "leading", "linspace", "trailing"):
             del config["timestep_spacing"]
             lost.append("timestep_spacing")
@@ -187,9 +186,10 @@ class StockScheduler(SchedulerAdapter):
         if t == 0:
             return 0.0
         variance = self.scheduler._get_variance(t, predicted_variance=model_output[:, sample.shape[1] :])
-        if self.scheduler.config.variance_type == "fixed_small_log":  # then it is the standard deviation,
-            return variance**2
-        return variance.exp() if self.scheduler.config.variance_type == "learned_range" else variance  # or its log
+        kind = self.scheduler.config.variance_type
+        if kind == "learned_range":  # it is the logarithm
+            return variance.exp()
+        return variance**2 if kind == "fixed_small_log" else variance  # of that kind it is the standard deviation
 
     def _clip(self, x0: Tensor) -> Tensor:
         if self.scheduler.config.get("thresholding"):

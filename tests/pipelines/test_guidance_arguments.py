@@ -431,6 +431,17 @@ def test_classifier_of_other_images_or_classes(make_pipe, config, message):
         path(pipe, class_labels=0)
 
 
+def fitted_scheduler(solver, guidance_scale=None):
+    """The solver's own rows, as if they had been fitted."""
+    solver.set_timesteps(3)
+    table = {"timesteps": solver.timesteps.tolist(), "guidance_scale": guidance_scale}
+    table["rows"] = [[row.sample, *row.x0] for row in solver.updates]
+    scheduler = CalibratedScheduler.from_config(solver.config, guidance_scale=guidance_scale)
+    conditions = {key: solver.config[key] for key in CONDITIONS}
+    scheduler.set_calibration({"tables": [table], "schedule_hash": solver.schedule.hash, **conditions})
+    return scheduler
+
+
 @pytest.mark.parametrize(
     ("fitted", "arguments", "warned"),
     [
@@ -445,14 +456,7 @@ def test_classifier_of_other_images_or_classes(make_pipe, config, message):
 )
 def test_rows_fitted_under_another_scale_are_warned_of_once(real_pipe, caplog, fitted, arguments, warned):
     solver = DPMSolverScheduler()
-    real_pipe.scheduler = DDIMScheduler()
-    for scheduler in (solver, CalibratedScheduler.from_config(solver.config, guidance_scale=fitted)):
-        if scheduler is not solver:
-            solver.set_timesteps(3)
-            table = {"timesteps": solver.timesteps.tolist(), "guidance_scale": fitted}
-            table["rows"] = [[row.sample, *row.x0] for row in solver.updates]
-            conditions = {key: solver.config[key] for key in CONDITIONS}
-            scheduler.set_calibration({"tables": [table], "schedule_hash": solver.schedule.hash, **conditions})
+    for scheduler in (solver, fitted_scheduler(solver, fitted)):
         pipeline_dpm.warn_once.cache_clear()
         real_pipe.scheduler = scheduler
         for _ in range(2):
@@ -460,6 +464,14 @@ def test_rows_fitted_under_another_scale_are_warned_of_once(real_pipe, caplog, f
         messages = [record.getMessage() for record in caplog.records if "fitted" in record.getMessage()]
         assert len(messages) == (scheduler is not solver and warned is not None)
     assert warned is None or warned in messages[0]
+
+
+def test_rows_fitted_to_steps_that_clip_keep_clipping(real_pipe):
+    real_pipe.scheduler = fitted_scheduler(DPMSolverScheduler(clip_sample=True))
+    arguments = {"class_labels": [0, 1], "num_inference_steps": 3}
+    assert path(real_pipe, **arguments, clip_order="both").isfinite().all()
+    with pytest.raises(ValueError, match=r"clip_order.*fitted"):
+        path(real_pipe, **arguments, clip_order="before")
 
 
 def test_labels_that_are_embeddings_cannot_guide(make_pipe):
