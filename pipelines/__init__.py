@@ -1,7 +1,9 @@
 """Pipelines: sampling from trained U-Nets."""
 
+from diffusers_dpm.pipelines.guidance import ClassifierGuidance, Guidance
 from diffusers_dpm.pipelines.modeling_noisy_classifier import NoisyClassifier, NoisyClassifierOutput
-from diffusers_dpm.pipelines.pipeline_dpm import ClassifierGuidance, DPMPipeline, DPMPipelineOutput, DPMTrajectory
+from diffusers_dpm.pipelines.networks import evaluation_mode, image_shape, image_size, is_conditional
+from diffusers_dpm.pipelines.pipeline_dpm import DPMPipeline, DPMPipelineOutput, DPMTrajectory
 
 
 __all__ = [
@@ -9,6 +11,11 @@ __all__ = [
     "DPMPipeline",
     "DPMPipelineOutput",
     "DPMTrajectory",
+    "Guidance",
     "NoisyClassifier",
     "NoisyClassifierOutput",
+    "evaluation_mode",
+    "image_shape",
+    "image_size",
+    "is_conditional",
 ]

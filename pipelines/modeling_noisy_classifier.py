@@ -90,57 +90,15 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         add_attention: bool = True,
     ):
         super().__init__()
-        if num_classes < 2:
-            raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-        if pool not in HEADS:
-            raise ValueError(f"pool must be one of {', '.join(HEADS)}, got {pool!r}")
-        if len(down_block_types) != len(block_out_channels) or not set(down_block_types) <= set(DOWN_BLOCKS):
-            raise ValueError(
-                f"down_block_types must be one of {', '.join(DOWN_BLOCKS)} for each of the {len(block_out_channels)} "
-                f"block_out_channels, got {', '.join(down_block_types)}"
-            )
-        if any(channels % norm_num_groups for channels in block_out_channels):
-            raise ValueError(f"norm_num_groups {norm_num_groups} must divide all of {tuple(block_out_channels)}")
+        check_architecture(self.config)
         if id2label is not None:
             self.register_to_config(id2label=checked_names(id2label, num_classes))
-
-        first, last = block_out_channels[0], block_out_channels[-1]
-        time_channels = time_embedding_dim or 4 * first
+        first, time_channels = block_out_channels[0], time_embedding_dim or 4 * block_out_channels[0]
         self.conv_in = nn.Conv2d(in_channels, first, kernel_size=3, padding=1)
         self.time_proj = Timesteps(first, flip_sin_to_cos, freq_shift)
         self.time_embedding = TimestepEmbedding(first, time_channels)
-        self.down_blocks = nn.ModuleList(
-            get_down_block(
-                block_type,
-                num_layers=layers_per_block,
-                in_channels=block_out_channels[max(i - 1, 0)],
-                out_channels=channels,
-                temb_channels=time_channels,
-                add_downsample=i < len(block_out_channels) - 1,
-                resnet_eps=norm_eps,
-                resnet_act_fn=act_fn,
-                resnet_groups=norm_num_groups,
-                attention_head_dim=attention_head_dim or channels,
-                downsample_padding=downsample_padding,
-                resnet_time_scale_shift=resnet_time_scale_shift,
-                downsample_type=downsample_type,
-                dropout=dropout,
-            )
-            for i, (block_type, channels) in enumerate(zip(down_block_types, block_out_channels, strict=True))
-        )
-        self.mid_block = UNetMidBlock2D(
-            in_channels=last,
-            temb_channels=time_channels,
-            dropout=dropout,
-            resnet_eps=norm_eps,
-            resnet_act_fn=act_fn,
-            output_scale_factor=mid_block_scale_factor,
-            resnet_time_scale_shift=resnet_time_scale_shift,
-            attention_head_dim=attention_head_dim or last,
-            resnet_groups=norm_num_groups,
-            attn_groups=attn_norm_num_groups,
-            add_attention=add_attention,
-        )
+        self.down_blocks = down_blocks(self.config, time_channels)
+        self.mid_block = mid_block(self.config, time_channels)
         self.head = HEADS[pool](self.config)
 
     @classmethod
@@ -158,8 +116,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         """
         if unet.config.time_embedding_type != "positional":
             raise ValueError(f"the U-Net's time embedding must be positional, is {unet.config.time_embedding_type}")
-        known = inspect.signature(cls).parameters
-        config = {key: value for key, value in unet.config.items() if key in known}
+        keys = inspect.signature(cls).parameters
+        config = {key: value for key, value in unet.config.items() if key in keys}
         classifier = cls(**{**config, "num_classes": num_classes, **changes})
         shapes = {name: weight.shape for name, weight in classifier.state_dict().items() if name.startswith(ENCODER)}
         weights = {name: weight for name, weight in unet.state_dict().items() if shapes.get(name) == weight.shape}
@@ -203,6 +161,62 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         features.append(self.mid_block(features[-1], embedding))
         logits = self.head(features)
         return NoisyClassifierOutput(logits=logits) if return_dict else (logits,)
+
+
+def check_architecture(config: Any) -> None:
+    """Raises the ValueErrors of `NoisyClassifier` that need no more than its config."""
+    blocks, channels = config.down_block_types, config.block_out_channels
+    if config.num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, got {config.num_classes}")
+    if config.pool not in HEADS:
+        raise ValueError(f"pool must be one of {', '.join(HEADS)}, got {config.pool!r}")
+    if len(blocks) != len(channels) or not set(blocks) <= set(DOWN_BLOCKS):
+        raise ValueError(
+            f"down_block_types must be one of {', '.join(DOWN_BLOCKS)} for each of the {len(channels)} "
+            f"block_out_channels, got {', '.join(blocks)}"
+        )
+    if any(width % config.norm_num_groups for width in channels):
+        raise ValueError(f"norm_num_groups {config.norm_num_groups} must divide all of {tuple(channels)}")
+
+
+def down_blocks(config: Any, time_channels: int) -> nn.ModuleList:
+    """The levels of the encoder; all but the last halve the image."""
+    widths = config.block_out_channels
+    return nn.ModuleList(
+        get_down_block(
+            block_type,
+            num_layers=config.layers_per_block,
+            in_channels=widths[max(i - 1, 0)],
+            out_channels=width,
+            add_downsample=i < len(widths) - 1,
+            attention_head_dim=config.attention_head_dim or width,
+            resnet_groups=config.norm_num_groups,
+            downsample_padding=config.downsample_padding,
+            downsample_type=config.downsample_type,
+            **resnet_options(config, time_channels),
+        )
+        for i, (block_type, width) in enumerate(zip(config.down_block_types, widths, strict=True))
+    )
+
+
+def mid_block(config: Any, time_channels: int) -> UNetMidBlock2D:
+    """The block between encoder and head."""
+    width = config.block_out_channels[-1]
+    return UNetMidBlock2D(
+        in_channels=width,
+        output_scale_factor=config.mid_block_scale_factor,
+        attention_head_dim=config.attention_head_dim or width,
+        resnet_groups=config.norm_num_groups,
+        attn_groups=config.attn_norm_num_groups,
+        add_attention=config.add_attention,
+        **resnet_options(config, time_channels),
+    )
+
+
+def resnet_options(config: Any, time_channels: int) -> dict[str, Any]:
+    """What all blocks share."""
+    options = {"temb_channels": time_channels, "dropout": config.dropout, "resnet_eps": config.norm_eps}
+    return {**options, "resnet_act_fn": config.act_fn, "resnet_time_scale_shift": config.resnet_time_scale_shift}
 
 
 def checked_names(id2label: Mapping[Any, str], num_classes: int) -> dict[str, str]:

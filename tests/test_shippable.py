@@ -61,7 +61,10 @@ def test_files_are_found():
         "scheduling_analytic_dpm",
         "scheduling_calibrated",
         "scheduling_dpm_solver",
+        "guidance",
+        "networks",
         "pipeline_dpm",
+        "scheduler_adapter",
         "modeling_noisy_classifier",
     }
 

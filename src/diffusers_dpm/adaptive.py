@@ -26,7 +26,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
-from diffusers_dpm.pipelines.pipeline_dpm import draw_labels, evaluation_mode, make_generators
+from diffusers_dpm.pipelines.networks import evaluation_mode
+from diffusers_dpm.pipelines.pipeline_dpm import draw_labels, make_generators
 from diffusers_dpm.schedulers.dpm_solver_rows import first_order, singlestep_rows
 from diffusers_dpm.schedulers.noise_schedule import CLEAN, Level
 from diffusers_dpm.schedulers.plan import Update

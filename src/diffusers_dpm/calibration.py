@@ -35,12 +35,8 @@ from typing import Any, NamedTuple
 import torch
 
 from diffusers_dpm.networks import Progress, noise_schedule_of
-from diffusers_dpm.pipelines.pipeline_dpm import (
-    ClassifierGuidance,
-    check_classifier,
-    evaluation_mode,
-    label_log_probability,
-)
+from diffusers_dpm.pipelines.guidance import ClassifierGuidance, check_classifier, label_log_probability
+from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.random_streams import NoiseSource
 from diffusers_dpm.records import PartialResults, fingerprint
 from diffusers_dpm.schedulers.noise_schedule import Level

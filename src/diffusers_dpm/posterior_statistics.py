@@ -30,7 +30,7 @@ import torch
 from safetensors.numpy import load_file
 
 from diffusers_dpm.networks import Progress, checked_labels, network_output, noise_schedule_of
-from diffusers_dpm.pipelines.pipeline_dpm import evaluation_mode
+from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.random_streams import NoiseSource
 from diffusers_dpm.records import PartialResults, fingerprint
 from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, VPNoiseSchedule, affine

@@ -40,14 +40,14 @@ def test_an_image_depends_on_its_seed_alone(make_pipe, gaussian_unet, scheduler)
     assert not torch.equal(batch[:, 0], batch[:, 1])
 
 
-def test_an_image_depends_on_its_seed_alone_up_to_the_networks_rounding(make_pipe):
+def test_an_image_depends_on_its_seed_up_to_rounding(make_pipe):
     pipe = make_pipe(DDPMScheduler(), num_class_embeds=10)
     batch, alone = sample(pipe, seeds=[3, 4, 5]), sample(pipe, seeds=[4])
     torch.testing.assert_close(batch.images[1:2], alone.images, atol=1e-5, rtol=0)
     assert batch.class_labels[1] == alone.class_labels[0]
 
 
-def test_seeds_are_cpu_generators_and_global_noise_is_not_touched(make_pipe):
+def test_seeds_are_cpu_generators_beside_the_global_one(make_pipe):
     pipe = make_pipe(DDPMScheduler(), num_class_embeds=10)
     by_seed = sample(pipe, seeds=np.array([7, 8]))
     torch.manual_seed(0)
@@ -79,7 +79,7 @@ def test_given_latents_are_the_start(make_pipe):
 def test_latents_choose_the_size_of_the_image(make_pipe):
     pipe = make_pipe(DDIMScheduler(), sample_size=None)
     assert sample(pipe, latents=torch.randn(1, 3, 16, 8)).images.shape == (1, 3, 16, 8)
-    with pytest.raises(ValueError, match="no sample_size"):
+    with pytest.raises(ValueError, match="sample_size"):
         sample(pipe)
 
 
@@ -121,7 +121,7 @@ def test_labels_set_the_batch_size(labelled_pipe):
     assert sample(labelled_pipe, class_labels=[1, 2, 3]).images.shape[0] == 3
 
 
-def test_labels_that_are_not_given_are_drawn_uniformly_and_reported(labelled_pipe):
+def test_missing_labels_are_drawn_uniformly_and_reported(labelled_pipe):
     output = sample(labelled_pipe, seeds=range(1000), num_inference_steps=20)
     assert torch.equal(drawn_classes(output.images), output.class_labels)
     counts = output.class_labels.bincount(minlength=10)
@@ -184,7 +184,7 @@ def test_images_are_x0_mapped_from_minus_one_one_to_zero_one(make_pipe):
 def test_four_channels_are_no_pil_image(make_pipe):
     pipe = make_pipe(DDIMScheduler(), in_channels=4, out_channels=4)
     assert sample(pipe, output_type="np").images.shape == (1, 8, 8, 4)
-    with pytest.raises(ValueError, match='these have 4: use output_type "np" or "pt"'):
+    with pytest.raises(ValueError, match="4: use output_type"):
         sample(pipe, output_type="pil")
 
 
@@ -347,23 +347,23 @@ def test_no_graph_is_kept(make_pipe):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"class_labels": 10}, r"must lie in 0\.\.9, got \[10\]"),
-        ({"class_labels": [3, -1]}, r"must lie in 0\.\.9, got \[3, -1\]"),
-        ({"class_labels": [1, 2, 3], "batch_size": 2}, "disagree: 2 batch_size, 3 class_labels"),
-        ({"class_labels": [0.5]}, "must be one integer or a list of integers"),
-        ({"class_labels": [[1], [2]]}, "must be one integer or a list of integers"),
-        ({"seeds": [1, 2], "batch_size": 3}, "disagree: 3 batch_size, 2 seeds or generators"),
-        ({"seeds": [1, 2], "class_labels": [1]}, "disagree: 2 seeds or generators, 1 class_labels"),
-        ({"seeds": [1], "latents": torch.zeros(2, 3, 8, 8)}, "disagree: 1 seeds or generators, 2 latents"),
-        ({"generator": [torch.Generator()], "batch_size": 2}, "disagree: 2 batch_size, 1 seeds or generators"),
-        ({"seeds": [1], "generator": torch.Generator()}, "either generator or seeds"),
-        ({"seeds": []}, "at least one image"),
-        ({"batch_size": 0}, "at least one image"),
+        ({"class_labels": 10}, r"class_labels.* 0\.\.9, got \[10\]"),
+        ({"class_labels": [3, -1]}, r"class_labels.* 0\.\.9, got \[3, -1\]"),
+        ({"class_labels": [1, 2, 3], "batch_size": 2}, "2 batch_size, 3 class_labels"),
+        ({"class_labels": [0.5]}, "class_labels"),
+        ({"class_labels": [[1], [2]]}, "class_labels"),
+        ({"seeds": [1, 2], "batch_size": 3}, "3 batch_size, 2 seeds or generators"),
+        ({"seeds": [1, 2], "class_labels": [1]}, "2 seeds or generators, 1 class_labels"),
+        ({"seeds": [1], "latents": torch.zeros(2, 3, 8, 8)}, "1 seeds or generators, 2 latents"),
+        ({"generator": [torch.Generator()], "batch_size": 2}, "2 batch_size, 1 seeds or generators"),
+        ({"seeds": [1], "generator": torch.Generator()}, "generator or seeds"),
+        ({"seeds": []}, "'seeds or generators': 0"),
+        ({"batch_size": 0}, "'batch_size': 0"),
         ({"latents": torch.zeros(1, 1, 8, 8)}, r"latents must be \(B, 3, H, W\), got \(1, 1, 8, 8\)"),
-        ({"output_type": "latent"}, "output_type must be"),
-        ({"num_inference_steps": 0}, "at least 1"),
-        ({"return_trajectory": -1}, "positive integer"),
-        ({"callback_on_step_end_tensor_inputs": ["x0"]}, r"got \['x0'\]"),
+        ({"output_type": "latent"}, "output_type.*'latent'"),
+        ({"num_inference_steps": 0}, "num_inference_steps.*0"),
+        ({"return_trajectory": -1}, "return_trajectory.*-1"),
+        ({"callback_on_step_end_tensor_inputs": ["x0"]}, "inputs.*'x0'"),
     ],
 )
 def test_contradictions_are_named(make_pipe, arguments, message):
@@ -372,7 +372,7 @@ def test_contradictions_are_named(make_pipe, arguments, message):
 
 
 def test_labels_for_an_unconditional_network_are_an_error(make_pipe):
-    with pytest.raises(ValueError, match="unconditional"):
+    with pytest.raises(ValueError, match="num_class_embeds"):
         sample(make_pipe(DDIMScheduler()), class_labels=0)
 
 

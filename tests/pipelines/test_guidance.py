@@ -11,7 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from diffusers_dpm.pipelines import ClassifierGuidance
-from diffusers_dpm.pipelines.pipeline_dpm import noise_level
+from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.schedulers import (
     AnalyticDPMScheduler,
     DDIMScheduler,
@@ -187,7 +187,7 @@ def test_x0_hat_varies_by_one_over_alpha_or_through_the_network():
     assert not ignored.gradient(network(x), x, 400, alpha, sigma).any()
 
 
-def test_an_image_that_is_not_guided_is_left_alone_whatever_its_gradient():
+def test_an_unguided_image_ignores_even_a_nan_gradient():
     x, output = latents(2), latents(2, seed=1)
     broken = torch.tensor([1.0, torch.nan], dtype=torch.float64).view(2, 1, 1, 1)
     guidance = ClassifierGuidance(lambda x_t, t, x0: (broken * x_t).flatten(1).sum(1), "epsilon", torch.tensor([1, 0]))
@@ -311,11 +311,11 @@ def generators(n, skip):
     return made
 
 
-def test_level_is_that_of_the_schedulers_sigma_where_timesteps_are_rounded():
+def test_level_is_the_schedulers_sigma_at_rounded_timesteps():
     DPM_SOLVER_KARRAS.set_timesteps(12)
     for i, t in enumerate(DPM_SOLVER_KARRAS.timesteps):
         ratio = DPM_SOLVER_KARRAS.sigmas[i].item()
-        alpha, sigma = noise_level(DPM_SOLVER_KARRAS, i, t)
+        alpha, sigma = adapt(DPM_SOLVER_KARRAS).noise_level(i, t)
         assert sigma / alpha == pytest.approx(ratio, rel=1e-12)
         assert alpha**2 + sigma**2 == pytest.approx(1, abs=1e-12)
 
@@ -369,7 +369,7 @@ def test_any_scale_is_exact_for_an_exponential_tilt(make_pipe, scheduler, scale)
     torch.testing.assert_close(x, path(tilted, seeds=[0, 1]), atol=1e-5, rtol=1e-6)
 
 
-def test_the_sharpened_distribution_has_the_closed_forms_mean_and_variance(make_pipe):
+def test_the_sharpened_distribution_has_the_closed_form(make_pipe):
     """The ODE's map is affine here, x_0 = A + B x_T: two starts give the distribution for x_T ~ N(0, 1) exactly."""
     pipe = make_pipe(DPMSolverScheduler(**LINEAR, timestep_spacing="logsnr"), gaussian(MEAN))
     starts = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1).expand(2, 1, 2, 2)
@@ -503,7 +503,7 @@ def test_mean_shift_of_stock_ddpm_for_the_logarithmic_variance(make_pipe):
 )
 def test_mean_shift_needs_a_variance(make_pipe, scheduler):
     pipe = make_pipe(scheduler, MixtureUNet())
-    with pytest.raises(ValueError, match=f"steps that are Gaussian .* for {type(scheduler).__name__}"):
+    with pytest.raises(ValueError, match=f"mean_shift.* {type(scheduler).__name__}"):
         path(pipe, cond_fn=tilt, guidance_mode="mean_shift")
 
 

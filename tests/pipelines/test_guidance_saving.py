@@ -125,7 +125,7 @@ def test_a_saved_guided_pipeline_is_a_stock_repository(stock_folder, tmp_path, w
     assert not warnings_of_diffusers()
 
 
-def test_a_pipeline_saved_beside_a_classifier_keeps_it_out_of_the_index(stock_folder):
+def test_the_index_leaves_a_classifier_beside_it_out(stock_folder):
     LinearClassifier().save_pretrained(stock_folder / "classifier")
     DPMPipeline.from_pretrained(stock_folder).save_pretrained(stock_folder)
     index = json.loads((stock_folder / "model_index.json").read_text())

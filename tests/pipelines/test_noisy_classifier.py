@@ -144,7 +144,7 @@ def test_images_do_not_see_each_other(make, pool):
     torch.testing.assert_close(together.grad[2:3], alone.grad, rtol=1e-9, atol=1e-12)
 
 
-def test_attention_head_is_self_attention_read_at_its_first_token(make):
+def test_attention_head_reads_self_attention_at_its_first_token(make):
     """Against torch's own layer, which answers for all tokens."""
     head = make(pool="attention", attention_head_dim=8).head.double()
     features = images(2, 16, 4, 4).double()
@@ -207,7 +207,7 @@ def test_from_unet_with_changes_takes_what_fits(make_unet):
 
 
 def test_from_unet_needs_the_same_time_embedding(make_unet):
-    with pytest.raises(ValueError, match="must be positional, is fourier"):
+    with pytest.raises(ValueError, match=r"time embedding.*fourier"):
         NoisyClassifier.from_unet(make_unet(time_embedding_type="fourier"), 2)
 
 
@@ -217,17 +217,17 @@ def test_from_unet_needs_the_same_time_embedding(make_unet):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
-        ({"pool": "max"}, "pool must be one of adaptive, attention, spatial, got 'max'"),
-        ({"norm_num_groups": 3}, r"norm_num_groups 3 must divide all of \(8, 16\)"),
-        ({"down_block_types": ("DownBlock2D",)}, "for each of the 2 block_out_channels"),
-        ({"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}, "down_block_types must be one of"),
-        ({"id2label": {"0": "a", "1": "b"}}, "name each of the classes 0 .. 2"),
-        ({"id2label": {"0": "a", "1": "b", "3": "c"}}, "name each of the classes 0 .. 2"),
-        ({"id2label": {"0": "a", "1": "b", "2": "b"}}, "differently"),
-        ({"pool": "attention", "sample_size": None}, "needs sample_size"),
-        ({"pool": "attention", "sample_size": (8, 9)}, "sides divisible by 2, got 8x9"),
-        ({"pool": "attention", "attention_head_dim": 6}, "attention_head_dim 6 must divide"),
+        ({"num_classes": 1}, "num_classes.*1"),
+        ({"pool": "max"}, "pool.*'max'"),
+        ({"norm_num_groups": 3}, r"norm_num_groups 3.*\(8, 16\)"),
+        ({"down_block_types": ("DownBlock2D",)}, "down_block_types.* 2 block_out_channels"),
+        ({"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D")}, "down_block_types.*CrossAttnDownBlock2D"),
+        ({"id2label": {"0": "a", "1": "b"}}, "id2label.*0 .. 2"),
+        ({"id2label": {"0": "a", "1": "b", "3": "c"}}, "id2label.*'3'"),
+        ({"id2label": {"0": "a", "1": "b", "2": "b"}}, "id2label.*'2': 'b'"),
+        ({"pool": "attention", "sample_size": None}, "sample_size"),
+        ({"pool": "attention", "sample_size": (8, 9)}, "attention.*8x9"),
+        ({"pool": "attention", "attention_head_dim": 6}, "attention_head_dim 6"),
     ],
 )
 def test_configs_that_make_no_sense(make, config, message):
@@ -237,13 +237,13 @@ def test_configs_that_make_no_sense(make, config, message):
 
 @pytest.mark.parametrize("shape", [(2, 1, 8, 8), (3, 8, 8)])
 def test_images_of_other_channels(make, shape):
-    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got"):
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\)"):
         make()(images(*shape), 0)
 
 
 def test_images_of_another_size(make):
     """The other heads take any."""
     x = images(2, 3, 8, 16)
-    with pytest.raises(ValueError, match=r"made for images of \(8, 8\), got \(8, 16\)"):
+    with pytest.raises(ValueError, match=r"\(8, 8\), got \(8, 16\)"):
         make(pool="attention")(x, 0)
     assert make(pool="adaptive")(x, 0).logits.shape == make(pool="spatial")(x, 0).logits.shape == (2, 3)

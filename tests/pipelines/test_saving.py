@@ -1,4 +1,4 @@
-"""What DPMPipeline writes loads in plain diffusers, and the reverse; its file ships alone."""
+"""What DPMPipeline writes loads in plain diffusers, and the reverse; its files ship as remote code."""
 
 import json
 import logging
@@ -17,7 +17,7 @@ from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 
 
-PIPELINE_FILE = Path(__file__).parents[2] / "pipelines" / "pipeline_dpm.py"
+PIPELINES = Path(__file__).parents[2] / "pipelines"
 
 
 class ThirdPartyScheduler(DDIMScheduler):
@@ -134,7 +134,7 @@ def test_saved_scheduler_has_the_same_forward_process(make_pipe, tmp_path, sched
 def test_what_a_stock_scheduler_cannot_hold_is_logged(make_pipe, tmp_path, caplog, scheduler, message):
     with caplog.at_level(logging.WARNING):
         make_pipe(scheduler).save_pretrained(tmp_path)
-    logged = [r.getMessage() for r in caplog.records if r.name == "diffusers_dpm.pipelines.pipeline_dpm"]
+    logged = [r.getMessage() for r in caplog.records if r.name == "diffusers_dpm.pipelines.scheduler_adapter"]
     assert len(logged) == (message is not None)
     assert message is None or message in logged[0]
 
@@ -165,13 +165,15 @@ def test_our_scheduler_from_the_folder_of_a_pipeline(make_pipe, tmp_path):
 
 
 def test_file_ships_alone_as_remote_code(make_pipe, tmp_path):
-    """In a process without our package; twice, as the loader executes the file anew at every load."""
+    """With the files that it imports, in a process without our package; twice, as the loader executes it anew."""
     pipe = make_pipe(DDIMScheduler(), num_class_embeds=10)
     repository, code = tmp_path / "repository", tmp_path / "code"
     pipe.save_pretrained(repository)
     code.mkdir()
-    shutil.copy(PIPELINE_FILE, repository / "pipeline_dpm.py")
-    shutil.copy(PIPELINE_FILE, code / "pipeline.py")
+    for folder, main in ((repository, "pipeline_dpm"), (code, "pipeline")):
+        for name in ("guidance", "networks", "scheduler_adapter"):
+            shutil.copy(PIPELINES / f"{name}.py", folder)
+        shutil.copy(PIPELINES / "pipeline_dpm.py", folder / f"{main}.py")
     script = """
 repository, code = sys.argv[1:]
 for source in (code, repository + "/pipeline_dpm.py", repository + "/pipeline_dpm.py"):

@@ -215,7 +215,7 @@ LEARNED = diffusers.DDPMScheduler(variance_type="learned_range")
     ],
     ids=lambda value: name(type(value)),
 )
-def test_schedulers_with_their_own_variance_ignore_the_learned_one(make_pipe, make_variance_pair, scheduler, channels):
+def test_schedulers_with_a_variance_ignore_the_learned_one(make_pipe, make_variance_pair, scheduler, channels):
     images = [
         make_pipe(scheduler, unet)(seeds=[0, 1], num_inference_steps=4, output_type="pt").images
         for unet in make_variance_pair(channels)

@@ -18,7 +18,7 @@ from diffusers_dpm.hub.staging import VARIANTS, WEIGHTS, list_extras, load_extra
 from diffusers_dpm.hub.upload import PublishError
 from diffusers_dpm.networks import image_size, load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.pipelines.pipeline_dpm import stock_twin
+from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.records import read_json
 from diffusers_dpm.run_folder import EXTRAS
 
@@ -102,7 +102,7 @@ def check(run: str | Path, folder: str | Path) -> None:
 def evaluate(folder: Path) -> dict[str, np.ndarray]:
     """What each part of a folder computes from fixed seeds, loaded with this package."""
     loaded = load_pipeline(str(folder))
-    pipe = DPMPipeline(loaded.unet, stock_twin(loaded.scheduler))  # the scheduler that gets published
+    pipe = DPMPipeline(loaded.unet, adapt(loaded.scheduler).stock_twin())  # the scheduler that gets published
     config, few = pipe.unet.config, checking_steps(folder)
 
     def draw(pipe: DPMPipeline | DDPMPipeline, steps: int = few, **arguments: Any) -> np.ndarray:

@@ -32,7 +32,8 @@ from diffusers_dpm.likelihood.decoder import (
 )
 from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Evaluation, forward_process, standard_error
 from diffusers_dpm.networks import Progress, network_output
-from diffusers_dpm.pipelines.pipeline_dpm import evaluation_mode, is_ddpm
+from diffusers_dpm.pipelines.networks import evaluation_mode
+from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, Level, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
@@ -204,14 +205,14 @@ def _sampler(scheduler: Any) -> AnalyticDPMScheduler:
     variance_type = scheduler.config.get("variance_type") or "fixed_small"
     if isinstance(scheduler, AnalyticDPMScheduler):
         options: dict[str, Any] = {}
-    elif is_ddpm(scheduler) and variance_type.startswith("fixed"):
+    elif adapt(scheduler).is_ddpm and variance_type.startswith("fixed"):
         large = variance_type.startswith("fixed_large")
         options = {"forward_process": "ddpm", "reverse_variance": "large" if large else "small"}
     elif any(base.__name__ == "DDIMScheduler" for base in type(scheduler).__mro__):
         eta = scheduler.config.get("eta", 0.0)
         options = {"forward_process": "ddim", "reverse_variance": "small", "eta": eta}
     else:
-        what = f"variance_type={variance_type!r}" if is_ddpm(scheduler) else "it"
+        what = f"variance_type={variance_type!r}" if adapt(scheduler).is_ddpm else "it"
         raise ValueError(
             f"{type(scheduler).__name__} has no bound, because {what} gives no scalar reverse variance: use "
             "AnalyticDPMScheduler.from_config(scheduler.config, reverse_variance='small')."

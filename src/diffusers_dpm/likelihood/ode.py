@@ -10,7 +10,7 @@ import torch
 from diffusers_dpm.likelihood.decoder import check_levels, gaussian_log_density
 from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Evaluation, forward_process, standard_error
 from diffusers_dpm.networks import Progress, network_output
-from diffusers_dpm.pipelines.pipeline_dpm import evaluation_mode
+from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 

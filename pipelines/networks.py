@@ -1,0 +1,50 @@
+"""What sampling asks of a network: the shape of its images, whether it takes labels, and evaluation mode."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def image_size(sample_size: int | Sequence[int]) -> tuple[int, int]:
+    """(height, width) of a config's `sample_size`, which is one number for square images."""
+    height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+    return height, width
+
+
+def image_shape(unet: Any) -> tuple[int, int, int]:
+    """(C, H, W) of the images of a U-Net.
+
+    Raises:
+        ValueError: its config has no `sample_size`.
+    """
+    if unet.config.sample_size is None:
+        raise ValueError("the U-Net's config has no sample_size: DPMPipeline needs latents (B, C, H, W)")
+    return unet.config.in_channels, *image_size(unet.config.sample_size)
+
+
+def is_conditional(unet: Any) -> bool:
+    """Whether the network takes `class_labels`: indices of classes, numbers or embeddings."""
+    config = getattr(unet, "config", {})
+    return config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None
+
+
+@contextmanager
+def evaluation_mode(*networks: torch.nn.Module | None) -> Iterator[None]:
+    """Inside, no dropout and no gradients of weights; afterwards every submodule and weight is as it was."""
+    modules = [network for network in networks if network is not None]
+    modes = [(submodule, submodule.training) for module in modules for submodule in module.modules()]
+    weights = [weight for module in modules for weight in module.parameters() if weight.requires_grad]
+    weights = [weight for weight in weights if not weight.is_inference()]  # of these, no flag can be changed
+    for module in modules:
+        module.eval()
+    for weight in weights:  # else a gradient by x_t would keep what those of the weights need
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for submodule, training in modes:
+            submodule.training = training
+        for weight in weights:
+            weight.requires_grad_(True)

@@ -1,0 +1,198 @@
+"""What sampling asks of a scheduler beyond `set_timesteps` and `step`: one of ours, of diffusers or any other.
+
+`adapt` is the one place that asks which of them a scheduler is.
+"""
+
+import copy
+import inspect
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor
+
+
+def adapt(scheduler: Any) -> "SchedulerAdapter":
+    """The adapter of a scheduler. Ours are recognised by their noise schedule: remote code has classes of its own."""
+    return OwnScheduler(scheduler) if hasattr(scheduler, "schedule") else StockScheduler(scheduler)
+
+
+class SchedulerAdapter:
+    """What every scheduler answers in the same way.
+
+    Attributes:
+        name: of the scheduler's class.
+        is_ddpm: whether this is DDPM's ancestral sampler, diffusers' or ours: both have the name.
+        has_fitted_rows: whether its coefficients were fitted to a network.
+        takes_learned_variance: whether `step` wants the variance half of a network with 2C output channels.
+    """
+
+    takes_learned_variance = True
+    has_fitted_rows = False
+
+    def __init__(self, scheduler: Any):
+        self.scheduler = scheduler
+        self.name = type(scheduler).__name__
+        ddpm = ("DDPMScheduler", "DDPMParallelScheduler")
+        self.is_ddpm = any(base.__name__ in ddpm for base in type(scheduler).__mro__)
+
+    # The grid and the step ---------------------------------------------------------------------------------------
+
+    def set_timesteps(self, num_inference_steps: int | None) -> None:
+        """By default all training steps under DDPM, whose variance is only right for small ones, else at most 50."""
+        train_steps = self.scheduler.config.get("num_train_timesteps", 1000)
+        if num_inference_steps is None:
+            num_inference_steps = train_steps if self.is_ddpm else min(50, train_steps)
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
+        self.scheduler.set_timesteps(num_inference_steps)
+
+    def step_arguments(self, generator: Any, eta: float | None) -> dict[str, Any]:
+        """The keywords for `step`, as far as it takes them."""
+        parameters = inspect.signature(self.scheduler.step).parameters
+        if eta is not None and "eta" not in parameters:
+            raise ValueError(f"eta={eta} was given, but {self.name}.step takes no eta")
+        offered = {"generator": generator, "eta": eta}
+        return {name: value for name, value in offered.items() if value is not None and name in parameters}
+
+    def scale_input(self, sample: Tensor, t: Tensor) -> Tensor:
+        """The sample as the network sees it."""
+        scale = getattr(self.scheduler, "scale_model_input", None)
+        return sample if scale is None else scale(sample, t)
+
+    def noise_level(self, i: int, t: Tensor) -> tuple[float, float]:
+        """(alpha, sigma) of the network's input in the i-th step."""
+        raise ValueError(f"guidance does not know the noise levels of {self.name}: use another scheduler")
+
+    def step_variance(self, i: int, t: Tensor, model_output: Tensor, sample: Tensor) -> float | Tensor:
+        """Variance of the noise that the i-th step adds; (B, C, H, W) if the network predicts it."""
+        raise ValueError(
+            f'guidance_mode="mean_shift" needs steps that are Gaussian with a known variance, as those of DDPM; for '
+            f'{self.name} as configured here use "score"'
+        )
+
+    # Clipping ----------------------------------------------------------------------------------------------------
+
+    @property
+    def clip(self) -> Callable[[Tensor], Tensor] | None:
+        """What the scheduler does to a predicted x_0; None if nothing."""
+        config = self.scheduler.config
+        return self._clip if config.get("clip_sample") or config.get("thresholding") else None
+
+    def _clip(self, x0: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def without_clipping(self) -> "SchedulerAdapter":
+        """The adapter of a copy, at its first step, that neither clips nor thresholds x_0."""
+        if self.has_fitted_rows and self.clip is not None:
+            raise ValueError('clip_order must be "after" or "both": the rows were fitted to steps that clip')
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.register_to_config(clip_sample=False, thresholding=False)
+        scheduler.set_timesteps(self.scheduler.num_inference_steps)
+        return adapt(scheduler)
+
+    # What plain diffusers loads ----------------------------------------------------------------------------------
+
+    @property
+    def stock_class(self) -> Any:
+        """diffusers' class of the scheduler's name, or DDPMScheduler, which reads the config of any DDPM process."""
+        return getattr(diffusers, self.name, DDPMScheduler)
+
+    def stock_twin(self) -> Any:
+        """A stock scheduler with the settings that stock keys can say; the scheduler itself if it is stock."""
+        scheduler, own, twin = self.scheduler, type(self.scheduler), self.stock_class
+        if own is twin:
+            return scheduler
+        stock_keys = inspect.signature(twin.__init__).parameters
+        config = {key: value for key, value in scheduler.config.items() if key in stock_keys}
+        parameters = inspect.signature(own.__init__).parameters
+        defaults = {key: parameter.default for key, parameter in parameters.items() if key not in stock_keys}
+        lost = [key for key, default in defaults.items() if scheduler.config.get(key, default) != default]
+        tables = {"AnalyticDPMScheduler": ["its statistics"], "CalibratedScheduler": ["its fitted rows"]}
+        lost += tables.get(own.__name__, [])
+        if config.get("timestep_spacing") not in (None, "leading", "linspace", "trailing"):
+            del config["timestep_spacing"]
+            lost.append("timestep_spacing")
+        if lost or own.__name__ != twin.__name__:
+            what = f"without {', '.join(lost)}" if lost else "with all its settings"
+            message = "saved %s %s as diffusers' %s, for plain diffusers"
+            logging.getLogger(__name__).warning(message, own.__name__, what, twin.__name__)
+        try:
+            return twin(**config)
+        except NotImplementedError:  # a beta schedule of a name that the stock class does not know: spell it out
+            del config["beta_schedule"]
+            return twin(**{**config, "trained_betas": scheduler.betas.tolist()})
+
+
+class OwnScheduler(SchedulerAdapter):
+    """A scheduler of diffusers-dpm: its noise schedule and its rows hold the answers."""
+
+    def __init__(self, scheduler: Any):
+        super().__init__(scheduler)
+        self.has_fitted_rows = hasattr(scheduler, "available_steps")
+
+    def noise_level(self, i: int, t: Tensor) -> tuple[float, float]:
+        return self.scheduler.schedule.level(t.item())[:2]
+
+    def step_variance(self, i: int, t: Tensor, model_output: Tensor, sample: Tensor) -> float | Tensor:
+        row, last = self.scheduler.updates[i], len(self.scheduler.updates) - 1
+        if row.log_variance is not None:
+            return self.scheduler.learned_std(row.log_variance, model_output[:, sample.shape[1] :]) ** 2
+        if max(len(row.x0), len(row.epsilon)) == 1 and (row.noise or i == last):
+            return row.noise**2
+        return super().step_variance(i, t, model_output, sample)
+
+    def _clip(self, x0: Tensor) -> Tensor:
+        return self.scheduler.clip_x0(x0)
+
+
+class StockScheduler(SchedulerAdapter):
+    """A scheduler of diffusers, or any other; the only place that calls private methods of diffusers."""
+
+    def __init__(self, scheduler: Any):
+        super().__init__(scheduler)
+        # Of diffusers' schedulers only DDPM takes it; the others fail on 2C channels, or keep the first three whatever
+        # C is. A scheduler from elsewhere gets the whole output.
+        bases = type(scheduler).__mro__
+        if any(hasattr(base, "step") and base.__module__.startswith("diffusers.") for base in bases):
+            learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
+            self.takes_learned_variance = learned and self.is_ddpm
+
+    def noise_level(self, i: int, t: Tensor) -> tuple[float, float]:
+        """Either the sample is variance-preserving, or it is x_0 + (sigma / alpha) epsilon.
+
+        The latter is multiplied by alpha in `scale_model_input`, in the middle stages of second-order methods, too.
+        """
+        scheduler = self.scheduler
+        if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("use_flow_sigmas"):
+            return super().noise_level(i, t)
+        alpha = self.scale_input(torch.ones((), dtype=torch.float64), t).item()
+        if alpha == 1 and hasattr(scheduler, "sigmas"):
+            ratio = scheduler.sigmas[i].item()
+            return 1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio)
+        if alpha == 1:
+            log_alpha = scheduler.alphas_cumprod.double().log().cpu().numpy() / 2
+            alpha = math.exp(np.interp(t.item(), range(len(log_alpha)), log_alpha))
+        return alpha, math.sqrt(1 - alpha**2)
+
+    def step_variance(self, i: int, t: Tensor, model_output: Tensor, sample: Tensor) -> float | Tensor:
+        if not self.is_ddpm:
+            return super().step_variance(i, t, model_output, sample)
+        if t == 0:
+            return 0.0
+        variance = self.scheduler._get_variance(t, predicted_variance=model_output[:, sample.shape[1] :])
+        kind = self.scheduler.config.variance_type
+        if kind == "learned_range":  # it is the logarithm
+            return variance.exp()
+        return variance**2 if kind == "fixed_small_log" else variance  # of that kind it is the standard deviation
+
+    def _clip(self, x0: Tensor) -> Tensor:
+        if self.scheduler.config.get("thresholding"):
+            return self.scheduler._threshold_sample(x0)
+        bound = self.scheduler.config.get("clip_sample_range", 1.0)
+        return x0.clamp(-bound, bound)
