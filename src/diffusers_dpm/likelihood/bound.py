@@ -31,8 +31,9 @@ from diffusers_dpm.likelihood.decoder import (
     gaussian_log_density,
 )
 from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Evaluation, forward_process, standard_error
-from diffusers_dpm.networks import Progress, network_output
-from diffusers_dpm.pipelines.pipeline_dpm import evaluation_mode, is_ddpm
+from diffusers_dpm.networks import Progress, evaluation_mode, network_output
+from diffusers_dpm.pipelines.pipeline_dpm import is_ddpm
+from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
@@ -126,7 +127,7 @@ def measure_errors(
         """(len(pairs), 4): the moments and the decoder term of (image, place in the grid) pairs."""
         rows, places = [row for row, _ in pairs], [place for _, place in pairs]
         x0, labels = evaluation.batch(rows)
-        noise = evaluation.draw("normal", rows, ((0, grid[place]) for place in places))
+        noise = evaluation.draw(normal, Stream.BOUND, rows, ((grid[place],) for place in places))
         t = torch.tensor([grid[place] for place in places], device=x0.device)
         level = Level._make((*schedule.at(t, x0), math.nan))
         x_t = level.alpha * x0 + level.sigma * noise
