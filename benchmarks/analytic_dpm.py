@@ -162,7 +162,7 @@ class Benchmark:
 
         def few_timesteps(num_timesteps: int) -> dict[str, Any]:
             start = time.perf_counter()
-            statistics = self.estimate(self.statistics.num_images, num_timesteps, self.statistics.made["seed"])
+            statistics = self.estimate(self.statistics.num_images, num_timesteps, self.statistics.provenance["seed"])
             seconds = time.perf_counter() - start
             row = {"calls": self.statistics.num_images * num_timesteps, "seconds": seconds}
             for name, num_steps in product(ESTIMATES, LENGTHS):

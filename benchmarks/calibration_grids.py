@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from diffusers_dpm import DPMSolverScheduler
 from diffusers_dpm.calibration import STARTS, Network, Student, Walk, initial_noise, solver_for, teacher_states
+from diffusers_dpm.records import ResultStore
 
 
 RESULTS = Path(__file__).parent / "results" / "calibration_grids.md"
@@ -35,7 +36,9 @@ def student_of(run: Path, batch_size: int) -> tuple[Student, DPMSolverScheduler]
     teacher.set_timesteps(TEACHER_STEPS)
     network = Network(unet, teacher, {}, None, batch_size)
     noise = initial_noise(unet, None, 3 * NUM_IMAGES, seed=0)
-    return Student(network, teacher, teacher_states(network, teacher, noise, None, True), NUM_IMAGES), scheduler
+    return Student(
+        network, teacher, teacher_states(network, teacher, noise, ResultStore(None, {})), NUM_IMAGES
+    ), scheduler
 
 
 def pair_costs(student: Student) -> torch.Tensor:

@@ -342,7 +342,7 @@ def test_a_plan_survives_its_file(plan, tmp_path):
     scheduler.set_timesteps(plan=json.loads((tmp_path / "plan.json").read_text()))
     assert scheduler.updates == rows
     (tmp_path / "other.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match=r"other.json is not a step plan"):
+    with pytest.raises(ValueError, match=r"other.json holds no step plan"):
         StepPlan.load(tmp_path / "other.json")
 
 
@@ -464,7 +464,7 @@ def test_pilots_of_a_class_conditional_network():
     drawn = plan_timesteps((unet, scheduler), 0.5, 4, generator=torch.Generator().manual_seed(3))
     assert {tuple(labels) for labels in seen} == {tuple(seen[0])}
     assert set(seen[0]) <= {0, 1, 2}
-    assert drawn.made["seeds"] is None
+    assert drawn.provenance["seeds"] is None
     seen.clear()
     plan_timesteps((unet.train(), scheduler), 0.5, 2, seeds=[5, 6], class_labels=[2, 0])
     assert seen[0] == [2, 0]

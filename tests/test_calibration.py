@@ -280,7 +280,7 @@ def test_where_the_solver_is_exact_no_table_is_kept():
     scheduler = DDIMScheduler(clip_sample=False, prediction_type="sample")
     calibration = calibrate(gaussian(0.3, 0.0, prediction_type="sample"), scheduler, (2, 3), **QUICK)
     assert calibration.tables == []
-    assert calibration.made["left_out"] == [2, 3]
+    assert calibration.provenance["left_out"] == [2, 3]
     with pytest.raises(ValueError, match="no tables"):
         calibration.scheduler(scheduler)
 
@@ -290,7 +290,7 @@ def test_where_the_solver_is_exact_no_table_is_kept():
 
 def test_tables_are_better_than_solvers_and_better_with_more_steps(fitted):
     assert [len(table["timesteps"]) for table in fitted.tables] == [3, 5, 8]
-    assert fitted.made["left_out"] == []
+    assert fitted.provenance["left_out"] == []
     for table in fitted.tables:
         assert table["error"] < 0.8 * table["solver_error"]
         assert table["mean_error"] < 0.8 * table["solver_mean_error"]
@@ -439,7 +439,7 @@ def test_a_real_network_in_float32():
     (table,) = calibration.tables
     assert table["error"] < 0.8 * table["solver_error"]
     assert rms((images - teacher)[8:]) == pytest.approx(table["error"], rel=1e-3)
-    assert calibration.made["dtype"] == "float32"
+    assert calibration.provenance["dtype"] == "float32"
     assert unet.training  # as before
 
 
@@ -503,7 +503,7 @@ def test_a_plain_function_is_a_network():
         return unet(x, t).sample
 
     calibration = calibrate(function, SCHEDULER, (3,), **QUICK, sample_shape=(1, 4, 4))
-    assert calibration.made["weights"] is None
+    assert calibration.weights is None
     same = calibrate(ExactNetwork().float(), SCHEDULER, (3,), **QUICK)
     assert_same_tables(calibration, same)
 
@@ -598,7 +598,7 @@ TEACHER = 24 * 40  # images in network calls
     [
         (TEACHER // 2, {"partial-0.safetensors"}, TEACHER // 3),  # one batch of three
         (TEACHER, {"partial-0.safetensors"}, TEACHER),
-        (TEACHER + 2000, {"partial-0.safetensors", "partial-values.json"}, TEACHER + 500),
+        (TEACHER + 2000, {"partial-0.safetensors", "partial.json"}, TEACHER + 500),
     ],
 )
 def test_an_interrupted_call_goes_on(stop_after, files, saved, tmp_path):
@@ -650,8 +650,8 @@ def test_finished_tables_of_other_settings_are_not_taken_over(tmp_path):
     with pytest.raises(ValueError, match="partial results of other settings"):
         calibrate(**given, seed=1)
     for text in ("", "[]", "{}"):
-        (tmp_path / "partial-values.json").write_text(text)
-        with pytest.raises(ValueError, match=r"partial-values\.json is broken"):
+        (tmp_path / "partial.json").write_text(text)
+        with pytest.raises(ValueError, match=r"partial\.json is broken"):
             calibrate(**given)
 
 
@@ -740,8 +740,8 @@ def test_saving_is_exact(fitted, tmp_path):
     assert Calibration.load(tmp_path / "calibration.json") == fitted
     assert Calibration.from_dict(fitted.to_dict()) == fitted
     whole, table = fitted.to_dict(), fitted.to_dict()["tables"][0]
-    for change in ({"extra": 1}, {"tables": [5]}, {"tables": None}, {"made": None}):
-        with pytest.raises(ValueError, match=r"a calibration has the keys|must have the keys|must be a list"):
+    for change in ({"extra": 1}, {"tables": [5]}, {"tables": None}, {"provenance": None}):
+        with pytest.raises(ValueError, match=r"calibration needs the keys|must have the keys|must be a list"):
             Calibration.from_dict({**whole, **change})
     del table["mean_error"]
     for text in ("{}", "[]", "no JSON", json.dumps({**whole, "tables": [table]})):
@@ -834,12 +834,11 @@ def test_tables_for_a_classifier_that_is_replaced_are_left_out(fitted):
     ],
 )
 def test_tables_of_other_networks_or_schedulers_are_not_joined(fitted, key, value):
-    change = {"made": {**fitted.made, "weights": value}} if key == "weights" else {key: value}
-    unknown = replace(fitted, made={})
+    unknown = replace(fitted, weights=None)
     with pytest.raises(ValueError, match="do not say for which"):
         unknown.with_tables_of(unknown)
     with pytest.raises(ValueError, match=f"different (networks|schedulers: {key})"):
-        fitted.with_tables_of(replace(fitted, **change))
+        fitted.with_tables_of(replace(fitted, **{key: value}))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from diffusers_dpm.data import load_images
 from diffusers_dpm.likelihood.bound import evidence_lower_bound
 from diffusers_dpm.likelihood.ode import ode_log_likelihood
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.records import measure_resumably
+from diffusers_dpm.records import ResultStore
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
 
@@ -173,19 +173,23 @@ def test_an_interrupted_measurement_goes_on(tmp_path):
         seen.append(rows)
         return {"values": torch.arange(rows.start, rows.stop).double()}
 
+    def measure_rows(seed, count):
+        store = ResultStore(tmp_path, {"seed": seed}, name="measured", replace=True)
+        return store.measure_rows(count, 2, measure)
+
     with pytest.raises(KeyboardInterrupt):
-        measure_resumably(path, {"seed": 0}, 7, 2, measure)
+        measure_rows(0, 7)
     assert seen == [range(0, 2), range(2, 4)]
-    values = measure_resumably(path, {"seed": 0}, 7, 2, measure)["values"]
+    values = measure_rows(0, 7)["values"]
     assert values.tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert seen[2:] == [range(4, 6), range(6, 7)]
-    assert measure_resumably(path, {"seed": 0}, 3, 2, measure)["values"].tolist() == [0, 1, 2]
+    assert measure_rows(0, 3)["values"].tolist() == [0, 1, 2]
     assert len(seen) == 4
-    measure_resumably(path, {"seed": 1}, 2, 2, measure)  # other settings: from the start
+    measure_rows(1, 2)  # other settings: from the start
     assert seen[4:] == [range(0, 2)]
     path.write_bytes(b"broken")
     with pytest.raises(ValueError, match="delete it"):
-        measure_resumably(path, {"seed": 1}, 2, 2, measure)
+        measure_rows(1, 2)
 
 
 def test_class_conditional_images_of_8_bits(tmp_path):

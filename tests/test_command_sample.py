@@ -292,9 +292,7 @@ def save_tables(run, *tables, spacing="linspace", weights=None, classifier=None)
         guide = {"guidance_scale": scale, "classifier": scale and classifier}
         fitted.append({"timesteps": solver.timesteps.tolist(), "rows": rows, **guide})
     conditions = {key: made.config[key] for key in CONDITIONS}
-    made.set_calibration(
-        {"tables": fitted, "schedule_hash": made.schedule.hash, "made": {"weights": weights}, **conditions}
-    )
+    made.set_calibration({"tables": fitted, "schedule_hash": made.schedule.hash, "weights": weights, **conditions})
     made.save_pretrained(run / "calibrated")
     return solver
 
@@ -317,7 +315,7 @@ def test_calibrated_rows_lie_beside_the_model(run, sample, capsys):
 
     sample("--seeds=0-2", scheduler="calibrated", steps=4, output="none", code=2)
     error = capsys.readouterr().err.strip().split("\n")[-1]
-    assert "ValueError: no rows for 4 steps" in error
+    assert "no rows for 4 steps" in error
     assert "rows for 3 steps" in error
     save_tables(run, (None, 3), (None, 5), weights=own)
     sample("--seeds=0-3", scheduler="calibrated", steps=3)  # rows for other steps were added
@@ -370,7 +368,7 @@ def test_images_that_are_not_finite_are_an_error(run, sample, capsys):
         pipeline.unet.conv_out.bias += float("nan")
     pipeline.save_pretrained(run)
     folder = sample("--seeds=0-2", code=2)
-    assert "DDIMScheduler: ValueError: 3 of 3 images are not finite" in capsys.readouterr().err
+    assert "DDIMScheduler: 3 of 3 images are not finite" in capsys.readouterr().err
     assert not list(folder.glob("*.png"))
 
 

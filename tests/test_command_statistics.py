@@ -48,7 +48,7 @@ def command(run, *arguments, data="digits"):
 
 def estimates(folder):
     values = json.loads((folder / "statistics.json").read_text())
-    return {name: value for name, value in values.items() if name != "made"}
+    return {name: value for name, value in values.items() if name != "provenance"}
 
 
 def test_end_to_end(run, capsys):
@@ -63,8 +63,8 @@ def test_end_to_end(run, capsys):
     assert statistics.residual == expected.residual
     assert statistics.analytic_error == expected.analytic_error
     assert statistics.timesteps == list(range(T))
-    assert statistics.made["data"] == "digits"
-    assert statistics.made["images_available"] == 1500
+    assert statistics.provenance["data"] == "digits"
+    assert statistics.provenance["images_available"] == 1500
 
     pipeline.scheduler = AnalyticDPMScheduler.from_pretrained(run, subfolder="analytic_dpm")
     assert pipeline.scheduler.config.prediction_type == "v_prediction"

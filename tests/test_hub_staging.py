@@ -85,7 +85,7 @@ def make_run(folder: Path, *, extras: bool = False, num_train_timesteps: int = 1
     return folder
 
 
-def fitted_scheduler(scheduler, steps, scale: float | None = None, made=None) -> CalibratedScheduler:
+def fitted_scheduler(scheduler, steps, scale: float | None = None, weights=None) -> CalibratedScheduler:
     """Rows that DPM-Solver does not have, for some numbers of steps."""
     solver = DPMSolverScheduler.from_config(scheduler.config, timestep_spacing="linspace")
     tables = []
@@ -95,7 +95,7 @@ def fitted_scheduler(scheduler, steps, scale: float | None = None, made=None) ->
         tables.append({"timesteps": solver.timesteps.tolist(), "rows": rows, "guidance_scale": scale})
     conditions = {key: solver.config[key] for key in CONDITIONS}
     fitted = CalibratedScheduler.from_config(scheduler.config, guidance_scale=scale)
-    fitted.set_calibration({"tables": tables, "schedule_hash": solver.schedule.hash, "made": made or {}, **conditions})
+    fitted.set_calibration({"tables": tables, "schedule_hash": solver.schedule.hash, "weights": weights, **conditions})
     return fitted
 
 
@@ -197,7 +197,7 @@ def test_rows_fitted_to_other_weights_are_not_published(tmp_path):
     run = make_run(tmp_path / "run")
     pipe = DPMPipeline.from_pretrained(run)
     for weights, steps in (("0" * 64, (2,)), (weights_hash(pipe.unet), (2, 3))):
-        fitted_scheduler(pipe.scheduler, steps, made={"weights": weights}).save_pretrained(run / "calibrated")
+        fitted_scheduler(pipe.scheduler, steps, weights=weights).save_pretrained(run / "calibrated")
         if len(steps) == 1:
             with pytest.raises(ValueError, match="calibrated has rows fitted to other weights: delete them"):
                 stage(run, tmp_path / "staged", "org/name")

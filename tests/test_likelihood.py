@@ -11,10 +11,11 @@ import torch
 from diffusers import UNet2DModel
 from torch.distributions import Normal, kl_divergence
 
+from diffusers_dpm import random_streams
 from diffusers_dpm.likelihood.bound import PredictionErrors, bound_from_errors, evidence_lower_bound, measure_errors
 from diffusers_dpm.likelihood.decoder import decoder_variances, discretized_gaussian_log_prob
 from diffusers_dpm.likelihood.ode import dequantize, exact_trace, largest_error, ode_log_likelihood, probed_traces
-from diffusers_dpm.random_streams import draw
+from diffusers_dpm.random_streams import Stream
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
@@ -261,7 +262,9 @@ def test_steps_are_the_divergence_from_what_the_sampler_draws(name):
     bound = evidence_lower_bound(network, scheduler, images, seed=5)
     abar = DDPMScheduler().schedule.alphas_cumprod
     for i, (t, s) in enumerate(pairwise(scheduler.timesteps.tolist())):
-        noise = torch.stack([draw("normal", 5, image, (0, t), (1, 4, 4)) for image in range(3)]).double()
+        noise = torch.stack(
+            [random_streams.normal((1, 4, 4), 5, Stream.BOUND, image, t) for image in range(3)]
+        ).double()
         x_t = abar[t].sqrt() * images + (1 - abar[t]).sqrt() * noise
         output = network(x_t, torch.full((3,), t)).sample
         drawn = [scheduler.step(output, t, x_t, generator=seeded(k)).prev_sample for k in (0, 1)]
@@ -288,7 +291,7 @@ def test_prior_and_decoder_terms_of_a_grid_that_ends_early():
     expected = kl_divergence(q, p).flatten(1).mean(dim=1) / LOG2
     torch.testing.assert_close(bound.per_term[:, 0], expected, rtol=1e-9, atol=0)
     t = 30
-    noise = torch.stack([draw("normal", 5, image, (0, t), (1, 4, 4)) for image in range(3)]).double()
+    noise = torch.stack([random_streams.normal((1, 4, 4), 5, Stream.BOUND, image, t) for image in range(3)]).double()
     x_t = schedule.add_noise(images, noise, torch.tensor([t]))
     x0 = scheduler.step(network(x_t, torch.full((3,), t)).sample, t, x_t).pred_original_sample
     log_prob = discretized_gaussian_log_prob(images, x0, schedule.sigma[t].item() ** 2)
@@ -368,17 +371,19 @@ def test_one_measurement_serves_every_grid_and_is_independent_of_batches():
 
 
 def test_draws_are_standard_and_distinct():
-    values = torch.stack([draw("normal", 0, image, (0, t), (4000,)) for image in range(3) for t in range(3)])
+    values = torch.stack(
+        [random_streams.normal((4000,), 0, Stream.BOUND, image, t) for image in range(3) for t in range(3)]
+    )
     assert values.mean(dim=1).abs().max() < 4 / math.sqrt(4000)
     assert (values.square().mean(dim=1) - 1).abs().max() < 4 * math.sqrt(2 / 4000)
     off_diagonal = torch.corrcoef(values) - torch.eye(9)
     assert off_diagonal.abs().max() < 4.5 / math.sqrt(4000)
-    signs = draw("sign", 0, 0, (1, 0), (4000,))
+    signs = random_streams.sign((4000,), 0, Stream.PROBES, 0, 0, 0)
     assert set(signs.tolist()) == {-1.0, 1.0}
     assert signs.mean().abs() < 4 / math.sqrt(4000)
-    uniform = draw("uniform", 0, 0, (0, 0), (4000,))
-    assert 0 <= uniform.min() < 0.01
-    assert 0.99 < uniform.max() < 1
+    filling = random_streams.uniform((4000,), 0, Stream.DEQUANTIZATION, 0, 0)
+    assert 0 <= filling.min() < 0.01
+    assert 0.99 < filling.max() < 1
 
 
 @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from diffusers_dpm.networks import noise_schedule_of
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics, import_ms_eps, interpolate
-from diffusers_dpm.random_streams import NoiseSource
+from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 from diffusers_dpm.schedulers.timestep_grids import Grid, even
@@ -320,18 +320,20 @@ def test_a_random_subset_of_the_images():
     assert len(chosen) == 10
     assert chosen[0] < 50 < chosen[-1]
     assert chosen != list(range(10))
-    noise = NoiseSource(0, (3, 8, 8))  # that of the image's index in the data
-    expected = {float((level.alpha * images[i].double() + level.sigma * noise(i, 0).double()).mean()) for i in chosen}
+    noise = {i: normal((3, 8, 8), 0, Stream.STATISTICS, i, 0).double() for i in chosen}  # of the index in the data
+    expected = {float((level.alpha * images[i].double() + level.sigma * noise[i]).mean()) for i in chosen}
     assert sorted(seen) == pytest.approx(sorted(expected), rel=1e-12)
     assert estimate_statistics(network, SCHEDULER, images, 1000, timesteps=[]).num_images == 100
 
 
 def test_noise_is_standard_normal_and_independent():
-    draw = NoiseSource(0, (3, 8, 8))
-    first = draw(0, 1).clone()
+    def draw(image, timestep):
+        return normal((3, 8, 8), 0, Stream.STATISTICS, image, timestep)
+
+    first = draw(0, 1)
     draws = torch.stack([draw(i, t) for i in range(30) for t in range(30)]).flatten(1)
     assert torch.equal(draws[1], first.flatten())  # whatever was drawn before
-    assert len({float(row[0]) for row in draws}) == 900
+    assert len({row.numpy().tobytes() for row in draws}) == 900
     assert abs(draws.mean()) < 4 / math.sqrt(draws.numel())
     assert abs(draws.var() - 1) < 4 * math.sqrt(2 / draws.numel())
     products = (draws @ draws.T / math.sqrt(192)).fill_diagonal_(0)
@@ -546,7 +548,7 @@ def test_saving_is_exact(tmp_path, statistics):
     assert PosteriorStatistics.load(tmp_path / "statistics.json") == statistics
     assert PosteriorStatistics.from_dict(json.loads(json.dumps(statistics.to_dict()))) == statistics
     assert statistics.num_images == 30
-    assert statistics.made["dtype"] == "float64"
+    assert statistics.provenance["dtype"] == "float64"
     for text in ("{", "[1, 2]", '{"residual": [1.0]}'):
         (tmp_path / "broken.json").write_text(text)
         with pytest.raises(ValueError, match="holds no statistics"):

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from diffusers_dpm.data import ImageDataset
-from diffusers_dpm.random_streams import EVALUATION, keyed_generator
+from diffusers_dpm.random_streams import Stream, torch_generator
 from diffusers_dpm.schedulers import VPNoiseSchedule
 
 
@@ -58,7 +58,7 @@ def accuracy_by_noise_level(
     for indices in batches(len(data), batch_size):
         batch = data[indices]
         x0 = batch["images"].to(device)
-        generators = [keyed_generator("cpu", seed, EVALUATION, i) for i in indices]
+        generators = [torch_generator(seed, Stream.EVALUATION, i) for i in indices]
         clean.append(classifier(x0, 0).logits.float().cpu())
         labels.append(batch["labels"])
         for (low, high), found in zip(ranges, noisy, strict=True):

@@ -7,7 +7,6 @@ and goes on equals one that did not, and the same global batch gives the same up
 
 import copy
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +20,12 @@ import torch
 from accelerate import Accelerator, DistributedType
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Sampler
 
 from diffusers_dpm.data import ImageDataset
-from diffusers_dpm.random_streams import DATA, DROPOUT, NOISE, derive_seed, keyed_generator
+from diffusers_dpm.random_streams import Stream, torch_generator, torch_seed
+from diffusers_dpm.records import read_json, write_json, write_tensors
 from diffusers_dpm.schedulers import VPNoiseSchedule
 from diffusers_dpm.training.augmentation import random_crop, random_flip, random_shift
 from diffusers_dpm.training.loss_history import LossHistory
@@ -178,10 +178,10 @@ class TrainingState:
             for i, row in optimizer["state"].items()
             for key, value in row.items()
         }
-        save_file(self.model.state_dict(), folder / "model.safetensors")
-        save_file(moments, folder / "optimizer.safetensors")
+        write_tensors(folder / "model.safetensors", self.model.state_dict())
+        write_tensors(folder / "optimizer.safetensors", moments)
         if self.loss_history is not None:
-            save_file(self.loss_history.state_dict(), folder / "loss_history.safetensors")
+            write_tensors(folder / "loss_history.safetensors", self.loss_history.state_dict())
         scaler = self.accelerator.scaler
         numbers = {
             "step": self.step,
@@ -190,11 +190,11 @@ class TrainingState:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": scaler and scaler.state_dict(),
         }
-        (folder / "state.json").write_text(json.dumps(numbers, indent=2) + "\n")
+        write_json(folder / "state.json", numbers)
 
     def load(self, folder: Path, ema_weights: Path) -> None:
         """Restore what `save` wrote, and the averaged weights from the model's own safetensors file."""
-        numbers = json.loads((folder / "state.json").read_text())
+        numbers = read_json(folder / "state.json")
         self.model.load_state_dict(load_file(folder / "model.safetensors"))
         moments: dict[int, dict[str, torch.Tensor]] = {}
         names = {name: i for i, (name, _) in enumerate(self.model.named_parameters())}
@@ -231,7 +231,7 @@ def average_of(model: torch.nn.Module, options: Any) -> tuple[torch.nn.Module, E
 
 @lru_cache(maxsize=2)
 def epoch_order(num_examples: int, seed: int, epoch: int) -> torch.Tensor:
-    return torch.randperm(num_examples, generator=keyed_generator("cpu", seed, DATA, epoch))
+    return torch.randperm(num_examples, generator=torch_generator(seed, Stream.DATA, epoch))
 
 
 def global_batch(num_examples: int, batch_size: int, seed: int, step: int) -> list[int]:
@@ -316,7 +316,7 @@ def draw_step(
         probabilities: of the timesteps, (T,); None draws them evenly.
     """
     size = options.batch_size
-    generator = keyed_generator(device, options.seed, NOISE, step)
+    generator = torch_generator(options.seed, Stream.NOISE, step, device=device)
     weights = torch.ones(size, device=device)
     if options.timestep_sampling == "uniform":
         timesteps = torch.randint(num_timesteps, (size,), generator=generator, device=device)
@@ -372,7 +372,7 @@ def training_steps(
         for part, share in enumerate(shares):
             drawn = draws[share]
             x0, labels = prepare(next(batches), drawn, data, options, conditional)
-            torch.manual_seed(derive_seed(options.seed, DROPOUT, state.step, accelerator.process_index, part))
+            torch.manual_seed(torch_seed(options.seed, Stream.DROPOUT, state.step, accelerator.process_index, part))
             with nullcontext() if part == len(shares) - 1 else accelerator.no_sync(state.network):
                 losses = loss(state.network, x0, drawn.timesteps, drawn.noise, labels)
                 accelerator.backward((losses * drawn.weights).mean() / len(shares))

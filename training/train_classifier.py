@@ -21,11 +21,11 @@ from diffusers import UNet2DModel
 
 from diffusers_dpm.commands.runner import take_model
 from diffusers_dpm.data import ImageDataset, describe, load_data, load_held_out_data
-from diffusers_dpm.networks import load_pipeline
+from diffusers_dpm.networks import image_shape, load_pipeline
 from diffusers_dpm.options import check_ranges, parse_options
 from diffusers_dpm.pipelines import NoisyClassifier
 from diffusers_dpm.records import atomic_folder, remove, write_json
-from diffusers_dpm.run_folder import OPTIONS_FILE
+from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import DDPMScheduler
 from diffusers_dpm.training.classifier_accuracy import (
     accuracy_by_noise_level,
@@ -86,11 +86,12 @@ class ClassifierTrainer(Trainer):
 
     def __init__(self, pipeline_folder: str | Path, options: ClassifierTrainingOptions):
         self.folder = Path(pipeline_folder)
+        self.model_run = RunFolder(self.folder)
         if not self.folder.is_dir():
             raise ValueError(f"{self.folder} is not a folder")
-        run_folder = self.folder / "classifier_training"
-        if (self.folder / "classifier").exists() and not run_folder.exists() and not options.overwrite:
-            raise ValueError(f"{self.folder / 'classifier'} exists already; --overwrite replaces it")
+        run_folder = self.model_run.classifier_training
+        if self.model_run.classifier.exists() and not run_folder.exists() and not options.overwrite:
+            raise ValueError(f"{self.model_run.classifier} exists already; --overwrite replaces it")
         self.pipeline = load_pipeline(str(self.folder))
         super().__init__(options, run_folder)
 
@@ -120,19 +121,19 @@ class ClassifierTrainer(Trainer):
         return super()._warnings() + ([] if self.eval_data else unmeasured)
 
     def _save_model(self, folder: Path) -> None:
-        self.model.save_pretrained(folder / "classifier")
+        self.model.save_pretrained(RunFolder(folder).classifier)
 
     def _finish(self) -> str:
         """Write the classifier and its held-out accuracy beside the pipeline."""
         if self.accelerator.is_main_process:
-            with atomic_folder(self.folder / "classifier") as folder:
+            with atomic_folder(self.model_run.classifier) as folder:
                 self.model.save_pretrained(folder)
             for path in self._accuracy_files():  # of an earlier classifier
                 remove(path)
             if self.eval_data is not None:
                 self._measure(self.eval_data)
         self.accelerator.wait_for_everyone()
-        return f"the classifier is {self.folder / 'classifier'}"
+        return f"the classifier is {self.model_run.classifier}"
 
     def _measure(self, data: ImageDataset) -> None:
         options = self.options
@@ -150,20 +151,20 @@ class ClassifierTrainer(Trainer):
         plot_accuracy(result, picture, self.num_classes)
 
     def _accuracy_files(self) -> list[Path]:
-        return [self.folder / f"classifier_accuracy.{suffix}" for suffix in ("json", "png")]
+        return [self.model_run.classifier_accuracy, self.model_run.classifier_plot]
 
     def _outputs(self) -> list[Path]:
-        training = [self.run_folder / name for name in ("checkpoints", "logs", OPTIONS_FILE)]
-        return [self.folder / "classifier", *self._accuracy_files(), *training]
+        training = [self.files.checkpoints, self.files.logs, self.files.options]
+        return [self.model_run.classifier, *self._accuracy_files(), *training]
 
     def _resume_command(self) -> str:
-        return f"diffusers-dpm train-classifier {self.folder} {self.run_folder / OPTIONS_FILE} --resume"
+        return f"diffusers-dpm train-classifier {self.folder} {self.files.options} --resume"
 
 
 def train_classifier(pipeline_folder: str | Path, options: ClassifierTrainingOptions) -> Path:
     """Train as `options` say; returns the classifier's folder. Raises as `ClassifierTrainer` does."""
     ClassifierTrainer(pipeline_folder, options).run()
-    return Path(pipeline_folder) / "classifier"
+    return RunFolder(pipeline_folder).classifier
 
 
 def build_network(
@@ -188,8 +189,7 @@ def build_network(
 
 def check_shape(data: ImageDataset, unet: UNet2DModel) -> None:
     """Raise ValueError for images of another shape than the U-Net's."""
-    size = unet.config.sample_size or data.shape[1:]
-    shape = (unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    shape = image_shape(unet, data.shape[1:])
     if data.shape != shape:
         raise ValueError(
             f"the pipeline's U-Net is for {describe(shape)}, the data is {describe(data.shape)}; "

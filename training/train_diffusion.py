@@ -6,7 +6,6 @@ python -m diffusers_dpm.training.train_diffusion runs/digits/training_options.js
 """
 
 import dataclasses
-import math
 import shlex
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from diffusers import UNet2DModel
 from huggingface_hub import HfApi
 from PIL import Image
@@ -22,10 +20,10 @@ from PIL import Image
 from diffusers_dpm.data import ImageDataset, load_data
 from diffusers_dpm.hub.publish import check_repo_id, publish
 from diffusers_dpm.hub.upload import PublishError, log_in
+from diffusers_dpm.images import image_grid, to_uint8
 from diffusers_dpm.options import check_ranges, parse_options
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import TEMPORARY, flush_tree, move_children
-from diffusers_dpm.run_folder import OPTIONS_FILE
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.training.loss import DenoisingLoss
 from diffusers_dpm.training.options import (
@@ -67,16 +65,6 @@ class TrainingOptions(
 
     def __post_init__(self) -> None:
         check_ranges(self)
-
-
-# What the run writes, and what other commands then found out about its model.
-RUN_CONTENTS = (
-    *("checkpoints", "samples", "logs", "unet", "scheduler", "model_index.json", OPTIONS_FILE),
-    *("classifier", "classifier_training", "classifier_accuracy.json", "classifier_accuracy.png"),
-    *("analytic_dpm", "calibrated", "metrics.json", "metrics.md", "metrics.png", "evaluation"),
-    *("likelihood.json", "likelihood.png", "likelihood_terms.csv"),
-    *("likelihood_elbo.safetensors", "likelihood_ode.safetensors"),
-)
 
 
 class DiffusionTrainer(Trainer):
@@ -141,10 +129,10 @@ class DiffusionTrainer(Trainer):
         return f"the pipeline is {self.run_folder}"
 
     def _outputs(self) -> list[Path]:
-        return [self.run_folder / name for name in RUN_CONTENTS]
+        return self.files.contents()
 
     def _resume_command(self) -> str:
-        return f"diffusers-dpm train {self.run_folder / OPTIONS_FILE} --resume"
+        return f"diffusers-dpm train {self.files.options} --resume"
 
     def _after_step(self, step: int) -> None:
         if is_due(step, self.options.sample_every):
@@ -154,10 +142,10 @@ class DiffusionTrainer(Trainer):
         """Write a grid of samples from raw weights (left) and EMA weights (right), always from the same noise."""
         if self.accelerator.is_main_process:
             unets = [unet for unet in (self.state.model, self.state.ema_model) if unet is not None]
-            grids = [image_grid(self._draw(unet)) for unet in unets]
+            grids = [sample_grid(self._draw(unet)) for unet in unets]
             gap = np.full((grids[0].shape[0], 8, grids[0].shape[2]), 255, dtype=np.uint8)
             picture = np.concatenate([grids[0], *(part for grid in grids[1:] for part in (gap, grid))], axis=1)
-            folder = self.run_folder / "samples"
+            folder = self.files.samples
             folder.mkdir(exist_ok=True)
             Image.fromarray(picture.squeeze()).save(folder / f"step-{self.state.step:08d}.png")
             if self.options.log_with == "tensorboard":
@@ -165,8 +153,8 @@ class DiffusionTrainer(Trainer):
                 writer.add_image("samples, raw and EMA", picture, self.state.step, dataformats="HWC")
         self.accelerator.wait_for_everyone()
 
-    def _draw(self, unet: UNet2DModel) -> torch.Tensor:
-        """(N, C, H, W) samples in [0, 1] on the CPU, in evaluation mode, one after the other through the classes."""
+    def _draw(self, unet: UNet2DModel) -> np.ndarray:
+        """(N, H, W, C) samples in [0, 1], in evaluation mode, one after the other through the classes."""
         options, labels = self.options, None
         if options.class_conditional:
             labels = [i % self.data.num_classes for i in range(options.num_samples)]
@@ -174,9 +162,14 @@ class DiffusionTrainer(Trainer):
         pipeline.set_progress_bar_config(disable=True)
         steps = min(options.sample_steps, options.num_train_timesteps)
         drawn: Any = pipeline(
-            seeds=range(options.num_samples), class_labels=labels, num_inference_steps=steps, output_type="pt"
+            seeds=range(options.num_samples), class_labels=labels, num_inference_steps=steps, output_type="np"
         )
-        return drawn.images.cpu()
+        return drawn.images
+
+
+def sample_grid(images: np.ndarray) -> np.ndarray:
+    """(N, H, W, C) in [0, 1] as one uint8 picture (height, width, 1 or 3); tiny images are enlarged."""
+    return image_grid(to_uint8(images), min_width=64, frame=(1, 1), blank=255)
 
 
 def train(options: TrainingOptions) -> Path:
@@ -233,20 +226,6 @@ def build_network(data: ImageDataset, options: TrainingOptions) -> UNet2DModel:
         dropout=options.dropout,
         paper_init=options.init == "papers",
     )
-
-
-def image_grid(images: torch.Tensor) -> np.ndarray:
-    """(N, C, H, W) in [0, 1] to one uint8 picture (height, width, 1 or 3), nearly square; tiny images are enlarged."""
-    images = images[:, :3] if images.shape[1] >= 3 else images[:, :1]
-    scale = max(1, 64 // images.shape[-1])
-    images = images.repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
-    images = torch.nn.functional.pad(images, (1, 1, 1, 1))
-    columns = math.ceil(math.sqrt(len(images)))
-    rows = math.ceil(len(images) / columns)
-    blank = images.new_ones(rows * columns - len(images), *images.shape[1:])
-    cells = torch.cat([images, blank]).unflatten(0, (rows, columns))
-    picture = cells.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    return (picture * 255).round().byte().numpy()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ from diffusers_dpm.evaluation.features import FEATURES_FILE
 from diffusers_dpm.options import check_ranges, parse_options
 from diffusers_dpm.pipelines import NoisyClassifier
 from diffusers_dpm.records import atomic_folder, move_children, weights_hash, write_json
-from diffusers_dpm.run_folder import OPTIONS_FILE
+from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import VPNoiseSchedule
 from diffusers_dpm.training.classifier_accuracy import accuracy_by_noise_level
 from diffusers_dpm.training.classifier_presets import build_classifier, ddpm_encoder
@@ -122,7 +122,7 @@ class FeatureTrainer(Trainer):
         return build_classifier(config, data.shape, data.num_classes), ClassifierLoss(CLEAN_SCHEDULE)
 
     def _save_model(self, folder: Path) -> None:
-        self.model.save_pretrained(folder / "classifier")
+        self.model.save_pretrained(RunFolder(folder).classifier)
 
     def _finish(self) -> str:
         """Write the classifier and what is known of it."""
@@ -152,12 +152,12 @@ class FeatureTrainer(Trainer):
         return result["clean"]["accuracy"]
 
     def _outputs(self) -> list[Path]:
-        training = [self.run_folder / name for name in ("checkpoints", "logs", OPTIONS_FILE)]
+        training = [self.files.checkpoints, self.files.logs, self.files.options]
         model = ("config.json", "diffusion_pytorch_model.safetensors", FEATURES_FILE)
         return [*(self.folder / name for name in model), *training]
 
     def _resume_command(self) -> str:
-        return f"diffusers-dpm train-features {self.run_folder / OPTIONS_FILE} --resume"
+        return f"diffusers-dpm train-features {self.files.options} --resume"
 
 
 def features_config(shape: Sequence[int], num_features: int) -> dict[str, Any]:

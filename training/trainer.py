@@ -1,7 +1,6 @@
 """What every training command does: one run with its folder, checkpoints, resuming, plan and log."""
 
 import dataclasses
-import json
 import math
 import sys
 from abc import ABC, abstractmethod
@@ -17,8 +16,8 @@ from accelerate.utils import set_seed, tqdm
 from diffusers_dpm.data import DataError, ImageDataset, describe
 from diffusers_dpm.hub.upload import PublishError
 from diffusers_dpm.options import flag
-from diffusers_dpm.records import atomic_folder, remove, write_json
-from diffusers_dpm.run_folder import OPTIONS_FILE
+from diffusers_dpm.records import atomic_folder, read_json, remove, write_json
+from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.training.checkpoints import (
     checkpoint_folder,
     list_checkpoints,
@@ -35,6 +34,7 @@ from diffusers_dpm.training.loop import (
 )
 
 
+TRAINER_STATE = "trainer_state"  # of a checkpoint
 # About this call of the command and not about the run: not written down.
 CALL_OPTIONS = frozenset({"resume", "overwrite", "dry_run", "push_to_hub", "hub_private"})
 
@@ -71,13 +71,13 @@ class Trainer(ABC):
     def __init__(self, options: Any, run_folder: Path):
         if options.data is None:
             raise ValueError("--data is missing")
-        self.run_folder = run_folder
+        self.run_folder, self.files = run_folder, RunFolder(run_folder)
         checkpoint = find_checkpoint(options, run_folder)
         self.accelerator = Accelerator(
             cpu=options.cpu,
             mixed_precision=options.mixed_precision,
             log_with=None if options.log_with == "none" else options.log_with,
-            project_dir=run_folder / "logs",
+            project_dir=self.files.logs,
         )
         self.options = dataclasses.replace(options, mixed_precision=self.accelerator.mixed_precision)
         batch_shares(options, self.accelerator)
@@ -179,8 +179,8 @@ class Trainer(ABC):
 
     def _load(self, checkpoint: Path) -> None:
         """Take over a checkpoint, after checking that it is of the same run."""
-        folder = checkpoint / "trainer_state"
-        saved = json.loads((folder / OPTIONS_FILE).read_text())
+        folder = checkpoint / TRAINER_STATE
+        saved = read_json(RunFolder(folder).options)
         self._check_unchanged(saved["options"], checkpoint)
         for name, value in self._facts().items():
             if saved.get(name) != value:
@@ -212,7 +212,7 @@ class Trainer(ABC):
                     remove(path)
             self.run_folder.mkdir(parents=True, exist_ok=True)
             remove_incomplete(self.run_folder)
-            write_json(self.run_folder / OPTIONS_FILE, saved_options(self.options))
+            write_json(self.files.options, saved_options(self.options))
         self.accelerator.wait_for_everyone()
         config = {name: str(value) for name, value in saved_options(self.options).items()}
         self.accelerator.init_trackers("train", config=config)
@@ -266,9 +266,9 @@ class Trainer(ABC):
         if self.accelerator.is_main_process and step != self.checkpointed_step:
             with atomic_folder(checkpoint_folder(self.run_folder, step)) as folder:
                 self._save_model(folder)
-                self.state.save(folder / "trainer_state")
+                self.state.save(folder / TRAINER_STATE)
                 about = {"options": saved_options(self.options), **self._facts()}
-                write_json(folder / "trainer_state" / OPTIONS_FILE, about)
+                write_json(RunFolder(folder / TRAINER_STATE).options, about)
             prune_checkpoints(self.run_folder, self.options.checkpoints_total_limit)
         self.checkpointed_step = step
         self.accelerator.wait_for_everyone()
@@ -288,11 +288,11 @@ def find_checkpoint(options: Any, run: Path) -> Path | None:
     if options.resume and options.overwrite:
         raise ValueError("pass either --resume or --overwrite, not both")
     if options.resume and options.resume != "latest":
-        if not (Path(options.resume) / "trainer_state").is_dir():
+        if not (Path(options.resume) / TRAINER_STATE).is_dir():
             raise ValueError(f"{options.resume} is not a checkpoint")
         return Path(options.resume)
     in_use = run.exists() and (not run.is_dir() or any(run.iterdir()))
-    if in_use and options.resume and not (run / OPTIONS_FILE).exists():
+    if in_use and options.resume and not RunFolder(run).options.exists():
         raise ValueError(f"{run} is not the folder of a training run")
     if in_use and not options.resume and not options.overwrite:
         raise ValueError(f"{run} is not empty; --resume goes on with the run in it, --overwrite deletes that run")

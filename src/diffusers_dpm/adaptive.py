@@ -15,19 +15,19 @@ That decision is made for a batch as a whole, and it does not fit a list of time
 In the second form the plan is part of the scheduler's config, so `save_pretrained` keeps it.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 
+from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.networks import image_shape
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.pipelines.pipeline_dpm import draw_labels, make_generators
+from diffusers_dpm.records import Record, provenance
 from diffusers_dpm.schedulers.dpm_solver_rows import first_order, singlestep_rows
 from diffusers_dpm.schedulers.noise_schedule import CLEAN, Level
 from diffusers_dpm.schedulers.plan import Update
@@ -41,7 +41,7 @@ Predicted = tuple[torch.Tensor, torch.Tensor]  # (x_0, epsilon)
 
 
 class Node(NamedTuple):
-    """A place on the way: the time that the network is told, and the noise level there."""
+    """A place on the way: the timestep that the network gets, and the noise level there."""
 
     t: float
     level: Level
@@ -339,7 +339,7 @@ def integrate_adaptive(
     _check_arguments(scheduler, start, order, end, atol=atol, rtol=rtol, h_init=h_init, min_step=min_step)
     if isinstance(controller, str):
         if controller not in CONTROLLERS:
-            raise ValueError(f"controller={controller!r} is unknown; choose one of {', '.join(CONTROLLERS)}.")
+            raise DiffusersDPMError(f"controller={controller!r} is unknown; choose one of {', '.join(CONTROLLERS)}.")
         controller = CONTROLLERS[controller]
 
     def node_at(lambda_: float) -> Node:
@@ -368,14 +368,16 @@ def integrate_adaptive(
 
 def _check_arguments(scheduler: DPMSolverScheduler, start: int, order: int, end: float, **positive: float) -> None:
     if order not in (2, 3):
-        raise ValueError(f"order={order}: adaptive steps compare two orders; choose 2 (1 and 2) or 3 (2 and 3).")
+        raise DiffusersDPMError(
+            f"order={order}: adaptive steps compare two orders; choose 2 (1 and 2) or 3 (2 and 3)."
+        )
     if not 0 <= end < start:
-        raise ValueError(f"end={end} must lie in [0, {start}), below the timestep at which the walk starts.")
+        raise DiffusersDPMError(f"end={end} must lie in [0, {start}), below the timestep at which the walk starts.")
     for name, value in positive.items():
         if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value} must be positive.")
+            raise DiffusersDPMError(f"{name}={value} must be positive.")
     if scheduler.config.algorithm_type.startswith("sde"):
-        raise ValueError(
+        raise DiffusersDPMError(
             f"algorithm_type={scheduler.config.algorithm_type!r} adds noise, which the estimate would take for "
             "an error; use 'dpmsolver' or 'dpmsolver++'."
         )
@@ -385,7 +387,7 @@ def _check_arguments(scheduler: DPMSolverScheduler, start: int, order: int, end:
 
 
 @dataclass(frozen=True)
-class StepPlan:
+class StepPlan(Record):
     """An adaptive run, frozen: what `DPMSolverScheduler.set_timesteps(plan=...)` walks.
 
     Attributes:
@@ -394,9 +396,11 @@ class StepPlan:
         timesteps: of all network calls, strictly descending; integers, or float32 values.
         orders: of the singlestep blocks into which the calls are divided.
         end: timestep at which the walk ends; None for clean data.
-        tolerance: that was asked for.
-        made: how the plan was made; for people, nothing depends on it.
+        tolerance: relative tolerance of the run.
+        provenance: how the plan was made; for people, nothing depends on it.
     """
+
+    title: ClassVar[str] = "step plan"
 
     schedule_hash: str
     algorithm_type: str
@@ -405,28 +409,12 @@ class StepPlan:
     orders: list[int]
     end: float | None
     tolerance: float
-    made: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def num_calls(self) -> int:
         """Network calls, and so the `num_inference_steps` by which a pipeline asks for the plan."""
         return len(self.timesteps)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain JSON types."""
-        return asdict(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, from which `load` restores an equal one."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "StepPlan":
-        """Raises ValueError if the file is not a plan."""
-        try:
-            return cls(**json.loads(Path(path).read_text()))
-        except (TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a step plan: {error}.") from error
 
     def scheduler(self, scheduler: Any) -> DPMSolverScheduler:
         """A scheduler with the config of `scheduler` that walks the plan when it is asked for `num_calls` steps."""
@@ -480,14 +468,6 @@ def plan_timesteps(
     options = {"rtol": tolerance, "atol": tolerance * ATOL / RTOL, "order": order, **options}
     with evaluation_mode(unet):
         result = integrate_adaptive(lambda x, t: unet(x, t, **conditioning).sample, scheduler, noise, **options)
-    made = {
-        "pilot_images": num_pilot_images,
-        "seeds": None if seeds is None else list(seeds),
-        "calls": result.num_calls,
-        "rejected": result.num_rejected,
-        "options": {key: repr(value) for key, value in options.items()},
-        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
     timesteps, end = _network_timesteps(result.timesteps, result.end, len(scheduler.schedule), fractional)
     return StepPlan(
         schedule_hash=scheduler.schedule.hash,
@@ -497,7 +477,13 @@ def plan_timesteps(
         orders=result.orders,
         end=end,
         tolerance=tolerance,
-        made=made,
+        provenance=provenance(
+            pilot_images=num_pilot_images,
+            seeds=None if seeds is None else list(seeds),
+            calls=result.num_calls,
+            rejected=result.num_rejected,
+            options={key: repr(value) for key, value in options.items()},
+        ),
     )
 
 
@@ -510,7 +496,7 @@ def _network_timesteps(
         path = torch.tensor(path, dtype=torch.float32).tolist()
     else:
         if len(path) > num_train_timesteps:
-            raise ValueError(
+            raise DiffusersDPMError(
                 f"{len(path)} steps do not fit into {num_train_timesteps} integer timesteps: ask for a larger "
                 "tolerance, or fractional=True."
             )
@@ -526,21 +512,16 @@ def _pilot(
     class_labels: Sequence[int] | torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(x_T, class labels or None) of the pilot images: what `DPMPipeline` starts from with these seeds."""
-    config = unet.config
-    if config.sample_size is None:
-        raise ValueError("the U-Net's config has no sample_size: use integrate_adaptive with noise of your own.")
     seeds = None if seeds is None else list(seeds)
     if num_images < 1 or (seeds is not None and len(seeds) != num_images):
         given = "none" if seeds is None else len(seeds)
-        raise ValueError(
+        raise DiffusersDPMError(
             f"num_pilot_images={num_images} must be at least 1, and there is a seed for each; got {given}."
         )
     generators = make_generators(generator, seeds)
-    size = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else tuple(config.sample_size)
-    noise = randn_tensor(
-        (num_images, config.in_channels, *size), generator=generators, device=unet.device, dtype=unet.dtype
-    )
-    num_classes = config.get("num_class_embeds")
+    shape = (num_images, *image_shape(unet))
+    noise = randn_tensor(shape, generator=generators, device=unet.device, dtype=unet.dtype)
+    num_classes = unet.config.get("num_class_embeds")
     if class_labels is not None:
         return noise, torch.as_tensor(class_labels)
     return noise, None if num_classes is None else draw_labels(num_classes, num_images, generators)

@@ -13,32 +13,32 @@ timesteps. A student of n steps walks the same noises down n of them. At each st
 is fitted, by least squares over all pixels of the fitting images, to the teacher's state at s, where x_t and the
 predictions x0_j are the student's own: later rows make up for errors of earlier ones. A row has at most five unknowns,
 so a few dozen images determine it. Ridge regression draws it towards the row of DPM-Solver++ for the same timesteps,
-which it stays at where the images do not tell.
+and leaves it unchanged in directions that the images do not determine.
 
 The timesteps are found by coordinate search, from the best of the usual spacings, on images that the rows are not
 fitted to. A third set of images serves for nothing but the errors that are reported. The distance that is minimised is
-the mean over images: a few noises near a border between two images end in another one than the teacher's, and squares
-would let them decide.
+the mean over images: a few samples near a basin boundary land on a different image, and a squared loss would be
+dominated by them.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import datetime, timezone
-from importlib.metadata import version
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from inspect import signature
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
-from diffusers_dpm.networks import Progress, noise_schedule_of
+from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.networks import NoProgress, Progress, image_shape, is_conditional, noise_schedule_of
 from diffusers_dpm.pipelines.guidance import ClassifierGuidance, check_classifier, label_log_probability
 from diffusers_dpm.pipelines.networks import evaluation_mode
-from diffusers_dpm.random_streams import NoiseSource
-from diffusers_dpm.records import PartialResults, fingerprint
+from diffusers_dpm.processes import Processes
+from diffusers_dpm.random_streams import Stream, normal
+from diffusers_dpm.records import Record, ResultStore, fingerprint, provenance, weights_hash
 from diffusers_dpm.schedulers.noise_schedule import Level
 from diffusers_dpm.schedulers.plan import Update
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS, CalibratedScheduler
@@ -54,14 +54,15 @@ SOLVERS: tuple[dict[str, Any], ...] = tuple(
     for spacing, order in product((*STARTS, "trailing", FITTED), (1, 2, 3))
 )
 Tensors = tuple[torch.Tensor, ...]
-NOTHING: Tensors = ()
+Solvers = Callable[..., DPMSolverScheduler]  # `solver_for` of one scheduler, cached by its options
+NO_TENSORS: Tensors = ()
 MAX_HISTORY = 4
 RIDGE = 1e-6  # relative to each unknown's own sum of squares
 CHOICES = tuple(product((1, 2, 3, MAX_HISTORY), (RIDGE, 1e-4, 1e-2)))  # (predictions in a row, ridge)
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Record):
     """Tables of rows for one checkpoint.
 
     Attributes:
@@ -74,8 +75,14 @@ class Calibration:
         schedule_hash: of the noise schedule.
         prediction_type, clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: of
             the scheduler that they were fitted for.
-        made: how they were made; for people, but for `weights`, see `with_tables_of`.
+        weights: SHA-256 of the network's weights; None if unknown.
+        provenance: how they were made; for people, nothing depends on it.
+
+    Raises:
+        DiffusersDPMError: tables without the keys that sampling needs.
     """
+
+    title: ClassVar[str] = "calibration"
 
     tables: list[dict[str, Any]]
     schedule_hash: str
@@ -85,39 +92,19 @@ class Calibration:
     thresholding: bool
     dynamic_thresholding_ratio: float = 0.995
     sample_max_value: float = 1.0
-    made: dict[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         needed = {"timesteps", "rows", "guidance_scale", "mean_error", "solver_mean_error"}
-        if not isinstance(self.made, dict) or not isinstance(self.tables, list):
-            raise ValueError("`tables` must be a list, `made` a dict.")
+        if not isinstance(self.provenance, dict) or not isinstance(self.tables, list):
+            raise DiffusersDPMError("`tables` must be a list, `provenance` a dict.")
         if not all(isinstance(table, dict) and needed <= table.keys() for table in self.tables):
-            raise ValueError(f"every table must have the keys {', '.join(sorted(needed))}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The tables as plain JSON types: what `CalibratedScheduler.set_calibration` takes."""
-        return asdict(self)
+            raise DiffusersDPMError(f"every table must have the keys {', '.join(sorted(needed))}.")
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
-        """The inverse of `to_dict`. Raises ValueError for missing or unknown keys, also of its tables."""
-        try:
-            return cls(**values)
-        except TypeError as error:
-            names = ", ".join(item.name for item in fields(cls))
-            raise ValueError(f"a calibration has the keys {names}; got {', '.join(map(str, values))}.") from error
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON, from which `load` restores an equal object."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Calibration":
-        """Raises ValueError if the file does not hold a calibration."""
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no calibration: {error}") from error
+        return super().from_dict({**values, "weights": fitted_weights(values)})
 
     def scheduler(self, scheduler: Any, **options: Any) -> CalibratedScheduler:
         """A `CalibratedScheduler` with the config of `scheduler`, these tables, and `options` of its own.
@@ -148,19 +135,23 @@ class Calibration:
         """
         for key in ("schedule_hash", *CONDITIONS):
             if getattr(self, key) != getattr(other, key):
-                raise ValueError(f"the calibrations are for different schedulers: {key} differs.")
-        weights = self.made.get("weights")
-        if weights is None or weights != other.made.get("weights"):
-            raise ValueError("the calibrations are for different networks, or do not say for which.")
+                raise DiffusersDPMError(f"the calibrations are for different schedulers: {key} differs.")
+        if self.weights is None or self.weights != other.weights:
+            raise DiffusersDPMError("the calibrations are for different networks, or do not say for which.")
 
         def place(table: Mapping[str, Any]) -> tuple[float, int]:
             scale = table["guidance_scale"]
             return -math.inf if scale is None else scale, len(table["timesteps"])
 
         guides = {table.get("classifier") for table in other.tables} - {None}
-        kept = [table for table in self.tables if not guides or table.get("classifier") in {None, *guides}]
-        tables = {place(table): table for table in (*kept, *other.tables)}
-        return replace(self, tables=[tables[where] for where in sorted(tables)], made=other.made)
+        own = [table for table in self.tables if not guides or table.get("classifier") in {None, *guides}]
+        tables = {place(table): table for table in (*own, *other.tables)}
+        return replace(self, tables=[tables[where] for where in sorted(tables)], provenance=other.provenance)
+
+
+def fitted_weights(calibration: Mapping[str, Any]) -> str | None:
+    """`weights` of `Calibration.to_dict()`; files of former versions have it in `made`."""
+    return calibration.get("weights") or (calibration.get("made") or {}).get("weights")
 
 
 class Walk(NamedTuple):
@@ -191,7 +182,7 @@ class Network:
         arguments: of all images; of a tensor, in a dict or list too, each image gets its row.
         guidance: (images from, to) -> what shifts their output; None for no guidance.
         batch_size: images in a network call.
-        accelerator: its processes share the batches.
+        processes: share the batches.
         progress: gets the number of images of each call.
         dtype: of what the network is given.
     """
@@ -201,36 +192,22 @@ class Network:
     arguments: Mapping[str, Any]
     guidance: Callable[[int, int], ClassifierGuidance] | None
     batch_size: int
-    accelerator: Any = None
-    progress: Progress | None = None
+    processes: Processes = field(default_factory=Processes)
+    progress: Progress = field(default_factory=NoProgress)
     dtype: torch.dtype = torch.float32
-
-    @property
-    def num_processes(self) -> int:
-        return 1 if self.accelerator is None else self.accelerator.num_processes
 
     def __call__(self, x: torch.Tensor, t: int, level: Level, first: int = 0) -> torch.Tensor:
         """x_0 of images `first`, first + 1, ... from their x_t, (B, C, H, W)."""
-        rank = 0 if self.accelerator is None else self.accelerator.process_index
         total = torch.zeros_like(x)
         for number, start in enumerate(range(0, len(x), self.batch_size)):
-            if number % self.num_processes == rank:
+            if number % self.processes.count == self.processes.rank:
                 end = min(start + self.batch_size, len(x))
                 total[start:end] = self._predict(x[start:end], t, level, first + start)
-        if self.num_processes > 1:
-            total = self.accelerator.reduce(total, reduction="sum")
-        if self.progress is not None:
-            self.progress.update(len(x))
+        total = self.processes.sum(total)
+        self.progress.update(len(x))
         if not total.isfinite().all():
-            raise ValueError(f"the network's predictions are not finite at timestep {t}.")
+            raise DiffusersDPMError(f"the network's predictions are not finite at timestep {t}.")
         return total
-
-    def agreed(self, values: Sequence[float]) -> list[float]:
-        """Those of the first process: what decides over the next call must not differ by a rounding."""
-        if self.num_processes == 1:
-            return list(values)
-        own = torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)
-        return self.accelerator.reduce(own if self.accelerator.is_main_process else 0 * own, reduction="sum").tolist()
 
     def _predict(self, x: torch.Tensor, t: int, level: Level, first: int) -> torch.Tensor:
         own = on_tensors(lambda rows: rows[first : first + len(x)], self.arguments)
@@ -261,7 +238,7 @@ class Student:
     def distances(self, x: torch.Tensor, first: int = 0) -> torch.Tensor:
         """RMS over the pixels of images `first`, first + 1, ..., to the teacher's."""
         distances = (x - self.states[-1, first : first + len(x)]).double().square().flatten(1).mean(dim=1).sqrt()
-        return torch.tensor(self.network.agreed(distances.tolist()), dtype=torch.float64)
+        return torch.tensor(self.network.processes.first(distances.tolist()), dtype=torch.float64)
 
     def priors(self, places: Sequence[int], history: int) -> list[list[float]]:
         """The rows of DPM-Solver++, of second order if the history allows, for these timesteps: [sample, x0, ...]."""
@@ -274,7 +251,7 @@ class Student:
         places: list[int],
         history: int = MAX_HISTORY,
         ridge: float = RIDGE,
-        known: Walk | None = None,
+        earlier: Walk | None = None,
         num_images: int | None = None,
     ) -> Walk:
         """Rows for the timesteps at `places`, and the walk with them of the fitting and the searching images.
@@ -283,21 +260,21 @@ class Student:
             places: ascending, of the teacher's timesteps.
             history: predictions in a row, at most.
             ridge: see `fit_row`.
-            known: a walk with the same history and ridge, of which the part is taken over that is the same.
+            earlier: a walk with the same history and ridge, whose first steps are taken over as far as they agree.
             num_images: walked; by default those of fitting and searching.
         """
         num_images = num_images or 2 * self.num_images
         same = 0
-        if known is not None and len(known.distances) == num_images:
-            same = next((i for i, pair in enumerate(zip(known.places, places, strict=True)) if len({*pair}) > 1), 0)
+        if earlier is not None and len(earlier.distances) == num_images:
+            same = next((i for i, pair in enumerate(zip(earlier.places, places, strict=True)) if len({*pair}) > 1), 0)
         rows: list[Update] = []
         states: list[tuple[torch.Tensor, Tensors]] = []
         predictions: list[torch.Tensor] = []
-        x, x0s = self.states[0, :num_images], NOTHING
+        x, x0s = self.states[0, :num_images], NO_TENSORS
         priors = self.priors(places, history)
         for i, place in enumerate(places):
-            if known is not None and i < same:
-                (x, x0s), x0 = known.states[i], known.predictions[i]
+            if earlier is not None and i < same:
+                (x, x0s), x0 = earlier.states[i], earlier.predictions[i]
             else:
                 x0 = self.network(x, self.timesteps[place], self.levels[place])
             states.append((x, x0s))
@@ -305,7 +282,7 @@ class Student:
             x0s = (x0, *x0s)[:history]
             target = self.states[places[i + 1] if i + 1 < len(places) else -1]
             terms = [term[: self.num_images] for term in (x, *x0s)]
-            factors = self.network.agreed(fit_row(terms, target[: self.num_images], priors[i], ridge))
+            factors = self.network.processes.first(fit_row(terms, target[: self.num_images], priors[i], ridge))
             rows.append(Update(sample=factors[0], x0=tuple(factors[1:])))
             x = rows[-1].apply(x, x0s)
         return Walk(list(places), rows, states, predictions, self.distances(x))
@@ -313,7 +290,7 @@ class Student:
     def follow(self, solver: DPMSolverScheduler) -> torch.Tensor:
         """Distances of the images for the report under a multistep solver in x_0 form whose timesteps are set."""
         first = 2 * self.num_images
-        x, x0s = self.states[0, first:], NOTHING
+        x, x0s = self.states[0, first:], NO_TENSORS
         for row, t, level in zip(solver.updates, solver.timesteps.tolist(), solver.levels, strict=False):
             x0s = (self.network(x, t, level, first), *x0s)[:3]
             x = row.apply(x, x0s)
@@ -324,7 +301,7 @@ class Student:
         return walk.distances[self.num_images : 2 * self.num_images].mean().item()
 
     def nearest(self, timesteps: Sequence[float]) -> list[int]:
-        """Places of n timesteps among the teacher's, as near as may be and all different; the first is the first."""
+        """Places of the closest distinct teacher timesteps; the first is always the noisiest."""
         places, last, ours = [0], len(self.timesteps) - 1, self.timesteps
         for i, t in enumerate(timesteps[1:], 1):
             allowed = range(places[-1] + 1, last - (len(timesteps) - 1 - i) + 1)
@@ -344,7 +321,7 @@ class Student:
                 inside = places[i - 1] < places[i] < below
                 if inside and tuple(places) not in tried and len(tried) <= max_walks:
                     tried.add(tuple(places))
-                    walk = min(walk, self.fit(places, known=walk), key=self.searched)
+                    walk = min(walk, self.fit(places, earlier=walk), key=self.searched)
             if walk is before:
                 stride //= 2
         return walk
@@ -423,108 +400,158 @@ def calibrate(
         ValueError: arguments out of range or that do not fit the network, a schedule that is none of DDPM's, a network
             output that is not finite, or a folder with results of other settings.
     """
-    schedule, steps, seed = noise_schedule_of(scheduler), sorted({*steps}), int(seed)
-    teacher_steps = min(teacher_steps, len(schedule))
-    if not steps or steps[0] < 1 or 2 * steps[-1] > teacher_steps:
-        raise ValueError(f"steps must lie in 1 .. teacher_steps / 2 = {teacher_steps // 2}, got {steps}.")
-    if num_images < 1 or batch_size < 1 or seed < 0 or max_walks < 0:
-        raise ValueError(
-            f"num_images={num_images} and batch_size={batch_size} must be at least 1, seed={seed} and "
-            f"max_walks={max_walks} not negative."
-        )
+    steps, seed = sorted({*steps}), int(seed)
+    teacher_steps = min(teacher_steps, len(noise_schedule_of(scheduler)))
+    check_numbers(steps, teacher_steps, num_images=num_images, batch_size=batch_size, seed=seed, max_walks=max_walks)
     if (guidance_scale is not None) != (classifier is not None):
-        raise ValueError("classifier and guidance_scale are given together or not at all.")
+        raise DiffusersDPMError("classifier and guidance_scale are given together or not at all.")
     if folder is not None and not isinstance(unet, torch.nn.Module):
-        raise ValueError("folder is for a torch.nn.Module: a function cannot be known again after an interruption.")
-    guidance_scale = None if guidance_scale is None else float(guidance_scale)
+        raise DiffusersDPMError(
+            "folder is for a torch.nn.Module: a function cannot be known again after an interruption."
+        )
+    scale = None if guidance_scale is None else float(guidance_scale)
     teacher = solver_for(scheduler, timestep_spacing="quadratic")
     teacher.set_timesteps(teacher_steps)
     noise = initial_noise(unet, sample_shape, 3 * num_images, seed)
     labels = labels_for(unet, classifier, class_labels, len(noise), seed)
-    arguments = on_tensors(lambda rows: repeated(rows, len(noise), noise.device), {**(network_kwargs or {})})
-    if labels is not None and is_conditional(unet):
-        if "class_labels" in arguments:
-            raise ValueError("give class_labels by themselves, not among network_kwargs.")
-        arguments["class_labels"] = labels.to(noise.device)
-    guidance = None
-    if labels is not None and guidance_scale is not None:
-        check_classifier(classifier, unet, noise, labels)
-        wanted, scale = labels, guidance_scale
-
-        def guidance(start: int, end: int) -> ClassifierGuidance:
-            log_prob = label_log_probability(classifier, wanted[start:end], noise.device)
-            return ClassifierGuidance(log_prob, teacher.config.prediction_type, scale)
-
-    network = Network(unet, teacher, arguments, guidance, batch_size, accelerator, progress, placement(unet)[1])
-    made: dict[str, Any] = {
-        "weights": weights_of(unet),
-        "classifier": weights_of(classifier),
-        "guidance_scale": guidance_scale,
+    arguments = arguments_for(unet, network_kwargs, labels, noise)
+    guidance = guidance_for(classifier, scale, unet, noise, labels, teacher.config.prediction_type)
+    processes, progress = Processes(accelerator), NoProgress() if progress is None else progress
+    network = Network(unet, teacher, arguments, guidance, batch_size, processes, progress, placement(unet)[1])
+    conditions = {"schedule_hash": teacher.schedule.hash, **{key: teacher.config[key] for key in CONDITIONS}}
+    guide = {"guidance_scale": scale, "classifier": weights_of(classifier)}
+    facts: dict[str, Any] = {
+        **guide,
         "seed": seed,
         "num_images": num_images,
         "teacher_steps": teacher_steps,
         "max_walks": max_walks,
         "dtype": str(network.dtype).removeprefix("torch."),
     }
-    conditions = {key: teacher.config[key] for key in CONDITIONS}
-    inputs = [noise] if labels is None else [noise, labels]
-
-    def noted(rows: torch.Tensor) -> list[int]:
-        inputs.append(rows)
-        return list(rows.shape)
-
-    named = on_tensors(noted, arguments)  # tensors by their shape
-    given = {"inputs": fingerprint(inputs), "network_kwargs": repr(named)}
-    settings = {"schedule_hash": schedule.hash, **conditions, **made, **given}
-    main = accelerator is None or accelerator.is_main_process
-    store = None if folder is None else PartialResults(Path(folder), settings, accelerator, save_every=60.0)
+    weights = weights_of(unet)
+    settings = {**conditions, **facts, "weights": weights, **fingerprints(noise, labels, arguments)}
+    store = ResultStore(folder, settings, process=processes.rank)
     with evaluation_mode(*(part for part in (unet, classifier) if isinstance(part, torch.nn.Module))):
-        known = {} if store is None else store.load_json()
-        states = teacher_states(network, teacher, noise, store, main)
+        states = teacher_states(network, teacher, noise, store)
         student = Student(network, teacher, states, num_images)
-        fitted = fit_tables(student, scheduler, steps, max_walks, known, store if main else None)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
-    if store is not None and main:
+        tables = fit_tables(student, scheduler, steps, max_walks, store)
+    processes.wait()
+    if processes.is_main:
         store.delete()
-    guide = {"guidance_scale": guidance_scale, "classifier": made["classifier"]}
-    better = [{**table, **guide} for table in fitted if table["mean_error"] < table["solver_mean_error"]]
-    made["left_out"] = sorted({*steps} - {len(table["timesteps"]) for table in better})
-    made["versions"] = {name: version(name) for name in ("diffusers-dpm", "diffusers", "torch")}
-    made["time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return Calibration(tables=better, schedule_hash=schedule.hash, **conditions, made=made)
+    better = [{**table, **guide} for table in tables if table["mean_error"] < table["solver_mean_error"]]
+    facts["left_out"] = sorted({*steps} - {len(table["timesteps"]) for table in better})
+    return Calibration(tables=better, **conditions, weights=weights, provenance=provenance(**facts))
+
+
+def calibrate_run(
+    pipeline: Any, folder: str | Path, steps: Iterable[int] = STEPS, *, accelerator: Any = None, **options: Any
+) -> tuple[Calibration, list[int]]:
+    """`calibrate` for a pipeline, saved in `folder` as a `CalibratedScheduler` and calibration.json.
+
+    Tables for other steps and scales that the folder has stay there. An interrupted call goes on.
+
+    Args:
+        pipeline: its `unet` and `scheduler`.
+        folder: of the result; partial results are in `folder`/partial.
+        steps, accelerator, options: as in `calibrate`.
+
+    Returns:
+        (all tables of the folder, those of `steps` that there is no new table for).
+
+    Raises:
+        DiffusersDPMError: as `calibrate`; the folder holds rows of another model; no table is better than DPM-Solver.
+    """
+    folder, steps = Path(folder), sorted({*steps})
+    earlier = earlier_calibration(folder, pipeline)
+    fitted = calibrate(
+        pipeline.unet, pipeline.scheduler, steps, accelerator=accelerator, folder=folder / "partial", **options
+    )
+    left_out = sorted({*steps} - {len(table["timesteps"]) for table in fitted.tables})
+    if not fitted.tables:
+        raise DiffusersDPMError(
+            f"for {', '.join(map(str, left_out))} steps, DPM-Solver is as near to the teacher as fitted rows: nothing "
+            "written"
+        )
+    calibration = fitted if earlier is None else earlier.with_tables_of(fitted)
+    if Processes(accelerator).is_main:
+        calibration.scheduler(pipeline.scheduler).save_pretrained(folder)
+        calibration.save(folder / "calibration.json")
+    return calibration, left_out
+
+
+def earlier_calibration(folder: Path, pipeline: Any) -> Calibration | None:
+    """What the folder holds from an earlier call; None if nothing.
+
+    Raises:
+        DiffusersDPMError: rows for another network or noise schedule, or a damaged file.
+    """
+    if not (folder / "calibration.json").is_file():
+        return None
+    earlier, solver = Calibration.load(folder / "calibration.json"), solver_for(pipeline.scheduler)
+    conditions = {key: solver.config[key] for key in CONDITIONS}
+    try:
+        earlier.with_tables_of(
+            Calibration([], solver.schedule.hash, **conditions, weights=weights_hash(pipeline.unet))
+        )
+    except DiffusersDPMError as error:
+        raise DiffusersDPMError(
+            f"{folder} holds rows for another model ({str(error).rstrip('.')}): delete it, or choose another folder"
+        ) from error
+    return earlier
+
+
+def check_numbers(
+    steps: Sequence[int], teacher_steps: int, *, num_images: int, batch_size: int, seed: int, max_walks: int
+) -> None:
+    """Raise DiffusersDPMError for a number that is out of range."""
+    if not steps or steps[0] < 1 or 2 * steps[-1] > teacher_steps:
+        raise DiffusersDPMError(f"steps must lie in 1 .. teacher_steps / 2 = {teacher_steps // 2}, got {steps}.")
+    if num_images < 1 or batch_size < 1 or seed < 0 or max_walks < 0:
+        raise DiffusersDPMError(
+            f"num_images={num_images} and batch_size={batch_size} must be at least 1, seed={seed} and "
+            f"max_walks={max_walks} not negative."
+        )
+
+
+def fingerprints(noise: torch.Tensor, labels: torch.Tensor | None, arguments: Any) -> dict[str, str]:
+    """What identifies the inputs: a hash of all tensors, and the arguments with shapes in the place of tensors."""
+    tensors = [noise] if labels is None else [noise, labels]
+
+    def collected(tensor: torch.Tensor) -> list[int]:
+        tensors.append(tensor)
+        return list(tensor.shape)
+
+    shapes = on_tensors(collected, arguments)
+    return {"inputs": fingerprint(tensors), "network_kwargs": repr(shapes)}
 
 
 def fit_tables(
-    student: Student,
-    scheduler: Any,
-    steps: Iterable[int],
-    max_walks: int,
-    known: dict[str, dict[str, Any]],
-    store: PartialResults | None,
+    student: Student, scheduler: Any, steps: Iterable[int], max_walks: int, store: ResultStore
 ) -> list[dict[str, Any]]:
-    """`best_table` for each number of steps that is not known; new ones are added to those, and kept in the store."""
+    """`best_table` for each number of steps; those in the store are not fitted again."""
+    tables, solvers = store.load_json(), cache(partial(solver_for, scheduler))
     for n in steps:
-        if str(n) not in known:
-            known[str(n)] = best_table(student, scheduler, n, max_walks)
-            if store is not None:
-                store.save_json(known)
-    return [known[str(n)] for n in steps]
+        if str(n) not in tables:
+            tables[str(n)] = best_table(student, solvers, n, max_walks)
+            if student.network.processes.is_main:
+                store.save_json(tables)
+    return [tables[str(n)] for n in steps]
 
 
-def best_table(student: Student, scheduler: Any, num_steps: int, max_walks: int) -> dict[str, Any]:
-    """The table of so many steps, and what it is compared with; see `Calibration.tables`."""
-    solvers = [solver_for(scheduler, timestep_spacing=spacing) for spacing in STARTS]
-    for solver in solvers:
+def best_table(student: Student, solvers: Solvers, num_steps: int, max_walks: int) -> dict[str, Any]:
+    """The table of `num_steps` steps, and what it is compared with; see `Calibration.tables`."""
+    starts = set()
+    for spacing in STARTS:
+        solver = solvers(timestep_spacing=spacing)
         solver.set_timesteps(num_steps)
-    starts = {tuple(student.nearest(solver.timesteps.tolist())) for solver in solvers}
+        starts.add(tuple(student.nearest(solver.timesteps.tolist())))
     walks = [student.fit(list(places)) for places in sorted(starts)]
     places = student.search(min(walks, key=student.searched), max_walks).places
     choices = [(student.searched(student.fit(places, *choice)), *choice) for choice in CHOICES]
     _, history, ridge = min(choices)
     walk = student.fit(places, history, ridge, num_images=3 * student.num_images)
     timesteps = [student.timesteps[place] for place in places]
-    options, distances = best_solver(student, scheduler, timesteps)
+    options, distances = best_solver(student, solvers, timesteps)
     return {
         "timesteps": timesteps,
         "rows": [[row.sample, *row.x0] for row in walk.rows],
@@ -536,7 +563,7 @@ def best_table(student: Student, scheduler: Any, num_steps: int, max_walks: int)
     }
 
 
-def best_solver(student: Student, scheduler: Any, timesteps: list[int]) -> tuple[dict[str, Any], torch.Tensor]:
+def best_solver(student: Student, solvers: Solvers, timesteps: list[int]) -> tuple[dict[str, Any], torch.Tensor]:
     """(options, distances) of the one of `SOLVERS` that comes nearest, in as many steps, on the report's own images.
 
     So the comparison favours the solvers: nothing of a table is chosen on these images.
@@ -545,10 +572,10 @@ def best_solver(student: Student, scheduler: Any, timesteps: list[int]) -> tuple
     for options in SOLVERS:
         spacing, order = options["timestep_spacing"], options["solver_order"]
         if spacing == FITTED:
-            solver = solver_for(scheduler, solver_order=order)
+            solver = solvers(solver_order=order)
             solver.set_timesteps(timesteps=timesteps)
         else:
-            solver = solver_for(scheduler, timestep_spacing=spacing, solver_order=order)
+            solver = solvers(timestep_spacing=spacing, solver_order=order)
             solver.set_timesteps(len(timesteps))
         tried.append((options, student.follow(solver)))
     return min(tried, key=lambda pair: pair[1].mean().item())
@@ -561,32 +588,30 @@ def errors(rms: str, mean: str, distances: torch.Tensor) -> dict[str, float]:
 def solver_for(scheduler: Any, **options: Any) -> DPMSolverScheduler:
     """DPM-Solver++ with the noise schedule, prediction type and clipping of any scheduler, and nothing else of it."""
     config = CalibratedScheduler.from_config(scheduler.config, timestep_spacing="linspace").config
-    known = signature(CalibratedScheduler.__init__).parameters.keys() & config.keys()
-    return DPMSolverScheduler.from_config({key: config[key] for key in known}, **options)
+    keys = signature(CalibratedScheduler.__init__).parameters.keys() & config.keys()
+    return DPMSolverScheduler.from_config({key: config[key] for key in keys}, **options)
 
 
 def teacher_states(
-    network: Network, teacher: DPMSolverScheduler, noise: torch.Tensor, store: PartialResults | None, main: bool
+    network: Network, teacher: DPMSolverScheduler, noise: torch.Tensor, store: ResultStore
 ) -> torch.Tensor:
     """x at each of the teacher's levels, (timesteps + 1, images, C, H, W)."""
-    shape = (len(teacher.levels), *noise.shape)
-    known = torch.full(shape, torch.nan, dtype=noise.dtype) if store is None else store.load(shape, noise.dtype)
-    if store is not None and network.accelerator is not None:
-        network.accelerator.wait_for_everyone()  # until all have read what is written next
-    size = network.batch_size * network.num_processes
+    states, processes = store.load_values((len(teacher.levels), *noise.shape), noise.dtype), network.processes
+    processes.wait()  # until all have read what is written next
+    size = network.batch_size * processes.count
     for start in range(0, len(noise), size):
         part = slice(start, start + size)
-        if not known[:, part].isnan().any():
+        if not states[:, part].isnan().any():
             continue
-        x, x0s = noise[part], NOTHING
-        known[0, part] = x.cpu()
+        x, x0s = noise[part], NO_TENSORS
+        states[0, part] = x.cpu()
         for i, (row, t) in enumerate(zip(teacher.updates, teacher.timesteps.tolist(), strict=True)):
             x0s = (network(x, t, teacher.levels[i], start), *x0s)[:2]
             x = row.apply(x, x0s)
-            known[i + 1, part] = x.cpu()
-        if store is not None and main:
-            store.save(known)
-    return known.to(noise)
+            states[i + 1, part] = x.cpu()
+        if processes.is_main:
+            store.save_values(states)
+    return states.to(noise)
 
 
 # What a network is called with ---------------------------------------------------------------------------------------
@@ -594,26 +619,16 @@ def teacher_states(
 
 def initial_noise(unet: Any, sample_shape: Sequence[int] | None, num_images: int, seed: int) -> torch.Tensor:
     """x_T, (num_images, C, H, W), on the network's device, in its precision but at least float32."""
-    if sample_shape is None:
-        config = getattr(unet, "config", None)
-        if config is None or config.sample_size is None:
-            raise ValueError("the network's config has no sample_size: give sample_shape=(C, H, W).")
-        size = config.sample_size
-        sample_shape = (config.in_channels, *((size, size) if isinstance(size, int) else size))
-    draw = NoiseSource(seed, sample_shape)
-    noise = torch.stack([draw(image, 0) for image in range(num_images)])
+    shape = image_shape(unet) if sample_shape is None else sample_shape
+    noise = torch.stack([normal(shape, seed, Stream.CALIBRATION, image) for image in range(num_images)])
     device, dtype = placement(unet)
     return noise.to(device, torch.promote_types(dtype, torch.float32))
 
 
 def placement(unet: Any) -> tuple[torch.device, torch.dtype]:
-    """Of the weights; a function without weights is given float32 on the CPU."""
+    """Device and type of the weights; a function without weights is given float32 on the CPU."""
     weights = next(unet.parameters(), torch.zeros(())) if isinstance(unet, torch.nn.Module) else torch.zeros(())
     return getattr(unet, "device", weights.device), getattr(unet, "dtype", weights.dtype)
-
-
-def is_conditional(unet: Any) -> bool:
-    return getattr(unet, "config", {}).get("num_class_embeds") is not None
 
 
 def labels_for(
@@ -622,19 +637,55 @@ def labels_for(
     """A label for each image, on the CPU; None if neither network nor classifier has classes."""
     if classifier is None and not is_conditional(unet):
         if class_labels is not None:
-            raise ValueError("class_labels were given, but the network is unconditional and there is no classifier.")
+            raise DiffusersDPMError(
+                "class_labels were given, but the network is unconditional and there is no classifier."
+            )
         return None
-    config = getattr(classifier, "config", {})
-    num_classes = unet.config.num_class_embeds if is_conditional(unet) else config.get("num_classes")
+    if is_conditional(unet):
+        num_classes = unet.config.get("num_class_embeds")
+    else:
+        num_classes = getattr(classifier, "config", {}).get("num_classes")
     if class_labels is None:
         if num_classes is None:
-            raise ValueError("the classifier's config has no num_classes: give class_labels.")
+            raise DiffusersDPMError("no config has the number of classes: give class_labels.")
         return torch.randint(num_classes, (num_images,), generator=torch.Generator().manual_seed(seed))
     labels = repeated(torch.as_tensor(class_labels), num_images)
     last = math.inf if num_classes is None else num_classes - 1
     if labels.is_floating_point() or labels.ndim != 1 or labels.min() < 0 or labels.max() > last:
-        raise ValueError(f"class_labels must be integers in 0 .. {last}, got {labels.tolist()[:8]}.")
+        raise DiffusersDPMError(f"class_labels must be integers in 0 .. {last}, got {labels.tolist()[:8]}.")
     return labels
+
+
+def arguments_for(
+    unet: Any, network_kwargs: Mapping[str, Any] | None, labels: torch.Tensor | None, noise: torch.Tensor
+) -> dict[str, Any]:
+    """The arguments of the network for all images: tensors have a row for each, on the device of `noise`."""
+    arguments = on_tensors(lambda rows: repeated(rows, len(noise), noise.device), {**(network_kwargs or {})})
+    if labels is None or not is_conditional(unet):
+        return arguments
+    if "class_labels" in arguments:
+        raise DiffusersDPMError("give class_labels by themselves, not among network_kwargs.")
+    return {**arguments, "class_labels": labels.to(noise.device)}
+
+
+def guidance_for(
+    classifier: Any,
+    scale: float | None,
+    unet: Any,
+    noise: torch.Tensor,
+    labels: torch.Tensor | None,
+    prediction_type: str,
+) -> Callable[[int, int], ClassifierGuidance] | None:
+    """`Network.guidance` by a classifier; None without a scale."""
+    if labels is None or scale is None:
+        return None
+    check_classifier(classifier, unet, noise, labels)
+
+    def guidance(start: int, end: int) -> ClassifierGuidance:
+        log_prob = label_log_probability(classifier, labels[start:end], noise.device)
+        return ClassifierGuidance(log_prob, prediction_type, scale)
+
+    return guidance
 
 
 def on_tensors(function: Callable[[torch.Tensor], Any], values: Any) -> Any:
@@ -649,12 +700,14 @@ def on_tensors(function: Callable[[torch.Tensor], Any], values: Any) -> Any:
 
 
 def repeated(values: torch.Tensor, num_images: int, device: Any = None) -> torch.Tensor:
-    """The rows again and again, for all images."""
+    """`num_images` rows: those of `values`, repeated cyclically."""
     if not values.ndim or not len(values):
-        raise ValueError(f"labels and network_kwargs hold a row for each image, got shape {tuple(values.shape)}.")
+        raise DiffusersDPMError(
+            f"labels and network_kwargs hold a row for each image, got shape {tuple(values.shape)}."
+        )
     return values[torch.arange(num_images) % len(values)].to(device)
 
 
 def weights_of(network: Any) -> str | None:
-    """SHA-256 of the weights, None of what has none."""
-    return fingerprint(network.state_dict().values()) if isinstance(network, torch.nn.Module) else None
+    """SHA-256 of the weights; None for a function or no network."""
+    return weights_hash(network) if isinstance(network, torch.nn.Module) else None

@@ -1,95 +1,67 @@
-"""Networks as the library uses them: loading, calling, their shape and classes."""
+"""Networks: load them, ask for the shape of their images and their classes, call them."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 
+from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.pipelines.networks import evaluation_mode as evaluation_mode
+from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers.noise_schedule import VPNoiseSchedule
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
 
 class Progress(Protocol):
-    """What long work tells how much of it is done: a `tqdm` bar."""
+    """Counts finished work, as a `tqdm` bar does."""
 
     def update(self, n: int) -> Any: ...
 
 
-def noise_schedule_of(scheduler: Any) -> VPNoiseSchedule:
-    """The forward process of any diffusers scheduler that has one of DDPM's kind, in float64.
+class NoProgress:
+    """Counts nothing."""
 
-    It is made from the config, as `AnalyticDPMScheduler.from_config` would: the float32 betas of diffusers' own
-    classes are another schedule in the seventh digit.
-
-    Raises:
-        ValueError: the scheduler has no betas (flow matching, EDM, ...), or others than its config says.
-    """
-    schedule = getattr(scheduler, "schedule", None)
-    if isinstance(schedule, VPNoiseSchedule):
-        return schedule
-    name, betas = type(scheduler).__name__, getattr(scheduler, "betas", None)
-    if betas is None:
-        raise ValueError(f"{name} has no betas: the statistics are those of a DDPM process.")
-    schedule = AnalyticDPMScheduler.from_config(scheduler.config, timestep_spacing="even").schedule
-    if betas.shape != schedule.betas.shape or not torch.allclose(betas.double().cpu(), schedule.betas, rtol=1e-3):
-        raise ValueError(f"the betas of this {name} are not those of its config: give them as trained_betas.")
-    return schedule
+    def update(self, n: int) -> None:
+        pass
 
 
-def network_output(
-    unet: Any, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None
-) -> torch.Tensor:
-    """The prediction, without the variance half of 2C channels: computed in the network's dtype, float64 from here."""
-    conditioning = {} if class_labels is None else {"class_labels": class_labels}
-    output = unet(x.to(unet.dtype), timesteps, **conditioning).sample
-    return output[:, : x.shape[1]].double()
-
-
-def checked_labels(unet: Any, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:
-    """The labels that the network needs: None if it is not class-conditional.
-
-    Raises:
-        ValueError: images or labels do not fit the network.
-    """
-    config = unet.config
-    size = config.sample_size
-    height_width = (size, size) if isinstance(size, int) else tuple(size or images.shape[2:])
-    wanted = (config.in_channels, *height_width)
-    if images.shape[1:] != wanted:
-        raise ValueError(f"the images have shape {tuple(images.shape[1:])}, the network's have {wanted}.")
-    if config.get("num_class_embeds") is None:
-        return None
-    if labels is None or bool((labels < 0).any()):
-        raise ValueError("the network is class-conditional: it needs the label of every image.")
-    if bool((labels >= config.num_class_embeds).any()):
-        raise ValueError(
-            f"the labels go up to {int(labels.max())}, the network has {config.num_class_embeds} classes."
-        )
-    return labels
+# Loading -------------------------------------------------------------------------------------------------------------
 
 
 def load_pipeline(model: str) -> DPMPipeline:
-    """The pipeline of a run folder or Hub id, quietly.
+    """The pipeline of a run folder or Hub id, without diffusers' warnings.
 
     Raises:
-        ValueError: there is none, in one line.
+        DiffusersDPMError: there is none.
     """
-    if Path(model).is_dir() and not (Path(model) / "model_index.json").is_file():
-        raise ValueError(f"{model} holds no model_index.json: it is not a pipeline, or its training has not finished")
+    run = RunFolder(model)
+    if run.path.is_dir() and not run.index.is_file():
+        raise DiffusersDPMError(
+            f"{model} holds no {run.index.name}: it is not a pipeline, or its training has not finished"
+        )
     try:
-        with quiet():
+        with user_error(f"cannot load {model}"), quiet():
             return DPMPipeline.from_pretrained(model)
+    except OSError as error:
+        raise DiffusersDPMError(f"cannot load {model}: {' '.join(str(error).split())}") from error
+
+
+def load_classifier(model: str) -> NoisyClassifier:
+    """The classifier beside a model. Raises DiffusersDPMError if there is none."""
+    try:
+        return NoisyClassifier.from_pretrained(model, subfolder=RunFolder(model).classifier.name)
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load {model}: {' '.join(str(error).split())}") from error
+        raise DiffusersDPMError(
+            f"guidance needs a classifier: 'diffusers-dpm train-classifier {model}' makes it"
+        ) from error
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings of diffusers, which speaks up about every config key that it does not know."""
+    """Silence diffusers' warnings about unknown config keys."""
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     try:
@@ -98,13 +70,86 @@ def quiet() -> Iterator[None]:
         diffusers_logging.set_verbosity(verbosity)
 
 
-def load_classifier(model: str) -> NoisyClassifier:
-    """The classifier beside a model. Raises ValueError if there is none."""
-    try:
-        return NoisyClassifier.from_pretrained(model, subfolder="classifier")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"guidance needs a classifier: 'diffusers-dpm train-classifier {model}' makes it") from error
+# Images and classes --------------------------------------------------------------------------------------------------
 
 
-def image_size(sample_size: int | Sequence[int]) -> tuple[int, int]:
-    return (sample_size, sample_size) if isinstance(sample_size, int) else (sample_size[0], sample_size[1])
+def image_shape(unet: Any, default: Sequence[int] | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the images, from the network's config.
+
+    Args:
+        unet: a network with a config.
+        default: (H, W) where the config has no sample_size.
+
+    Raises:
+        DiffusersDPMError: the config has no sample_size, and there is no default.
+    """
+    config = getattr(unet, "config", {})
+    size = config.get("sample_size") or default
+    if size is None:
+        raise DiffusersDPMError("the network's config has no sample_size")
+    height, width = (size, size) if isinstance(size, int) else size
+    return config["in_channels"], height, width
+
+
+def is_conditional(unet: Any) -> bool:
+    """Whether the network takes class labels."""
+    config = getattr(unet, "config", {})
+    return config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None
+
+
+def checked_labels(unet: Any, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:
+    """The labels that the network needs: None if it is not class-conditional.
+
+    Raises:
+        DiffusersDPMError: images or labels do not fit the network.
+    """
+    shape, num_classes = image_shape(unet, images.shape[2:]), unet.config.get("num_class_embeds")
+    if images.shape[1:] != shape:
+        raise DiffusersDPMError(f"the images have shape {tuple(images.shape[1:])}, the network's have {shape}.")
+    if not is_conditional(unet):
+        return None
+    if labels is None or bool((labels < 0).any()):
+        raise DiffusersDPMError("the network is class-conditional: it needs the label of every image.")
+    if num_classes is not None and bool((labels >= num_classes).any()):
+        raise DiffusersDPMError(f"the labels go up to {int(labels.max())}, the network has {num_classes} classes.")
+    return labels
+
+
+# Calling -------------------------------------------------------------------------------------------------------------
+
+
+def noise_schedule_of(scheduler: Any) -> VPNoiseSchedule:
+    """The noise schedule of any diffusers scheduler of a DDPM process, in float64.
+
+    It is made from the config, as `AnalyticDPMScheduler.from_config` would: the float32 betas of diffusers' own
+    classes are another schedule in the seventh digit.
+
+    Raises:
+        DiffusersDPMError: the scheduler has no betas (flow matching, EDM, ...), or others than its config says.
+    """
+    schedule = getattr(scheduler, "schedule", None)
+    if isinstance(schedule, VPNoiseSchedule):
+        return schedule
+    name, betas = type(scheduler).__name__, getattr(scheduler, "betas", None)
+    if betas is None:
+        raise DiffusersDPMError(f"{name} has no betas: the statistics are those of a DDPM process.")
+    schedule = AnalyticDPMScheduler.from_config(scheduler.config, timestep_spacing="even").schedule
+    if betas.shape != schedule.betas.shape or not torch.allclose(betas.double().cpu(), schedule.betas, rtol=1e-3):
+        raise DiffusersDPMError(f"the betas of this {name} are not those of its config: give them as trained_betas.")
+    return schedule
+
+
+def network_output(
+    unet: Any, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None
+) -> torch.Tensor:
+    """The prediction, without the variance half of 2C channels: computed in the network's dtype, returned as float64.
+
+    Args:
+        unet: a network with `dtype`.
+        x: (B, C, H, W).
+        timesteps: (B,).
+        class_labels: (B,), or None for a network without classes.
+    """
+    conditioning = {} if class_labels is None else {"class_labels": class_labels}
+    output = unet(x.to(unet.dtype), timesteps, **conditioning).sample
+    return output[:, : x.shape[1]].double()

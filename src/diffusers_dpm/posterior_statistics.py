@@ -1,10 +1,10 @@
-"""How much of an image is still open at each noise level: the statistics that Analytic-DPM samples with.
+"""The mean posterior variance of x_0 at each noise level: the statistics that Analytic-DPM samples with.
 
     statistics = estimate_statistics(pipe.unet, pipe.scheduler, images)    # once for a checkpoint
     statistics.save("statistics.json")
     pipe.scheduler = statistics.scheduler(pipe.scheduler)                  # an AnalyticDPMScheduler
 
-The number wanted for each training timestep is the mean posterior variance C_t = E tr Cov[x_0 | x_t] / d, of d = C H W
+The statistic of each training timestep is the mean posterior variance C_t = E tr Cov[x_0 | x_t] / d, of d = C H W
 dimensions. With k_t = sigma_t^2 / alpha_t^2, one pass of the network gives two estimates of it:
 
 - residual: E|x_0 - x_0_hat|^2 / d = k_t E|epsilon - epsilon_hat|^2 / d, the training loss. It is the best variance for
@@ -18,30 +18,31 @@ Both are kept as C_t and not as E|epsilon_hat|^2, which float32 or a process tha
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime, timezone
-from importlib.metadata import version
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from diffusers_dpm.networks import Progress, checked_labels, network_output, noise_schedule_of
+from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.networks import NoProgress, Progress, checked_labels, network_output, noise_schedule_of
 from diffusers_dpm.pipelines.networks import evaluation_mode
-from diffusers_dpm.random_streams import NoiseSource
-from diffusers_dpm.records import PartialResults, fingerprint
+from diffusers_dpm.processes import Processes
+from diffusers_dpm.random_streams import Stream, normal
+from diffusers_dpm.records import Record, ResultStore, fingerprint, provenance, weights_hash
 from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, VPNoiseSchedule, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
+from diffusers_dpm.schedulers.timestep_grids import Grid, even
 
 
 Pair = tuple[int, int]  # (place of an image among the chosen ones, place of a timestep among the computed ones)
 
 
 @dataclass(frozen=True)
-class PosteriorStatistics:
+class PosteriorStatistics(Record):
     """C_t of a checkpoint for t = 0 .. T-1, unclipped, with the standard errors of the estimates.
 
     Attributes:
@@ -51,11 +52,13 @@ class PosteriorStatistics:
         schedule_hash: of the noise schedule.
         prediction_type: of the network.
         num_images: how many images were averaged over; None if unknown.
-        made: how the statistics were made; for people, nothing depends on it.
+        provenance: how the statistics were made; for people, nothing depends on it.
 
     Raises:
         ValueError: no estimate at all, or lists of different lengths.
     """
+
+    title: ClassVar[str] = "statistics"
 
     residual: list[float] | None
     analytic: list[float] | None
@@ -65,15 +68,15 @@ class PosteriorStatistics:
     schedule_hash: str
     prediction_type: str
     num_images: int | None = None
-    made: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         lists = (self.residual, self.analytic, self.residual_error, self.analytic_error)
         lengths = {len(values) for values in lists if values is not None}
         if self.residual is None and self.analytic is None:
-            raise ValueError("statistics need at least one of residual and analytic.")
+            raise DiffusersDPMError("statistics need at least one of residual and analytic.")
         if len(lengths) > 1:
-            raise ValueError(f"the lists of the statistics have different lengths: {sorted(lengths)}.")
+            raise DiffusersDPMError(f"the lists of the statistics have different lengths: {sorted(lengths)}.")
 
     def ms_eps(self, schedule: VPNoiseSchedule) -> list[float]:
         """E|epsilon_hat|^2 / d for t = 0 .. T-1, from `analytic`: what Bao et al. store, with their index t + 1.
@@ -82,35 +85,10 @@ class PosteriorStatistics:
             ValueError: there is no analytic estimate, or it is of another schedule.
         """
         if self.analytic is None:
-            raise ValueError("ms_eps is a form of the analytic estimate, which these statistics do not have.")
+            raise DiffusersDPMError("ms_eps is a form of the analytic estimate, which these statistics do not have.")
         if schedule.hash != self.schedule_hash:
-            raise ValueError("the statistics are of another noise schedule.")
+            raise DiffusersDPMError("the statistics are of another noise schedule.")
         return (1 - torch.tensor(self.analytic, dtype=torch.float64) * torch.exp(2 * schedule.lambda_)).tolist()
-
-    def to_dict(self) -> dict[str, Any]:
-        """The statistics as plain JSON types: what `AnalyticDPMScheduler.set_statistics` takes."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "PosteriorStatistics":
-        """The inverse of `to_dict`. Raises ValueError for missing or unknown keys."""
-        try:
-            return cls(**values)
-        except TypeError as error:
-            names = ", ".join(item.name for item in fields(cls))
-            raise ValueError(f"statistics have the keys {names}; got {', '.join(map(str, values))}.") from error
-
-    def save(self, path: str | Path) -> None:
-        """Write JSON, from which `load` restores an equal object."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "PosteriorStatistics":
-        """Raises ValueError if the file does not hold statistics."""
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(f"{path} holds no statistics: {error}") from error
 
     def scheduler(self, scheduler: Any, **options: Any) -> AnalyticDPMScheduler:
         """An `AnalyticDPMScheduler` with the config of `scheduler`, these statistics, and `options` of its own.
@@ -134,11 +112,11 @@ def interpolate(schedule: VPNoiseSchedule, timesteps: Sequence[int], values: Seq
     negative where it is mostly noise. Computed values stay as they are, bit for bit.
     """
     everywhere = schedule.sigma.log().numpy()
-    places, known = everywhere[list(timesteps)], np.array(values, dtype=np.float64)
-    logarithms = np.log(known, out=np.full_like(known, np.nan), where=known > 0)
+    places, points = everywhere[list(timesteps)], np.array(values, dtype=np.float64)
+    logarithms = np.log(points, out=np.full_like(points, np.nan), where=points > 0)
     curve = np.exp(np.interp(everywhere, places, logarithms))
-    curve = np.where(np.isnan(curve), np.interp(everywhere, places, known), curve)
-    curve[list(timesteps)] = known
+    curve = np.where(np.isnan(curve), np.interp(everywhere, places, points), curve)
+    curve[list(timesteps)] = points
     return curve.tolist()
 
 
@@ -190,43 +168,26 @@ def estimate_statistics(
     schedule = noise_schedule_of(scheduler)
     grid = computed_timesteps(timesteps, len(schedule))
     if num_samples < 2 or batch_size < 1 or seed < 0:
-        raise ValueError(
+        raise DiffusersDPMError(
             f"num_samples={num_samples} must be at least 2, batch_size={batch_size} at least 1, and seed={seed} not "
             "negative."
         )
     (x0, labels), indices, num_available = choose_images(images, class_labels, num_samples, seed)
-    labels = checked_labels(unet, x0, labels)
-    prediction_type = scheduler.config.prediction_type
-    draw = NoiseSource(seed, x0.shape[1:])
-
-    def evaluate(pairs: Sequence[Pair]) -> torch.Tensor:
-        rows = [row for row, _ in pairs]
-        t = [grid[place] for _, place in pairs]
-        noise = [draw(indices[row], t_) for row, t_ in zip(rows, t, strict=True)]
-        return posterior_variances(
-            unet,
-            schedule,
-            prediction_type,
-            x0[rows].to(unet.device, torch.float64),
-            torch.stack(noise).to(unet.device, torch.float64),
-            torch.tensor(t, device=unet.device),
-            None if labels is None else labels[rows].to(unet.device),
-        )
-
-    store = None
-    if folder is not None:
-        settings = {
-            "schedule_hash": schedule.hash,
-            "prediction_type": prediction_type,
-            "seed": seed,
-            "timesteps": grid,
-            "dtype": str(unet.dtype),
-            "images": fingerprint([x0] if labels is None else [x0, labels]),
-            "weights": fingerprint(unet.state_dict().values()),
-        }
-        store = PartialResults(Path(folder), settings, accelerator, save_every)
+    problem = Problem(
+        unet=unet,
+        schedule=schedule,
+        prediction_type=scheduler.config.prediction_type,
+        timesteps=grid,
+        images=x0,
+        labels=checked_labels(unet, x0, labels),
+        indices=indices,
+        seed=seed,
+    )
+    processes = Processes(accelerator)
+    settings = {} if folder is None else problem.settings()
+    store = ResultStore(folder, settings, process=processes.rank, save_every=save_every)
     with evaluation_mode(unet):
-        values = measure(evaluate, (len(x0), len(grid), 2), batch_size, accelerator, store, progress)
+        values = measure(problem, batch_size, processes, store, NoProgress() if progress is None else progress)
     residual, analytic = values.unbind(-1)
     return PosteriorStatistics(
         residual=interpolate(schedule, grid, residual.mean(dim=0).tolist()),
@@ -235,16 +196,109 @@ def estimate_statistics(
         analytic_error=interpolate(schedule, grid, standard_errors(analytic)),
         timesteps=grid,
         schedule_hash=schedule.hash,
-        prediction_type=prediction_type,
+        prediction_type=problem.prediction_type,
         num_images=len(x0),
-        made={
-            "seed": seed,
-            "dtype": str(unet.dtype).removeprefix("torch."),
-            "images_available": num_available,
-            "versions": {name: version(name) for name in ("diffusers-dpm", "diffusers", "torch")},
-            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        },
+        provenance=provenance(seed=seed, dtype=str(unet.dtype).removeprefix("torch."), images_available=num_available),
     )
+
+
+def estimate_for_run(
+    pipeline: Any,
+    data: Any,
+    folder: str | Path,
+    num_samples: int = 256,
+    *,
+    num_timesteps: int | None = None,
+    facts: Mapping[str, Any] | None = None,
+    accelerator: Any = None,
+    **options: Any,
+) -> PosteriorStatistics:
+    """`estimate_statistics` for a pipeline, saved in `folder` as an `AnalyticDPMScheduler` and statistics.json.
+
+    An interrupted call goes on.
+
+    Args:
+        pipeline: its `unet` and `scheduler`.
+        data, num_samples, accelerator, options: as in `estimate_statistics`.
+        folder: of the result; partial results are in `folder`/partial.
+        num_timesteps: compute at this many even timesteps and interpolate the others; None: at all.
+        facts: JSON values to add to the statistics' `provenance`, such as the name of the data.
+
+    Raises:
+        ValueError: as `estimate_statistics`; more timesteps than the schedule has.
+    """
+    folder, schedule = Path(folder), noise_schedule_of(pipeline.scheduler)
+    num_timesteps = num_timesteps or len(schedule)
+    if num_timesteps > len(schedule):
+        raise DiffusersDPMError(f"num_timesteps={num_timesteps} is more than the model's {len(schedule)}")
+    statistics = estimate_statistics(
+        pipeline.unet,
+        pipeline.scheduler,
+        data,
+        num_samples,
+        timesteps=map(round, even(Grid(schedule, num_timesteps, len(schedule)))),
+        accelerator=accelerator,
+        folder=folder / "partial",
+        **options,
+    )
+    statistics = replace(statistics, provenance={**statistics.provenance, **(facts or {})})
+    if Processes(accelerator).is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        statistics.save(folder / "statistics.json")
+        statistics.scheduler(pipeline.scheduler, timestep_spacing="linspace").save_pretrained(folder)
+    return statistics
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is measured: N images at n timesteps.
+
+    Attributes:
+        unet, schedule, prediction_type: the network and its process.
+        timesteps: n, ascending.
+        images, labels: (N, C, H, W), and (N,) or None.
+        indices: of the images in their data set.
+        seed: of the noise.
+    """
+
+    unet: Any
+    schedule: VPNoiseSchedule
+    prediction_type: str
+    timesteps: list[int]
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    indices: list[int]
+    seed: int
+
+    def evaluate(self, pairs: Sequence[Pair]) -> torch.Tensor:
+        """`posterior_variances` of some pairs, (len(pairs), 2), on the network's device."""
+        rows, device = [row for row, _ in pairs], self.unet.device
+        timesteps = [self.timesteps[place] for _, place in pairs]
+        noise = [
+            normal(self.images.shape[1:], self.seed, Stream.STATISTICS, self.indices[row], t)
+            for row, t in zip(rows, timesteps, strict=True)
+        ]
+        return posterior_variances(
+            self.unet,
+            self.schedule,
+            self.prediction_type,
+            self.images[rows].to(device, torch.float64),
+            torch.stack(noise).to(device, torch.float64),
+            torch.tensor(timesteps, device=device),
+            None if self.labels is None else self.labels[rows].to(device),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """All that the values depend on, as JSON."""
+        return {
+            "schedule_hash": self.schedule.hash,
+            "prediction_type": self.prediction_type,
+            "seed": self.seed,
+            "timesteps": self.timesteps,
+            "dtype": str(self.unet.dtype),
+            "images": fingerprint([self.images] if self.labels is None else [self.images, self.labels]),
+            "weights": weights_hash(self.unet),
+        }
 
 
 def posterior_variances(
@@ -295,7 +349,7 @@ def computed_timesteps(timesteps: Iterable[int] | None, num_train_timesteps: int
     last = num_train_timesteps - 1
     grid = sorted({0, last, *(range(num_train_timesteps) if timesteps is None else map(int, timesteps))})
     if grid[0] < 0 or grid[-1] > last:
-        raise ValueError(f"timesteps must lie in 0 .. {last}, got {grid[0]} .. {grid[-1]}.")
+        raise DiffusersDPMError(f"timesteps must lie in 0 .. {last}, got {grid[0]} .. {grid[-1]}.")
     return grid
 
 
@@ -308,30 +362,32 @@ def choose_images(
     """(the images chosen by the seed, their indices in the data, how many there are in the data).
 
     Raises:
-        ValueError: fewer than two images, or not one label for each.
+        DiffusersDPMError: fewer than two images, or not one label for each.
     """
-    if isinstance(data, torch.Tensor):
-        everything: Images | None = (data, None)
-    elif isinstance(data, list | tuple) or not hasattr(data, "__getitem__"):
-        everything = joined([images_and_labels(batch) for batch in data])
-    else:
-        everything = None
-    num = len(data) if everything is None else len(everything[0])
+    whole = read_whole(data)
+    num = len(data if whole is None else whole[0])
     order = torch.randperm(num, generator=torch.Generator().manual_seed(seed))[:num_samples]
     indices = order.tolist()
     if len(indices) < 2:
-        raise ValueError(f"the data holds {num} images; standard errors need at least 2.")
-    if everything is None:
-        items = [images_and_labels(data[i]) for i in indices]
-        images = torch.stack([image for image, _ in items])
-        labels = None if items[0][1] is None else torch.stack([torch.as_tensor(label) for _, label in items])
+        raise DiffusersDPMError(f"the data holds {num} images; standard errors need at least 2.")
+    if whole is None:
+        images, labels = joined([as_batch(*images_and_labels(data[i])) for i in indices])
     else:
-        images, labels = everything[0][order], None if everything[1] is None else everything[1][order]
+        images, labels = whole[0][order], None if whole[1] is None else whole[1][order]
     if class_labels is not None:
         if len(class_labels) != num:
-            raise ValueError(f"{len(class_labels)} class_labels for {num} images.")
+            raise DiffusersDPMError(f"{len(class_labels)} class_labels for {num} images.")
         labels = torch.as_tensor(class_labels)[order]
     return (images, labels), indices, num
+
+
+def read_whole(data: Any) -> Images | None:
+    """A tensor, or all batches of an iterable, as one batch; None for a map-style data set, which is read by index."""
+    if isinstance(data, torch.Tensor):
+        return data, None
+    if isinstance(data, list | tuple) or not hasattr(data, "__getitem__"):
+        return joined([images_and_labels(batch) for batch in data])
+    return None
 
 
 def images_and_labels(item: Any) -> tuple[torch.Tensor, Any]:
@@ -342,65 +398,62 @@ def images_and_labels(item: Any) -> tuple[torch.Tensor, Any]:
     return torch.as_tensor(images), labels[0] if labels else None
 
 
+def as_batch(image: torch.Tensor, label: Any) -> Images:
+    """A batch of one."""
+    return image[None], None if label is None else torch.as_tensor(label)[None]
+
+
 def joined(batches: Sequence[Images]) -> Images:
     if not batches:
-        raise ValueError("the data holds no images.")
+        raise DiffusersDPMError("the data holds no images.")
     labels = None if batches[0][1] is None else torch.cat([torch.as_tensor(label) for _, label in batches])
     return torch.cat([images for images, _ in batches]), labels
 
 
 def measure(
-    evaluate: Callable[[Sequence[Pair]], torch.Tensor],
-    shape: tuple[int, int, int],
-    batch_size: int,
-    accelerator: Any = None,
-    store: PartialResults | None = None,
-    progress: Progress | None = None,
+    problem: Problem, batch_size: int, processes: Processes, store: ResultStore, progress: Progress
 ) -> torch.Tensor:
-    """`evaluate` of all (image, timestep) pairs in whole batches, which processes take in turn; float64 of `shape`.
+    """Values of all (image, timestep) pairs in whole batches, which processes take in turn; float64 (N, n, 2).
 
     A batch holds the same pairs for any number of processes and in a resumed call, so that its rounding is the same.
     """
-    known = torch.full(shape, math.nan, dtype=torch.float64) if store is None else store.load(shape)
-    rank, num_processes = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
-    if num_processes > 1:
-        accelerator.wait_for_everyone()  # until all have read what others will write over
-    pairs = known[..., 0].isnan().nonzero().tolist()
+    saved = store.load_values((len(problem.images), len(problem.timesteps), 2))
+    processes.wait()  # until all have read what others will write over
+    pairs = saved[..., 0].isnan().nonzero().tolist()
     batches = [pairs[start : start + batch_size] for start in range(0, len(pairs), batch_size)]
-    own = torch.full_like(known, math.nan)
-    if progress is not None:
-        progress.update(known[..., 0].numel() - len(pairs))
-
-    def record(number: int, values: torch.Tensor) -> None:
-        values = values.cpu()
-        if not values.isfinite().all():
-            raise ValueError("the network's predictions are not finite.")
-        own[tuple(torch.tensor(batches[number]).T)] = values
-        if progress is not None:  # the other processes are as far
-            progress.update(sum(map(len, batches[number - rank : number - rank + num_processes])))
-        if store is not None:
-            store.save_if_due(merged(known, own))
-
+    own = torch.full_like(saved, math.nan)
+    progress.update(saved[..., 0].numel() - len(pairs))
+    numbers = range(processes.rank, len(batches), processes.count)
     try:
-        waiting = None  # read one batch late: the noise of the next is drawn while the device computes
-        for number in range(rank, len(batches), num_processes):
-            started = number, evaluate(batches[number])
-            if waiting is not None:
-                record(*waiting)
-            waiting = started
-        if waiting is not None:
-            record(*waiting)
+        for number, values in one_late((number, problem.evaluate(batches[number])) for number in numbers):
+            values = values.cpu()
+            if not values.isfinite().all():
+                raise DiffusersDPMError("the network's predictions are not finite.")
+            own[tuple(torch.tensor(batches[number]).T)] = values
+            first = number - processes.rank  # the other processes are as far
+            progress.update(sum(map(len, batches[first : first + processes.count])))
+            if store.is_due():
+                store.save_values(merged(saved, own))
     except BaseException:
-        if store is not None:
-            store.save(merged(known, own))
+        store.save_values(merged(saved, own))
         raise
-    if num_processes > 1:  # each value is NaN in all processes but one
-        own = accelerator.reduce(own.nan_to_num().to(accelerator.device), reduction="sum").cpu()
-    if store is not None and rank == 0:
+    if processes.count > 1:  # each value is NaN in all processes but one
+        own = processes.sum(own.nan_to_num())
+    if processes.is_main:
         store.delete()
-    if num_processes > 1:
-        accelerator.wait_for_everyone()
-    return merged(known, own)
+    processes.wait()
+    return merged(saved, own)
+
+
+def one_late(items: Iterator[tuple[int, torch.Tensor]]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each item once the next is begun: the noise of a batch is drawn while the device computes the one before."""
+    previous = None
+    for item in items:
+        if previous is not None:
+            yield previous
+        previous = item
+    if previous is not None:
+        yield previous
 
 
 def merged(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -435,12 +488,14 @@ def import_ms_eps(
     values = read_vector(Path(path), allow_pickle)
     num = len(schedule)
     if values.shape not in ((num,), (num + 1,)):
-        raise ValueError(f"{path} has shape {values.shape}; wanted are {num} values, or {num + 1} with a dummy first.")
+        raise DiffusersDPMError(
+            f"{path} has shape {values.shape}; wanted are {num} values, or {num + 1} with a dummy first."
+        )
     values = values[-num:]
     if not (np.isfinite(values) & (values >= 0)).all():
-        raise ValueError(f"{path} holds values that are negative or not finite: mean squares are not.")
+        raise DiffusersDPMError(f"{path} holds values that are negative or not finite: mean squares are not.")
     if schedule.alpha[-1] == 0:
-        raise ValueError("where alpha is 0, ms_eps says nothing about C_t: estimate the statistics anew.")
+        raise DiffusersDPMError("where alpha is 0, ms_eps says nothing about C_t: estimate the statistics anew.")
     analytic = torch.exp(-2 * schedule.lambda_) * (1 - torch.from_numpy(values))
     return PosteriorStatistics(
         residual=None,
@@ -451,7 +506,7 @@ def import_ms_eps(
         schedule_hash=schedule.hash,
         prediction_type=prediction_type,
         num_images=num_images,
-        made={"imported_from": Path(path).name},
+        provenance={"imported_from": Path(path).name},
     )
 
 
@@ -464,7 +519,7 @@ def read_vector(path: Path, allow_pickle: bool) -> np.ndarray:
         ".json": lambda path: json.loads(path.read_text()),
     }
     if path.suffix not in readers and not allow_pickle:
-        raise ValueError(
+        raise DiffusersDPMError(
             f"{path} is none of {', '.join(readers)}. If it is a file of torch.save from a source that you trust, "
             "pass allow_pickle=True: reading it can run any code."
         )
@@ -474,9 +529,9 @@ def read_vector(path: Path, allow_pickle: bool) -> np.ndarray:
             found = found["ms_eps"] if "ms_eps" in found or len(found) != 1 else next(iter(found.values()))
         return np.asarray(found, dtype=np.float64)
     except KeyError as error:
-        raise ValueError(f"{path} holds several arrays and none is named ms_eps.") from error
+        raise DiffusersDPMError(f"{path} holds several arrays and none is named ms_eps.") from error
     except Exception as error:  # a damaged file fails in as many ways as there are formats
-        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise DiffusersDPMError(f"cannot read {path}: {' '.join(str(error).split())}") from error
 
 
 def read_pickle(path: Path) -> Any:

@@ -1,54 +1,62 @@
-"""Random numbers that are a function of a key."""
+"""Random numbers that are a function of a key: (seed, stream, index) -> numbers.
 
-import hashlib
+So no batch size, number of processes, subset or interruption changes a result. All keys go through numpy's
+`SeedSequence`, whose 128 bits of state keep any two of them apart. A key costs COST microseconds more than the numbers
+that it gives, which is PART of a call of the digits U-Net on 64 images: see `benchmarks`.
+"""
+
 from collections.abc import Sequence
+from enum import IntEnum
 
 import numpy as np
 import torch
 
 
-class NoiseSource:
-    """(image, timestep) -> standard normal float32 of `shape`, a function of (seed, image, timestep) alone.
+class Stream(IntEnum):
+    """What random numbers are for: those of different streams are independent.
 
-    Seeding one of torch's generators anew for every draw takes 5 microseconds, and its numbers are the cheapest to be
-    had on the CPU. It keeps 32 bits of a seed: among the draws for 256 images and 1000 timesteps a handful are equal.
-    Those of `likelihood.draw` never are, and take two to six times as long.
+    The values are part of every result; a new stream gets the next one.
     """
 
-    def __init__(self, seed: int, shape: Sequence[int]):
-        self.seed, self.shape, self.generator = seed, tuple(shape), torch.Generator()
-
-    def __call__(self, image: int, timestep: int) -> torch.Tensor:
-        digest = hashlib.blake2b(f"{self.seed} {image} {timestep}".encode(), digest_size=8).digest()
-        return torch.randn(self.shape, generator=self.generator.manual_seed(int.from_bytes(digest, "little")))
-
-
-def draw(kind: str, seed: int, image: int, number: tuple[int, int], shape: Sequence[int]) -> torch.Tensor:
-    """Random numbers that are a function of the arguments alone, so that no batch size and no subset changes them.
-
-    Args:
-        kind: "normal", "uniform" in [0, 1), or "sign", -1 or 1.
-        seed: at least 0.
-        image: index of the image.
-        number: which draw for this image; draws never overlap.
-        shape: that of the float32 result.
-    """
-    stream = ("normal", "uniform", "sign").index(kind)
-    generator = np.random.Generator(np.random.Philox(key=[seed, stream], counter=[0, *number, image]))
-    if kind == "normal":
-        return torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
-    values = torch.from_numpy(generator.random(shape, dtype=np.float32))
-    return values if kind == "uniform" else torch.where(values < 0.5, -1.0, 1.0)
+    DATA = 0  # order of the training examples; index: epoch
+    NOISE = 1  # noise, timesteps and augmentation of a training step; index: step
+    DROPOUT = 2  # index: step, process, part of the batch
+    EVALUATION = 3  # timesteps and noise of a classifier's test; index: image
+    STATISTICS = 4  # index: image, timestep
+    CALIBRATION = 5  # x_T; index: image
+    BOUND = 6  # noise of the variational bound; index: image, timestep
+    DEQUANTIZATION = 7  # index: image, pass
+    PROBES = 8  # of a divergence; index: image, pass, probe
 
 
-# Streams of random numbers that must not meet.
-DATA, NOISE, DROPOUT, EVALUATION = range(4)
+def seed_sequence(seed: int, stream: Stream, *index: int) -> np.random.SeedSequence:
+    return np.random.SeedSequence(seed, spawn_key=(stream, *index))
 
 
-def keyed_generator(device: torch.device | str, seed: int, *key: int) -> torch.Generator:
-    """A generator whose numbers depend on (seed, key) alone."""
-    return torch.Generator(device).manual_seed(derive_seed(seed, *key))
+def torch_seed(seed: int, stream: Stream, *index: int) -> int:
+    """64 bits for `torch.manual_seed`, of which a generator on the CPU uses 32."""
+    return int(seed_sequence(seed, stream, *index).generate_state(1, np.uint64)[0])
 
 
-def derive_seed(seed: int, *key: int) -> int:
-    return int(np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)[0])
+def torch_generator(seed: int, stream: Stream, *index: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for long draws on any device; its numbers depend on the device."""
+    return torch.Generator(device).manual_seed(torch_seed(seed, stream, *index))
+
+
+def generator(seed: int, stream: Stream, *index: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(seed_sequence(seed, stream, *index)))
+
+
+def normal(shape: Sequence[int], seed: int, stream: Stream, *index: int) -> torch.Tensor:
+    """Standard normal float32 numbers."""
+    return torch.from_numpy(generator(seed, stream, *index).standard_normal(shape, dtype=np.float32))
+
+
+def uniform(shape: Sequence[int], seed: int, stream: Stream, *index: int) -> torch.Tensor:
+    """Float32 numbers in [0, 1)."""
+    return torch.from_numpy(generator(seed, stream, *index).random(shape, dtype=np.float32))
+
+
+def sign(shape: Sequence[int], seed: int, stream: Stream, *index: int) -> torch.Tensor:
+    """-1 or 1, float32, with equal probability."""
+    return torch.where(uniform(shape, seed, stream, *index) < 0.5, -1.0, 1.0)

@@ -1,4 +1,4 @@
-"""Files and results: JSON, atomic writes, fingerprints, what goes on after an interruption."""
+"""Files and results: JSON, atomic writes, fingerprints, provenance, and results that survive an interruption."""
 
 import hashlib
 import json
@@ -8,12 +8,25 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from diffusers_dpm.errors import DiffusersDPMError
+
+
+Tensors = dict[str, torch.Tensor]
+TEMPORARY = ".incomplete-"
+RecordType = TypeVar("RecordType", bound="Record")
+
+
+# Fingerprints and provenance -----------------------------------------------------------------------------------------
 
 
 def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
@@ -25,187 +38,70 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-class PartialResults:
-    """What is known of the values so far, in one file for each process; NaN is not known yet. And a dict, if asked.
-
-    Raises:
-        ValueError: the folder holds results of other settings, or a broken file.
-    """
-
-    def __init__(self, folder: Path, settings: Mapping[str, Any], accelerator: Any, save_every: float):
-        self.folder = folder
-        self.settings = {name: json.dumps(value) for name, value in settings.items()}
-        self.own = folder / f"partial-{0 if accelerator is None else accelerator.process_index}.safetensors"
-        self.document = folder / "partial-values.json"
-        self.save_every = save_every
-        self.last_save = time.monotonic()
-
-    def load(self, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> torch.Tensor:
-        """All that any process of an earlier call has saved."""
-        values = torch.full(tuple(shape), math.nan, dtype=dtype)
-        for path in self.folder.glob("partial-*.safetensors"):
-            try:
-                with safe_open(path, framework="pt") as file:
-                    self._check(file.metadata())
-                    saved = file.get_tensor("values")
-            except SafetensorError as error:
-                raise ValueError(f"{path} is broken ({error}): delete it.") from error
-            values = torch.where(values.isnan(), saved, values)
-        return values
-
-    def _check(self, saved: Mapping[str, str]) -> None:
-        changed = [name for name, value in self.settings.items() if saved.get(name) != value]
-        if changed:
-            raise ValueError(
-                f"{self.folder} holds partial results of other settings ({', '.join(changed)}): repeat that call, "
-                "delete the folder, or use another one."
-            )
-
-    def save(self, values: torch.Tensor) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.own.with_suffix(".tmp")
-        save_file({"values": values}, temporary, metadata=self.settings)
-        os.replace(temporary, self.own)
-        self.last_save = time.monotonic()
-
-    def save_if_due(self, values: torch.Tensor) -> None:
-        if time.monotonic() - self.last_save > self.save_every:
-            self.save(values)
-
-    def load_json(self) -> dict[str, Any]:
-        """What the first process gave to `save_json`, of the same settings; {} if nothing."""
-        if not self.document.is_file():
-            return {}
-        try:
-            saved = json.loads(self.document.read_text())
-            settings, values = saved["settings"], saved["values"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.document} is broken: delete it.") from error
-        self._check(settings)
-        return values
-
-    def save_json(self, values: Mapping[str, Any]) -> None:
-        """For `load_json` of a later call; only the first process calls it."""
-        temporary = self.document.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"settings": self.settings, "values": values}))
-        os.replace(temporary, self.document)
-
-    def delete(self) -> None:
-        for path in self.folder.glob("partial-*"):
-            path.unlink()
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
-
-
-PACKAGES = ("diffusers-dpm", "diffusers", "torch")
-
-
 def weights_hash(network: torch.nn.Module) -> str:
     """SHA-256 of the weights."""
     return fingerprint(network.state_dict().values())
 
 
-def short_hash(values: dict[str, Any]) -> str:
+def short_hash(values: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits that identify a JSON object."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def write_text(path: Path, text: str) -> None:
-    """The whole file or none of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+def versions(*more: str) -> dict[str, str]:
+    """Installed versions of the packages that results depend on, and of `more`."""
+    return {name: version(name) for name in ("diffusers-dpm", "diffusers", "torch", *more)}
+
+
+def provenance(**facts: Any) -> dict[str, Any]:
+    """`facts` about how a result was made, with versions and the time."""
+    return {**facts, "versions": versions(), "time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+
+
+# Files ---------------------------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError, naming the file, if there is none."""
+    """The object in a JSON file.
+
+    Raises:
+        DiffusersDPMError: the file cannot be read or holds no object.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        raise DiffusersDPMError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object")
+        raise DiffusersDPMError(f"{path} must hold a JSON object")
     return values
 
 
-SAVE_EVERY = 60.0  # seconds between saves of what was measured
-
-
-Tensors = dict[str, torch.Tensor]
-
-
-def measure_resumably(
-    path: Path, settings: Mapping[str, Any], count: int, block: int, measure: Callable[[range], Tensors]
-) -> Tensors:
-    """`measure` of the rows 0 .. count-1, block by block; the file keeps what is done, also when interrupted.
-
-    Args:
-        path: safetensors file. Rows that it holds from a call with equal settings are not measured again.
-        measure: some rows -> tensors whose first dimension is theirs.
-    """
-    parts = [part for part in [read_measurements(path, settings)] if part is not None]
-    done = before = len(next(iter(parts[0].values()))) if parts else 0
-    last_save = time.monotonic()
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, renamed to `path` when the block ends well: the whole file or none of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of this process: another may write the same file
     try:
-        while done < count:
-            rows = range(done, min(done + block, count))
-            parts.append(measure(rows))
-            done = rows.stop
-            if time.monotonic() - last_save > SAVE_EVERY:
-                parts = [joined(parts)]
-                write_measurements(path, settings, parts[0])
-                last_save = time.monotonic()
-    finally:
-        if done > before:
-            parts = [joined(parts)]
-            write_measurements(path, settings, parts[0])
-    return {name: tensor[:count] for name, tensor in parts[0].items()}
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def joined(parts: Sequence[Tensors]) -> Tensors:
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def write_text(path: Path, text: str) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
-def read_measurements(path: Path, settings: Mapping[str, Any]) -> Tensors | None:
-    """The file's tensors; None if there is no file, or one of other settings."""
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            if json.loads(file.metadata()["settings"]) != json.loads(json.dumps(settings)):
-                return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is broken ({error}): delete it") from error
+def write_json(path: Path, values: Mapping[str, Any], **options: Any) -> None:
+    """Options are those of `json.dumps`."""
+    write_text(path, json.dumps(values, **{"indent": 2, "ensure_ascii": False, **options}) + "\n")
 
 
-def write_measurements(path: Path, settings: Mapping[str, Any], tensors: Tensors) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, temporary, metadata={"settings": json.dumps(settings)})
-    os.replace(temporary, path)
-
-
-def without_nan(value: Any) -> Any:
-    """`value` with None for every NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if value != value else value
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder, if it is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
-
-
-TEMPORARY = ".incomplete-"
+def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file."""
+    with atomic_file(path) as temporary:
+        save_file(tensors, temporary, metadata=metadata)
 
 
 @contextmanager
@@ -229,8 +125,16 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove_folder(folder: Path) -> None:
-    """Delete a folder, if there is one; it loses its name first, so that no half of it is ever taken for the whole."""
+    """Delete a folder, if there is one; renamed first, so that a half-deleted one is never taken for complete."""
     if folder.exists():
         doomed = folder.with_name(f"{TEMPORARY}removed-{folder.name}")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -263,3 +167,196 @@ def move_children(source: Path, target: Path) -> None:
             remove_folder(target / path.name)
         path.replace(target / path.name)
     source.rmdir()
+
+
+# Records -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Record:
+    """A frozen dataclass of plain JSON values that is kept in a file.
+
+    A subclass has a field `provenance`, how it was made; it is for people, and nothing depends on it.
+    """
+
+    title: ClassVar[str]  # in messages
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls: type[RecordType], values: Mapping[str, Any]) -> RecordType:
+        """The inverse of `to_dict`; `provenance` may have its former name, `made`.
+
+        Raises:
+            DiffusersDPMError: missing or unknown keys.
+            ValueError: values that contradict each other.
+        """
+        renamed = {"provenance" if key == "made" else key: value for key, value in values.items()}
+        try:
+            return cls(**renamed)
+        except TypeError as error:
+            names = ", ".join(item.name for item in fields(cls))
+            raise DiffusersDPMError(
+                f"{cls.title} needs the keys {names}; got {', '.join(map(str, values))}"
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, from which `load` restores an equal object."""
+        write_json(Path(path), self.to_dict(), indent=1, allow_nan=False)
+
+    @classmethod
+    def load(cls: type[RecordType], path: str | Path) -> RecordType:
+        """Raises DiffusersDPMError if the file does not hold such a record."""
+        try:
+            return cls.from_dict(read_json(Path(path)))
+        except ValueError as error:
+            raise DiffusersDPMError(f"{path} holds no {cls.title}: {error}") from error
+
+
+# Resumable results ---------------------------------------------------------------------------------------------------
+
+
+class ResultStore:
+    """Results in a folder, with the settings that they depend on, from which a later call goes on.
+
+    `NAME.json` holds a document. `NAME.safetensors` holds tensors; where processes share the work, each has its own
+    `NAME-PROCESS.safetensors`. The folder is made when something is saved.
+
+    Args:
+        folder: where the files lie; None: nothing is saved.
+        settings: JSON values by name: all that the results depend on.
+        name: stem of the files.
+        process: rank of this process; None if one process saves.
+        replace: results of other settings are ignored, and replaced by the next save; False refuses them.
+        what: the results, in messages.
+        save_every: seconds after which `is_due`.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | None,
+        settings: Mapping[str, Any],
+        *,
+        name: str = "partial",
+        process: int | None = None,
+        replace: bool = False,
+        what: str = "partial results",
+        save_every: float = 60.0,
+    ):
+        self.enabled, self.folder = folder is not None, Path(folder or "")
+        self.name, self.replace, self.what = name, replace, what
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.document = self.folder / f"{name}.json"
+        self.own = self.folder / (f"{name}.safetensors" if process is None else f"{name}-{process}.safetensors")
+        self.pattern = self.own.name if process is None else f"{name}-*.safetensors"
+        self.save_every, self.last_save = save_every, time.monotonic()
+
+    def is_current(self, saved: Mapping[str, Any]) -> bool:
+        """Whether saved settings are this call's.
+
+        Raises:
+            DiffusersDPMError: they are not, and are not to be replaced.
+        """
+        names = [*self.settings, *(saved.keys() - self.settings.keys())]
+        changed = [name for name in names if name not in saved or saved[name] != self.settings.get(name)]
+        if changed and not self.replace:
+            raise DiffusersDPMError(
+                f"{self.folder} holds {self.what} of other settings ({', '.join(changed)}): repeat that call, delete "
+                "the folder, or choose another one"
+            )
+        return not changed
+
+    def load_tensors(self) -> list[Tensors]:
+        """What each process of earlier calls with these settings has saved; [] if nothing."""
+        if not self.enabled:
+            return []
+        return [part for path in self.folder.glob(self.pattern) if (part := self._read_tensors(path)) is not None]
+
+    def _read_tensors(self, path: Path) -> Tensors | None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                settings = json.loads((file.metadata() or {})["settings"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, KeyError) as error:
+            raise DiffusersDPMError(f"{path} is broken ({error}): delete it") from error
+        return tensors if self.is_current(settings) else None
+
+    def save_tensors(self, tensors: Tensors) -> None:
+        """Replace what this process has saved."""
+        if not self.enabled:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(self.own, tensors, metadata={"settings": json.dumps(self.settings)})
+        self.last_save = time.monotonic()
+
+    def load_values(self, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """One tensor that processes fill together; NaN where none of them has saved a value."""
+        values = torch.full(tuple(shape), math.nan, dtype=dtype)
+        for part in self.load_tensors():
+            values = torch.where(values.isnan(), part["values"], values)
+        return values
+
+    def save_values(self, values: torch.Tensor) -> None:
+        self.save_tensors({"values": values})
+
+    def is_due(self) -> bool:
+        """Whether the last save is long ago."""
+        return self.enabled and time.monotonic() - self.last_save > self.save_every
+
+    def measure_rows(self, count: int, block: int, measure: Callable[[range], Tensors]) -> Tensors:
+        """`measure` of rows 0 .. count-1, block by block; rows that are saved already are not measured again.
+
+        Args:
+            count: number of rows.
+            block: rows in one call of `measure`.
+            measure: rows -> tensors with one entry for each row in their first dimension. When it raises, what it
+                returned before is saved.
+        """
+        parts = self.load_tensors()
+        done = saved = len(next(iter(parts[0].values()))) if parts else 0
+
+        def save() -> None:
+            parts[:] = [{name: torch.cat([part[name] for part in parts]) for name in parts[0]}]
+            self.save_tensors(parts[0])
+
+        try:
+            while done < count:
+                rows = range(done, min(done + block, count))
+                parts.append(measure(rows))
+                done = rows.stop
+                if self.is_due():
+                    save()
+                    saved = done
+        finally:
+            if done > saved:
+                save()
+        return {name: tensor[:count] for name, tensor in parts[0].items()}
+
+    def load_json(self) -> dict[str, Any]:
+        """What `save_json` was given in an earlier call with these settings; {} if nothing."""
+        if not (self.enabled and self.document.is_file()):
+            return {}
+        try:
+            document = read_json(self.document)
+            settings, values = dict(document["settings"]), document.get("values", {})
+        except (KeyError, TypeError, ValueError) as error:
+            raise DiffusersDPMError(f"{self.document} is broken ({error}): delete it") from error
+        return values if self.is_current(settings) else {}
+
+    def save_json(self, values: Mapping[str, Any]) -> None:
+        """Replace the document, with the versions of packages beside settings and values."""
+        if not self.enabled:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.document, {"settings": self.settings, "versions": versions(), "values": values}, indent=1)
+
+    def delete(self) -> None:
+        """Delete the files of all processes, and the folder if nothing else is in it."""
+        if not self.enabled:
+            return
+        for path in [self.document, *self.folder.glob(self.pattern), *self.folder.glob(f".{self.name}*.tmp")]:
+            path.unlink(missing_ok=True)
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()

@@ -3,12 +3,11 @@
 import difflib
 import inspect
 import json
-import os
 import re
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,15 @@ from diffusers.utils import logging
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from diffusers_dpm.calibration import fitted_weights
+from diffusers_dpm.errors import DiffusersDPMError, user_error
+from diffusers_dpm.images import image_grid, to_pil, to_uint8
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.records import PACKAGES, short_hash, weights_hash, write_text
-from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler
+from diffusers_dpm.records import ResultStore, atomic_file, short_hash, weights_hash
+from diffusers_dpm.run_folder import EXTRAS
+from diffusers_dpm.schedulers import ALL_SCHEDULERS, CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import STATISTICS
 from diffusers_dpm.schedulers.scheduling_calibrated import CALIBRATION
-
-
-SETTINGS_FILE = "sampling.json"
 
 
 STOCK = "diffusers:"
@@ -53,13 +53,6 @@ KINDS: dict[type, tuple[tuple[type, ...], str]] = {
 }
 
 
-# Schedulers that hold something of the model: the folder beside it where they lie, and the command that makes it.
-BESIDE: dict[type, tuple[str, str]] = {
-    AnalyticDPMScheduler: ("analytic_dpm", "statistics"),
-    CalibratedScheduler: ("calibrated", "calibrate"),
-}
-
-
 def find_scheduler(name: str) -> type[SchedulerMixin]:
     """The class of one of our schedulers ("dpm-solver"), or of one of diffusers' ("diffusers:DDIMScheduler").
 
@@ -67,14 +60,14 @@ def find_scheduler(name: str) -> type[SchedulerMixin]:
         ValueError: there is none of that name.
     """
     if name.startswith(STOCK):
-        found = getattr(diffusers, name.removeprefix(STOCK), None)
-        if isinstance(found, type) and issubclass(found, SchedulerMixin) and found is not SchedulerMixin:
-            return found
-        raise ValueError(
+        stock = getattr(diffusers, name.removeprefix(STOCK), None)
+        if isinstance(stock, type) and issubclass(stock, SchedulerMixin) and stock is not SchedulerMixin:
+            return stock
+        raise DiffusersDPMError(
             f"diffusers has no scheduler {name.removeprefix(STOCK)!r}, or it needs a package that is missing"
         )
     if name not in SCHEDULERS:
-        raise ValueError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)} or {STOCK}CLASS")
+        raise DiffusersDPMError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)} or {STOCK}CLASS")
     return SCHEDULERS[name]
 
 
@@ -87,7 +80,7 @@ def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
     pairs = [text.partition("=") for text in texts]
     for key, equals, _ in pairs:
         if not key or not equals:
-            raise ValueError(f"scheduler options are written key=value, got {key + equals!r}")
+            raise DiffusersDPMError(f"scheduler options are written key=value, got {key + equals!r}")
     return {key: parse_value(value) for key, _, value in pairs}
 
 
@@ -108,47 +101,56 @@ def build_scheduler(
     """The scheduler for a model, from the config of the model's own.
 
     Args:
-        name: as `find_scheduler`. Those of `BESIDE` are loaded from the model's folder.
-        options: keys of its config that go before the model's.
+        name: as `find_scheduler`. A class of `EXTRAS` is loaded from the model's folder.
+        options: keys of its config that replace the model's.
         pipeline: the model's pipeline.
         model: run folder or Hub id.
         guidance_scale: that of sampling; "calibrated" takes the rows fitted under it, if there are any.
 
     Raises:
-        ValueError: no such scheduler, option or value; no folder for one of `BESIDE`, or rows of other weights in it.
+        DiffusersDPMError: no such scheduler, option or value; a scheduler of `EXTRAS` that the model does not have, or
+            that was fitted to other weights.
     """
     scheduler_class = find_scheduler(name)
     check_options(name, scheduler_class, options)
     config = pipeline.scheduler.config
-    if scheduler_class in BESIDE:
-        folder, command = BESIDE[scheduler_class]
-        try:
-            saved = scheduler_class.from_pretrained(model, subfolder=folder)
-        except OSError as error:
-            if (Path(model) / folder / scheduler_class.config_name).exists():
-                raise ValueError(f"{model}/{folder} cannot be read ({error})") from error
-            raise ValueError(f"{model} has no {folder}: 'diffusers-dpm {command} {model}' makes it") from error
+    subfolder = next((key for key, extra in EXTRAS.items() if extra.cls is scheduler_class), None)
+    if subfolder is not None:
+        saved = load_beside(model, subfolder)
         config = saved.config
         if scheduler_class is CalibratedScheduler:
-            steps = fitted_steps(saved, pipeline.unet, f"{model}/{folder}", pipeline.classifier)
+            steps = fitted_steps(saved, pipeline.unet, f"{model}/{subfolder}", pipeline.classifier)
             options = {"guidance_scale": guidance_scale, **options} if guidance_scale in steps else options
     try:
         return scheduler_class.from_config(config, **options)
     except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # diffusers raises all
-        raise ValueError(f"{name}: {error}") from error
+        raise DiffusersDPMError(f"{name}: {error}") from error
+
+
+def load_beside(model: str, subfolder: str) -> Any:
+    """The scheduler beside a model's pipeline. Raises DiffusersDPMError, naming the command that makes it."""
+    extra = EXTRAS[subfolder]
+    try:
+        return extra.cls.from_pretrained(model, subfolder=subfolder)
+    except OSError as error:
+        if (Path(model) / subfolder / extra.cls.config_name).exists():
+            raise DiffusersDPMError(f"{model}/{subfolder} cannot be read ({error})") from error
+        raise DiffusersDPMError(
+            f"{model} has no {subfolder}: 'diffusers-dpm {extra.command} {model}' makes it"
+        ) from error
 
 
 def check_options(name: str, scheduler_class: type[SchedulerMixin], options: dict[str, Any]) -> None:
     """Raise ValueError for a key that is not in the class's config, or a value of another kind than its default."""
-    known = inspect.signature(scheduler_class.__init__).parameters
+    keys = inspect.signature(scheduler_class.__init__).parameters
     for key, value in options.items():
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(f"{name} has no option {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
-        default = known[key].default
+        if key not in keys:
+            near = difflib.get_close_matches(key, keys, n=1)
+            raise DiffusersDPMError(f"{name} has no option {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        default = keys[key].default
         kind = next((kind for kind in KINDS if isinstance(default, kind)), None)  # bool is an int, too
         if kind is not None and value is not None and type(value) not in KINDS[kind][0]:
-            raise ValueError(f"{name}: {key} must be {KINDS[kind][1]}, got {value!r}")
+            raise DiffusersDPMError(f"{name}: {key} must be {KINDS[kind][1]}, got {value!r}")
 
 
 def fitted_steps(
@@ -165,12 +167,14 @@ def fitted_steps(
     """
     calibration = scheduler.calibration
     if calibration is None or not scheduler.available_steps:
-        raise ValueError(f"{where} has no fitted rows: 'diffusers-dpm calibrate' makes some")
-    if calibration.get("made", {}).get("weights") not in (None, weights_hash(unet)):
-        raise ValueError(f"{where} has rows fitted to other weights: delete them, and 'diffusers-dpm calibrate' again")
+        raise DiffusersDPMError(f"{where} has no fitted rows: 'diffusers-dpm calibrate' makes some")
+    if fitted_weights(calibration) not in (None, weights_hash(unet)):
+        raise DiffusersDPMError(
+            f"{where} has rows fitted to other weights: delete them, and 'diffusers-dpm calibrate' again"
+        )
     guides = {table.get("classifier") for table in calibration["tables"]} - {None}
     if classifier is not None and guides - {weights_hash(classifier)}:
-        raise ValueError(
+        raise DiffusersDPMError(
             f"{where} has rows fitted under guidance by another classifier: 'diffusers-dpm calibrate --guidance-scale "
             "W' again"
         )
@@ -191,7 +195,7 @@ def parse_seeds(texts: Iterable[str]) -> list[int]:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
         if last < first:
-            raise ValueError(f"seeds are numbers and ranges such as 0-9999, got {text!r}")
+            raise DiffusersDPMError(f"seeds are numbers and ranges such as 0-9999, got {text!r}")
         seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
 
@@ -240,26 +244,27 @@ class Sampler:
             nonlocal calls
             calls += 1
 
-        handle = self.pipeline.unet.register_forward_hook(count)
+        name, handle = scheduler_name(self.pipeline.scheduler), self.pipeline.unet.register_forward_hook(count)
         try:
-            output: Any = self.pipeline(
-                seeds=seeds,
-                num_inference_steps=self.num_inference_steps,
-                class_labels=None if labels is None else list(labels),
-                guidance_scale=self.guidance_scale,
-                output_type="np",
-            )
+            with user_error(name):
+                output: Any = self.pipeline(
+                    seeds=seeds,
+                    num_inference_steps=self.num_inference_steps,
+                    class_labels=None if labels is None else list(labels),
+                    guidance_scale=self.guidance_scale,
+                    output_type="np",
+                )
         finally:
             handle.remove()
         broken = len(seeds) - int(np.isfinite(output.images).all(axis=(1, 2, 3)).sum())
         if broken:
-            raise ValueError(f"{broken} of {len(seeds)} images are not finite")
+            raise DiffusersDPMError(f"{name}: {broken} of {len(seeds)} images are not finite")
         drawn = None if output.class_labels is None else output.class_labels.tolist()
-        return (output.images * 255).round().astype(np.uint8), drawn, calls
+        return to_uint8(output.images), drawn, calls
 
 
 def carried_hash(scheduler: Any, num_inference_steps: int | None) -> str | None:
-    """Of the statistics, or the rows for so many steps, that a scheduler carries; None if it does not.
+    """Hash of the statistics, or of the rows for this number of steps, that a scheduler carries; None without any.
 
     They may be made anew for the same weights, and rows for other steps added.
     """
@@ -281,15 +286,20 @@ class SampleFolder:
     """Images by seed, a file each, all of one `Sampler`; beside them its settings and what drawing them took.
 
     Args:
-        folder: made by `open`.
+        folder: made by `fill`.
         sampler: what is drawn.
         suffix: ".png", for 1 or 3 channels, or ".npy".
+
+    Raises:
+        DiffusersDPMError: PNG files of another number of channels.
     """
 
     def __init__(self, folder: Path, sampler: Sampler, suffix: str = ".png"):
         channels = sampler.pipeline.unet.config.in_channels
         if suffix == ".png" and channels not in (1, 3):
-            raise ValueError(f"PNG files have 1 or 3 channels, these images have {channels}: write an .npz file")
+            raise DiffusersDPMError(
+                f"PNG files have 1 or 3 channels, these images have {channels}: write an .npz file"
+            )
         self.folder = folder
         self.sampler = sampler
         self.suffix = suffix
@@ -301,64 +311,57 @@ class SampleFolder:
         """The images there but those of the seeds."""
         return sorted({*self.folder.glob(f"*{self.suffix}")} - {*map(self.path, seeds)})
 
-    def check(self) -> dict[str, Any]:
-        """The settings that the folder's images are to have.
+    def open(self) -> ResultStore:
+        """The store of the folder's settings.
 
         Raises:
-            ValueError: it holds images of other settings, or other files.
+            DiffusersDPMError: it holds images of other settings, or other files.
         """
-        settings, record = self.sampler.settings(), self.folder / SETTINGS_FILE
-        if not record.is_file():
-            if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise ValueError(f"{self.folder} exists and holds no {SETTINGS_FILE}: choose another folder")
-            return settings
-        try:
-            kept = json.loads(record.read_text())["settings"]
-            changed = [name for name in settings if settings[name] != kept.get(name)]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{record} is broken: choose another folder, or delete this one") from error
-        if changed and self.others():  # a call that failed at once leaves settings, and nothing that has them
-            raise ValueError(
-                f"{self.folder} holds images of other settings ({', '.join(changed)}): choose another folder"
-            )
-        return settings
+        # A call that failed at once leaves settings, and no image that has them.
+        replace = not self.others()
+        store = ResultStore(self.folder, self.sampler.settings(), name="sampling", what="images", replace=replace)
+        in_use = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        if in_use and not store.document.is_file():
+            raise DiffusersDPMError(f"{self.folder} exists and holds no {store.document.name}: choose another folder")
+        store.load_json()  # checks the settings
+        return store
 
     def fill(
         self, seeds: Sequence[int], batch_size: int = 64, accelerator: Accelerator | None = None, title: str = "images"
     ) -> None:
         """Draw the images of the seeds that are not there yet, shared out to the processes.
 
-        With `accelerator` every process must make the call.
+        With `accelerator` every process must make the call. When one process fails, all of them raise.
 
         Raises:
-            ValueError: as `check` and `Sampler.draw`, in all processes if in one.
+            DiffusersDPMError: as `open` and `Sampler.draw`; a value that the scheduler refuses.
+            RuntimeError: another process failed, and shows its own error.
         """
         accelerator = accelerator or Accelerator()
-        settings = self.check()
+        store = self.open()
         missing = [seed for seed in seeds if not self.path(seed).exists()]
         accelerator.wait_for_everyone()  # all have looked at the folder before it changes
         if accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            versions = {name: version(name) for name in PACKAGES}
-            write_text(
-                self.folder / SETTINGS_FILE, json.dumps({"settings": settings, "versions": versions}, indent=1) + "\n"
-            )
+            store.save_json({})
         accelerator.wait_for_everyone()
         self.sampler.pipeline.to(accelerator.device)
         self.sampler.pipeline.set_progress_bar_config(disable=True)
-        mine = missing[accelerator.process_index :: accelerator.num_processes]
-        error = None
-        with logging.tqdm(total=len(mine), unit="image", desc=title, disable=not accelerator.is_main_process) as bar:
+        own = missing[accelerator.process_index :: accelerator.num_processes]
+        error: Exception | None = None
+        with logging.tqdm(total=len(own), unit="image", desc=title, disable=not accelerator.is_main_process) as bar:
             try:
-                for start in range(0, len(mine), batch_size):
-                    self._draw(mine[start : start + batch_size], accelerator.process_index)
-                    bar.update(len(mine[start : start + batch_size]))
-            except Exception as raised:  # whatever a scheduler may raise: the other processes wait for this one
+                for start in range(0, len(own), batch_size):
+                    self._draw(own[start : start + batch_size], accelerator.process_index)
+                    bar.update(len(own[start : start + batch_size]))
+            except Exception as raised:  # raised again below, when the other processes, which wait, know of it
                 error = raised
-        name = scheduler_name(self.sampler.pipeline.scheduler)
-        failures = [text for text in gather_object([error and f"{name}: {type(error).__name__}: {error}"]) if text]
-        if failures:
-            raise ValueError(failures[0]) from error
+        failures = [failure for failure in gather_object([error and (type(error), str(error))]) if failure]
+        if error is not None:
+            raise error
+        for kind, message in failures:
+            if issubclass(kind, DiffusersDPMError):
+                raise DiffusersDPMError(message)
+            raise RuntimeError(f"another process failed: {kind.__name__}: {message}")
 
     def _draw(self, seeds: Sequence[int], process: int) -> None:
         start = time.perf_counter()
@@ -370,17 +373,15 @@ class SampleFolder:
             self._write(seed, images[i], None if labels is None else labels[i])
 
     def _write(self, seed: int, image: np.ndarray, label: int | None) -> None:
-        temporary = self.path(seed).with_suffix(".tmp")
-        if self.suffix == ".npy":
-            with temporary.open("wb") as file:
+        with atomic_file(self.path(seed)) as temporary, temporary.open("wb") as file:
+            if self.suffix == ".npy":
                 np.save(file, image)
-        else:
-            about = PngInfo()
-            about.add_text("seed", str(seed))
-            if label is not None:
-                about.add_text("class_label", str(label))
-            to_pil(image).save(temporary, format="PNG", pnginfo=about)
-        os.replace(temporary, self.path(seed))
+            else:
+                about = PngInfo()
+                about.add_text("seed", str(seed))
+                if label is not None:
+                    about.add_text("class_label", str(label))
+                to_pil(image).save(file, format="PNG", pnginfo=about)
 
     def read(self, seeds: Sequence[int]) -> np.ndarray:
         """uint8 (N, H, W, C), of seeds that are there."""
@@ -396,6 +397,43 @@ class SampleFolder:
         return batches[0]["calls"], sum(batch["seconds"] for batch in batches) / images
 
 
-def to_pil(image: np.ndarray) -> Image.Image:
-    """One image of uint8 (H, W, C) with 1 or 3 channels."""
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+def save_images(
+    sampler: Sampler,
+    seeds: Sequence[int],
+    output: str | Path,
+    batch_size: int = 64,
+    accelerator: Accelerator | None = None,
+) -> list[Path]:
+    """Draw the images of the seeds into a folder of PNG files, or one .npz or .png file. An interrupted call goes on.
+
+    Args:
+        sampler, seeds, batch_size, accelerator: as in `SampleFolder.fill`.
+        output: a folder; an .npz file with arr_0, as guided-diffusion's evaluator reads it, and seeds; or a .png file
+            with a grid of the images, row by row.
+
+    Returns:
+        Images of other seeds that an interrupted call drew for the same file, and that stay where they are.
+
+    Raises:
+        DiffusersDPMError: as `SampleFolder.fill`; the file exists.
+    """
+    output, accelerator = Path(output), accelerator or Accelerator()
+    kind = output.suffix.lower()
+    packed = kind in (".npz", ".png")
+    if packed and output.exists():
+        raise DiffusersDPMError(f"{output} exists already")
+    folder = output.with_name(f"{output.name}.partial") if packed else output
+    images = SampleFolder(folder, sampler, ".npy" if kind == ".npz" else ".png")
+    images.fill(seeds, batch_size, accelerator)
+    if not packed or not accelerator.is_main_process:
+        return []
+    pixels = images.read(seeds)
+    with atomic_file(output) as temporary, temporary.open("wb") as file:
+        if kind == ".npz":
+            np.savez(file, arr_0=pixels, seeds=np.array(seeds))
+        else:
+            to_pil(image_grid(pixels)).save(file, format="PNG")
+    others = images.others(seeds)
+    if not others:
+        shutil.rmtree(folder)
+    return others

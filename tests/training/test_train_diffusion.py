@@ -17,7 +17,7 @@ from diffusers_dpm.options import flag, parse_options
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler
 from diffusers_dpm.training.checkpoints import checkpoint_folder, list_checkpoints
-from diffusers_dpm.training.train_diffusion import TrainingOptions, image_grid, main, train
+from diffusers_dpm.training.train_diffusion import TrainingOptions, main, sample_grid, train
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
@@ -162,7 +162,7 @@ def test_samples_show_raw_and_ema_side_by_side_without_dropout(tmp_path, trainer
     halves = []
     for unet in (run.state.model, run.state.ema_model):
         pipe = DPMPipeline(unet.eval(), DDIMScheduler.from_config(run.scheduler.config))
-        halves.append(image_grid(pipe(seeds=range(4), num_inference_steps=2, output_type="pt").images).squeeze())
+        halves.append(sample_grid(pipe(seeds=range(4), num_inference_steps=2, output_type="np").images).squeeze())
     assert not np.array_equal(*halves)
     width = halves[0].shape[1]
     assert np.array_equal(pictures[1][:, :width], halves[0])
@@ -303,10 +303,10 @@ def test_help_names_every_option_once(capsys):
 
 
 def test_grids_of_any_shape():
-    assert image_grid(torch.rand(5, 1, 8, 8)).shape == (132, 198, 1)  # 8x8 is enlarged 8 times, with a frame of 1
-    assert image_grid(torch.rand(4, 3, 64, 32)).shape == (260, 132, 3)
-    assert image_grid(torch.rand(4, 5, 64, 64)).shape[2] == 3
-    assert image_grid(torch.rand(4, 2, 64, 64)).shape[2] == 1
-    images = torch.linspace(0, 1, 4)[:, None, None, None].expand(4, 1, 64, 64)
-    grid = image_grid(images)[..., 0]
+    random = np.random.default_rng(0).random
+    assert sample_grid(random((5, 8, 8, 1))).shape == (132, 198, 1)  # 8x8 is enlarged 8 times, with a frame of 1
+    assert sample_grid(random((4, 64, 32, 3))).shape == (260, 132, 3)
+    assert sample_grid(random((4, 64, 64, 5))).shape[2] == 3
+    assert sample_grid(random((4, 64, 64, 2))).shape[2] == 1
+    grid = sample_grid(np.linspace(0, 1, 4)[:, None, None, None] * np.ones((4, 64, 64, 1)))[..., 0]
     assert [grid[30, 30], grid[30, 96], grid[96, 30], grid[96, 96]] == [0, 85, 170, 255]

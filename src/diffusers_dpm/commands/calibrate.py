@@ -104,7 +104,7 @@ def fit(model: str, options: CalibrateOptions) -> None:
         bar.update(total - bar.n)  # a search that finds nothing better ends early
     if not accelerator.is_main_process:
         return
-    left_out = ", ".join(map(str, fitted.made["left_out"]))
+    left_out = ", ".join(map(str, fitted.provenance["left_out"]))
     if not fitted.tables:
         raise ValueError(f"for {left_out} steps, DPM-Solver is as near to the teacher as fitted rows: nothing written")
     calibration = fitted if kept is None else kept.with_tables_of(fitted)
@@ -127,7 +127,7 @@ def kept_calibration(folder: Path, pipeline: DPMPipeline) -> Calibration | None:
     kept = Calibration.load(folder / "calibration.json")
     ours = solver_for(pipeline.scheduler)
     conditions = {key: ours.config[key] for key in CONDITIONS}
-    nothing = Calibration([], ours.schedule.hash, **conditions, made={"weights": weights_hash(pipeline.unet)})
+    nothing = Calibration([], ours.schedule.hash, **conditions, weights=weights_hash(pipeline.unet))
     try:
         kept.with_tables_of(nothing)
     except ValueError as error:

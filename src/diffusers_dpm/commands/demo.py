@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from diffusers_dpm.images import image_grid, to_pil, to_uint8
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import (
     AnalyticDPMScheduler,
@@ -170,9 +171,7 @@ def file_name(title: str) -> str:
 
 def grid(images: np.ndarray) -> Image.Image:
     """Tiles (N, H, W, 1) images in [0, 1], `COLUMNS` to a row, with a grey line between them."""
-    padded = np.pad(images[..., 0], ((0, 0), (0, 1), (0, 1)), constant_values=0.4)
-    rows = [np.concatenate(list(padded[i : i + COLUMNS]), axis=1) for i in range(0, len(padded), COLUMNS)]
-    return Image.fromarray((np.concatenate(rows) * 255).round().astype(np.uint8))
+    return to_pil(image_grid(to_uint8(images), COLUMNS, frame=(0, 1), frame_value=102))
 
 
 def figure(samples: dict[str, Image.Image], path: Path) -> None:

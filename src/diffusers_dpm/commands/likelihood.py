@@ -4,9 +4,7 @@ diffusers-dpm likelihood runs/mine --data path/to/images --num-inference-steps 1
 diffusers-dpm likelihood runs/mine --data path/to/images --method ode --num-images 500 --num-probes 4
 """
 
-import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -19,7 +17,8 @@ from diffusers_dpm.commands.runner import run_command, take_model
 from diffusers_dpm.likelihood.ode import ODELikelihood, ode_log_likelihood
 from diffusers_dpm.likelihood.run import Task, measure_bounds, open_task, plot, write_terms
 from diffusers_dpm.options import DataSourceOptions, check_ranges, flag, parse_options
-from diffusers_dpm.records import Tensors, measure_resumably, without_nan
+from diffusers_dpm.records import ResultStore, Tensors, read_json, write_json
+from diffusers_dpm.run_folder import RunFolder
 
 
 PROG = "diffusers-dpm likelihood"
@@ -135,8 +134,9 @@ def run_bounds(task: Task) -> None:
         print(
             f"{spacing:<12}{steps:>6}  {variance:<10}{bits:>10.4f}{error:>9.4f}{prior_bits:>10.5f}{decoder_bits:>9.4f}"
         )
-    write_terms(task.folder / "likelihood_terms.csv", bounds)
-    plot(task.folder / "likelihood.png", bounds)
+    run = RunFolder(task.folder)
+    write_terms(run.likelihood_terms, bounds)
+    plot(run.likelihood_plot, bounds)
     write_results(task, "elbo", {"cdf": task.options.cdf, "bounds": rows})
 
 
@@ -144,7 +144,6 @@ def run_ode(task: Task) -> None:
     """Integrate, print the result and write likelihood.json."""
     options = task.options
     ode = {item.name: getattr(options, item.name) for item in fields(ODEOptions)}
-    path = task.folder / "likelihood_ode.safetensors"
     with tqdm(total=len(task.indices) * options.num_passes, unit="image", desc="images x passes") as bar:
 
         def measure(rows: range) -> Tensors:
@@ -166,7 +165,8 @@ def run_ode(task: Task) -> None:
             return {"samples": result.samples, "calls": torch.full((len(rows),), result.num_evaluations).double()}
 
         settings = task.settings(**ode)
-        measured = measure_resumably(path, settings, len(task.indices), options.batch_size, measure)
+        store = ResultStore(task.folder, settings, name=RunFolder.likelihood_ode.stem, replace=True)
+        measured = store.measure_rows(len(task.indices), options.batch_size, measure)
     likelihood = ODELikelihood(measured["samples"], measured["calls"].mean().item())
     noise = likelihood.per_image_error.square().mean().sqrt().item()
     print(
@@ -192,7 +192,7 @@ def run_ode(task: Task) -> None:
 
 def write_results(task: Task, method: str, results: dict[str, Any]) -> None:
     """Put one method's results into likelihood.json, beside the other's."""
-    path = task.folder / "likelihood.json"
+    path = RunFolder(task.folder).likelihood
     options = task.options
     about = {
         "model": task.model,
@@ -203,12 +203,19 @@ def write_results(task: Task, method: str, results: dict[str, Any]) -> None:
         "num_levels": task.num_levels,
         "seed": options.seed,
     }
-    known = json.loads(path.read_text()) if path.exists() else {}
-    known[method] = without_nan({**about, **results})
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(known, indent=2) + "\n")
-    os.replace(temporary, path)
+    methods = read_json(path) if path.exists() else {}
+    methods[method] = without_nan({**about, **results})
+    write_json(path, methods)
     print(f"written to {path}")
+
+
+def without_nan(value: Any) -> Any:
+    """`value` with None for every NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if value != value else value
 
 
 def likelihood(argv: Sequence[str]) -> None:

@@ -7,20 +7,17 @@ accelerate launch -m diffusers_dpm.commands.sample runs/mine --seeds 0-49999 --o
 Image i depends on seed i alone, in any batch and on any number of processes. Interrupted, the same command goes on.
 """
 
-import math
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from accelerate import Accelerator
 
 from diffusers_dpm.commands.runner import run_command, take_model
 from diffusers_dpm.networks import load_classifier, load_pipeline
 from diffusers_dpm.options import check_ranges, parse_options
-from diffusers_dpm.sampling import SampleFolder, Sampler, build_scheduler, parse_assignments, parse_seeds, to_pil
+from diffusers_dpm.sampling import Sampler, build_scheduler, parse_assignments, parse_seeds, save_images
 
 
 PROG = "diffusers-dpm sample"
@@ -85,9 +82,6 @@ def draw(model: str, options: SampleOptions) -> None:
         ValueError: the model or the options cannot be used; the output holds other images.
     """
     seeds, output = parse_seeds(options.seeds or []), Path(options.output or "")
-    packed = output.suffix.lower() in (".npz", ".png")
-    if packed and output.exists():
-        raise ValueError(f"{output} exists already")
     pipeline = load_pipeline(model)
     if options.guidance_scale is not None:
         pipeline.register_modules(classifier=load_classifier(model))
@@ -100,36 +94,12 @@ def draw(model: str, options: SampleOptions) -> None:
             options.guidance_scale,
         )
     sampler = Sampler(pipeline, options.num_inference_steps, options.class_labels, options.guidance_scale)
-    suffix = ".npy" if output.suffix.lower() == ".npz" else ".png"
-    folder = output.with_name(output.name + ".partial") if packed else output
     accelerator = Accelerator(cpu=options.cpu)
-    images = SampleFolder(folder, sampler, suffix)
-    images.fill(seeds, options.batch_size, accelerator)
+    rest = save_images(sampler, seeds, output, options.batch_size, accelerator)
     if accelerator.is_main_process:
-        if packed:
-            pack(images, seeds, output)
-            others = images.others(seeds)
-            if others:
-                print(f"kept: {len(others)} images of an interrupted call, in {folder}")
-            else:
-                shutil.rmtree(folder)
+        if rest:
+            print(f"kept: {len(rest)} images of an interrupted call, in {rest[0].parent}")
         print(f"{len(seeds)} images in {output}")
-
-
-def pack(images: SampleFolder, seeds: Sequence[int], output: Path) -> None:
-    """All images in one file: arr_0, as guided-diffusion's evaluator reads it, and seeds; or a grid, row by row."""
-    pixels = images.read(seeds)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix.lower() == ".npz":
-        np.savez(output, arr_0=pixels, seeds=np.array(seeds))
-        return
-    num, height, width, channels = pixels.shape
-    columns = math.ceil(math.sqrt(num))
-    rows = math.ceil(num / columns)
-    tiles = np.zeros((rows * columns, height, width, channels), np.uint8)
-    tiles[:num] = pixels
-    grid = tiles.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    to_pil(grid.reshape(rows * height, columns * width, channels)).save(output)
 
 
 def sample(argv: Sequence[str]) -> None:

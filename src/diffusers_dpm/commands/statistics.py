@@ -17,7 +17,7 @@ from accelerate.utils import tqdm
 
 from diffusers_dpm.commands.runner import run_command, take_model
 from diffusers_dpm.data import load_data
-from diffusers_dpm.networks import load_pipeline, noise_schedule_of
+from diffusers_dpm.networks import is_conditional, load_pipeline, noise_schedule_of
 from diffusers_dpm.options import DataSourceOptions, check_ranges, parse_options
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
 from diffusers_dpm.schedulers.timestep_grids import Grid, even
@@ -77,7 +77,7 @@ def estimate(model: str, options: StatisticsOptions) -> None:
         raise ValueError(f"--timesteps {options.timesteps} is more than the model's {num_train_timesteps}")
     accelerator = Accelerator(cpu=options.cpu)
     with accelerator.main_process_first():  # which fills the cache of `datasets`
-        data = load_data(options, require_labels=unet.config.num_class_embeds is not None)
+        data = load_data(options, require_labels=is_conditional(unet))
     grid = Grid(schedule, options.timesteps or num_train_timesteps, num_train_timesteps)
     timesteps = [round(t) for t in even(grid)]
     num_pairs = min(options.num_samples, len(data)) * len(timesteps)
@@ -94,8 +94,8 @@ def estimate(model: str, options: StatisticsOptions) -> None:
             folder=folder / "partial",
             progress=bar,
         )
-    made = {**statistics.made, "model": model, "data": options.data, "split": options.split}
-    statistics = dataclasses.replace(statistics, made=made)
+    facts = {"model": model, "data": options.data, "split": options.split}
+    statistics = dataclasses.replace(statistics, provenance={**statistics.provenance, **facts})
     if accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         statistics.save(folder / "statistics.json")

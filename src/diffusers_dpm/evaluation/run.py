@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,10 +19,10 @@ from diffusers_dpm.evaluation.features import FeatureExtractor, Reference, load_
 from diffusers_dpm.evaluation.report import plot, report
 from diffusers_dpm.evaluation.results import read_baselines, read_metrics, sampler_name
 from diffusers_dpm.likelihood.bound import evidence_lower_bound, reverse_process
-from diffusers_dpm.networks import load_classifier, load_pipeline
+from diffusers_dpm.networks import image_shape, is_conditional, load_classifier, load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.records import PACKAGES, read_json, short_hash, weights_hash, write_text
-from diffusers_dpm.run_folder import OPTIONS_FILE
+from diffusers_dpm.records import read_json, short_hash, versions, weights_hash, write_json, write_text
+from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.sampling import (
     SampleFolder,
     Sampler,
@@ -57,8 +56,8 @@ class Results:
     """
 
     def __init__(self, folder: Path):
-        self.path = folder / "metrics.json"
-        self.lock = FileLock(folder / "evaluation" / "metrics.lock")
+        self.path = RunFolder(folder).metrics
+        self.lock = FileLock(RunFolder(folder).evaluation / "metrics.lock")
         self.rows: list[dict[str, Any]] = []
         self.baselines: list[dict[str, Any]] = []
         self.read()
@@ -77,13 +76,12 @@ class Results:
 
     def add(self, rows: Iterable[dict[str, Any]] = (), baselines: Iterable[dict[str, Any]] = ()) -> None:
         """What the file has already stays as it is."""
-        versions = {"versions": {name: version(name) for name in (*PACKAGES, "torchmetrics")}}
+        facts = {"versions": versions("torchmetrics")}
         with self._locked():
             self.read()
-            self.rows = distinct([*self.rows, *({**row, **versions} for row in rows)])
-            self.baselines = distinct([*self.baselines, *({**row, **versions} for row in baselines)])
-            results = {"rows": self.rows, "baselines": self.baselines}
-            write_text(self.path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+            self.rows = distinct([*self.rows, *({**row, **facts} for row in rows)])
+            self.baselines = distinct([*self.baselines, *({**row, **facts} for row in baselines)])
+            write_json(self.path, {"rows": self.rows, "baselines": self.baselines}, indent=1)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -129,13 +127,15 @@ class Evaluation:
             raise ValueError(f"{model} is not a folder here: say with --output-dir where the results go")
         recorded = recorded_weights(model)
         if options.weights and recorded and options.weights != recorded:
-            raise ValueError(f"--weights {options.weights}: {model} has {recorded} weights, says its {OPTIONS_FILE}")
+            raise ValueError(
+                f"--weights {options.weights}: {model} has {recorded} weights, says its {RunFolder.options.name}"
+            )
         self.model, self.options = model, options
         self.folder = Path(options.output_dir or model)
         self.pipeline = load_pipeline(model)
         if options.guidance_scale is not None:
             self.pipeline.register_modules(classifier=load_classifier(model))
-            if options.class_labels is None and self.pipeline.unet.config.num_class_embeds is None:
+            if options.class_labels is None and not is_conditional(self.pipeline.unet):
                 raise ValueError("--guidance-scale needs --class-labels, such as 0 1 2")
         pairs = product(options.schedulers or [], options.steps or []) if pairs is None else pairs
         self.cells = [self._cell(text, steps) for text, steps in dict.fromkeys(pairs)]
@@ -149,7 +149,7 @@ class Evaluation:
             if options.held_out_split is not None:
                 self.held_out = load_data(options, require_labels=False, split=options.held_out_split)
             name = f"{describe_source(str(options.data))}, {options.split}"
-            self.reference = Reference.of(name, all_bytes(data), self.extractor, self.folder / "evaluation")
+            self.reference = Reference.of(name, all_bytes(data), self.extractor, RunFolder(self.folder).evaluation)
         self.results = Results(self.folder)
         self.unbounded: dict[str, None] = {}  # samplers
         self.common = {
@@ -208,7 +208,7 @@ class Evaluation:
         Raises:
             ValueError: another evaluation is at it.
         """
-        lock = FileLock(self.folder / "evaluation" / f"{short_hash(identity)}.lock")
+        lock = FileLock(RunFolder(self.folder).evaluation / f"{short_hash(identity)}.lock")
         answer = ["measured"]
         if self.accelerator.is_main_process:
             Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +237,9 @@ class Evaluation:
             if not missing:
                 return
             seeds = range(options.seed, options.seed + options.num_images)
-            images = SampleFolder(self.folder / "evaluation" / f"cell-{short_hash(identity)}", cell.sampler, ".npy")
+            images = SampleFolder(
+                RunFolder(self.folder).evaluation / f"cell-{short_hash(identity)}", cell.sampler, ".npy"
+            )
             images.fill(seeds, options.batch_size, self.accelerator, title)
             if self.accelerator.is_main_process:
                 pixels = torch.from_numpy(images.read(seeds)).permute(0, 3, 1, 2)
@@ -266,7 +268,7 @@ class Evaluation:
         order = torch.randperm(len(self.held_out), generator=torch.Generator().manual_seed(self.options.seed))
         indices = order[:count].tolist()
         examples = self.held_out[indices]
-        conditional = self.pipeline.unet.config.num_class_embeds is not None
+        conditional = is_conditional(self.pipeline.unet)
         bound = evidence_lower_bound(
             self.pipeline.unet.to(self.accelerator.device),
             scheduler,
@@ -310,9 +312,7 @@ def split_options(text: str) -> list[str]:
 
 def check_shape(data: ImageDataset, pipeline: DPMPipeline) -> None:
     """Raise ValueError for images of another number of channels or size than the model draws."""
-    config = pipeline.unet.config
-    size = config.sample_size or data.shape[1:]
-    drawn = (config.in_channels, *((size, size) if isinstance(size, int) else size))
+    drawn = image_shape(pipeline.unet, data.shape[1:])
     if data.shape != drawn:
         raise ValueError(f"the model draws images (C, H, W) of {drawn}, the data has {data.shape}; see --resolution")
 
@@ -337,6 +337,6 @@ def describe_source(data: str) -> str:
 
 def recorded_weights(model: str) -> str | None:
     """Whether a run saved the EMA or the raw weights; None if that is not known."""
-    path = Path(model) / OPTIONS_FILE
+    path = RunFolder(model).options
     averaged = read_json(path).get("ema") if path.is_file() else None
     return None if averaged is None else "EMA" if averaged else "raw"

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from diffusers_dpm.data import describe_data
 from diffusers_dpm.evaluation.results import metric_tables, sampler_name
-from diffusers_dpm.networks import image_size
+from diffusers_dpm.networks import image_shape
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.run_folder import EXTRAS
 
@@ -86,7 +86,7 @@ def render_card(
     """
     config = pipe.unet.config
     title = facts.get("title") or repo_id.split("/")[1]
-    height, width = image_size(config.sample_size)
+    channels, height, width = image_shape(pipe.unet)
     trained = recipe(facts, options)
     card = ModelCard.from_template(
         card_metadata(facts, title, rows, extras),
@@ -97,7 +97,7 @@ def render_card(
         data={"name": trained.get("data"), **facts.get("data", {})},
         recipe=trained,
         shape=f"{height}x{width}",
-        channels=config.in_channels,
+        channels=channels,
         parameters=f"{pipe.unet.num_parameters():,}",
         scheduler=pipe.scheduler.config,
         num_classes=config.num_class_embeds,

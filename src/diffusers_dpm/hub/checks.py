@@ -16,7 +16,7 @@ from diffusers import DDPMPipeline, SchedulerMixin
 
 from diffusers_dpm.hub.staging import VARIANTS, WEIGHTS, list_extras, load_extra
 from diffusers_dpm.hub.upload import PublishError
-from diffusers_dpm.networks import image_size, load_pipeline
+from diffusers_dpm.networks import image_shape, is_conditional, load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.records import read_json
@@ -103,7 +103,7 @@ def evaluate(folder: Path) -> dict[str, np.ndarray]:
     """What each part of a folder computes from fixed seeds, loaded with this package."""
     loaded = load_pipeline(str(folder))
     pipe = DPMPipeline(loaded.unet, adapt(loaded.scheduler).stock_twin())  # the scheduler that gets published
-    config, few = pipe.unet.config, checking_steps(folder)
+    few = checking_steps(folder)
 
     def draw(pipe: DPMPipeline | DDPMPipeline, steps: int = few, **arguments: Any) -> np.ndarray:
         pipe.set_progress_bar_config(disable=True)
@@ -111,14 +111,13 @@ def evaluate(folder: Path) -> dict[str, np.ndarray]:
         return drawn.images
 
     results = {"pipeline": draw(pipe, seeds=[0])}
-    if config.num_class_embeds is None and config.class_embed_type is None:  # DDPMPipeline passes no labels
+    if not is_conditional(pipe.unet):  # DDPMPipeline passes no labels
         stock = DDPMPipeline(pipe.unet, pipe.scheduler)
         results["plain"] = draw(stock, generator=torch.Generator().manual_seed(0))
     for name, (scheduler, steps) in extra_schedulers(folder).items():
         results[name] = draw(DPMPipeline(pipe.unet, scheduler), steps, seeds=[0])
     if "classifier" in list_extras(folder):
-        shape = (1, config.in_channels, *image_size(config.sample_size))
-        results["x"] = torch.randn(shape, generator=torch.Generator().manual_seed(0)).numpy()
+        results["x"] = torch.randn((1, *image_shape(pipe.unet)), generator=torch.Generator().manual_seed(0)).numpy()
         with torch.no_grad():
             logits = load_extra(folder / "classifier").eval()(torch.from_numpy(results["x"]), 1).logits
         results["classifier"] = logits.numpy()

@@ -1,28 +1,25 @@
 """Assemble the files of a Hub repository."""
 
 import copy
-import json
-import math
 import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import ModelMixin
-from diffusers.utils import make_image_grid
 from packaging.version import Version
-from PIL import Image, ImageOps
+from PIL import Image
 
 from diffusers_dpm.evaluation.results import read_baselines, read_metrics
 from diffusers_dpm.hub.card import check_recipe, load_facts, render_card
 from diffusers_dpm.hub.remote_code import write_code
+from diffusers_dpm.images import image_grid, to_pil, to_uint8
 from diffusers_dpm.networks import load_pipeline, quiet
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.records import read_json, weights_hash
-from diffusers_dpm.run_folder import EXTRAS
+from diffusers_dpm.records import read_json, weights_hash, write_json, write_text
+from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.sampling import fitted_steps
 from diffusers_dpm.schedulers import DDIMScheduler
 
@@ -71,7 +68,7 @@ def stage(
     if not run.is_dir():
         raise ValueError(f"{run} is no folder")
     about = load_facts(Path(facts)) if facts else {}
-    options = read_json(run / "training_options.json") if (run / "training_options.json").is_file() else {}
+    options = read_json(RunFolder(run).options) if RunFolder(run).options.is_file() else {}
     check_recipe(about.get("training", {}), options)
 
     loaded = load_pipeline(str(run))
@@ -103,7 +100,7 @@ def stage(
         pictures=stage_pictures(pipe, run / "samples", folder / "samples"),
         fitted_steps=fitted,
     )
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    write_text(folder / "README.md", card)
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -112,8 +109,7 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def list_extras(folder: Path) -> list[str]:
-    """Those of `EXTRAS` that the folder has; an interrupted command leaves one without a config."""
-    return [name for name, extra in EXTRAS.items() if (folder / name / extra.cls.config_name).is_file()]
+    return RunFolder(folder).extras()
 
 
 def stage_extra(source: Path, target: Path) -> None:
@@ -144,7 +140,7 @@ def stage_extra(source: Path, target: Path) -> None:
 def copy_config(source: Path, target: Path, **additions: Any) -> None:
     """A component's config without the folder that it was loaded from, a path of this machine."""
     config = {key: value for key, value in read_json(source).items() if key != "_name_or_path"}
-    target.write_text(json.dumps(config | additions, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(target, config | additions, sort_keys=True)
 
 
 def load_extra(folder: Path) -> Any:
@@ -166,8 +162,7 @@ def stage_metrics(source: Path, target: Path, weights_sha256: str) -> tuple[list
         print(f"left out: {len(measured) - len(rows)} of {len(measured)} rows of {source}, which are of other weights")
     baselines = read_baselines(source)
     if rows:
-        metrics = {"rows": rows, "baselines": baselines}
-        target.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(target, {"rows": rows, "baselines": baselines}, indent=1)
     return rows, baselines
 
 
@@ -187,10 +182,4 @@ def draw_grid(pipe: DPMPipeline, steps: int) -> Image.Image:
     """One framed sample for each of `SEEDS`; small images are enlarged, of many channels three are shown."""
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     drawn: Any = DPMPipeline(pipe.unet, scheduler)(seeds=SEEDS, num_inference_steps=steps, output_type="np")
-    pixels = (drawn.images * 255).round().astype(np.uint8)
-    pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0]
-    scale = max(1, 64 // pixels.shape[2])
-    tiles = [Image.fromarray(image).resize((scale * image.shape[1], scale * image.shape[0]), 0) for image in pixels]
-    tiles = [ImageOps.expand(tile, border=2, fill="gray") for tile in tiles]
-    columns = math.isqrt(len(tiles))
-    return make_image_grid(tiles, rows=len(tiles) // columns, cols=columns)
+    return to_pil(image_grid(to_uint8(drawn.images), min_width=64, frame=(2, 2), frame_value=128))

@@ -34,6 +34,7 @@ from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Evaluation, forward_p
 from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
+from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, Level, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
@@ -127,7 +128,7 @@ def measure_errors(
         """(len(pairs), 4): the moments and the decoder term of (image, place in the grid) pairs."""
         rows, places = [row for row, _ in pairs], [place for _, place in pairs]
         x0, labels = evaluation.batch(rows)
-        noise = evaluation.draw("normal", rows, ((0, grid[place]) for place in places))
+        noise = evaluation.draw(normal, Stream.BOUND, rows, ((grid[place],) for place in places))
         t = torch.tensor([grid[place] for place in places], device=x0.device)
         alpha, sigma = schedule.at(t, x0)
         x_t = alpha * x0 + sigma * noise

@@ -11,6 +11,7 @@ from diffusers_dpm.likelihood.decoder import check_levels, gaussian_log_density
 from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Evaluation, forward_process, standard_error
 from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.networks import evaluation_mode
+from diffusers_dpm.random_streams import Stream, normal, sign, uniform
 from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
@@ -142,18 +143,18 @@ def ode_log_likelihood(
     evaluation = Evaluation(unet, images, class_labels, indices, seed, batch_size)
     if num_levels is not None:
         check_levels(images, num_levels)
-    probe_kind = "normal" if divergence == "gaussian" else "sign"
+    probe_numbers = normal if divergence == "gaussian" else sign
 
     def integrate(rows: Sequence[int], number: int) -> tuple[torch.Tensor, int]:
         """(bits per dimension (B, probes), network calls) of one dequantisation of some images."""
         x, labels = evaluation.batch(rows)
         offset, probes = 0.0, None
         if num_levels is not None:
-            uniform = evaluation.draw("uniform", rows, [(0, number)] * len(rows))
-            x, offset = dequantize(x, num_levels, dequantization, uniform)
+            filling = evaluation.draw(uniform, Stream.DEQUANTIZATION, rows, [(number,)] * len(rows))
+            x, offset = dequantize(x, num_levels, dequantization, filling)
         if divergence != "exact":
-            drawn = [evaluation.draw(probe_kind, rows, [(1 + i, number)] * len(rows)) for i in range(num_probes)]
-            probes = torch.stack(drawn)
+            keys = [[(number, i)] * len(rows) for i in range(num_probes)]
+            probes = torch.stack([evaluation.draw(probe_numbers, Stream.PROBES, rows, key) for key in keys])
         flow = ProbabilityFlow(unet, process, labels, probes)
         log_density = flow.log_density(x, solver, rtol, atol, num_steps)
         return (offset - log_density / NATS_PER_BIT).cpu(), flow.num_evaluations

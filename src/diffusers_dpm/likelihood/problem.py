@@ -1,13 +1,13 @@
 """What bound and ODE share."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from diffusers_dpm.networks import noise_schedule_of
-from diffusers_dpm.random_streams import draw
+from diffusers_dpm.random_streams import Stream
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
 
@@ -55,11 +55,13 @@ class Evaluation:
         labels = None if self.class_labels is None else self.class_labels[list(rows)].to(device)
         return self.images[list(rows)].to(device, torch.float64), labels
 
-    def draw(self, kind: str, rows: Sequence[int], numbers: Iterable[tuple[int, int]]) -> torch.Tensor:
-        """Float64 random numbers of the shape of `batch(rows)`."""
+    def draw(
+        self, numbers: Callable[..., torch.Tensor], stream: Stream, rows: Sequence[int], keys: Iterable[Sequence[int]]
+    ) -> torch.Tensor:
+        """Float64 random numbers of the shape of `batch(rows)`, by `normal`, `uniform` or `sign`, one key for each."""
         shape = self.images.shape[1:]
         parts = [
-            draw(kind, self.seed, self.indices[row], number, shape) for row, number in zip(rows, numbers, strict=True)
+            numbers(shape, self.seed, stream, self.indices[row], *key) for row, key in zip(rows, keys, strict=True)
         ]
         return torch.stack(parts).to(self.unet.device, torch.float64)
 

@@ -19,9 +19,10 @@ from diffusers_dpm.likelihood.bound import (
     reverse_process,
 )
 from diffusers_dpm.likelihood.problem import forward_process
-from diffusers_dpm.networks import checked_labels, load_pipeline
+from diffusers_dpm.networks import checked_labels, is_conditional, load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.records import Tensors, fingerprint, measure_resumably
+from diffusers_dpm.records import ResultStore, Tensors, weights_hash
+from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, AnalyticDPMScheduler
 
 
@@ -50,7 +51,7 @@ class Task(NamedTuple):
         """All that measured values depend on, other than the choice of images."""
         process = forward_process(self.pipeline.scheduler)
         return {
-            "weights": fingerprint(self.pipeline.unet.state_dict().values()),
+            "weights": weights_hash(self.pipeline.unet),
             "schedule_hash": process.schedule.hash,
             "prediction_type": process.config.prediction_type,
             "images": f"{len(self.data)} images of {describe(self.data.shape)}",
@@ -64,7 +65,7 @@ class Task(NamedTuple):
         """The arguments of `likelihood`'s functions that describe some of the images."""
         indices = self.indices[rows.start : rows.stop]
         examples = self.data[indices]
-        labels = examples["labels"] if is_conditional(self.pipeline) else None
+        labels = examples["labels"] if is_conditional(self.pipeline.unet) else None
         return {
             "images": examples["images"],
             "class_labels": labels,
@@ -84,7 +85,7 @@ def open_task(model: str, options: Any) -> Task:
     if options.output_dir is None and not Path(model).is_dir():
         raise ValueError(f"{model} is not a folder here: say with --output-dir where the results go")
     pipeline = load_pipeline(model)
-    data = load_data(options, require_labels=is_conditional(pipeline))
+    data = load_data(options, require_labels=is_conditional(pipeline.unet))
     checked_labels(pipeline.unet, data[[0]]["images"], data.labels)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -98,10 +99,6 @@ def open_task(model: str, options: Any) -> Task:
     folder = Path(options.output_dir or model)
     folder.mkdir(parents=True, exist_ok=True)
     return Task(model, pipeline, data, order[:num_images], find_num_levels(data, options.num_levels), options, folder)
-
-
-def is_conditional(pipeline: DPMPipeline) -> bool:
-    return pipeline.unet.config.num_class_embeds is not None
 
 
 class Sampler(NamedTuple):
@@ -118,7 +115,7 @@ def find_statistics(model: str, folder: str | None) -> AnalyticDPMScheduler | No
             raise ValueError(f"no statistics in {folder}: it holds no scheduler_config.json")
         return AnalyticDPMScheduler.from_pretrained(folder)
     try:
-        return AnalyticDPMScheduler.from_pretrained(model, subfolder="analytic_dpm")
+        return AnalyticDPMScheduler.from_pretrained(model, subfolder=RunFolder.analytic_dpm.name)
     except OSError:
         return None
 
@@ -166,7 +163,7 @@ def measure_bounds(task: Task) -> list[tuple[Sampler, EvidenceLowerBound]]:
         decoder_variance=options.decoder_variance,
         **{key: scheduler.config[key] for key in CLIPPING_KEYS},
     )
-    path = task.folder / "likelihood_elbo.safetensors"
+    store = ResultStore(task.folder, settings, name=RunFolder.likelihood_bound.stem, replace=True)
     block = max(1, 8 * options.batch_size // len(timesteps))
     with tqdm(total=len(task.indices) * len(timesteps), unit="call", desc="images x timesteps") as bar:
 
@@ -183,7 +180,7 @@ def measure_bounds(task: Task) -> list[tuple[Sampler, EvidenceLowerBound]]:
             )
             return {"moments": errors.moments, "decoder": errors.decoder, "mean_square": errors.mean_square}
 
-        measured = measure_resumably(path, settings, len(task.indices), block, measure)
+        measured = store.measure_rows(len(task.indices), block, measure)
     errors = PredictionErrors(tuple(timesteps), **measured, schedule_hash=scheduler.schedule.hash)
     return [(sampler, bound_from_errors(errors, sampler.scheduler)) for sampler in samplers]
 
