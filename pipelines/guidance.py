@@ -28,10 +28,10 @@ LOSS_SCALE = 2.0**10  # half precision would lose gradients below 6e-8; a power 
 
 
 class Guidance:
-    """What `DPMPipeline` takes as `guidance`: `bind` fits it to one call, then `predict` is asked at every step.
+    """What `DPMPipeline` takes as `guidance`: `bind` once in a call, then `predict` at every step.
 
-    `predict` gets the network as a function of x_t and returns another prediction of the same kind: what it is given
-    may itself be guided, so that guidance can wrap guidance.
+    `predict` calls the network, a function of x_t, and returns a prediction of the same kind. That network may itself
+    be guided, so guides can be nested.
 
     Attributes:
         scale: w, one or each image's own.
@@ -69,8 +69,8 @@ class ClassifierGuidance(Guidance):
 
         epsilon' = epsilon - w sigma g      x_0' = x_0 + w sigma^2 / alpha g      v' = v - w sigma / alpha g
 
-    If network and classifier are exact, w = 1 gives exactly the network of the class y. Where alpha = 0, x_t says
-    nothing about y and the last two are 0 / 0: there, nothing is shifted.
+    If network and classifier are exact, w = 1 gives exactly the network of the class y. Where alpha = 0, x_t is
+    pure noise and the last two are 0 / 0: there, nothing is shifted.
 
     Given to `DPMPipeline` as `guidance`, it needs none of its arguments: the pipeline fills in `log_prob` by its
     classifier and the `class_labels` of the call, and `prediction_type` and `clip` by its scheduler.

@@ -1,4 +1,4 @@
-"""A classifier of noisy images that is told the noise level: the encoder of a U-Net with a head of logits.
+"""A classifier of noisy images and their noise level: the encoder of a U-Net with a head of logits.
 
 This file stands alone: it is also shipped in Hub repositories as remote code, so it imports nothing but torch and
 diffusers.
@@ -40,7 +40,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
 
     The encoder has the blocks, weight names and config keys of `UNet2DModel`; `from_unet` takes over trained ones. All
     normalisation is GroupNorm, so that the gradient of one image does not depend on the others in its batch. The
-    head's last layer starts at zero: a new classifier says 1 / num_classes.
+    head's last layer starts at zero: a new classifier gives every class 1 / num_classes.
 
     Args:
         num_classes: number of classes K, at least 2.

@@ -47,7 +47,7 @@ def gaussian_unet():
 
 @pytest.fixture
 def make_unet():
-    """Factory of a UNet2DModel with random weights, the same at every call; 8 x 8 and RGB unless told."""
+    """Factory of a UNet2DModel with random weights, the same at every call; 8 x 8 and RGB by default."""
 
     def make(**config):
         defaults = {
