@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from diffusers.utils import make_image_grid
 from packaging.version import Version
 from PIL import Image, ImageOps
 
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.results import read_baselines, read_metrics
 from diffusers_dpm.hub.card import check_recipe, load_facts, render_card
 from diffusers_dpm.hub.remote_code import write_code
 from diffusers_dpm.networks import load_pipeline, quiet
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import read_json, weights_hash
-from diffusers_dpm.run_folder import EXTRAS
+from diffusers_dpm.run_folder import EXTRAS, OPTIONS_FILE
 from diffusers_dpm.sampling import fitted_steps
 from diffusers_dpm.schedulers import DDIMScheduler
 
@@ -52,6 +54,7 @@ def stage(
     *,
     facts: str | Path | None = None,
     variant: str | None = None,
+    report: Callable[[str], object] = lambda line: None,
 ) -> None:
     """Write the repository's files into `folder`, which must be empty or absent.
 
@@ -59,39 +62,43 @@ def stage(
         run, repo_id: as in `publish`.
         facts: YAML file of what only the author knows about the model (see model_cards/).
         variant: "fp16" adds the weights in half precision beside the full ones.
+        report: gets a line where something of `run` is left out.
 
     Raises:
-        ValueError: `run` is no pipeline, one of its parts cannot be used, or the facts contradict the run.
+        DiffusersDPMError: `run` is no pipeline, one of its parts cannot be used, or the facts contradict the run.
     """
     run, folder = Path(run), Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty")
+        raise DiffusersDPMError(f"{folder} is not empty")
     if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r} is not known; choose one of {', '.join(VARIANTS)}")
+        raise DiffusersDPMError(f"variant={variant!r} is not known; choose one of {', '.join(VARIANTS)}")
     if not run.is_dir():
-        raise ValueError(f"{run} is no folder")
+        raise DiffusersDPMError(f"{run} is no folder")
     about = load_facts(Path(facts)) if facts else {}
-    options = read_json(run / "training_options.json") if (run / "training_options.json").is_file() else {}
+    options = read_json(run / OPTIONS_FILE) if (run / OPTIONS_FILE).is_file() else {}
     check_recipe(about.get("training", {}), options)
 
     loaded = load_pipeline(str(run))
     pipe = DPMPipeline(unet=loaded.unet, scheduler=loaded.scheduler)
     if pipe.unet.config.sample_size is None:
-        raise ValueError(f"the U-Net's config in {run} has no sample_size: plain diffusers could not sample from it")
+        raise DiffusersDPMError(
+            f"the U-Net's config in {run} has no sample_size: plain diffusers could not sample from it"
+        )
     extras = list_extras(run)
     for name in extras:
         stage_extra(run / name, folder / name)
-    calibrated, fitted = run / "calibrated", {}
-    if calibrated.name in extras:
-        classifier = load_extra(run / "classifier") if "classifier" in extras else None
-        fitted = fitted_steps(load_extra(calibrated), pipe.unet, calibrated, classifier)
+    loaded_extras, fitted = load_extras(run), {}
+    if "calibrated" in extras:
+        fitted = fitted_steps(
+            loaded_extras["calibrated"], pipe.unet, run / "calibrated", loaded_extras.get("classifier")
+        )
     pipe.save_pretrained(folder)  # after the classifier's weights, which its index tells plain diffusers to leave
     if variant:
         rounded = copy.deepcopy(pipe.unet).to(VARIANTS[variant])
         rounded.save_pretrained(folder / "unet", variant=variant)
     copy_config(folder / "unet" / "config.json", folder / "unet" / "config.json")
     write_code(DPMPipeline, folder)
-    rows, baselines = stage_metrics(run / "metrics.json", folder / "metrics.json", weights_hash(pipe.unet))
+    rows, baselines = stage_metrics(run / "metrics.json", folder / "metrics.json", weights_hash(pipe.unet), report)
     card = render_card(
         pipe,
         repo_id,
@@ -120,14 +127,14 @@ def stage_extra(source: Path, target: Path) -> None:
     """A component of this package: its config, its weights if it is a model, and its code.
 
     Raises:
-        ValueError: another class, no weights, or a version of diffusers that could not check the code.
+        DiffusersDPMError: another class, no weights, or a version of diffusers that could not check the code.
     """
     cls, installed, additions = EXTRAS[source.name].cls, version("diffusers"), {}
     saved_by = read_json(source / cls.config_name).get("_class_name")
     if saved_by != cls.__name__:
-        raise ValueError(f"{source} was saved by a class {saved_by!r} and not by {cls.__name__}")
+        raise DiffusersDPMError(f"{source} was saved by a class {saved_by!r} and not by {cls.__name__}")
     if Version(installed) < Version(EXTRAS_NEED):
-        raise ValueError(
+        raise DiffusersDPMError(
             f"publishing {source} needs diffusers {EXTRAS_NEED} or newer, to load its code as users will; this is "
             f"{installed}"
         )
@@ -135,7 +142,7 @@ def stage_extra(source: Path, target: Path) -> None:
     module = write_code(cls, target)
     if issubclass(cls, ModelMixin):
         if not (source / WEIGHTS).is_file():
-            raise ValueError(f"{source} holds no {WEIGHTS}")
+            raise DiffusersDPMError(f"{source} holds no {WEIGHTS}")
         shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
         additions = {"auto_map": {"AutoModel": f"{module}.{cls.__name__}"}}
     copy_config(source / cls.config_name, target / cls.config_name, **additions)
@@ -147,14 +154,16 @@ def copy_config(source: Path, target: Path, **additions: Any) -> None:
     target.write_text(json.dumps(config | additions, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def load_extra(folder: Path) -> Any:
-    """The component in `folder`, by its own class."""
+def load_extras(folder: Path) -> dict[str, Any]:
+    """The components of `list_extras` by their own classes."""
     with quiet():
-        return EXTRAS[folder.name].cls.from_pretrained(str(folder))
+        return {name: EXTRAS[name].cls.from_pretrained(str(folder / name)) for name in list_extras(folder)}
 
 
-def stage_metrics(source: Path, target: Path, weights_sha256: str) -> tuple[list[dict], list[dict]]:
-    """The rows and the baselines of metrics.json, without rows that say that they are of other weights.
+def stage_metrics(
+    source: Path, target: Path, weights_sha256: str, report: Callable[[str], object]
+) -> tuple[list[dict], list[dict]]:
+    """The rows and the baselines of metrics.json, without rows that are marked as measured on other weights.
 
     `diffusers-dpm evaluate` keeps those of a model that was then trained further; they are no figures of this one.
     """
@@ -163,7 +172,9 @@ def stage_metrics(source: Path, target: Path, weights_sha256: str) -> tuple[list
     measured = read_metrics(source)
     rows = [row for row in measured if row.get("weights_sha256") in (None, weights_sha256)]
     if len(rows) < len(measured):
-        print(f"left out: {len(measured) - len(rows)} of {len(measured)} rows of {source}, which are of other weights")
+        report(
+            f"left out: {len(measured) - len(rows)} of {len(measured)} rows of {source}, which are of other weights"
+        )
     baselines = read_baselines(source)
     if rows:
         metrics = {"rows": rows, "baselines": baselines}

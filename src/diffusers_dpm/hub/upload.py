@@ -32,9 +32,9 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-# The Hub client's own errors are OSErrors, and so are those of requests; httpx, which newer clients use, has HTTPError.
+# The Hub client's own errors are OSErrors, as are those of requests; newer clients use httpx, whose base is HTTPError.
 # A failed transfer of weights is a RuntimeError.
-CLIENT_ERRORS: tuple[Any, ...] = (OSError, RuntimeError, errors.HTTPError)  # type: ignore[attr-defined]
+CLIENT_ERRORS: tuple[Any, ...] = (OSError, RuntimeError, errors.HTTPError)
 
 
 STATUS_HELP: dict[Any, str] = {
