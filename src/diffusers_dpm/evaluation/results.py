@@ -1,12 +1,18 @@
 """Measured results: the rows of metrics.json."""
 
+import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diffusers_dpm.records import read_json
+from filelock import FileLock
+
+from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.records import PACKAGES, read_json, write_text
 from diffusers_dpm.schedulers import CalibratedScheduler
 
 
@@ -25,30 +31,88 @@ METRIC_KEYS: dict[str, type | tuple[type, ...]] = {
 }
 
 
+OUTCOMES = {"value", "error", "calls", "seconds", "device", "versions"}  # keys that do not identify a measurement
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file, {"rows": [{...}, ...]} with the keys of `METRIC_KEYS`.
 
     Raises:
-        ValueError: no such rows, a key that is missing or of the wrong type, or a value that is not finite.
+        DiffusersDPMError: no such rows, a key that is missing or of the wrong type, or a value that is not finite.
     """
     return check_rows(path, "rows", read_json(path).get("rows"))
 
 
 def read_baselines(path: Path) -> list[dict[str, Any]]:
-    """What a metrics file says of other images than the model's: rows as in `read_metrics`, or none."""
+    """The rows of a metrics file that are about other images than the model's, as in `read_metrics`; may be none."""
     return check_rows(path, "baselines", read_json(path).get("baselines", []))
 
 
 def check_rows(path: Path, name: str, rows: Any) -> list[dict[str, Any]]:
     if not isinstance(rows, list):
-        raise ValueError(f'{path} must hold {{"{name}": [...]}}')
+        raise DiffusersDPMError(f'{path} must hold {{"{name}": [...]}}')
     for i, row in enumerate(rows):
         for key, kind in METRIC_KEYS.items():
             if not isinstance(row, dict) or key not in row or not isinstance(row[key], kind):
-                raise ValueError(f"{path}: row {i} has no valid {key!r}")
+                raise DiffusersDPMError(f"{path}: row {i} has no valid {key!r}")
         if not math.isfinite(row["value"]):
-            raise ValueError(f"{path}: row {i} has the value {row['value']}")
+            raise DiffusersDPMError(f"{path}: row {i} has the value {row['value']}")
     return rows
+
+
+class Results:
+    """The rows of a folder's metrics.json, with what they are to be compared with; written whenever one is added.
+
+    Other evaluations may add to the same file at the same time: what they wrote is kept.
+
+    Raises:
+        DiffusersDPMError: the file is there and broken.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = folder / "metrics.json"
+        self.lock = FileLock(folder / "evaluation" / "metrics.lock")
+        self.rows: list[dict[str, Any]] = []
+        self.baselines: list[dict[str, Any]] = []
+        self.read()
+
+    def read(self) -> None:
+        """Take what is in the file, each measurement once."""
+        if self.path.is_file():
+            self.rows, self.baselines = distinct(read_metrics(self.path)), distinct(read_baselines(self.path))
+
+    def has(self, row: dict[str, Any], metrics: Sequence[str] | None = None) -> bool:
+        """Whether there is a row with all that `row` says; of one of the metrics, if given."""
+        return any(
+            all(other.get(key) == value for key, value in row.items()) and (not metrics or other["metric"] in metrics)
+            for other in (*self.rows, *self.baselines)
+        )
+
+    def add(self, rows: Iterable[dict[str, Any]] = (), baselines: Iterable[dict[str, Any]] = ()) -> None:
+        """What the file has already stays as it is."""
+        versions = {"versions": {name: version(name) for name in (*PACKAGES, "torchmetrics")}}
+        with self.locked():
+            self.read()
+            self.rows = distinct([*self.rows, *({**row, **versions} for row in rows)])
+            self.baselines = distinct([*self.baselines, *({**row, **versions} for row in baselines)])
+            results = {"rows": self.rows, "baselines": self.baselines}
+            write_text(self.path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other evaluation writes the file inside."""
+        Path(self.lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        with self.lock:
+            yield
+
+
+def distinct(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first row of each measurement, whatever its outcome."""
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        what = {key: value for key, value in row.items() if key not in OUTCOMES}
+        first.setdefault(json.dumps(what, sort_keys=True), row)
+    return [*first.values()]
 
 
 def sampler_name(row: Mapping[str, Any]) -> str:
@@ -65,7 +129,7 @@ def metric_tables(
 
 
 def grouped(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows that can be compared, by a title that says what they are, and of which seeds where these differ."""
+    """Comparable rows by a title that names the measurement, and the seeds where these differ."""
     groups: dict[str, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         groups[table_title(row)][row.get("seeds") or "not recorded"].append(row)
@@ -76,17 +140,16 @@ def grouped(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, An
     }
 
 
-def remade(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What to say below a table of rows with the same title, where its lines mix what a sampler was given.
+def mixture_notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Notes below a table where one line mixes statistics, fitted rows or classifiers that were remade in between.
 
-    That is statistics, rows or a classifier, which may be made anew between measurements. Fitted rows are others for
-    each number of steps anyway.
+    Fitted rows differ for each number of steps anyway.
     """
-    given: dict[tuple[str, int | None], set[tuple[str | None, str | None]]] = defaultdict(set)
+    carried: dict[tuple[str, int | None], set[tuple[str | None, str | None]]] = defaultdict(set)
     for row in rows:
         steps = row["steps"] if row["scheduler"] == CalibratedScheduler.__name__ else None
-        given[sampler_name(row), steps].add((row.get("carried_hash"), row.get("classifier_sha256")))
-    mixed = dict.fromkeys(name for (name, _), hashes in given.items() if len(hashes) > 1)
+        carried[sampler_name(row), steps].add((row.get("carried_hash"), row.get("classifier_sha256")))
+    mixed = dict.fromkeys(name for (name, _), hashes in carried.items() if len(hashes) > 1)
     return [
         f"{name}: its statistics, rows or classifiers are not all the same; of each cell the last is shown"
         for name in mixed
@@ -106,7 +169,7 @@ def table_title(row: Mapping[str, Any]) -> str:
 def metric_table(
     title: str, rows: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]] = ()
 ) -> dict[str, Any]:
-    """Of rows of one group; "others" are the baselines that were measured alike."""
+    """The table of one group of rows; "others" are the baselines that were measured alike."""
     steps = sorted({row["steps"] for row in rows})
     samplers = dict.fromkeys(map(sampler_name, rows))
     cells = {(sampler_name(row), row["steps"]): format_value(row) for row in rows}

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.likelihood.decoder import (
     check_levels,
     decoder_variances,
@@ -174,19 +175,45 @@ class Transition(NamedTuple):
         return 0.5 * (ratio - 1 - math.log(ratio) + distance / self.reverse_variance)
 
 
+def why_unbounded(scheduler: Any) -> str | None:
+    """Why the sampler has no finite bound, in one line; None if it has one."""
+    config = scheduler.config
+    variance_type = config.get("variance_type") or "fixed_small"
+    if isinstance(scheduler, AnalyticDPMScheduler):
+        infinite = config.forward_process == "ddim" and not config.eta
+    elif is_ddpm(scheduler) and variance_type.startswith("fixed"):
+        return None
+    elif is_ddim(scheduler):
+        infinite = not config.get("eta", 0.0)
+    else:
+        what = f"variance_type={variance_type!r}" if is_ddpm(scheduler) else "it"
+        return (
+            f"{type(scheduler).__name__} has no bound, because {what} gives no scalar reverse variance: use "
+            "AnalyticDPMScheduler.from_config(scheduler.config, reverse_variance='small')."
+        )
+    if not infinite:
+        return None
+    return (
+        "the bound is infinite for the ddim process with eta=0, whose q(x_s | x_t, x_0) has no variance: choose "
+        "eta > 0 or forward_process='ddpm', or use ode_log_likelihood."
+    )
+
+
+def is_ddim(scheduler: Any) -> bool:
+    """Ours or diffusers'."""
+    return any(base.__name__ == "DDIMScheduler" for base in type(scheduler).__mro__)
+
+
 def reverse_process(scheduler: Any) -> tuple[AnalyticDPMScheduler, list[Transition]]:
     """The scheduler's present grid as one whose variances can be read, and its transitions but that to clean data.
 
     Raises:
-        ValueError: a scheduler without scalar reverse variance; eta = 0, whose posterior variance is 0; a grid that
-            does not descend.
+        DiffusersDPMError: see `why_unbounded`.
+        ValueError: a grid that does not descend.
     """
-    process = _sampler(scheduler)
-    if process.config.forward_process == "ddim" and not process.config.eta:
-        raise ValueError(
-            "the bound is infinite for the ddim process with eta=0, whose q(x_s | x_t, x_0) has no variance: choose "
-            "eta > 0 or forward_process='ddpm', or use ode_log_likelihood."
-        )
+    if reason := why_unbounded(scheduler):
+        raise DiffusersDPMError(reason)
+    process = _analytic_twin(scheduler)
     variances = process.reverse_variances()
     timesteps = process.timesteps.tolist()
     transitions = []
@@ -200,23 +227,14 @@ def reverse_process(scheduler: Any) -> tuple[AnalyticDPMScheduler, list[Transiti
     return process, transitions
 
 
-def _sampler(scheduler: Any) -> AnalyticDPMScheduler:
-    """A twin of `scheduler` on the same `timesteps`, with the reverse variance that DDPM and DDIM schedulers have."""
-    variance_type = scheduler.config.get("variance_type") or "fixed_small"
-    if isinstance(scheduler, AnalyticDPMScheduler):
-        options: dict[str, Any] = {}
-    elif is_ddpm(scheduler) and variance_type.startswith("fixed"):
-        large = variance_type.startswith("fixed_large")
+def _analytic_twin(scheduler: Any) -> AnalyticDPMScheduler:
+    """`scheduler` on the same `timesteps`, with the reverse variance that DDPM and DDIM schedulers have."""
+    options: dict[str, Any] = {}
+    if is_ddim(scheduler):
+        options = {"forward_process": "ddim", "reverse_variance": "small", "eta": scheduler.config.get("eta", 0.0)}
+    elif not isinstance(scheduler, AnalyticDPMScheduler):
+        large = (scheduler.config.get("variance_type") or "").startswith("fixed_large")
         options = {"forward_process": "ddpm", "reverse_variance": "large" if large else "small"}
-    elif any(base.__name__ == "DDIMScheduler" for base in type(scheduler).__mro__):
-        eta = scheduler.config.get("eta", 0.0)
-        options = {"forward_process": "ddim", "reverse_variance": "small", "eta": eta}
-    else:
-        what = f"variance_type={variance_type!r}" if is_ddpm(scheduler) else "it"
-        raise ValueError(
-            f"{type(scheduler).__name__} has no bound, because {what} gives no scalar reverse variance: use "
-            "AnalyticDPMScheduler.from_config(scheduler.config, reverse_variance='small')."
-        )
     process = copy.copy(forward_process(scheduler, **options))
     process.set_timesteps(timesteps=scheduler.timesteps.tolist())  # whose levels a slice of a grid does not have
     return process
