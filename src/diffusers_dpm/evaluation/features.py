@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torchmetrics.image.fid import NoTrainInceptionV3
 
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.pipelines import NoisyClassifier
 from diffusers_dpm.records import fingerprint, read_json
 
@@ -196,7 +196,8 @@ def extract(extractor: FeatureExtractor, images: torch.Tensor, batch_size: int =
     """
     device = next(extractor.parameters()).device
     images = images.clone(memory_format=torch.contiguous_format)  # by their strides, convolutions round differently
-    return torch.cat([extractor(batch.to(device)).float().cpu() for batch in images.split(batch_size)])
+    with user_error(extractor.name):
+        return torch.cat([extractor(batch.to(device)).float().cpu() for batch in images.split(batch_size)])
 
 
 def to_bytes(images: torch.Tensor) -> torch.Tensor:

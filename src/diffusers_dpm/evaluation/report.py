@@ -98,7 +98,7 @@ def report(
 
 
 def write_report(results: Results) -> list[str]:
-    """Write metrics.md and metrics.png beside metrics.json; returns the tables and a line with the path, to be shown."""
+    """Write metrics.md and metrics.png beside metrics.json; returns the tables and a line with the path."""
     with results.locked():
         results.read()
         if not results.rows:

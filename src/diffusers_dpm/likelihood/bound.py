@@ -25,22 +25,17 @@ from typing import Any, NamedTuple
 import torch
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.likelihood.decoder import (
-    check_levels,
-    decoder_variances,
-    discretized_gaussian_log_prob,
-    gaussian_log_density,
-)
-from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Evaluation, forward_process, standard_error
+from diffusers_dpm.likelihood.decoder import check_levels, decoder_log_prob, decoder_variances
+from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Examples, forward_process, standard_error
 from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.pipeline_dpm import evaluation_mode, is_ddpm
-from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level
+from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
 
 @dataclass(frozen=True)
 class PredictionErrors:
-    """All that the bound of N images needs to know about the network, at n timesteps; means over the d dimensions.
+    """The network's errors for N images at n timesteps, which determine every bound; means over the d dimensions.
 
     Attributes:
         timesteps: ascending.
@@ -51,7 +46,7 @@ class PredictionErrors:
         schedule_hash: of the noise schedule.
 
     Raises:
-        ValueError: tensors of other images or timesteps than the rest.
+        DiffusersDPMError: tensors of other images or timesteps than the rest.
     """
 
     timesteps: tuple[int, ...]
@@ -63,7 +58,7 @@ class PredictionErrors:
     def __post_init__(self) -> None:
         size = (len(self.mean_square), len(self.timesteps))
         if self.decoder.shape != size or self.moments.shape != (*size, 3):
-            raise ValueError(
+            raise DiffusersDPMError(
                 f"errors of {size[0]} images at {size[1]} timesteps cannot have moments of shape "
                 f"{tuple(self.moments.shape)} and a decoder of shape {tuple(self.decoder.shape)}."
             )
@@ -108,38 +103,32 @@ def measure_errors(
         progress: gets `update(n)` for n pairs.
 
     Raises:
-        ValueError: images that do not lie on the levels, timesteps out of range, lists of different lengths, or a
-            network output that is not finite.
+        DiffusersDPMError: images that do not lie on the levels, timesteps out of range, lists of different lengths,
+            or a network output that is not finite.
     """
     process = forward_process(scheduler)
-    schedule, config = process.schedule, process.config
+    schedule, prediction_type = process.schedule, process.config.prediction_type
     grid = sorted(set(map(int, timesteps)))
     if not grid or grid[0] < 0 or grid[-1] >= len(schedule):
-        raise ValueError(f"timesteps must lie in 0 .. {len(schedule) - 1}, got {grid[:4]} .. {grid[-4:]}.")
-    evaluation = Evaluation(unet, images, class_labels, indices, seed, batch_size)
+        raise DiffusersDPMError(f"timesteps must lie in 0 .. {len(schedule) - 1}, got {grid[:4]} .. {grid[-4:]}.")
+    examples = Examples(unet, images, class_labels, indices, seed, batch_size)
     if num_levels is not None:
         check_levels(images, num_levels)
-    if decoder_variance is not None and not decoder_variance > 0:
-        raise ValueError(f"decoder_variance={decoder_variance} must be positive.")
-    variances = decoder_variances(schedule, grid) if decoder_variance is None else [decoder_variance] * len(grid)
+    variances = decoder_variances(schedule, grid, decoder_variance)
 
     def evaluate(pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
         """(len(pairs), 4): the moments and the decoder term of (image, place in the grid) pairs."""
-        rows, places = [row for row, _ in pairs], [place for _, place in pairs]
-        x0, labels = evaluation.batch(rows)
-        noise = evaluation.draw("normal", rows, ((0, grid[place]) for place in places))
+        rows, places = zip(*pairs, strict=True)
+        x0, labels = examples.batch(rows)
+        noise = examples.draw("normal", rows, ((0, grid[place]) for place in places))
         t = torch.tensor([grid[place] for place in places], device=x0.device)
         level = Level._make((*schedule.at(t, x0), math.nan))
         x_t = level.alpha * x0 + level.sigma * noise
-        of_sample, of_output = PREDICTIONS[config.prediction_type](level).x0
-        raw = of_sample * x_t + of_output * network_output(unet, x_t, t, labels)
+        raw = affine(PREDICTIONS[prediction_type](level).x0, x_t, network_output(unet, x_t, t, labels))
         predicted = process.clip_x0(raw)
         error, clipping = x0 - predicted, predicted - raw
-        variance = x0.new_tensor([variances[place] for place in places]).view(-1, *(1,) * (x0.ndim - 1))
-        if num_levels is None:
-            log_prob = gaussian_log_density(x0, predicted, variance)
-        else:
-            log_prob = discretized_gaussian_log_prob(x0, predicted, variance, num_levels, cdf)
+        variance = variances[list(places)].to(x0).view(-1, *(1,) * (x0.ndim - 1))
+        log_prob = decoder_log_prob(x0, predicted, variance, num_levels, cdf)
         terms = (error**2, error * clipping, clipping**2, -log_prob)
         return torch.stack([term.flatten(1).mean(dim=1) for term in terms], dim=1).cpu()
 
@@ -149,10 +138,10 @@ def measure_errors(
             batch = range(start, min(start + batch_size, num_pairs))
             parts.append(evaluate([divmod(pair, len(grid)) for pair in batch]))
             if progress is not None:
-                progress.update(len(parts[-1]))
+                progress.update(len(batch))
     values = torch.cat(parts).unflatten(0, (len(images), len(grid)))
     if not values.isfinite().all():
-        raise ValueError("the network's predictions are not finite.")
+        raise DiffusersDPMError("the network's predictions are not finite.")
     mean_square = images.double().square().flatten(1).mean(dim=1).cpu()
     return PredictionErrors(tuple(grid), values[..., :3], values[..., 3], mean_square, schedule.hash)
 
@@ -282,7 +271,7 @@ class EvidenceLowerBound:
 
     @property
     def standard_error(self) -> float:
-        """Of `bits_per_dim`, from the spread over the images (noise draws included); NaN for one image."""
+        """Standard error of `bits_per_dim`, from the spread over the images (noise included); NaN for one image."""
         return standard_error(self.per_image)
 
     def terms(self) -> list[Term]:
@@ -315,15 +304,17 @@ def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLower
             eta > 0, ours or diffusers'. `set_timesteps` chooses the grid; before it is called, that is all timesteps.
 
     Raises:
-        ValueError: no bound (see `reverse_process`), other noise levels, or a timestep that was not measured.
+        DiffusersDPMError: no bound (see `reverse_process`), other noise levels, or a timestep that was not measured.
     """
     process, transitions = reverse_process(scheduler)
     if process.schedule.hash != errors.schedule_hash:
-        raise ValueError("the errors were measured under another noise schedule.")
+        raise DiffusersDPMError("the errors were measured under another noise schedule.")
     timesteps = process.timesteps.tolist()
     missing = sorted(set(timesteps) - set(errors.timesteps))
     if missing:
-        raise ValueError(f"{len(missing)} timesteps of the grid were not measured, the first of them {missing[0]}.")
+        raise DiffusersDPMError(
+            f"{len(missing)} timesteps of the grid were not measured, the first of them {missing[0]}."
+        )
     place = {t: i for i, t in enumerate(errors.timesteps)}
     nats = [
         prior_divergence(process.levels[0], errors.mean_square),
@@ -337,7 +328,7 @@ def evidence_lower_bound(unet: Any, scheduler: Any, images: torch.Tensor, **opti
     """The bound on the scheduler's present grid: `measure_errors`, whose options it takes, and `bound_from_errors`.
 
     Raises:
-        ValueError: as the two; that there is no finite bound is found before the network is called.
+        DiffusersDPMError: as the two; that there is no finite bound is found before the network is called.
     """
     process, _ = reverse_process(scheduler)
     errors = measure_errors(unet, scheduler, images, process.timesteps.tolist(), **options)

@@ -1,6 +1,7 @@
-"""Measure the likelihood of a data set under a model."""
+"""Measure the likelihood of a data set under a model, and write what was measured."""
 
 import csv
+import json
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from accelerate.utils import tqdm
 
 from diffusers_dpm.data import ImageDataset, describe, find_num_levels, load_data
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.likelihood.bound import (
     EvidenceLowerBound,
     PredictionErrors,
@@ -18,10 +20,11 @@ from diffusers_dpm.likelihood.bound import (
     measure_errors,
     reverse_process,
 )
+from diffusers_dpm.likelihood.ode import ODELikelihood, ode_log_likelihood
 from diffusers_dpm.likelihood.problem import forward_process
 from diffusers_dpm.networks import checked_labels, load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.records import Tensors, fingerprint, measure_resumably
+from diffusers_dpm.records import Tensors, measure_resumably, read_json, weights_hash, without_nan, write_text
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, AnalyticDPMScheduler
 
 
@@ -33,6 +36,10 @@ CLIPPING_KEYS = (
     *("clip_sample", "clip_sample_range"),
     *("thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
 )
+
+
+# The options of the ODE, those of its result.
+ODE_OPTIONS = ("divergence", "num_probes", "num_passes", "dequantization", "solver", "tolerance", "num_steps")
 
 
 class Task(NamedTuple):
@@ -50,7 +57,7 @@ class Task(NamedTuple):
         """All that measured values depend on, other than the choice of images."""
         process = forward_process(self.pipeline.scheduler)
         return {
-            "weights": fingerprint(self.pipeline.unet.state_dict().values()),
+            "weights": weights_hash(self.pipeline.unet),
             "schedule_hash": process.schedule.hash,
             "prediction_type": process.config.prediction_type,
             "images": f"{len(self.data)} images of {describe(self.data.shape)}",
@@ -74,15 +81,35 @@ class Task(NamedTuple):
             "batch_size": self.options.batch_size,
         }
 
+    def write(self, method: str, results: dict[str, Any]) -> Path:
+        """Put one method's results into likelihood.json, beside the other's; returns its path."""
+        path, options = self.folder / "likelihood.json", self.options
+        about = {
+            "model": self.model,
+            "data": options.data,
+            "split": options.split,
+            "num_images": len(self.indices),
+            "indices": self.indices,
+            "num_levels": self.num_levels,
+            "seed": options.seed,
+        }
+        others = read_json(path) if path.exists() else {}
+        write_text(path, json.dumps({**others, method: without_nan({**about, **results})}, indent=2) + "\n")
+        return path
+
 
 def open_task(model: str, options: Any) -> Task:
-    """Loads everything and checks that it fits together.
+    """Load everything and check that it fits together.
+
+    Args:
+        model: run folder or Hub id.
+        options: with the attributes of `diffusers-dpm likelihood`'s options.
 
     Raises:
-        ValueError: the model, the data or the options cannot be used.
+        DiffusersDPMError: the model, the data or the options cannot be used.
     """
     if options.output_dir is None and not Path(model).is_dir():
-        raise ValueError(f"{model} is not a folder here: say with --output-dir where the results go")
+        raise DiffusersDPMError(f"{model} is not a folder here: say with --output-dir where the results go")
     pipeline = load_pipeline(model)
     data = load_data(options, require_labels=is_conditional(pipeline))
     checked_labels(pipeline.unet, data[[0]]["images"], data.labels)
@@ -90,11 +117,11 @@ def open_task(model: str, options: Any) -> Task:
     try:
         pipeline.unet.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+        raise DiffusersDPMError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed)).tolist()
     num_images = len(data) if options.num_images is None else options.num_images
     if num_images > len(data):
-        raise ValueError(f"--num-images {num_images} is more than the {len(data)} images of the data")
+        raise DiffusersDPMError(f"--num-images {num_images} is more than the {len(data)} images of the data")
     folder = Path(options.output_dir or model)
     folder.mkdir(parents=True, exist_ok=True)
     return Task(model, pipeline, data, order[:num_images], find_num_levels(data, options.num_levels), options, folder)
@@ -104,7 +131,9 @@ def is_conditional(pipeline: DPMPipeline) -> bool:
     return pipeline.unet.config.num_class_embeds is not None
 
 
-class Sampler(NamedTuple):
+class ReverseSampler(NamedTuple):
+    """A sampler on its grid, and the options that chose it."""
+
     timestep_spacing: str
     num_inference_steps: int
     reverse_variance: str
@@ -112,10 +141,10 @@ class Sampler(NamedTuple):
 
 
 def find_statistics(model: str, folder: str | None) -> AnalyticDPMScheduler | None:
-    """The scheduler that holds the model's statistics; None if there is none and none was asked for."""
+    """The scheduler that holds the model's statistics; None if there is none and `folder` names none."""
     if folder is not None:
         if not (Path(folder) / "scheduler_config.json").is_file():
-            raise ValueError(f"no statistics in {folder}: it holds no scheduler_config.json")
+            raise DiffusersDPMError(f"no statistics in {folder}: it holds no scheduler_config.json")
         return AnalyticDPMScheduler.from_pretrained(folder)
     try:
         return AnalyticDPMScheduler.from_pretrained(model, subfolder="analytic_dpm")
@@ -123,11 +152,11 @@ def find_statistics(model: str, folder: str | None) -> AnalyticDPMScheduler | No
         return None
 
 
-def build_samplers(task: Task) -> list[Sampler]:
-    """All combinations that were asked for, on their grids.
+def build_samplers(task: Task) -> list[ReverseSampler]:
+    """All combinations of the options, on their grids.
 
     Raises:
-        ValueError: one of them cannot be, or has no finite bound.
+        DiffusersDPMError: one of them is invalid or has no finite bound.
     """
     options = task.options
     with_statistics = find_statistics(task.model, options.statistics)
@@ -137,26 +166,30 @@ def build_samplers(task: Task) -> list[Sampler]:
     if variances is None:
         variances = ["small"] if options.forward_process == "ddim" else ["small", "large"]
         variances += [] if with_statistics is None else ["residual"]
-    samplers: list[Sampler] = []
+    samplers: list[ReverseSampler] = []
     for spacing, variance in product(options.timestep_spacing or ["even"], variances):
         # The optimal trajectory is made for the variances of an estimate, whichever the sampler then uses.
         estimate = variance if variance in ESTIMATES or spacing != "optimal" else "residual"
-        grids = AnalyticDPMScheduler.from_config(
-            config, timestep_spacing=spacing, reverse_variance=estimate, **process
-        )
-        some = []
-        for num_steps in sorted(set(options.num_inference_steps or [10, 25, 50, 100]), reverse=True):
-            grids.set_timesteps(num_steps)  # the longest first: optimal trajectories share its work
-            scheduler = AnalyticDPMScheduler.from_config(grids.config, reverse_variance=variance)
-            scheduler.set_timesteps(timesteps=grids.timesteps)
-            reverse_process(scheduler)
-            some.append(Sampler(spacing, num_steps, variance, scheduler))
-        samplers += reversed(some)
+        group = []
+        with user_error(f"timestep_spacing={spacing}, reverse_variance={variance}"):
+            grids = AnalyticDPMScheduler.from_config(
+                config, timestep_spacing=spacing, reverse_variance=estimate, **process
+            )
+            for num_steps in sorted(set(options.num_inference_steps or [10, 25, 50, 100]), reverse=True):
+                grids.set_timesteps(num_steps)  # the longest first: optimal trajectories share its work
+                scheduler = AnalyticDPMScheduler.from_config(grids.config, reverse_variance=variance)
+                scheduler.set_timesteps(timesteps=grids.timesteps)
+                reverse_process(scheduler)
+                group.append(ReverseSampler(spacing, num_steps, variance, scheduler))
+        samplers += reversed(group)
     return samplers
 
 
-def measure_bounds(task: Task) -> list[tuple[Sampler, EvidenceLowerBound]]:
-    """One pass of the network over all timesteps that any sampler visits, then all bounds."""
+def measure_bounds(task: Task) -> list[tuple[ReverseSampler, EvidenceLowerBound]]:
+    """One pass of the network over all timesteps that any sampler visits, then all bounds.
+
+    Writes likelihood.json, likelihood_terms.csv and likelihood.png. Interrupted, the same call continues.
+    """
     samplers = build_samplers(task)
     timesteps = sorted({t for sampler in samplers for t in sampler.scheduler.timesteps.tolist()})
     options, scheduler = task.options, samplers[0].scheduler
@@ -185,10 +218,58 @@ def measure_bounds(task: Task) -> list[tuple[Sampler, EvidenceLowerBound]]:
 
         measured = measure_resumably(path, settings, len(task.indices), block, measure)
     errors = PredictionErrors(tuple(timesteps), **measured, schedule_hash=scheduler.schedule.hash)
-    return [(sampler, bound_from_errors(errors, sampler.scheduler)) for sampler in samplers]
+    bounds = [(sampler, bound_from_errors(errors, sampler.scheduler)) for sampler in samplers]
+    write_terms(task.folder / "likelihood_terms.csv", bounds)
+    plot(task.folder / "likelihood.png", bounds)
+    task.write("elbo", {"cdf": options.cdf, "bounds": [bound_row(*pair) for pair in bounds]})
+    return bounds
 
 
-def write_terms(path: Path, bounds: Sequence[tuple[Sampler, EvidenceLowerBound]]) -> None:
+def bound_row(sampler: ReverseSampler, bound: EvidenceLowerBound) -> dict[str, Any]:
+    """A sampler's row in likelihood.json."""
+    prior, *_, decoder = bound.terms()
+    options = {name: value for name, value in sampler._asdict().items() if name != "scheduler"}
+    result = {"bits_per_dim": bound.bits_per_dim, "standard_error": bound.standard_error}
+    return {**options, **result, "prior": prior.bits_per_dim, "decoder": decoder.bits_per_dim}
+
+
+def measure_ode(task: Task) -> ODELikelihood:
+    """The likelihood under the probability-flow ODE, written to likelihood.json; an interrupted call can be repeated."""
+    options = {name: getattr(task.options, name) for name in ODE_OPTIONS}
+    tolerance = options["tolerance"]
+    arguments: dict[str, Any] = {name: value for name, value in options.items() if name != "tolerance"}
+    num_passes = options["num_passes"]
+    path = task.folder / "likelihood_ode.safetensors"
+    with tqdm(total=len(task.indices) * num_passes, unit="image", desc="images x passes") as bar:
+
+        def measure(rows: range) -> Tensors:
+            bar.update(rows.start * num_passes - bar.n)
+            result = ode_log_likelihood(
+                task.pipeline.unet,
+                task.pipeline.scheduler,
+                rtol=tolerance,
+                atol=tolerance,
+                progress=bar,
+                **arguments,
+                **task.batch(rows),
+            )
+            return {"samples": result.samples, "calls": torch.full((len(rows),), result.num_evaluations).double()}
+
+        settings = task.settings(**options)
+        measured = measure_resumably(path, settings, len(task.indices), task.options.batch_size, measure)
+    likelihood = ODELikelihood(measured["samples"], measured["calls"].mean().item())
+    results = {
+        "bits_per_dim": likelihood.bits_per_dim,
+        "standard_error": likelihood.standard_error,
+        "standard_error_of_one_image": likelihood.error_of_one_image,
+        "num_evaluations": likelihood.num_evaluations,
+        "per_image": likelihood.per_image.tolist(),
+    }
+    task.write("ode", {**options, **results})
+    return likelihood
+
+
+def write_terms(path: Path, bounds: Sequence[tuple[ReverseSampler, EvidenceLowerBound]]) -> None:
     """Every term of every bound as one table."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -197,7 +278,7 @@ def write_terms(path: Path, bounds: Sequence[tuple[Sampler, EvidenceLowerBound]]
             writer.writerows([*sampler[:3], *term] for term in bound.terms())
 
 
-def plot(path: Path, bounds: Sequence[tuple[Sampler, EvidenceLowerBound]]) -> None:
+def plot(path: Path, bounds: Sequence[tuple[ReverseSampler, EvidenceLowerBound]]) -> None:
     """Bounds against the number of steps, and the terms of those with the most steps."""
     from matplotlib.figure import Figure
 
