@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := src schedulers pipelines training tests benchmarks
+SOURCES := src schedulers pipelines training tests benchmarks model_cards/render.py
 PACKAGED := $(sort $(wildcard src/diffusers_dpm/* schedulers/* pipelines/* training/* model_cards/*))
 
 # With threads that spin while they wait, two processes on two cores slow each other down tenfold.
@@ -24,13 +24,16 @@ NOT_ON_OLDEST := $(addprefix tests/test_hub_staging.py::test_, files \
 	tests/schedulers/test_parity.py::test_ddpm_agrees_with_diffusers_on_every_beta_schedule[laplace] \
 	tests/schedulers/test_noise_schedule.py::test_tables_agree_with_diffusers[laplace
 
-.PHONY: help demo test test-slow compat compat-oldest compat-newest lint types unit format clean FORCE
+.PHONY: help demo card test test-slow compat compat-oldest compat-newest lint types unit format clean FORCE
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.demo ## train, sample and reload a model of handwritten digits
 	$(BIN)/diffusers-dpm demo
+
+card: $(VENV)/.dev ## render model_cards/ddpm-digits.md from its facts, figures and pictures
+	$(BIN)/python model_cards/render.py model_cards/ddpm-digits.yaml
 
 test: lint types unit ## lint, types and the test suite
 

@@ -21,6 +21,9 @@ from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 
 PAIRS = {"DDPM": (DDPMScheduler, diffusers.DDPMScheduler), "DDIM": (DDIMScheduler, diffusers.DDIMScheduler)}
 V_PREDICTION = {"prediction_type": "v_prediction"}
+DYNAMIC = {"thresholding": True, "sample_max_value": 100.0, "dynamic_thresholding_ratio": 0.9}
+STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False, **V_PREDICTION}
 # name -> (class, config, keywords of step)
 CONFIGS = {
     "DDPM fixed_small": ("DDPM", {}, {}),
@@ -28,45 +31,17 @@ CONFIGS = {
     "DDPM fixed_small, linspace": ("DDPM", {"timestep_spacing": "linspace"}, {}),
     "DDPM fixed_small, trailing": ("DDPM", {"timestep_spacing": "trailing"}, {}),
     "DDPM learned_range": ("DDPM", {"variance_type": "learned_range"}, {}),
-    "DDPM v_prediction, cosine": (
-        "DDPM",
-        {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"},
-        {},
-    ),
+    "DDPM v_prediction, cosine": ("DDPM", {"beta_schedule": "squaredcos_cap_v2", **V_PREDICTION}, {}),
     "DDPM sample, sigmoid": ("DDPM", {"prediction_type": "sample", "beta_schedule": "sigmoid"}, {}),
-    "DDPM dynamic thresholding": (
-        "DDPM",
-        {"thresholding": True, "sample_max_value": 100.0, "dynamic_thresholding_ratio": 0.9},
-        {},
-    ),
+    "DDPM dynamic thresholding": ("DDPM", DYNAMIC, {}),
     "DDPM not clipped, v_prediction": ("DDPM", {"clip_sample": False, **V_PREDICTION}, {}),
     "DDIM eta 0": ("DDIM", {}, {}),
     "DDIM eta 0, epsilon re-derived": ("DDIM", {}, {"use_clipped_model_output": True}),
     "DDIM eta 0.5": ("DDIM", {}, {"eta": 0.5}),
     "DDIM eta 1": ("DDIM", {}, {"eta": 1.0}),
     "DDIM trailing": ("DDIM", {"timestep_spacing": "trailing"}, {}),
-    "DDIM Stable Diffusion's config": (
-        "DDIM",
-        {
-            "beta_schedule": "scaled_linear",
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
-            "clip_sample": False,
-            "set_alpha_to_one": False,
-            "steps_offset": 1,
-        },
-        {},
-    ),
-    "DDIM zero terminal SNR": (
-        "DDIM",
-        {
-            "rescale_betas_zero_snr": True,
-            "timestep_spacing": "trailing",
-            "clip_sample": False,
-            **V_PREDICTION,
-        },
-        {},
-    ),
+    "DDIM Stable Diffusion's config": ("DDIM", {**STABLE_DIFFUSION, "set_alpha_to_one": False, "steps_offset": 1}, {}),
+    "DDIM zero terminal SNR": ("DDIM", ZERO_SNR, {}),
 }
 
 

@@ -29,7 +29,7 @@ from diffusers_dpm.likelihood.decoder import check_levels, decoder_log_prob, dec
 from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Examples, forward_process, standard_error
 from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.pipeline_dpm import evaluation_mode, is_ddpm
-from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level, affine
+from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
 
@@ -124,7 +124,8 @@ def measure_errors(
         t = torch.tensor([grid[place] for place in places], device=x0.device)
         level = Level._make((*schedule.at(t, x0), math.nan))
         x_t = level.alpha * x0 + level.sigma * noise
-        raw = affine(PREDICTIONS[prediction_type](level).x0, x_t, network_output(unet, x_t, t, labels))
+        of_sample, of_output = PREDICTIONS[prediction_type](level).x0
+        raw = of_sample * x_t + of_output * network_output(unet, x_t, t, labels)
         predicted = process.clip_x0(raw)
         error, clipping = x0 - predicted, predicted - raw
         variance = variances[list(places)].to(x0).view(-1, *(1,) * (x0.ndim - 1))

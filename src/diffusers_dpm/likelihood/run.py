@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import tqdm
 
 from diffusers_dpm.data import ImageDataset, describe, find_num_levels, load_data
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.likelihood.bound import (
     EvidenceLowerBound,
     PredictionErrors,
@@ -234,7 +234,7 @@ def bound_row(sampler: ReverseSampler, bound: EvidenceLowerBound) -> dict[str, A
 
 
 def measure_ode(task: Task) -> ODELikelihood:
-    """The likelihood under the probability-flow ODE, written to likelihood.json; an interrupted call can be repeated."""
+    """The likelihood under the probability-flow ODE, written to likelihood.json; repeat an interrupted call."""
     options = {name: getattr(task.options, name) for name in ODE_OPTIONS}
     tolerance = options["tolerance"]
     arguments: dict[str, Any] = {name: value for name, value in options.items() if name != "tolerance"}
