@@ -26,7 +26,7 @@ import torch
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.likelihood.decoder import check_levels, decoder_log_prob, decoder_variances
-from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Examples, forward_process, standard_error
+from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, forward_process, standard_error
 from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.pipeline_dpm import evaluation_mode, is_ddpm
 from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level
@@ -249,7 +249,7 @@ class Term(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EvidenceLowerBound:
+class EvidenceLowerBound(Estimate):
     """An upper bound of -log2 p(x_0) / d, in the order of sampling: the prior, each step, the decoder.
 
     Attributes:
@@ -264,16 +264,6 @@ class EvidenceLowerBound:
     def per_image(self) -> torch.Tensor:
         """Bits per dimension of each image, float64 (N,)."""
         return self.per_term.sum(dim=1)
-
-    @property
-    def bits_per_dim(self) -> float:
-        """Mean over the images of the sum of the terms."""
-        return self.per_image.mean().item()
-
-    @property
-    def standard_error(self) -> float:
-        """Standard error of `bits_per_dim`, from the spread over the images (noise included); NaN for one image."""
-        return standard_error(self.per_image)
 
     def terms(self) -> list[Term]:
         """One row per term. They sum to `bits_per_dim`; their standard errors do not add up."""

@@ -9,7 +9,7 @@ import torch
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.likelihood.decoder import check_levels, gaussian_log_density
-from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Examples, forward_process, standard_error
+from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, forward_process
 from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.pipeline_dpm import evaluation_mode
 from diffusers_dpm.schedulers.dpm_core import PREDICTIONS, Level, affine
@@ -50,7 +50,7 @@ def dequantize(
 
 
 @dataclass(frozen=True)
-class ODELikelihood:
+class ODELikelihood(Estimate):
     """-log2 p(x_0) / d under the probability-flow ODE, an estimate: the divergence is probed, and pixels have noise.
 
     For pixels of finite depth its expectation is an upper bound of the bits of the discrete image (Theis et al. 2016,
@@ -81,16 +81,6 @@ class ODELikelihood:
     def error_of_one_image(self) -> float:
         """RMS of `per_image_error`; NaN with one pass and one probe."""
         return self.per_image_error.square().mean().sqrt().item()
-
-    @property
-    def bits_per_dim(self) -> float:
-        """Mean over the images."""
-        return self.per_image.mean().item()
-
-    @property
-    def standard_error(self) -> float:
-        """Standard error of `bits_per_dim`, from the spread over the images; NaN for one image."""
-        return standard_error(self.per_image)
 
 
 def ode_log_likelihood(

@@ -70,3 +70,22 @@ class Examples:
 def standard_error(values: torch.Tensor) -> float:
     """The standard error of the mean of a vector; NaN for a single value."""
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
+
+
+class Estimate:
+    """Bits per dimension of images, with what is estimated of their mean."""
+
+    @property
+    def per_image(self) -> torch.Tensor:
+        """Bits per dimension of each image, float64 (N,)."""
+        raise NotImplementedError
+
+    @property
+    def bits_per_dim(self) -> float:
+        """Mean over the images."""
+        return self.per_image.mean().item()
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of `bits_per_dim`, from the spread over the images (noise included); NaN for one image."""
+        return standard_error(self.per_image)

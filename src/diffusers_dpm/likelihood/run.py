@@ -2,8 +2,8 @@
 
 import csv
 import json
-from collections.abc import Sequence
-from itertools import product
+from collections.abc import Callable, Sequence
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,6 +80,32 @@ class Task(NamedTuple):
             "seed": self.options.seed,
             "batch_size": self.options.batch_size,
         }
+
+    def measure(
+        self,
+        method: str,
+        settings: dict[str, Any],
+        measure: Callable[..., Tensors],
+        block: int,
+        calls: int,
+        **bar: str,
+    ) -> Tensors:
+        """`measure` of all images, `block` of them at a time; an interrupted call continues where it stopped.
+
+        Args:
+            method: the results lie in likelihood_METHOD.safetensors.
+            settings: that the values depend on, beside those of `settings`.
+            measure: (arguments of `batch`, progress) -> tensors.
+            calls: for each image, of the progress bar.
+        """
+        path = self.folder / f"likelihood_{method}.safetensors"
+        with tqdm(total=len(self.indices) * calls, **bar) as progress:
+
+            def measure_rows(rows: range) -> Tensors:
+                progress.update(rows.start * calls - progress.n)
+                return measure(progress=progress, **self.batch(rows))
+
+            return measure_resumably(path, self.settings(**settings), len(self.indices), block, measure_rows)
 
     def write(self, method: str, results: dict[str, Any]) -> Path:
         """Put one method's results into likelihood.json, beside the other's; returns its path."""
@@ -193,30 +219,15 @@ def measure_bounds(task: Task) -> list[tuple[ReverseSampler, EvidenceLowerBound]
     samplers = build_samplers(task)
     timesteps = sorted({t for sampler in samplers for t in sampler.scheduler.timesteps.tolist()})
     options, scheduler = task.options, samplers[0].scheduler
-    settings = task.settings(
-        timesteps=timesteps,
-        cdf=options.cdf,
-        decoder_variance=options.decoder_variance,
-        **{key: scheduler.config[key] for key in CLIPPING_KEYS},
-    )
-    path = task.folder / "likelihood_elbo.safetensors"
+    choices = {"timesteps": timesteps, "cdf": options.cdf, "decoder_variance": options.decoder_variance}
+    settings = {**choices, **{key: scheduler.config[key] for key in CLIPPING_KEYS}}
+
+    def measure(**batch: Any) -> Tensors:
+        errors = measure_errors(task.pipeline.unet, scheduler, **choices, **batch)
+        return {"moments": errors.moments, "decoder": errors.decoder, "mean_square": errors.mean_square}
+
     block = max(1, 8 * options.batch_size // len(timesteps))
-    with tqdm(total=len(task.indices) * len(timesteps), unit="call", desc="images x timesteps") as bar:
-
-        def measure(rows: range) -> Tensors:
-            bar.update(rows.start * len(timesteps) - bar.n)
-            errors = measure_errors(
-                task.pipeline.unet,
-                scheduler,
-                timesteps=timesteps,
-                cdf=options.cdf,
-                decoder_variance=options.decoder_variance,
-                progress=bar,
-                **task.batch(rows),
-            )
-            return {"moments": errors.moments, "decoder": errors.decoder, "mean_square": errors.mean_square}
-
-        measured = measure_resumably(path, settings, len(task.indices), block, measure)
+    measured = task.measure("elbo", settings, measure, block, len(timesteps), unit="call", desc="images x timesteps")
     errors = PredictionErrors(tuple(timesteps), **measured, schedule_hash=scheduler.schedule.hash)
     bounds = [(sampler, bound_from_errors(errors, sampler.scheduler)) for sampler in samplers]
     write_terms(task.folder / "likelihood_terms.csv", bounds)
@@ -235,28 +246,17 @@ def bound_row(sampler: ReverseSampler, bound: EvidenceLowerBound) -> dict[str, A
 
 def measure_ode(task: Task) -> ODELikelihood:
     """The likelihood under the probability-flow ODE, written to likelihood.json; repeat an interrupted call."""
-    options = {name: getattr(task.options, name) for name in ODE_OPTIONS}
-    tolerance = options["tolerance"]
-    arguments: dict[str, Any] = {name: value for name, value in options.items() if name != "tolerance"}
-    num_passes = options["num_passes"]
-    path = task.folder / "likelihood_ode.safetensors"
-    with tqdm(total=len(task.indices) * num_passes, unit="image", desc="images x passes") as bar:
+    options: dict[str, Any] = {name: getattr(task.options, name) for name in ODE_OPTIONS}
+    choices = {("rtol" if name == "tolerance" else name): value for name, value in options.items()}
 
-        def measure(rows: range) -> Tensors:
-            bar.update(rows.start * num_passes - bar.n)
-            result = ode_log_likelihood(
-                task.pipeline.unet,
-                task.pipeline.scheduler,
-                rtol=tolerance,
-                atol=tolerance,
-                progress=bar,
-                **arguments,
-                **task.batch(rows),
-            )
-            return {"samples": result.samples, "calls": torch.full((len(rows),), result.num_evaluations).double()}
+    def measure(**batch: Any) -> Tensors:
+        unet, scheduler = task.pipeline.unet, task.pipeline.scheduler
+        result = ode_log_likelihood(unet, scheduler, atol=choices["rtol"], **choices, **batch)
+        calls = torch.full((len(result.samples),), result.num_evaluations, dtype=torch.float64)
+        return {"samples": result.samples, "calls": calls}
 
-        settings = task.settings(**options)
-        measured = measure_resumably(path, settings, len(task.indices), task.options.batch_size, measure)
+    block, passes = task.options.batch_size, options["num_passes"]
+    measured = task.measure("ode", options, measure, block, passes, unit="image", desc="images x passes")
     likelihood = ODELikelihood(measured["samples"], measured["calls"].mean().item())
     results = {
         "bits_per_dim": likelihood.bits_per_dim,
@@ -284,30 +284,17 @@ def plot(path: Path, bounds: Sequence[tuple[ReverseSampler, EvidenceLowerBound]]
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    kinds = dict.fromkeys((sampler.timestep_spacing, sampler.reverse_variance) for sampler, _ in bounds)
-    for spacing, variance in kinds:
-        mine = [(s, b) for s, b in bounds if (s.timestep_spacing, s.reverse_variance) == (spacing, variance)]
-        mine.sort(key=lambda pair: pair[0].num_inference_steps)
-        steps = [sampler.num_inference_steps for sampler, _ in mine]
-        left.errorbar(
-            steps,
-            [bound.bits_per_dim for _, bound in mine],
-            [bound.standard_error for _, bound in mine] if len(mine[0][1].per_image) > 1 else None,
-            marker="o",
-            markersize=3,
-            label=f"{spacing}, {variance}",
-        )
-        terms = [term for term in mine[-1][1].terms() if term.name == "step"]
-        right.plot(
-            [term.t for term in terms],
-            [term.bits_per_dim for term in terms],
-            label=f"{spacing}, {variance}, {steps[-1]} steps",
-        )
-    for axes, label in ((left, "steps"), (right, "timestep t of the step")):
-        axes.set_xlabel(label)
-        axes.set_yscale("log")
+    for (spacing, variance), pairs in groupby(
+        bounds, lambda pair: (pair[0].timestep_spacing, pair[0].reverse_variance)
+    ):
+        samplers, group = zip(*pairs, strict=True)
+        steps, label = [sampler.num_inference_steps for sampler in samplers], f"{spacing}, {variance}"
+        errors = [bound.standard_error for bound in group]
+        left.errorbar(steps, [bound.bits_per_dim for bound in group], errors, marker="o", markersize=3, label=label)
+        terms = [(term.t, term.bits_per_dim) for term in group[-1].terms() if term.name == "step"]
+        right.plot(*zip(*terms, strict=True), label=f"{label}, {steps[-1]} steps")
+    left.set(xlabel="steps", ylabel="bits per dimension, upper bound", xscale="log", yscale="log")
+    right.set(xlabel="timestep t of the step", ylabel="bits per dimension of a step", yscale="log")
+    for axes in (left, right):
         axes.legend(fontsize="small")
-    left.set_xscale("log")
-    left.set_ylabel("bits per dimension, upper bound")
-    right.set_ylabel("bits per dimension of a step")
     figure.savefig(path, dpi=120)
