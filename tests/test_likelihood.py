@@ -687,7 +687,7 @@ def test_the_error_norm_is_of_the_worst_image():
     assert largest_error((x, gained)).item() == pytest.approx(math.sqrt(12.5))
 
 
-def test_bound_equals_the_ode_where_tight_and_exceeds_it_elsewhe():
+def test_bound_equals_the_ode_where_it_is_tight():
     images = math.sqrt(VARIANCE) * normal(100, 1, 8, 8)
     scheduler = analytic("residual")
     network = WhiteNetwork(scheduler.schedule, VARIANCE)
