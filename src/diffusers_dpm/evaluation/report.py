@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.evaluation.results import Results, format_value, grouped, measurement, mixture_notes, sampler_name
+from diffusers_dpm.evaluation.results import (
+    Results,
+    Row,
+    format_value,
+    grouped,
+    measurement,
+    mixture_notes,
+    sampler_name,
+)
 from diffusers_dpm.records import write_text
-
-
-Row = Mapping[str, Any]  # of metrics.json, see `results.read_metrics`; here also "calls" and "seconds"
 
 
 Table = dict[str, dict[int, Row]]  # label of a line -> column -> row

@@ -16,6 +16,7 @@ from diffusers_dpm.records import PACKAGES, read_json, write_text
 from diffusers_dpm.schedulers import CalibratedScheduler
 
 
+Row = Mapping[str, Any]  # of metrics.json; what `evaluate` measures has "calls", "seconds" and "seeds", too
 # key of a row of metrics.json -> its type; the first ones say what was measured, the last how
 METRIC_KEYS: dict[str, type | tuple[type, ...]] = {
     "scheduler": str,
@@ -115,22 +116,20 @@ def distinct(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*first.values()]
 
 
-def sampler_name(row: Mapping[str, Any]) -> str:
+def sampler_name(row: Row) -> str:
     """The scheduler with the options that were set."""
     options = ", ".join(f"{key}={value!r}" for key, value in row["options"].items())
     return f"{row['scheduler']}({options})" if options else row["scheduler"]
 
 
-def metric_tables(
-    rows: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]] = ()
-) -> list[dict[str, Any]]:
+def metric_tables(rows: Sequence[Row], baselines: Sequence[Row] = ()) -> list[dict[str, Any]]:
     """One table, samplers by steps, for each metric and way of measuring it."""
     return [metric_table(title, group, baselines) for title, group in grouped(rows).items()]
 
 
-def grouped(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Comparable rows by a title that names the measurement, and the seeds where these differ."""
-    groups: dict[str, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         groups[table_title(row)][row.get("seeds") or "not recorded"].append(row)
     return {
@@ -140,7 +139,7 @@ def grouped(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, An
     }
 
 
-def mixture_notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+def mixture_notes(rows: Iterable[Row]) -> list[str]:
     """Notes below a table where one line mixes statistics, fitted rows or classifiers that were remade in between.
 
     Fitted rows differ for each number of steps anyway.
@@ -150,13 +149,11 @@ def mixture_notes(rows: Iterable[Mapping[str, Any]]) -> list[str]:
         steps = row["steps"] if row["scheduler"] == CalibratedScheduler.__name__ else None
         carried[sampler_name(row), steps].add((row.get("carried_hash"), row.get("classifier_sha256")))
     mixed = dict.fromkeys(name for (name, _), hashes in carried.items() if len(hashes) > 1)
-    return [
-        f"{name}: its statistics, rows or classifiers are not all the same; of each cell the last is shown"
-        for name in mixed
-    ]
+    note = "its statistics, rows or classifiers are not all the same; of each cell the last is shown"
+    return [f"{name}: {note}" for name in mixed]
 
 
-def table_title(row: Mapping[str, Any]) -> str:
+def table_title(row: Row) -> str:
     """What was measured and how: rows of the same title can be compared."""
     how = [f"{row['num_images']:,} images"]
     how += [f"features: {row['feature_extractor']}"] if row["feature_extractor"] else []
@@ -166,13 +163,12 @@ def table_title(row: Mapping[str, Any]) -> str:
     return f"{row['metric']}: {', '.join(how)}"
 
 
-def metric_table(
-    title: str, rows: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]] = ()
-) -> dict[str, Any]:
+def metric_table(title: str, rows: Sequence[Row], baselines: Sequence[Row] = ()) -> dict[str, Any]:
     """The table of one group of rows; "others" are the baselines that were measured alike."""
     steps = sorted({row["steps"] for row in rows})
-    samplers = dict.fromkeys(map(sampler_name, rows))
-    cells = {(sampler_name(row), row["steps"]): format_value(row) for row in rows}
+    cells: dict[str, dict[int, str]] = defaultdict(dict)
+    for row in rows:
+        cells[sampler_name(row)][row["steps"]] = format_value(row)
     others = [
         f"{row['scheduler']} ({row['num_images']:,} images) {format_value(row)}"
         for row in baselines
@@ -181,17 +177,17 @@ def metric_table(
     return {
         "title": title,
         "steps": steps,
-        "rows": {name: [cells.get((name, step), "") for step in steps] for name in samplers},
+        "rows": {name: [values.get(step, "") for step in steps] for name, values in cells.items()},
         "others": [*dict.fromkeys(others)],
     }
 
 
-def measurement(row: Mapping[str, Any]) -> tuple[str, str, str]:
+def measurement(row: Row) -> tuple[str, str, str]:
     """What rows about other numbers of images share."""
     return row["metric"].partition("@")[0], row["feature_extractor"], row["reference"]
 
 
-def format_value(row: Mapping[str, Any]) -> str:
+def format_value(row: Row) -> str:
     """The value to two digits of its error, and the error."""
     value, error = row["value"], row["error"]
     if not error:

@@ -106,7 +106,10 @@ class Evaluation:
         }
 
     def _check_weights(self) -> str | None:
-        recorded = recorded_weights(self.model)
+        """Whether the model has EMA or raw weights; None if that is unknown."""
+        path = Path(self.model) / OPTIONS_FILE
+        averaged = read_json(path).get("ema") if path.is_file() else None
+        recorded = None if averaged is None else "EMA" if averaged else "raw"
         if self.weights and recorded and self.weights != recorded:
             raise DiffusersDPMError(
                 f"--weights {self.weights}: {self.model} has {recorded} weights, according to its {OPTIONS_FILE}"
@@ -311,10 +314,3 @@ def shuffled_pixels(images: torch.Tensor) -> torch.Tensor:
 def describe_source(data: str) -> str:
     """The data set's name, or that of a local folder or file without its path."""
     return Path(data).name if describe_data(data) == LOCAL_DATA and data != "digits" else data
-
-
-def recorded_weights(model: str) -> str | None:
-    """Whether a run saved the EMA or the raw weights; None if that is not known."""
-    path = Path(model) / OPTIONS_FILE
-    averaged = read_json(path).get("ema") if path.is_file() else None
-    return None if averaged is None else "EMA" if averaged else "raw"
