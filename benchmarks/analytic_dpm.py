@@ -1,17 +1,19 @@
-"""What Analytic-DPM's variances bring on a model of the digits: likelihood, samples, and what the statistics cost.
+"""What do Analytic-DPM's variances bring on a model of the digits, and what do the statistics cost?
+
+    diffusers-dpm statistics runs/demo --data digits
+    diffusers-dpm train-features --data digits --eval-split test --output-dir runs/digits-features
+    python benchmarks/analytic_dpm.py runs/demo         # writes results/analytic_dpm.{json,md,png}
 
 - Bits per dimension (upper bounds, 17 grey levels) of the 297 held-out digits, for four reverse variances on even and
   optimal trajectories. Differences are paired by image.
-- Fréchet distance of 1,797 samples from all 1,797 digits, in features of a classifier of digits. The samplers share
+- Fréchet distance of 1,797 samples from the training digits, in features of a classifier of digits. The samplers share
   their seeds and, up to halves, their even timesteps; clipping and capping of noise are the schedulers' defaults.
 - Monte-Carlo errors of the statistics for few images, and the error of interpolating few timesteps. An error is the
   RMS over independent choices of images and noise, relative to all 1,500 training digits.
 
-The statistics are those of `diffusers-dpm statistics RUN --data digits`, which is called where they are missing.
-Every measurement is kept: an interrupted call goes on where it stopped.
+Every measurement is kept: an interrupted call continues where it stopped.
 """
 
-import argparse
 import time
 from collections.abc import Sequence
 from functools import cache, partial
@@ -20,23 +22,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digits_features import FRECHET, DigitsJudge, Results, digits, draw, table
+from common import (
+    FRECHET,
+    Judge,
+    Results,
+    about,
+    add_features,
+    digits,
+    draw,
+    make_parser,
+    parse,
+    plot_axes,
+    show,
+    table,
+)
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from diffusers_dpm import AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler, PosteriorStatistics
-from diffusers_dpm.commands.statistics import main as statistics_command
 from diffusers_dpm.data import load_images
 from diffusers_dpm.likelihood.bound import bound_from_errors, measure_errors
 from diffusers_dpm.likelihood.problem import standard_error
-from diffusers_dpm.networks import load_pipeline
+from diffusers_dpm.networks import load_pipeline, noise_schedule_of
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.posterior_statistics import estimate_statistics
 from diffusers_dpm.records import fingerprint
-from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, even_timesteps
+from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES
+from diffusers_dpm.schedulers.timestep_grids import Grid, even
 
 
-RESULTS = Path(__file__).parent / "results" / "analytic_dpm.json"
 COUNTS = (5, 10, 25, 50, 100, 1000)
 VARIANCES = ("small", "large", "analytic", "residual")
 SPACINGS = ("even", "optimal")
@@ -59,21 +73,19 @@ LENGTHS = (25, 100, 1000)  # and for few timesteps
 class Benchmark:
     """The model, its statistics, and the results."""
 
-    def __init__(self, run: Path, output: Path, batch_size: int):
+    def __init__(self, run: Path, features: Path, output: Path, batch_size: int, smallest: bool):
         self.pipe: DPMPipeline = load_pipeline(str(run))
         self.pipe.set_progress_bar_config(leave=False)
         self.scheduler = self.pipe.scheduler  # the run's own; the pipeline's changes with the samplers
-        self.batch_size = batch_size
-        path = run / "analytic_dpm" / "statistics.json"
-        if not path.exists() and statistics_command([str(run), "--data", "digits", "--batch-size", str(batch_size)]):
-            raise ValueError(f"there are no statistics in {path.parent}")
-        self.statistics = PosteriorStatistics.load(path)
-        self.judge = DigitsJudge()
+        self.batch_size, self.smallest = batch_size, smallest
+        self.counts = COUNTS[:1] if smallest else COUNTS
+        self.statistics = PosteriorStatistics.load(run / "analytic_dpm" / "statistics.json")
+        self.judge = Judge(features)
         facts = {
             "run": run.name,
             "weights": fingerprint(self.pipe.unet.state_dict().values()),
             "statistics_images": self.statistics.num_images,
-            "judge": {**self.judge.facts(), "floor": self.judge.floor(len(self.judge.reference))},
+            "judge": self.judge.facts,
         }
         self.results = Results(output, facts)
 
@@ -81,7 +93,7 @@ class Benchmark:
 
     def measure_bounds(self) -> None:
         """The rows "bounds", all from one pass of the network over the held-out digits at all timesteps."""
-        images, _ = digits("test")
+        images = digits("test")[0][: 4 if self.smallest else None]
 
         @cache
         def errors():
@@ -115,7 +127,7 @@ class Benchmark:
                 row[f"minus_{other}_error"] = standard_error(difference)
             return row
 
-        for num_steps, spacing, variance in product(COUNTS, SPACINGS, VARIANCES):
+        for num_steps, spacing, variance in product(self.counts, SPACINGS, VARIANCES):
             if spacing == "even" or num_steps < len(self.statistics.residual):
                 key = {"spacing": spacing, "num_inference_steps": num_steps, "variance": variance}
                 self.results.row("bounds", key, partial(measure, spacing, num_steps, variance))
@@ -128,10 +140,14 @@ class Benchmark:
             self.scheduler,
             load_images("digits", split="train"),
             num_images,
-            timesteps=even_timesteps(len(self.statistics.residual), num_timesteps),
+            timesteps=self.even_timesteps(num_timesteps),
             batch_size=self.batch_size,
             seed=seed,
         )
+
+    def even_timesteps(self, num_timesteps: int) -> list[int]:
+        schedule = noise_schedule_of(self.scheduler)
+        return [round(t) for t in even(Grid(schedule, num_timesteps, len(schedule)))]
 
     def variances(self, statistics: PosteriorStatistics, estimate: str, num_steps: int = STEPS) -> torch.Tensor:
         """sigma^2 of the noisy steps of Analytic-DDPM."""
@@ -144,7 +160,7 @@ class Benchmark:
 
         @cache
         def reference() -> PosteriorStatistics:
-            return self.estimate(len(load_images("digits", split="train")), STEPS, seed=0)
+            return self.estimate(16 if self.smallest else 1500, STEPS, seed=0)
 
         def few_images(num_images: int) -> dict[str, Any]:
             start = time.perf_counter()
@@ -176,10 +192,10 @@ class Benchmark:
             pairs = [(at_grid(reference(), f"{name}_error"), at_grid(reference(), name)) for name in ESTIMATES]
             return {f"{name} C": spread(error / C) for name, (error, C) in zip(ESTIMATES, pairs, strict=True)}
 
-        for num_images in tqdm(IMAGE_COUNTS, desc="few images", leave=False):
+        for num_images in tqdm(IMAGE_COUNTS[:1] if self.smallest else IMAGE_COUNTS, desc="few images", leave=False):
             self.results.row("images", {"num_images": num_images}, partial(few_images, num_images))
         self.results.row("reference", {"num_images": 1500}, standard_errors)
-        for num_timesteps in (25, 50, 100):
+        for num_timesteps in (25,) if self.smallest else (25, 50, 100):
             self.results.row("timesteps", {"num_timesteps": num_timesteps}, partial(few_timesteps, num_timesteps))
 
     # Samples -----------------------------------------------------------------------------------------------------
@@ -194,10 +210,10 @@ class Benchmark:
         """The rows "samples"; the longest come last."""
 
         def measure(name: str, num_steps: int) -> dict[str, Any]:
-            images = draw(self.pipe, self.sampler(name), num_images, num_steps, self.batch_size)
+            images = draw(self.pipe, self.sampler(name), range(num_images), num_steps, self.batch_size)
             return self.judge.distance(images)
 
-        for num_steps, name in tqdm([*product(COUNTS, SAMPLERS)], desc="samples", unit="cell"):
+        for num_steps, name in tqdm([*product(self.counts, SAMPLERS)], desc="samples", unit="cell"):
             key = {"sampler": name, "num_inference_steps": num_steps, "num_images": num_images}
             self.results.row("samples", key, partial(measure, name, num_steps))
 
@@ -252,12 +268,9 @@ def likelihood_table(values: dict[str, Any]) -> list[str]:
 def sample_table(values: dict[str, Any]) -> list[str]:
     rows = [{**row, "name": row["sampler"]} for row in values.get("samples", [])]
     counts = ", ".join(map(str, sorted({row["num_images"] for row in rows})))
-    judge, floor = values["judge"], values["judge"]["floor"]
     text = [
         f"## {FRECHET}",
-        f"{counts} samples against all 1,797 digits; bootstrap errors over samples. Training against held-out digits: "
-        f"{judge['train_against_held_out']:.2f}. Digits drawn from the digits: {floor['mean']:.2f} ± "
-        f"{floor['std']:.2f}. The classifier recognises {judge['held_out_accuracy']:.1%} of the held-out digits.",
+        f"{counts} samples. {about(values['judge'])} Bootstrap errors over samples.",
         table(
             ["sampler", *(f"K = {num_steps}" for num_steps in COUNTS)],
             by_count(rows, list(SAMPLERS), "frechet", "frechet_error", places=2),
@@ -302,10 +315,9 @@ def markdown(values: dict[str, Any]) -> str:
     return "\n\n".join([*head, *likelihood_table(values), *sample_table(values), *cost_tables(values)]) + "\n"
 
 
-def plot(values: dict[str, Any], path: Path) -> None:
+def plot(values: dict[str, Any]) -> Figure:
     """Likelihood and distance over the number of steps, and the error of sigma2 over the number of images."""
-    figure = Figure(figsize=(15, 4.5), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
+    figure, (left, middle, right) = plot_axes(3)
     for (spacing, style), (i, variance) in product(zip(SPACINGS, ("-o", ":s"), strict=True), enumerate(VARIANCES)):
         rows = [row for row in values.get("bounds", []) if (row["spacing"], row["variance"]) == (spacing, variance)]
         bits = [row["bits_per_dim"] for row in rows]
@@ -319,7 +331,7 @@ def plot(values: dict[str, Any], path: Path) -> None:
         middle.errorbar(
             steps_of(rows), distances, errors, color=f"C{i}", marker="o", markersize=4, ls=style, label=name
         )
-    middle.axhline(values["judge"]["floor"]["mean"], color="grey", linestyle=":", label="digits drawn from the digits")
+    middle.axhline(values["judge"]["frechet"], color="grey", linestyle=":", label="held-out digits")
     middle.set(xscale="log", yscale="log", xlabel="steps", ylabel=FRECHET)
     for axes in (left, middle):
         axes.set_xticks(COUNTS, labels=COUNTS)
@@ -335,7 +347,7 @@ def plot(values: dict[str, Any], path: Path) -> None:
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def steps_of(rows: list[dict]) -> list[int]:
@@ -343,27 +355,20 @@ def steps_of(rows: list[dict]) -> list[int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a pipeline trained on the digits, such as runs/demo")
-    parser.add_argument("--images", type=int, default=1797, help="samples of each sampler (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=512, help="images in a call (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file; table and plot lie beside it")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    try:
-        benchmark = Benchmark(arguments.run, arguments.output, arguments.batch_size)
-    except ValueError as error:
-        parser.error(str(error))
+    numbers = {"images": (1797, "samples of each sampler"), "batch_size": (512, "images in a network call")}
+    parser = make_parser(__doc__, "analytic_dpm.json", "folder of a pipeline trained on the digits", **numbers)
+    add_features(parser)
+    arguments = parse(parser)
+    benchmark = Benchmark(
+        arguments.run, arguments.features, arguments.output, arguments.batch_size, arguments.smallest
+    )
     try:
         benchmark.measure_bounds()
         benchmark.measure_cost()
-        benchmark.measure_samples(arguments.images)
+        benchmark.measure_samples(20 if arguments.smallest else arguments.images)
     finally:
         values = benchmark.results.values
-        arguments.output.with_suffix(".md").write_text(markdown(values))
-        plot(values, arguments.output.with_suffix(".png"))
-    print(markdown(values))
+        show(arguments.output, markdown(values), plot(values))
 
 
 if __name__ == "__main__":

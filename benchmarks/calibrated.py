@@ -1,21 +1,21 @@
-"""What rows fitted to a checkpoint bring in few network calls, on a model of the digits with a classifier.
+"""What do rows fitted to a checkpoint bring in few network calls?
 
-    python benchmarks/calibrated.py runs/demo
+    diffusers-dpm train-features --data digits --eval-split test --output-dir runs/digits-features
+    python benchmarks/calibrated.py runs/demo           # writes results/calibrated.{json,md}
     python benchmarks/calibrated.py runs/mine --parts distances --calls 5 8 10 --output mine.json    # any other model
 
 - Distance: samples of noises that the fit has not seen, from the solution of the same ODE (DPM-Solver++(2M) in 1,000
   steps), beside the samplers of ode_error.py. RMS over images and pixels, and the mean over images of their own RMS: a
   few noises near a border between two digits weigh much in the first. Nothing is clipped.
-- Images: Fréchet distance of samples from all 1,797 digits and from the samples of the solution, same seeds, in the
-  features of digits_features.py, for the fitted rows and the nearest of ours and of diffusers'.
+- Images: Fréchet distance of samples from the training digits and from the samples of the solution, same seeds, in
+  the features of `evaluate`, for the fitted rows and the nearest of ours and of diffusers'.
 - Guided: digits recognised as the asked class by an independent classifier, for rows fitted with and without
   guidance.
 - Cost: network calls and seconds of the calibration, against one sampling of as many images.
 
-Every measurement is kept: an interrupted call goes on where it stopped.
+Every measurement is kept: an interrupted call continues where it stopped.
 """
 
-import argparse
 import time
 from functools import cache, cached_property, partial
 from itertools import product
@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from digits_features import DigitsJudge, Results, draw, frechet_distance, table
+from common import SCHEDULE_KEYS, Judge, Results, add_features, draw, make_parser, parse, show, table
 from ode_error import build, our_samplers, rms, sample, stock_samplers
 from tqdm.auto import tqdm
 
 from diffusers_dpm import DPMSolverScheduler
 from diffusers_dpm.calibration import Calibration, calibrate, network_calls
+from diffusers_dpm.evaluation.distances import frechet_distance
 from diffusers_dpm.networks import load_classifier, load_pipeline
 from diffusers_dpm.records import fingerprint
 
 
-RESULTS = Path(__file__).parent / "results" / "calibrated.json"
 PARTS = ("distances", "images", "guided")
 COUNTS = (4, 5, 6, 8, 10, 15, 20)
 GUIDED_COUNTS = (5, 10)
@@ -45,21 +45,28 @@ SEED = 1_000_000  # of the first noise; the fit's are not seeded by number
 class Benchmark:
     """The model, its calibrations, and the results."""
 
-    def __init__(self, run: Path, output: Path, batch_size: int, counts: tuple[int, ...]):
+    def __init__(
+        self,
+        run: Path,
+        output: Path,
+        batch_size: int,
+        counts: tuple[int, ...],
+        features: Path | None = None,
+        **fit: int,
+    ):
         self.pipe = load_pipeline(str(run))
         self.pipe.set_progress_bar_config(disable=True)
         self.scheduler = self.pipe.scheduler  # the run's own
-        self.run, self.batch_size, self.counts = run, batch_size, counts
+        self.run, self.batch_size, self.counts, self.features, self.fit = run, batch_size, counts, features, fit
         self.folder = output.with_suffix("")
         weights = fingerprint(self.pipe.unet.state_dict().values())
         self.results = Results(output, {"run": run.name, "weights": weights})
-        keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-        self.schedule = {key: self.scheduler.config[key] for key in keys}
+        self.schedule = {key: self.scheduler.config[key] for key in SCHEDULE_KEYS}
 
     @cached_property
-    def judge(self) -> DigitsJudge:
-        judge = DigitsJudge()
-        self.results.row("judge", {}, judge.facts)
+    def judge(self) -> Judge:
+        judge = Judge(self.features or Path("runs/digits-features"))
+        self.results.row("judge", judge.facts, dict)
         return judge
 
     def calibration(self, name: str, scheduler: Any, steps: tuple[int, ...], **guidance: Any) -> Calibration:
@@ -69,16 +76,17 @@ class Benchmark:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tqdm(total=network_calls(steps, 48, 200, 60), unit="call", desc=f"calibration {name}") as bar:
                 start = time.process_time()
-                found = calibrate(
+                fitted = calibrate(
                     *(self.pipe.unet, scheduler, steps),
                     batch_size=self.batch_size,
                     folder=self.folder / f"{name}-partial",
                     progress=bar,
                     **guidance,
+                    **self.fit,
                 )
                 seconds = time.process_time() - start
                 self.results.row("cost", {"name": name}, lambda: {"calls": bar.n, "cpu_seconds": seconds})
-            found.save(path)
+            fitted.save(path)
         return Calibration.load(path)
 
     # Distance ----------------------------------------------------------------------------------------------------
@@ -138,8 +146,8 @@ class Benchmark:
 
         def measure(name: str, n: int) -> dict[str, float]:
             solution, drawn = self.judge.features(images("solution", 200)), images(name, n)
-            distance = frechet_distance(solution, self.judge.features(drawn))
-            return {**self.judge.distance(drawn), "to_solution": distance}
+            to_solution = frechet_distance(self.judge.features(drawn), solution, num_resamples=0).value
+            return {**self.judge.distance(drawn), "to_solution": to_solution}
 
         cells = [(name, n) for n in self.counts for name in (FITTED, self.nearest(n, True), self.nearest(n, False))]
         for name, n in tqdm([("solution", 200), *cells], unit="loop", desc="images"):
@@ -163,7 +171,8 @@ class Benchmark:
         }
 
         def measure(name: str, n: int) -> dict[str, Any]:
-            drawn = draw(*(self.pipe, schedulers[name], num_images, n, self.batch_size, labels), guidance_scale=SCALE)
+            asked = {"class_labels": labels, "guidance_scale": SCALE}
+            drawn = draw(self.pipe, schedulers[name], range(num_images), n, self.batch_size, **asked)
             by_class = [self.judge.accuracy(drawn[labels == label], labels[labels == label]) for label in range(10)]
             recognised = self.judge.accuracy(drawn, labels)
             return {"recognised": recognised, "by_class": by_class, **self.judge.distance(drawn)}
@@ -236,30 +245,31 @@ def distance(row: dict[str, Any], places: int) -> str:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a pipeline; for images and guided one trained on the digits")
+    numbers = {
+        "noises": (256, "for the distances"),
+        "images": (1797, "for the Fréchet distances"),
+        "guided_images": (500, "of each guided cell"),
+        "batch_size": (256, "images in a network call"),
+    }
+    run = "folder of a pipeline; for images and guided one trained on the digits"
+    parser = make_parser(__doc__, "calibrated.json", run, **numbers)
+    add_features(parser)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="images: after distances")
     parser.add_argument("--calls", type=int, nargs="+", default=COUNTS, help="numbers of network calls")
-    parser.add_argument("--noises", type=int, default=256, help="for the distances (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=1797, help="for the Fréchet distances (default: %(default)s)")
-    parser.add_argument("--guided-images", type=int, default=500, help="default: %(default)s")
-    parser.add_argument("--batch-size", type=int, default=256, help="images in a call (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, default=RESULTS, help="JSON file; tables and calibrations lie beside it"
+    arguments = parse(parser)
+    fit = {"num_images": 4, "teacher_steps": 20, "max_walks": 1} if arguments.smallest else {}
+    if arguments.smallest:
+        arguments.calls, arguments.noises, arguments.images, arguments.guided_images = [4], 4, 20, 20
+    benchmark = Benchmark(
+        *(arguments.run, arguments.output, arguments.batch_size, tuple(arguments.calls), arguments.features), **fit
     )
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    benchmark = Benchmark(arguments.run, arguments.output, arguments.batch_size, tuple(arguments.calls))
     if "distances" in arguments.parts:
         benchmark.measure_distances(arguments.noises)
     if "images" in arguments.parts:
         benchmark.measure_images(arguments.images)
     if "guided" in arguments.parts:
         benchmark.measure_guided(arguments.guided_images)
-    text = benchmark.markdown()
-    arguments.output.with_suffix(".md").write_text(text)
-    print(text)
+    show(arguments.output, benchmark.markdown())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Timesteps for fitted rows: by coordinate search, as `calibrate` finds them, beside dynamic programming.
+"""Does dynamic programming find better timesteps for fitted rows than the coordinate search of `calibrate`?
 
-    python benchmarks/calibration_grids.py runs/demo
+    python benchmarks/calibration_grids.py runs/demo    # writes results/calibration_grids.md
 
 Dynamic programming needs a cost for every pair of timesteps that does not depend on the others. Here: from the
 teacher's state at t, the best row of one prediction is fitted to its state at s; what remains is scaled by how much
@@ -9,12 +9,11 @@ are then fitted on every grid in the same way, and all errors are those of image
 last column begins the coordinate search at the grid of dynamic programming.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 from calibrated import Benchmark
-from digits_features import table
+from common import make_parser, parse, show, table
 from ode_error import build
 from tqdm.auto import tqdm
 
@@ -23,21 +22,22 @@ from diffusers_dpm.calibration import STARTS, Network, Student, Walk, initial_no
 from diffusers_dpm.records import ResultStore
 
 
-RESULTS = Path(__file__).parent / "results" / "calibration_grids.md"
 COUNTS = (4, 5, 6, 8, 10)
 NUM_IMAGES, TEACHER_STEPS, MAX_WALKS = 48, 200, 60  # the defaults of `calibrate`
 
 
-def student_of(run: Path, batch_size: int) -> tuple[Student, DPMSolverScheduler]:
+def student_of(
+    run: Path, output: Path, batch_size: int, num_images: int, teacher_steps: int
+) -> tuple[Student, DPMSolverScheduler]:
     """What `calibrate` fits with its default arguments, unclipped; and the scheduler that it is given."""
-    benchmark = Benchmark(run, RESULTS, batch_size, COUNTS)
+    benchmark = Benchmark(run, output.with_suffix(".json"), batch_size, COUNTS)
     unet, scheduler = benchmark.pipe.unet.eval(), build(DPMSolverScheduler, {}, benchmark.schedule)
     teacher = solver_for(scheduler, timestep_spacing="quadratic")
-    teacher.set_timesteps(TEACHER_STEPS)
+    teacher.set_timesteps(teacher_steps)
     network = Network(unet, teacher, {}, None, batch_size)
-    noise = initial_noise(unet, None, 3 * NUM_IMAGES, seed=0)
+    noise = initial_noise(unet, None, 3 * num_images, seed=0)
     return Student(
-        network, teacher, teacher_states(network, teacher, noise, ResultStore(None, {})), NUM_IMAGES
+        network, teacher, teacher_states(network, teacher, noise, ResultStore(None, {})), num_images
     ), scheduler
 
 
@@ -55,7 +55,7 @@ def pair_costs(student: Student) -> torch.Tensor:
 
 
 def cheapest(costs: torch.Tensor, num_steps: int) -> list[int]:
-    """The places of the walk of so many steps, from the first place to the end, with the smallest sum of costs."""
+    """The places of the walk of `num_steps` steps, from the first place to the end, with the smallest sum of costs."""
     best, came_from = costs[0], []
     for _ in range(num_steps - 1):
         best, last = (best[:, None] + costs).min(dim=0)
@@ -69,19 +69,20 @@ def cheapest(costs: torch.Tensor, num_steps: int) -> list[int]:
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of an unconditional pipeline, such as runs/demo")
-    parser.add_argument("--batch-size", type=int, default=256, help="images in a call (default: %(default)s)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    student, scheduler = student_of(arguments.run, arguments.batch_size)
+    batch_size = (256, "images in a network call")
+    run = "folder of an unconditional pipeline"
+    arguments = parse(make_parser(__doc__, "calibration_grids.md", run, batch_size=batch_size))
+    counts, num_images, teacher_steps, max_walks = COUNTS, NUM_IMAGES, TEACHER_STEPS, MAX_WALKS
+    if arguments.smallest:
+        counts, num_images, teacher_steps, max_walks = COUNTS[:1], 4, 20, 1
+    student, scheduler = student_of(arguments.run, arguments.output, arguments.batch_size, num_images, teacher_steps)
 
     def reported(walk: Walk) -> str:
-        distances = student.fit(walk.places, num_images=3 * NUM_IMAGES).distances
-        return f"{distances[2 * NUM_IMAGES :].mean().item():.4f}"
+        distances = student.fit(walk.places, num_images=3 * num_images).distances
+        return f"{distances[2 * num_images :].mean().item():.4f}"
 
     costs, lines = pair_costs(student), []
-    for n in tqdm(COUNTS, unit="count", desc="searches"):
+    for n in tqdm(counts, unit="count", desc="searches"):
         usual = []
         for spacing in STARTS:
             solver = solver_for(scheduler, timestep_spacing=spacing)
@@ -89,12 +90,10 @@ def main() -> None:
             usual.append(student.fit(student.nearest(solver.timesteps.tolist())))
         start = min(usual, key=student.searched)
         programmed = student.fit(cheapest(costs, n))
-        walks = [start, student.search(start, MAX_WALKS), programmed, student.search(programmed, MAX_WALKS)]
+        walks = [start, student.search(start, max_walks), programmed, student.search(programmed, max_walks)]
         lines.append([str(n), *map(reported, walks)])
     head = ["calls", "best of the usual spacings", "coordinate search", "dynamic programming", "then searched"]
-    text = table(head, lines) + "\n"
-    RESULTS.write_text(text)
-    print(text)
+    show(arguments.output, table(head, lines) + "\n")
 
 
 if __name__ == "__main__":

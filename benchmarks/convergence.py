@@ -1,6 +1,6 @@
-"""Measured orders of convergence of every solver, ours and diffusers', to exact solutions.
+"""With which order does every solver, ours and diffusers', converge to exact solutions?
 
-    python -m benchmarks.convergence        # from the root of the repository; seconds
+    python -m benchmarks.convergence        # from the root of the repository; writes results/convergence.{json,md}
 
 The ODE's is the flow of a mixture of two Gaussians in one dimension, in closed form; the error is the largest of four
 starting points. The SDE's is the variance of a Gaussian, exact too (weak order). Steps are uniform in lambda, between
@@ -9,22 +9,19 @@ step in float32, whatever it is given, so that errors below about 1e-6 are round
 is also measured at more steps, where the order is clearer.
 """
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
 
+from benchmarks.common import make_parser, parse, save, show, table, versions
 from diffusers_dpm.schedulers import DPMSolverScheduler
 from tests.schedulers.problems import CLEANEST, GAUSS, MIXTURE, NOISIEST, STARTS, at_lambda, grid, walk_rows
 
 
-RESULTS = Path(__file__).parent / "results" / "convergence.json"
 COUNTS = (48, 96, 192, 384)
 FINE = (192, 384, 768, 1536)
 # Of x at both ends, for GAUSS.
@@ -77,20 +74,20 @@ def variance_error(walk: Walk, n: int) -> float:
 def cases() -> list[tuple[str, Walk, Walk | None, Callable[[Walk, int], float]]]:
     """(name, ours, diffusers', error); None where diffusers has nothing of the kind."""
     multi, single = diffusers.DPMSolverMultistepScheduler, diffusers.DPMSolverSinglestepScheduler
-    found: list[tuple[str, Walk, Walk | None, Callable[[Walk, int], float]]] = []
+    solvers: list[tuple[str, Walk, Walk | None, Callable[[Walk, int], float]]] = []
     for form, order in product(("dpmsolver", "dpmsolver++"), (1, 2, 3)):
         options = {"algorithm_type": form, "solver_order": order, "solver_type": "heun" if order == 3 else "midpoint"}
         name = f"{form} {order}"
         if order == 3:
             exact = ours(**options, third_order_rule="exact")
-            found.append((f"{name} multistep, exact rule", exact, None, flow_error))
-        found.append((f"{name} multistep", ours(**options), theirs(multi, **options), flow_error))
+            solvers.append((f"{name} multistep, exact rule", exact, None, flow_error))
+        solvers.append((f"{name} multistep", ours(**options), theirs(multi, **options), flow_error))
         blocks = ours(**options, method="singlestep_fixed")
-        found.append((f"{name} singlestep", blocks, theirs(single, **options), flow_error))
+        solvers.append((f"{name} singlestep", blocks, theirs(single, **options), flow_error))
     for form, order in product(("sde-dpmsolver", "sde-dpmsolver++"), (1, 2, 3)):
         options = {"algorithm_type": form, "solver_order": order}
-        found.append((f"{form} {order}, weak", ours(**options), theirs(multi, **options), variance_error))
-    return found
+        solvers.append((f"{form} {order}, weak", ours(**options), theirs(multi, **options), variance_error))
+    return solvers
 
 
 def measure(walk: Walk | None, error: Callable[[Walk, int], float], counts: Sequence[int]) -> dict[str, Any]:
@@ -104,48 +101,35 @@ def measure(walk: Walk | None, error: Callable[[Walk, int], float], counts: Sequ
     return {"errors": errors, "order": -float(np.polyfit(np.log(counts), np.log(errors), 1)[0])}
 
 
-def table(rows: list[dict[str, Any]], counts: list[int]) -> str:
-    def cells(found: dict[str, Any]) -> tuple[str, str]:
-        if "order" in found:
-            return f"{found['order']:.2f}", f"{found['errors'][-1]:.1e}"
-        return found.get("failure", ""), ""
+def markdown(rows: Sequence[dict[str, Any]], last: int, finest: int) -> str:
+    def cells(result: dict[str, Any]) -> tuple[str, str]:
+        if "order" in result:
+            return f"{result['order']:.2f}", f"{result['errors'][-1]:.1e}"
+        return result.get("failure", ""), ""
 
-    last, finest = counts[-1], FINE[-1]
-    head = f"| solver | ours | error, n = {last} | diffusers | error, n = {last} | ours, finer | error, n = {finest} |"
-    lines = [
-        f"| {row['solver']} | "
-        + " | ".join(text for part in ("ours", "diffusers", "ours_finer") for text in cells(row[part]))
-        + " |"
-        for row in rows
-    ]
-    return "\n".join([head, "|---" * 7 + "|", *lines]) + "\n"
+    parts = {"ours": last, "diffusers": last, "ours, finer": finest}
+    head = ["solver", *(text for part, n in parts.items() for text in (part, f"error, n = {n}"))]
+    return (
+        table(head, [[row["solver"], *(text for part in parts for text in cells(row[part]))] for row in rows]) + "\n"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "convergence.json")
     parser.add_argument("--counts", type=int, nargs="+", default=[*COUNTS], help="numbers of steps [%(default)s]")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file; the table lies beside it")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
+    counts, fine = ([4, 8], (8, 16)) if arguments.smallest else (arguments.counts, FINE)
     rows = [
         {
             "solver": name,
-            "ours": measure(mine, error, arguments.counts),
-            "diffusers": measure(other, error, arguments.counts),
-            "ours_finer": measure(mine, error, FINE),
+            "ours": measure(mine, error, counts),
+            "diffusers": measure(other, error, counts),
+            "ours, finer": measure(mine, error, fine),
         }
         for name, mine, other, error in cases()
     ]
-    result = {
-        "diffusers": diffusers.__version__,
-        "torch": torch.__version__,
-        "counts": arguments.counts,
-        "finer": FINE,
-        "rows": rows,
-    }
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    text = table(rows, arguments.counts)
-    arguments.output.with_suffix(".md").write_text(text)
-    print(text)
+    save(arguments.output, {"versions": versions(), "counts": counts, "finer": fine, "rows": rows})
+    show(arguments.output, markdown(rows, counts[-1], fine[-1]))
 
 
 if __name__ == "__main__":

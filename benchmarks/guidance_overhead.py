@@ -1,20 +1,18 @@
-"""What classifier guidance costs per step: time and memory, beside one forward and backward pass of the classifier.
+"""What does classifier guidance cost per step, beside one forward and backward pass of the classifier?
+
+    python benchmarks/guidance_overhead.py              # writes results/guidance_overhead.{json,md}
 
 No guidance can be cheaper than those two passes. The three alternate within one run, and the figures are medians; on a
 shared machine only the ratios mean much.
 """
 
-import argparse
-import json
-import platform
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import diffusers
 import torch
+from common import make_parser, parse, save, show, table, versions
 from diffusers import UNet2DModel
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
@@ -27,7 +25,7 @@ from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS
 from diffusers_dpm.training.unet_presets import PRESETS
 
 
-RESULTS = Path(__file__).parent / "results" / "guidance_overhead.json"
+NAMES = ("unguided", "guided", "minimum")
 CASES = [("digits-8x8", 1, 16), ("cifar10-small", 3, 4)]  # preset, channels, batch size
 
 
@@ -98,34 +96,25 @@ def measure(preset: str, channels: int, batch_size: int, steps: int, repeats: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--repeats", type=int, default=21, help="rounds (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="steps of a round (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file (default: beside this script)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parse(make_parser(__doc__, "guidance_overhead.json", repeats=(21, "rounds"), steps=(5, "of a round")))
+    steps, repeats = (1, 1) if arguments.smallest else (arguments.steps, arguments.repeats)
     rows = [
-        {"preset": preset, "batch_size": batch_size}
-        | measure(preset, channels, batch_size, arguments.steps, arguments.repeats)
-        for preset, channels, batch_size in tqdm(CASES)
+        {"preset": preset, "batch_size": batch_size} | measure(preset, channels, batch_size, steps, repeats)
+        for preset, channels, batch_size in tqdm(CASES[:1] if arguments.smallest else CASES)
     ]
-    print("| preset | batch | U-Net step | guided step | two passes | guidance / two passes | peak MiB |")
-    print("|---|---|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['preset']} | {row['batch_size']} | {row['unguided_ms']:.1f} ms | {row['guided_ms']:.1f} ms | "
-            f"{row['minimum_ms']:.1f} ms | {row['guidance_over_minimum']:.2f} | "
-            f"{row['unguided_peak_mib']:.1f} / {row['guided_peak_mib']:.1f} / {row['minimum_peak_mib']:.1f} |"
-        )
-    machine = {
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-        "threads": arguments.threads,
-        "repeats": arguments.repeats,
-    }
-    arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    head = ["preset", "batch", "U-Net step", "guided step", "two passes", "guidance / two passes", "peak MiB"]
+    lines = [
+        [
+            row["preset"],
+            str(row["batch_size"]),
+            *(f"{row[f'{name}_ms']:.1f} ms" for name in NAMES),
+            f"{row['guidance_over_minimum']:.2f}",
+            " / ".join(f"{row[f'{name}_peak_mib']:.1f}" for name in NAMES),
+        ]
+        for row in rows
+    ]
+    save(arguments.output, {"versions": versions(), "threads": arguments.threads, "repeats": repeats, "rows": rows})
+    show(arguments.output, table(head, lines) + "\n")
 
 
 if __name__ == "__main__":

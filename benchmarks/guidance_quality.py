@@ -1,15 +1,17 @@
-"""How well classifier guidance makes the digit that was asked for, by sampler, number of steps and guidance scale.
+"""How well does classifier guidance make the requested digit, by sampler, number of steps and guidance scale?
+
+    diffusers-dpm train-features --data digits --eval-split test --output-dir runs/digits-features
+    python benchmarks/guidance_quality.py runs/demo     # writes results/guidance_quality.{json,md,png}
 
 The labels 0 .. 9 take turns, and image i has seed i under every sampler and scale. Samples are judged by a classifier
 of clean digits that has nothing in common with the guide: accuracy is the fraction that it recognises as the label,
-beside the Fréchet distance from all digits in its features.
+beside the Fréchet distance from the training digits in its features.
 
-The guide is RUN/classifier; where it is missing, `diffusers-dpm train-classifier` trains it. Analytic-DPM takes the
-statistics of RUN/analytic_dpm (`diffusers-dpm statistics RUN --data digits`). Every cell is kept: an interrupted call
-goes on where it stopped.
+The guide is RUN/classifier (`diffusers-dpm train-classifier RUN --data digits --eval-split test`), Analytic-DPM takes
+the statistics of RUN/analytic_dpm (`diffusers-dpm statistics RUN --data digits`). Every cell is kept: an interrupted
+call continues where it stopped.
 """
 
-import argparse
 import json
 import math
 from functools import partial
@@ -17,26 +19,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from digits_features import FRECHET, DigitsJudge, Results, draw, table
+from common import FRECHET, Judge, Results, about, add_features, draw, make_parser, parse, plot_axes, show, table
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from diffusers_dpm import AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler, DPMSolverScheduler, NoisyClassifier
-from diffusers_dpm.networks import load_pipeline
+from diffusers_dpm import AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler, DPMSolverScheduler
+from diffusers_dpm.networks import load_classifier, load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import fingerprint
-from diffusers_dpm.training.train_classifier import main as train_classifier
 
 
-RESULTS = Path(__file__).parent / "results" / "guidance_quality.json"
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-RECIPE = (
-    *("--data", "digits", "--eval-split", "test"),
-    *("--max-train-steps", "3000", "--batch-size", "128", "--learning-rate", "1e-3"),
-)
 
 
-class Sampler(NamedTuple):
+class Line(NamedTuple):
     """A line of the table; `share` is the part of the images that a costly sampler draws."""
 
     name: str
@@ -46,82 +42,60 @@ class Sampler(NamedTuple):
     share: float = 1.0
 
 
-SAMPLERS = (
-    Sampler("DPM-Solver++(2M), quadratic", 10, DPMSolverScheduler, {"timestep_spacing": "quadratic"}),
-    Sampler("DPM-Solver++(2M), quadratic", 20, DPMSolverScheduler, {"timestep_spacing": "quadratic"}),
-    Sampler("Analytic-DDPM, residual", 25, AnalyticDPMScheduler, {"timestep_spacing": "even"}),
-    Sampler("DDIM, trailing", 50, DDIMScheduler, {"timestep_spacing": "trailing"}),
-    Sampler("DDPM small", 1000, DDPMScheduler, {"variance_type": "fixed_small"}, share=0.1),
+LINES = (
+    Line("DPM-Solver++(2M), quadratic", 10, DPMSolverScheduler, {"timestep_spacing": "quadratic"}),
+    Line("DPM-Solver++(2M), quadratic", 20, DPMSolverScheduler, {"timestep_spacing": "quadratic"}),
+    Line("Analytic-DDPM, residual", 25, AnalyticDPMScheduler, {"timestep_spacing": "even"}),
+    Line("DDIM, trailing", 50, DDIMScheduler, {"timestep_spacing": "trailing"}),
+    Line("DDPM small", 1000, DDPMScheduler, {"variance_type": "fixed_small"}, share=0.1),
 )
 
 
 class Benchmark:
-    """The guided pipeline, the judge, and the results.
+    """The guided pipeline, the judge, and the results."""
 
-    Raises:
-        ValueError: RUN holds no pipeline, no statistics, or the guide cannot be trained.
-    """
-
-    def __init__(self, run: Path, output: Path, batch_size: int):
-        if not (run / "classifier").exists() and train_classifier([str(run), *RECIPE]):
-            raise ValueError(f"no classifier could be trained for {run}")
-        plain = load_pipeline(str(run))
-        classifier = NoisyClassifier.from_pretrained(run / "classifier").eval().requires_grad_(False)
+    def __init__(self, run: Path, features: Path, output: Path, batch_size: int):
+        plain, classifier = load_pipeline(str(run)), load_classifier(str(run)).eval().requires_grad_(False)
         self.pipe = DPMPipeline(plain.unet, plain.scheduler, classifier)
         self.pipe.set_progress_bar_config(leave=False)
         self.config, self.batch_size = plain.scheduler.config, batch_size
-        try:
-            self.analytic = AnalyticDPMScheduler.from_pretrained(run / "analytic_dpm")
-        except OSError as error:
-            raise ValueError(f"{run} has no statistics: diffusers-dpm statistics {run} --data digits") from error
-        self.judge = DigitsJudge()
+        self.analytic = AnalyticDPMScheduler.from_pretrained(run / "analytic_dpm")
+        self.judge = Judge(features)
         facts = {
             "run": run.name,
             "weights": fingerprint([*self.pipe.unet.state_dict().values(), *classifier.state_dict().values()]),
-            "judge": self.judge.facts(),
+            "judge": self.judge.facts,
             "guide": json.loads((run / "classifier_accuracy.json").read_text()),
         }
         self.results = Results(output, facts)
 
-    def measure(self, sampler: Sampler, scale: float, num_images: int) -> dict[str, Any]:
+    def measure(self, line: Line, scale: float, num_images: int) -> dict[str, Any]:
         """Accuracy and distance of the images of one cell."""
-        config = self.analytic.config if sampler.scheduler_class is AnalyticDPMScheduler else self.config
-        scheduler = sampler.scheduler_class.from_config(config, **sampler.config)
-        labels = torch.arange(num_images) % 10
-        images = draw(
-            self.pipe,
-            scheduler,
-            num_images,
-            sampler.num_inference_steps,
-            self.batch_size,
-            labels,
-            guidance_scale=scale,
-        )
+        config = self.analytic.config if line.scheduler_class is AnalyticDPMScheduler else self.config
+        scheduler = line.scheduler_class.from_config(config, **line.config)
+        labels, seeds = torch.arange(num_images) % 10, range(num_images)
+        guidance = {"class_labels": labels, "guidance_scale": scale}
+        images = draw(self.pipe, scheduler, seeds, line.num_inference_steps, self.batch_size, **guidance)
         return {"accuracy": self.judge.accuracy(images, labels), **self.judge.distance(images)}
 
-    def measure_all(self, num_images: int) -> None:
-        """The rows "samples", and "floor" for each number of images."""
-        cells = [(sampler, scale) for sampler in SAMPLERS for scale in SCALES]
-        for sampler, scale in tqdm(cells, unit="cell"):
-            count = round(sampler.share * num_images)
-            key = {
-                "sampler": sampler.name,
-                "num_inference_steps": sampler.num_inference_steps,
-                "num_images": count,
-                "scale": scale,
-            }
-            self.results.row("floor", {"num_images": count}, partial(self.judge.floor, count))
-            self.results.row("samples", key, partial(self.measure, sampler, scale, count))
+    def measure_all(self, num_images: int, smallest: bool) -> None:
+        """The rows "samples"."""
+        cells = [(line, scale) for line in LINES for scale in SCALES]
+        for line, scale in tqdm(cells[:2] if smallest else cells, unit="cell"):
+            count = round(line.share * num_images)
+            steps = line.num_inference_steps
+            key = {"sampler": line.name, "num_inference_steps": steps, "num_images": count, "scale": scale}
+            self.results.row("samples", key, partial(self.measure, line, scale, count))
 
 
-def lines(values: dict[str, Any]) -> dict[tuple[str, int, int], dict[float, dict]]:
-    """(sampler, steps, images) -> scale -> row, in the order of `SAMPLERS`."""
-    found: dict[tuple[str, int, int], dict[float, dict]] = {}
+def by_line(values: dict[str, Any]) -> dict[tuple[str, int, int], dict[float, dict]]:
+    """(sampler, steps, images) -> scale -> row, in the order of `LINES`."""
+    cells: dict[tuple[str, int, int], dict[float, dict]] = {}
     for row in values.get("samples", []):
         name = (row["sampler"], row["num_inference_steps"], row["num_images"])
-        found.setdefault(name, {})[row["scale"]] = row
-    order = [(sampler.name, sampler.num_inference_steps) for sampler in SAMPLERS]
-    return dict(sorted(found.items(), key=lambda item: order.index(item[0][:2])))
+        cells.setdefault(name, {})[row["scale"]] = row
+    order = [(line.name, line.num_inference_steps) for line in LINES]
+    return dict(sorted(cells.items(), key=lambda item: order.index(item[0][:2])))
 
 
 def markdown(values: dict[str, Any]) -> str:
@@ -137,24 +111,20 @@ def markdown(values: dict[str, Any]) -> str:
     def rows(cell: Any) -> list[list[str]]:
         return [
             [name, str(steps), str(count), *(cell(cells[scale]) if scale in cells else "" for scale in SCALES)]
-            for (name, steps, count), cells in lines(values).items()
+            for (name, steps, count), cells in by_line(values).items()
         ]
 
-    judge, guide = values["judge"], values["guide"]
-    floors = ", ".join(
-        f"{row['mean']:.2f} ± {row['std']:.2f} for {row['num_images']} of them" for row in values.get("floor", [])
-    )
+    guide = values["guide"]
     levels = [("clean", guide["clean"])]
     levels += [("{} to {}".format(*row["timesteps"]), row) for row in guide["ranges"]]
     text = [
         "# Classifier guidance on the digits",
         "`python benchmarks/guidance_quality.py RUN`",
         "## Accuracy of the samples by guidance scale w",
-        "As an independent classifier of clean digits sees them, which recognises "
-        f"{judge['held_out_accuracy']:.1%} of the held-out digits; binomial standard errors.",
+        "As an independent classifier of clean digits sees them; binomial standard errors.",
         table(head, rows(accuracy)),
         f"## {FRECHET}",
-        f"Against all 1,797 digits; bootstrap errors over samples. Digits drawn from the digits: {floors}.",
+        f"{about(values['judge'])} Bootstrap errors over samples.",
         table(head, rows(distance)),
         "## Accuracy of the guide on held-out digits, by noise level",
         table(["timesteps", "accuracy"], [[name, f"{row['accuracy']:.1%}"] for name, row in levels]),
@@ -162,17 +132,16 @@ def markdown(values: dict[str, Any]) -> str:
     return "\n\n".join(text) + "\n"
 
 
-def plot(values: dict[str, Any], path: Path) -> None:
+def plot(values: dict[str, Any]) -> Figure:
     """Accuracy and distance over the scale."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for (name, steps, count), cells in lines(values).items():
+    figure, (left, right) = plot_axes(2)
+    for (name, steps, count), cells in by_line(values).items():
         rows = [cells[scale] for scale in sorted(cells)]
         scales, label = [row["scale"] for row in rows], f"{name}, {steps} calls, n = {count}"
         left.plot(scales, [row["accuracy"] for row in rows], marker="o", markersize=4, label=label)
         distances, errors = [row["frechet"] for row in rows], [row["frechet_error"] for row in rows]
         right.errorbar(scales, distances, errors, marker="o", markersize=4, label=label)
-    left.axhline(values["judge"]["held_out_accuracy"], color="grey", linestyle=":", label="held-out digits")
+    left.axhline(values["judge"]["accuracy"], color="grey", linestyle=":", label="held-out digits")
     left.set(ylabel="recognised as the label", ylim=(0, 1))
     right.set(ylabel=FRECHET, yscale="log")
     for axes in (left, right):
@@ -181,29 +150,23 @@ def plot(values: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("guidance scale")
         axes.grid(alpha=0.3)
     left.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a pipeline trained on the digits, such as runs/demo")
-    parser.add_argument("--images", type=int, default=500, help="images of a cell; DDPM draws a tenth")
-    parser.add_argument("--batch-size", type=int, default=500, help="images in a call (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file; table and plot lie beside it")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    images = (500, "images of a cell; DDPM draws a tenth")
+    run = "folder of a pipeline trained on the digits"
+    parser = make_parser(
+        __doc__, "guidance_quality.json", run, images=images, batch_size=(500, "images in a network call")
+    )
+    add_features(parser)
+    arguments = parse(parser)
+    benchmark = Benchmark(arguments.run, arguments.features, arguments.output, arguments.batch_size)
     try:
-        benchmark = Benchmark(arguments.run, arguments.output, arguments.batch_size)
-    except ValueError as error:
-        parser.error(str(error))
-    try:
-        benchmark.measure_all(arguments.images)
+        benchmark.measure_all(20 if arguments.smallest else arguments.images, arguments.smallest)
     finally:
         values = benchmark.results.values
-        arguments.output.with_suffix(".md").write_text(markdown(values))
-        plot(values, arguments.output.with_suffix(".png"))
-    print(markdown(values))
+        show(arguments.output, markdown(values), plot(values))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,22 @@
-"""Distance of n-step samples from the solution of the same probability-flow ODE, ours and diffusers', on a real model.
+"""How far are n-step samples from the solution of the same probability-flow ODE, ours and diffusers'?
+
+    python benchmarks/ode_error.py runs/demo            # writes results/ode_error.{json,md,png}
 
 Every sampler starts from the same noise at the noisiest training level and ends at clean data. The distance is the RMS
 over images and pixels to the endpoint of 1,000 steps of DPM-Solver++(2M), one for every training level, the last of
-which is the prediction of clean data at timestep 0. How far that endpoint can be trusted is told by DDIM with as many
-steps. Nothing is clipped; the network and x are float64. Heun is given as many network calls as n allows; where that
+which is the prediction of clean data at timestep 0. DDIM with as many steps shows how far that endpoint can be
+trusted. Nothing is clipped; the network and x are float64. Heun is given as many network calls as n allows; where that
 is fewer than n, the table says so. The spacing "leading" is left out: it starts at a lower noise level.
 """
 
-import argparse
-import json
-import platform
-from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from collections.abc import Callable, Iterator, Sequence
 from inspect import signature
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+from common import SCHEDULE_KEYS, make_parser, parse, save, show, table, versions
 from diffusers import DDPMPipeline
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
@@ -27,8 +25,8 @@ from diffusers_dpm.adaptive import integrate_adaptive, plan_timesteps
 from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler
 
 
-RESULTS = Path(__file__).parent / "results"
 SPACINGS = ("linspace", "trailing", "quadratic", "logsnr")
+TOLERANCES = (0.5, 0.1, 0.05, 0.01)
 COUNTS = (5, 8, 10, 15, 20, 50)
 PLOTTED = (
     "DDIM trailing",
@@ -87,9 +85,9 @@ def stock_samplers() -> Iterator[tuple[str, type, dict[str, Any]]]:
 
 def build(scheduler_class: type, config: dict[str, Any], schedule: dict[str, Any]) -> Any:
     """The scheduler for the model's forward process, with nothing clipped."""
-    known = signature(scheduler_class.__init__).parameters
+    parameters = signature(scheduler_class.__init__).parameters
     options = {**schedule, **config, "clip_sample": False, "thresholding": False}
-    return scheduler_class(**{key: value for key, value in options.items() if key in known})
+    return scheduler_class(**{key: value for key, value in options.items() if key in parameters})
 
 
 def sample(scheduler: Any, network: Callable, x: torch.Tensor, n: int) -> tuple[torch.Tensor, int]:
@@ -112,14 +110,16 @@ def rms(x: torch.Tensor) -> float:
     return x.square().mean().sqrt().item()
 
 
-def adaptive_rows(schedule: dict[str, Any], unet: torch.nn.Module, x: torch.Tensor, exact: torch.Tensor) -> list[dict]:
+def adaptive_rows(
+    schedule: dict[str, Any], unet: torch.nn.Module, x: torch.Tensor, exact: torch.Tensor, tolerances: Sequence[float]
+) -> list[dict]:
     """`integrate_adaptive` on these images, and plans made on 16 others, at several tolerances."""
 
     def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return unet(x, t).sample
 
     rows = []
-    for algorithm, order, rtol in product(("dpmsolver", "dpmsolver++"), (2, 3), (0.5, 0.1, 0.05, 0.01)):
+    for algorithm, order, rtol in product(("dpmsolver", "dpmsolver++"), (2, 3), tolerances):
         scheduler = build(DPMSolverScheduler, {"algorithm_type": algorithm}, schedule)
         result = integrate_adaptive(network, scheduler, x, order=order, rtol=rtol)
         plan = plan_timesteps((unet, scheduler), rtol, 16, order=order, seeds=range(100, 116))
@@ -133,29 +133,22 @@ def adaptive_rows(schedule: dict[str, Any], unet: torch.nn.Module, x: torch.Tens
 
 def markdown(rows: list[dict], counts: list[int]) -> str:
     """One line for each sampler, best first at n = 10 or the middle of the counts."""
-    table: dict[str, dict[int, dict]] = {}
+    by_sampler: dict[str, dict[int, dict]] = {}
     for row in rows:
-        table.setdefault(row["sampler"], {})[row["n"]] = row
-    lines = ["| sampler | " + " | ".join(f"n = {n}" for n in counts) + " |", "|---" * (len(counts) + 1) + "|"]
+        by_sampler.setdefault(row["sampler"], {})[row["n"]] = row
     middle = 10 if 10 in counts else counts[len(counts) // 2]
-    for name, cells in sorted(table.items(), key=lambda item: item[1][middle]["rms"]):
-        numbers = [
-            f"{cells[n]['rms']:.4f}" + (f" ({cells[n]['calls']} calls)" if cells[n]["calls"] != n else "")
-            for n in counts
-        ]
-        lines.append(f"| {name} | " + " | ".join(numbers) + " |")
-    return "\n".join(lines)
+    lines = []
+    for name, cells in sorted(by_sampler.items(), key=lambda item: item[1][middle]["rms"]):
+        own_calls = [f" ({cells[n]['calls']} calls)" if cells[n]["calls"] != n else "" for n in counts]
+        lines.append([name, *(f"{cells[n]['rms']:.4f}{text}" for n, text in zip(counts, own_calls, strict=True))])
+    return table(["sampler", *(f"n = {n}" for n in counts)], lines)
 
 
 def adaptive_markdown(rows: list[dict]) -> str:
     """One line for each solver and tolerance."""
-    head = ["| adaptive | rtol | calls | rejected | RMS | plan: calls | RMS |", "|---" * 7 + "|"]
-    lines = [
-        f"| {row['sampler']} | {row['rtol']} | {row['calls']} | {row['rejected']} | {row['rms']:.4f} "
-        f"| {row['plan_calls']} | {row['plan_rms']:.4f} |"
-        for row in rows
-    ]
-    return "\n".join([*head, *lines])
+    keys = ("sampler", "rtol", "calls", "rejected", "rms", "plan_calls", "plan_rms")
+    lines = [[f"{row[key]:.4f}" if key.endswith("rms") else str(row[key]) for key in keys] for row in rows]
+    return table(["adaptive", "rtol", "calls", "rejected", "RMS", "plan: calls", "RMS"], lines)
 
 
 def report(result: dict[str, Any], counts: list[int]) -> str:
@@ -167,7 +160,7 @@ def report(result: dict[str, Any], counts: list[int]) -> str:
     return "\n\n".join([about, markdown(result["rows"], counts), adaptive_markdown(result["adaptive"])]) + "\n"
 
 
-def plot(rows: list[dict], adaptive: list[dict], path: Path) -> None:
+def plot(rows: list[dict], adaptive: list[dict]) -> Figure:
     """Error against network calls, of a choice of samplers."""
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.add_subplot()
@@ -184,22 +177,21 @@ def plot(rows: list[dict], adaptive: list[dict], path: Path) -> None:
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 @torch.no_grad()
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="folder of a trained unconditional pipeline, such as runs/demo")
+def main() -> None:
+    parser = make_parser(__doc__, "ode_error.json", "folder of an unconditional pipeline", images=(64, "noises"))
     parser.add_argument("--steps", type=int, nargs="+", default=[*COUNTS], help="numbers of network calls")
-    parser.add_argument("--images", type=int, default=64, help="number of noises")
-    parser.add_argument("--output", type=Path, default=RESULTS / "ode_error.json", help="the plot lies beside it")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
+    steps, tolerances, samplers = arguments.steps, TOLERANCES, [*our_samplers(), *stock_samplers()]
+    if arguments.smallest:
+        arguments.images, steps, tolerances = 2, [5], TOLERANCES[:1]
 
     pipe = DDPMPipeline.from_pretrained(arguments.run)
     unet = pipe.unet.double().eval()
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-    schedule = {key: pipe.scheduler.config[key] for key in keys}
+    schedule = {key: pipe.scheduler.config[key] for key in SCHEDULE_KEYS}
     size = unet.config.sample_size
     shape = (arguments.images, unet.config.in_channels, size, size)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -207,23 +199,21 @@ def main():
     def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return unet(x, t).sample
 
-    samplers = [*our_samplers(), *stock_samplers()]
-    with tqdm(total=2 + len(samplers) * len(arguments.steps) + 1, unit="loop") as bar:
+    with tqdm(total=2 + len(samplers) * len(steps) + 1, unit="loop") as bar:
         exact, _ = sample(build(DPMSolverScheduler, {"solver_order": 2}, schedule), network, x, 1000)
         bar.update()
         ddim, _ = sample(build(DDIMScheduler, {"timestep_spacing": "linspace"}, schedule), network, x, 1000)
         bar.update()
         rows = []
         for name, scheduler_class, config in samplers:
-            for n in arguments.steps:
+            for n in steps:
                 end, calls = sample(build(scheduler_class, config, schedule), network, x, n)
                 rows.append({"sampler": name, "n": n, "calls": calls, "rms": rms(end - exact)})
                 bar.update()
-        adaptive = adaptive_rows(schedule, unet, x, exact)
+        adaptive = adaptive_rows(schedule, unet, x, exact, tolerances)
         bar.update()
-    packages = ("diffusers-dpm", "diffusers", "torch")
     result = {
-        "versions": {**{name: version(name) for name in packages}, "python": platform.python_version()},
+        "versions": versions(),
         "run": arguments.run.name,
         "shape": shape,
         "rms_of_solution": rms(exact),
@@ -231,12 +221,8 @@ def main():
         "rows": rows,
         "adaptive": adaptive,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    plot(rows, adaptive, arguments.output.with_suffix(".png"))
-    text = report(result, arguments.steps)
-    arguments.output.with_suffix(".md").write_text(text)
-    print(text)
+    save(arguments.output, result)
+    show(arguments.output, report(result, steps), plot(rows, adaptive))
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
-"""Full loops of our schedulers against diffusers' classes of the same name: the largest difference of any value.
+"""How far are full loops of our schedulers from those of diffusers' classes of the same name?
 
+    python benchmarks/parity.py                         # writes results/parity.{json,md}
+
+The figures are the largest differences of any value.
 Both sides get the same start, generator and network (exact for a Gaussian mixture). They run at float32, as users run
 them, and at float64 with exact tables given to diffusers: what remains there is the order of additions, so what is
 more at float32 is rounding, mostly of diffusers' float32 tables. The configs avoid the deliberate differences (README,
 "where we differ"), each of which has a test in tests/schedulers/test_parity.py.
 """
 
-import argparse
-import json
-import platform
-from importlib.metadata import version
 from itertools import product
-from pathlib import Path
 
 import diffusers
 import torch
+from common import make_parser, parse, save, show, table, versions
 from tqdm.auto import tqdm
 
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
@@ -22,6 +21,9 @@ from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 
 PAIRS = {"DDPM": (DDPMScheduler, diffusers.DDPMScheduler), "DDIM": (DDIMScheduler, diffusers.DDIMScheduler)}
 V_PREDICTION = {"prediction_type": "v_prediction"}
+DYNAMIC = {"thresholding": True, "sample_max_value": 100.0, "dynamic_thresholding_ratio": 0.9}
+STABLE_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "clip_sample": False, **V_PREDICTION}
 # name -> (class, config, keywords of step)
 CONFIGS = {
     "DDPM fixed_small": ("DDPM", {}, {}),
@@ -29,45 +31,17 @@ CONFIGS = {
     "DDPM fixed_small, linspace": ("DDPM", {"timestep_spacing": "linspace"}, {}),
     "DDPM fixed_small, trailing": ("DDPM", {"timestep_spacing": "trailing"}, {}),
     "DDPM learned_range": ("DDPM", {"variance_type": "learned_range"}, {}),
-    "DDPM v_prediction, cosine": (
-        "DDPM",
-        {"prediction_type": "v_prediction", "beta_schedule": "squaredcos_cap_v2"},
-        {},
-    ),
+    "DDPM v_prediction, cosine": ("DDPM", {"beta_schedule": "squaredcos_cap_v2", **V_PREDICTION}, {}),
     "DDPM sample, sigmoid": ("DDPM", {"prediction_type": "sample", "beta_schedule": "sigmoid"}, {}),
-    "DDPM dynamic thresholding": (
-        "DDPM",
-        {"thresholding": True, "sample_max_value": 100.0, "dynamic_thresholding_ratio": 0.9},
-        {},
-    ),
+    "DDPM dynamic thresholding": ("DDPM", DYNAMIC, {}),
     "DDPM not clipped, v_prediction": ("DDPM", {"clip_sample": False, **V_PREDICTION}, {}),
     "DDIM eta 0": ("DDIM", {}, {}),
     "DDIM eta 0, epsilon re-derived": ("DDIM", {}, {"use_clipped_model_output": True}),
     "DDIM eta 0.5": ("DDIM", {}, {"eta": 0.5}),
     "DDIM eta 1": ("DDIM", {}, {"eta": 1.0}),
     "DDIM trailing": ("DDIM", {"timestep_spacing": "trailing"}, {}),
-    "DDIM Stable Diffusion's config": (
-        "DDIM",
-        {
-            "beta_schedule": "scaled_linear",
-            "beta_start": 0.00085,
-            "beta_end": 0.012,
-            "clip_sample": False,
-            "set_alpha_to_one": False,
-            "steps_offset": 1,
-        },
-        {},
-    ),
-    "DDIM zero terminal SNR": (
-        "DDIM",
-        {
-            "rescale_betas_zero_snr": True,
-            "timestep_spacing": "trailing",
-            "clip_sample": False,
-            **V_PREDICTION,
-        },
-        {},
-    ),
+    "DDIM Stable Diffusion's config": ("DDIM", {**STABLE_DIFFUSION, "set_alpha_to_one": False, "steps_offset": 1}, {}),
+    "DDIM zero terminal SNR": ("DDIM", ZERO_SNR, {}),
 }
 
 
@@ -120,34 +94,23 @@ def measure(name, steps, shape):
 
 
 def markdown(rows, steps):
-    lines = ["| " + " | ".join(["config", *(f"n = {n}" for n in steps), "float64"]) + " |"]
-    lines.append("|---" * (len(steps) + 2) + "|")
+    lines = []
     for name in CONFIGS:
         mine = [row for row in rows if row["config"] == name]
         numbers = [*(row["float32"] for row in mine), max(row["float64"] for row in mine)]
-        lines.append("| " + " | ".join([name, *(f"{number:.1e}" for number in numbers)]) + " |")
-    return "\n".join(lines)
+        lines.append([name, *(f"{number:.1e}" for number in numbers)])
+    return table(["config", *(f"n = {n}" for n in steps), "float64"], lines) + "\n"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__, "parity.json")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 10, 50, 250], help="numbers of steps")
     parser.add_argument("--shape", type=int, nargs=4, default=[4, 3, 16, 16], help="batch, channels, height, width")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "parity.json")
-    arguments = parser.parse_args()
-    cases = list(product(CONFIGS, arguments.steps))
-    rows = [measure(name, steps, arguments.shape) for name, steps in tqdm(cases, unit="loop")]
-    versions = {
-        "diffusers_dpm": version("diffusers-dpm"),
-        "diffusers": diffusers.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(
-        json.dumps({"versions": versions, "shape": arguments.shape, "rows": rows}, indent=1) + "\n"
-    )
-    print(markdown(rows, arguments.steps))
+    arguments = parse(parser)
+    steps, shape = ([2], [1, 1, 2, 2]) if arguments.smallest else (arguments.steps, arguments.shape)
+    rows = [measure(name, n, shape) for name, n in tqdm([*product(CONFIGS, steps)], unit="loop")]
+    save(arguments.output, {"versions": versions(), "shape": shape, "rows": rows})
+    show(arguments.output, markdown(rows, steps))
 
 
 if __name__ == "__main__":

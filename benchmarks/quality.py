@@ -1,7 +1,8 @@
-"""Image quality of our samplers beside diffusers', on the same weights, seeds and numbers of network calls.
+"""How good are the images of our samplers beside diffusers', on the same weights, seeds and numbers of network calls?
 
     diffusers-dpm train-features --data digits --eval-split test --output-dir runs/digits-features
     python benchmarks/quality.py runs/demo --data digits --features runs/digits-features --held-out-split test
+        # writes results/quality.{json,md,png}
 
 The measurements are those of `diffusers-dpm evaluate` and lie in RUN/quality; what is there is not measured again.
 Heun calls the network twice in a step and is given as many steps as fit; where that leaves a call over, the table says
@@ -10,22 +11,20 @@ has rows for some numbers of steps only. The stock schedulers have diffusers' de
 documentation recommends for them.
 """
 
-import argparse
 import json
-import sys
+from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
-from diffusers_dpm.commands.evaluate import EvaluateOptions
-from diffusers_dpm.commands.runner import run_command
+from common import make_parser, parse, save
+
 from diffusers_dpm.evaluation import report as evaluation
-from diffusers_dpm.evaluation.report import Row, Table, report
-from diffusers_dpm.evaluation.results import format_value, sampler_name
+from diffusers_dpm.evaluation.report import Table, report
+from diffusers_dpm.evaluation.results import Row, format_value, sampler_name
 from diffusers_dpm.evaluation.run import Evaluation
+from diffusers_dpm.options import DataSourceOptions
 
 
-RESULTS = Path(__file__).parent / "results" / "quality.json"
 CALLS = (4, 5, 6, 8, 10, 12, 15, 20, 25, 50, 100)
 SAMPLERS = (
     "ddpm,timestep_spacing=trailing",
@@ -54,7 +53,7 @@ SAMPLERS = (
 
 
 def steps_for(sampler: str, calls: int) -> int:
-    """The largest number of steps that take at most so many network calls."""
+    """The largest number of steps that take at most `calls` network calls."""
     return (calls + 1) // 2 if "Heun" in sampler else calls
 
 
@@ -73,7 +72,7 @@ def with_own_calls(budget: int, row: Row) -> str:
 
 
 def markdown(rows: Sequence[Row], baselines: Sequence[Row], calls: Iterable[int]) -> str:
-    """The report, with tables by calls allowed: those asked for, the usual ones and what else was measured."""
+    """The report, with tables by calls allowed: `calls`, the usual ones and what else was measured."""
     budgets = {*CALLS, *calls}
     return report(
         rows,
@@ -82,51 +81,45 @@ def markdown(rows: Sequence[Row], baselines: Sequence[Row], calls: Iterable[int]
     )
 
 
-def measure(arguments: argparse.Namespace) -> None:
-    run = Path(arguments.run)
-    options = EvaluateOptions(
-        data=arguments.data,
-        split=arguments.split,
+def measure(arguments: Namespace) -> None:
+    folder = arguments.run / "quality"
+    measured = Evaluation(
+        str(arguments.run),
+        [(name, steps_for(name, calls)) for calls in arguments.calls for name in arguments.samplers],
+        DataSourceOptions(data=arguments.data, split=arguments.split),
+        arguments.features,
         held_out_split=arguments.held_out_split,
-        features=arguments.features,
-        schedulers=arguments.samplers,
-        steps=arguments.calls,
         num_images=arguments.images,
         batch_size=arguments.batch_size,
-        output_dir=str(run / "quality"),
+        output_dir=str(folder),
     )
-    pairs = [(name, steps_for(name, calls)) for calls in arguments.calls for name in options.schedulers or []]
-    measured = Evaluation(str(run), options, pairs)
     if arguments.compile:
         measured.pipeline.unet.compile(dynamic=False)  # the network that all cells share
-    measured.run()
+    measured.run(print)
     if measured.accelerator.is_main_process:
-        results = json.loads((run / "quality" / "metrics.json").read_text())
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-        arguments.output.with_suffix(".md").write_text(
-            markdown(results["rows"], results["baselines"], arguments.calls)
-        )
+        results = json.loads((folder / "metrics.json").read_text())
+        save(arguments.output, results)
+        table = arguments.output.with_suffix(".md")
+        table.write_text(markdown(results["rows"], results["baselines"], arguments.calls))
         evaluation.plot(results["rows"], arguments.output.with_suffix(".png"))
-        print(f"tables by network calls in {arguments.output.with_suffix('.md')}")
+        print(f"tables by network calls in {table}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", help="folder of a trained pipeline, such as runs/demo")
+def main() -> None:
+    numbers = {"images": (5000, "images of each cell"), "batch_size": (256, "images in a network call")}
+    parser = make_parser(__doc__, "quality.json", "folder of a trained pipeline", **numbers)
     parser.add_argument("--data", required=True, help="what it was trained on")
     parser.add_argument("--split", default="train", help="part of the data to compare with [%(default)s]")
     parser.add_argument("--held-out-split", help="part of the data that was not trained on")
     parser.add_argument("--features", required=True, help="as 'diffusers-dpm evaluate'")
     parser.add_argument("--samplers", nargs="+", default=[*SAMPLERS], help="some of them, as 'diffusers-dpm evaluate'")
-    parser.add_argument("--images", type=int, default=5000, help="images of each cell [%(default)s]")
     parser.add_argument("--calls", type=int, nargs="+", default=[*CALLS], help="numbers of network calls")
-    parser.add_argument("--batch-size", type=int, default=256, help="images in a network call [%(default)s]")
     parser.add_argument("--compile", action="store_true", help="the U-Net: faster, the same up to float32 rounding")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="the tables and the plots lie beside it")
-    arguments = parser.parse_args()
-    return run_command(lambda: measure(arguments))
+    arguments = parse(parser)
+    if arguments.smallest:
+        arguments.samplers, arguments.calls, arguments.images = [*SAMPLERS[:1]], [4], 20
+    measure(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,4 +1,6 @@
-"""What a scheduler costs: `step`, `set_timesteps` and a loop with a network that costs nothing, beside diffusers.
+"""What does a scheduler cost, in `step`, `set_timesteps` and a loop with a network that costs nothing?
+
+    python benchmarks/scheduler_overhead.py             # writes results/scheduler_overhead.{json,md}
 
 For samplers with noise the time to draw it is measured, too. The same generator gives both sides the same noise, so no
 `step` can be shorter: "floor" is that time over diffusers' step.
@@ -6,18 +8,16 @@ For samplers with noise the time to draw it is measured, too. The same generator
 Ours and theirs alternate within one run, and the figures are medians; on a shared machine only the ratios mean much.
 """
 
-import argparse
-import json
 import logging
-import platform
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
+from itertools import product
 from statistics import median
 
 import diffusers
 import torch
+from common import make_parser, parse, save, show, table, versions
 from diffusers.utils.torch_utils import randn_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
@@ -25,7 +25,6 @@ from tqdm import tqdm
 from diffusers_dpm import schedulers
 
 
-RESULTS = Path(__file__).parent / "results" / "scheduler_overhead.json"
 SHAPES = [(1, 3, 32, 32), (16, 3, 32, 32), (64, 3, 32, 32), (1, 4, 64, 64)]
 
 
@@ -124,38 +123,34 @@ def compare(ours: Callable, theirs: Callable, shape: tuple[int, ...], steps: int
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--repeats", type=int, default=30, help="loops of each (default: %(default)s)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[20, 50], help="steps of a loop (default: 20 50)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file (default: beside this script)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    parser = make_parser(__doc__, "scheduler_overhead.json", repeats=(30, "loops of each"))
+    parser.add_argument("--steps", type=int, nargs="+", default=[20, 50], help="steps of a loop [%(default)s]")
+    arguments = parse(parser)
     warnings.simplefilter("ignore")
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+    cases, repeats = [*product(families(), SHAPES, arguments.steps)], arguments.repeats
+    if arguments.smallest:
+        cases, repeats = cases[:2], 1
     rows = []
-    cases = [(name, shape, steps) for name in families() for shape in SHAPES for steps in arguments.steps]
     for name, shape, steps in tqdm(cases):
         ours, theirs = families()[name]
-        row = compare(ours, theirs, shape, steps, arguments.repeats)
+        row = compare(ours, theirs, shape, steps, repeats)
         counts = {"operations": operations(ours()), "operations_diffusers": operations(theirs())}
         rows.append({"scheduler": name, "shape": shape, "steps": steps, **row, **counts})
-    print("| scheduler | shape | steps | step | floor | plan, per row | loop | operations |\n" + "|---" * 8 + "|")
-    for row in rows:
-        print(
-            f"| {row['scheduler']} | {row['shape']} | {row['steps']} | {row['step_ratio']:.2f} | "
-            f"{row.get('floor', '')} | "
-            f"{row['set_timesteps_us_per_row']:.1f} us | {row['loop_ratio']:.2f} | "
-            f"{row['operations']} / {row['operations_diffusers']} |"
-        )
-    machine = {
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-        "threads": arguments.threads,
-        "repeats": arguments.repeats,
-    }
-    arguments.output.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    head = ["scheduler", "shape", "steps", "step", "floor", "plan, per row", "loop", "operations"]
+    lines = [
+        [
+            *map(str, (row["scheduler"], row["shape"], row["steps"])),
+            f"{row['step_ratio']:.2f}",
+            str(row.get("floor", "")),
+            f"{row['set_timesteps_us_per_row']:.1f} us",
+            f"{row['loop_ratio']:.2f}",
+            f"{row['operations']} / {row['operations_diffusers']}",
+        ]
+        for row in rows
+    ]
+    save(arguments.output, {"versions": versions(), "threads": arguments.threads, "repeats": repeats, "rows": rows})
+    show(arguments.output, table(head, lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Training throughput: our loop against the inner loop of diffusers' train_unconditional.py, side by side.
+"""How fast is our training loop beside the inner loop of diffusers' train_unconditional.py?
+
+    python benchmarks/training_throughput.py            # adds to results/training_throughput.json
 
 Same network, images, batch size and precision, in one process, in alternating blocks of steps; the result is the ratio
 of the median times per step. The other loop is written anew after examples/unconditional_image_generation of diffusers
@@ -8,22 +10,20 @@ noise is added, one log entry with a read-back of the loss per step, AdamW and E
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import datasets
 import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
+from common import make_parser, parse, save, versions
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -34,9 +34,6 @@ from diffusers_dpm.schedulers import DDPMScheduler, VPNoiseSchedule
 from diffusers_dpm.training import PRESETS, DenoisingLoss, TrainingState, build_unet
 from diffusers_dpm.training import loop as our_module
 from diffusers_dpm.training.train_diffusion import TrainingOptions
-
-
-RESULTS = Path(__file__).parent / "results" / "training_throughput.json"
 
 
 class Stopwatch:
@@ -209,7 +206,7 @@ def example_dataset(images: np.ndarray, levels: int, resolution: list[int]) -> d
 def load(preset: str) -> tuple[np.ndarray, int]:
     """uint8 images (N, C, H, W) and the value of white."""
     if preset == "digits-8x8":
-        source = read_digits()
+        source = read_digits("all")
         return np.stack([source.read(i) for i in range(source.num_images)]), source.levels
     side, channels = PRESETS[preset][0], 3
     return np.random.default_rng(0).integers(0, 256, (1024, channels, side, side), dtype=np.uint8), 255
@@ -278,39 +275,33 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "ms_per_step": {name: round(value, 2) for name, value in medians.items()},
         "images_per_second": {name: round(1000 * arguments.batch_size / value, 1) for name, value in medians.items()},
         "ms_by_part": breakdown,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "accelerate": accelerate.__version__,
-            "diffusers-dpm": version("diffusers-dpm"),
-        },
+        "versions": versions(),
     }
 
 
-def save(result: dict[str, Any], path: Path) -> None:
+def add(result: dict[str, Any], path: Path) -> None:
     """Replace the result of the same setting in the file, or add to it."""
     setting = ("preset", "batch_size", "mixed_precision", "device")
     results = json.loads(path.read_text()) if path.exists() else []
     results = [other for other in results if any(other[key] != result[key] for key in setting)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps([*results, result], indent=2) + "\n")
+    save(path, [*results, result])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
-    )
+    numbers = {
+        "batch_size": (64, "images per step"),
+        "blocks": (9, "measured blocks per loop"),
+        "block": (20, "steps per block"),
+    }
+    parser = make_parser(__doc__, "training_throughput.json", **numbers)
     parser.add_argument("--preset", choices=tuple(PRESETS), default="digits-8x8", help="network and image size")
-    parser.add_argument("--batch-size", type=int, default=64, help="images per step")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to run")
     parser.add_argument("--mixed-precision", choices=("no", "fp16", "bf16"), default="no", help="of the network")
-    parser.add_argument("--blocks", type=int, default=9, help="measured blocks per loop")
-    parser.add_argument("--block", type=int, default=20, help="steps per block")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="JSON file to add the result to")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
+    if arguments.smallest:
+        arguments.batch_size, arguments.blocks, arguments.block = 4, 1, 1
     result = compare(arguments)
-    save(result, arguments.output)
+    add(result, arguments.output)
     print(json.dumps(result, indent=2))
 
 

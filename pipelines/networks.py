@@ -13,15 +13,23 @@ def image_size(sample_size: int | Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-def image_shape(unet: Any) -> tuple[int, int, int]:
-    """(C, H, W) of the images of a U-Net.
+def image_shape(unet: Any, default: Sequence[int] | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the images of a network.
+
+    Args:
+        unet: a network with a config.
+        default: (H, W) where the config has no `sample_size`.
 
     Raises:
-        ValueError: its config has no `sample_size`.
+        ValueError: its config has no `sample_size`, and there is no default.
     """
-    if unet.config.sample_size is None:
-        raise ValueError("the U-Net's config has no sample_size: DPMPipeline needs latents (B, C, H, W)")
-    return unet.config.in_channels, *image_size(unet.config.sample_size)
+    config = getattr(unet, "config", {})
+    size = config.get("sample_size") or default
+    if size is None:
+        raise ValueError(
+            "the network's config has no sample_size: give the shape of the images, or noise to start from"
+        )
+    return config["in_channels"], *image_size(size)
 
 
 def is_conditional(unet: Any) -> bool:

@@ -1,18 +1,15 @@
 """The tables of benchmarks/quality.py."""
 
-import importlib.util
+import importlib
 from pathlib import Path
 
 import pytest
 
 
-@pytest.fixture(scope="module")
-def quality():
-    path = Path(__file__).parent.parent / "benchmarks" / "quality.py"
-    spec = importlib.util.spec_from_file_location("benchmark_quality", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def quality(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    return importlib.import_module("quality")
 
 
 HEUN = "diffusers.HeunDiscreteScheduler"

@@ -19,8 +19,8 @@ from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.data import load_images
 from diffusers_dpm.evaluation.distances import quality
 from diffusers_dpm.evaluation.features import Reference, load_features, to_bytes
-from diffusers_dpm.evaluation.results import metric_tables, read_metrics
-from diffusers_dpm.evaluation.run import Results, describe_source, shuffled_pixels, split_options
+from diffusers_dpm.evaluation.results import Results, metric_tables, read_metrics
+from diffusers_dpm.evaluation.run import describe_source, shuffled_pixels, split_options
 from diffusers_dpm.likelihood.bound import evidence_lower_bound
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import DDIMScheduler
@@ -137,7 +137,7 @@ def test_only_what_is_missing_is_measured(evaluate, monkeypatch):
 def test_weights_are_named_where_the_run_does_not_say(evaluate, run, capsys):
     evaluate("--weights=raw", code=2)
     (said,) = capsys.readouterr().err.strip().split("\n")[-1:]
-    assert said == f"error: --weights raw: {run} has EMA weights, says its training_options.json"
+    assert said == f"error: --weights raw: {run} has EMA weights, according to its training_options.json"
     assert not (run / "metrics.json").exists()
     (run / "training_options.json").unlink()
     assert {row["weights"] for row in evaluate("--weights=raw")["rows"]} == {"raw"}

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from diffusers_dpm.commands import main as cli
 from diffusers_dpm.evaluation.results import read_baselines, read_metrics
+from diffusers_dpm.hub import checks, remote_code, staging
 from diffusers_dpm.hub import publish as hub
-from diffusers_dpm.hub import remote_code, staging
-from diffusers_dpm.hub.checks import check, check_without_package, evaluate
+from diffusers_dpm.hub.checks import Loaded, check, check_without_package
 from diffusers_dpm.hub.staging import list_files, stage, stage_pictures
 from diffusers_dpm.hub.upload import PublishError
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
@@ -155,7 +155,7 @@ def test_files(staged):
     }
 
 
-def test_index_names_stock_classes_and_keeps_the_classifier_from_plain_downloads(staged):
+def test_index_names_stock_classes_only(staged):
     assert config(staged / "model_index.json") == {
         "_class_name": "DDPMPipeline",
         "_diffusers_version": diffusers.__version__,
@@ -214,10 +214,10 @@ def test_what_an_interrupted_command_left_is_no_component(tmp_path):
     (run / "calibrated" / "partial").mkdir(parents=True)
     stage(run, tmp_path / "staged", "org/name")
     assert not (tmp_path / "staged" / "calibrated").exists()
-    assert "calibrated" not in evaluate(run)
+    assert "calibrated" not in Loaded(run).evaluate()
 
 
-def test_figures_of_other_weights_are_not_published(tmp_path, capsys):
+def test_figures_of_other_weights_are_not_published(tmp_path):
     """`evaluate` keeps the rows of a model that was trained further beside the new ones."""
     run = make_run(tmp_path / "run")
     own = METRIC | {"weights_sha256": weights_hash(DPMPipeline.from_pretrained(run).unet)}
@@ -225,10 +225,11 @@ def test_figures_of_other_weights_are_not_published(tmp_path, capsys):
     baseline = METRIC | {"scheduler": "held-out images", "steps": 0, "weights": None, "weights_sha256": "0" * 64}
     metrics = {"rows": [own, other, unnamed], "baselines": [baseline]}
     (run / "metrics.json").write_text(json.dumps(metrics))
-    stage(run, tmp_path / "staged", "org/name")
+    lines: list[str] = []
+    stage(run, tmp_path / "staged", "org/name", report=lines.append)
     assert config(tmp_path / "staged" / "metrics.json") == metrics | {"rows": [own, unnamed]}
     assert "777.7" not in (tmp_path / "staged" / "README.md").read_text()
-    assert "left out: 1 of 3 rows of" in capsys.readouterr().out
+    assert [line.partition(" rows of")[0] for line in lines] == ["left out: 1 of 3"]
 
     (run / "metrics.json").write_text(json.dumps(metrics | {"rows": [other]}))
     stage(run, tmp_path / "again", "org/name")
@@ -451,9 +452,9 @@ def break_half(folder):
 )
 def test_damage_that_only_others_would_see_is_found(damage, way, run, copy):
     damage(copy)
-    results = evaluate(run)
+    results = Loaded(run).evaluate()
     with pytest.raises(PublishError, match=way):
-        check_without_package(copy, results)
+        check_without_package(Loaded(copy), results)
 
 
 def test_a_network_that_diverged_is_not_published(tmp_path):
@@ -489,12 +490,13 @@ def test_a_new_kind_of_scheduler_needs_one_line(tmp_path, monkeypatch):
         path.name for path in (tmp_path / "staged/listed").iterdir()
     }
     assert not (tmp_path / "staged" / "unlisted").exists()
-    results = evaluate(run)
+    results = Loaded(run).evaluate()
     pipe = DPMPipeline(DPMPipeline.from_pretrained(run).unet, DDIMScheduler(eta=0.5))
     assert np.array_equal(results["listed"], pipe(seeds=[0], num_inference_steps=7, output_type="np").images)
-    check_without_package(tmp_path / "staged", results)
+    staged = Loaded(tmp_path / "staged")
+    check_without_package(staged, results)
     with pytest.raises(PublishError, match="DDIMScheduler with trust_remote_code: the result differs"):
-        check_without_package(tmp_path / "staged", results | {"listed": results["pipeline"]})
+        check_without_package(staged, results | {"listed": results["pipeline"]})
 
 
 # Input that cannot be used -------------------------------------------------------------------------------------------
@@ -551,7 +553,7 @@ def test_an_extra_of_an_unknown_class(tmp_path):
         stage(run, tmp_path / "staged", "org/name")
 
 
-def test_extras_need_a_diffusers_that_can_check_their_code(run, tmp_path, monkeypatch):
+def test_extras_need_a_recent_diffusers(run, tmp_path, monkeypatch):
     monkeypatch.setattr(staging, "version", lambda package: "0.37.1")
     with pytest.raises(ValueError, match=r"publishing .*classifier needs diffusers 0\.38 or newer.* this is 0\.37\.1"):
         stage(run, tmp_path / "staged", "org/name")
@@ -569,7 +571,9 @@ def no_network(monkeypatch):
 
 
 def test_dry_run(run, tmp_path, monkeypatch, capsys, no_network):
-    monkeypatch.setattr(hub, "check_without_package", lambda folder, results: None)  # tested above; it takes seconds
+    monkeypatch.setattr(
+        checks, "check_without_package", lambda folder, results: None
+    )  # tested above; it takes seconds
     folder = tmp_path / "staged"
     code = cli.main(["publish", str(run), "org/name", "--dry-run", "--staging-dir", str(folder)])
     printed = capsys.readouterr()

@@ -202,7 +202,7 @@ def test_optimal_variances_make_the_bound_tight_for_every_grid(num_steps, option
         )
 
 
-def test_optimal_variances_with_less_noise_in_the_forward_process():
+def test_optimal_variances_with_a_small_eta():
     """Each step then costs log(sigma^2 / lam^2) / 2 (Bao et al. 2022, theorem 3), the least that any variance can."""
     options = {"forward_process": "ddim", "eta": 0.2}
     scheduler, small = analytic(**options), analytic("small", **options)
@@ -344,7 +344,7 @@ def test_a_grid_that_was_not_set_is_the_whole_chain():
         (DDIMScheduler(eta=0.3), {"reverse_variance": "small", "forward_process": "ddim", "eta": 0.3}),
     ],
 )
-def test_schedulers_with_their_own_variance_equal_their_analytic_twin(theirs, ours):
+def test_own_variances_equal_those_of_the_analytic_twin(theirs, ours):
     theirs.set_timesteps(9)
     twin = AnalyticDPMScheduler(**ours)
     twin.set_timesteps(timesteps=theirs.timesteps)
@@ -353,7 +353,7 @@ def test_schedulers_with_their_own_variance_equal_their_analytic_twin(theirs, ou
     torch.testing.assert_close(*bounds, rtol=1e-12, atol=0)
 
 
-def test_one_measurement_serves_every_grid_and_is_independent_of_batches():
+def test_one_measurement_serves_every_grid_and_batch_size():
     scheduler = DDPMScheduler()
     images, network = grey_images(5), Contrived()
     errors = measure_errors(network, scheduler, images, [0, 200, 500, 700, 999], batch_size=7)
@@ -479,7 +479,7 @@ def visiting(scheduler, timesteps):
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else value,
 )
-def test_schedulers_without_a_bound_are_refused_before_the_network_is_called(scheduler, message):
+def test_schedulers_without_a_bound_are_refused(scheduler, message):
     with pytest.raises(ValueError, match=message):
         evidence_lower_bound(None, scheduler, grey_images(1))
 
@@ -596,7 +596,7 @@ def test_exact_likelihood_of_a_correlated_gaussian(beta_schedule, solver):
     assert result.num_evaluations == 800 if solver == "rk4" else result.num_evaluations > 20
 
 
-def test_zero_terminal_snr_starts_at_the_last_level_with_a_signal():
+def test_zero_terminal_snr_starts_at_the_last_signal():
     scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
     network = ExactNetwork(scheduler.schedule, COVARIANCE, prediction_type="v_prediction")
     images = normal(2, 1, 2, 2) * 0.5
@@ -615,7 +615,7 @@ def test_a_float32_network_is_good_to_its_rounding():
     )
 
 
-def test_rademacher_probes_are_exact_where_the_jacobian_is_diagonal():
+def test_rademacher_probes_are_exact_for_diagonal_jacobians():
     scheduler = DDPMScheduler()
     covariance = torch.diag(torch.tensor([1.0, 0.1, 0.01, 0.3], dtype=torch.float64))
     network = ExactNetwork(scheduler.schedule, covariance)
@@ -658,7 +658,7 @@ def test_traces_of_a_known_jacobian():
     torch.testing.assert_close(probed_traces(y, x, probes).mean(dim=1), expected)
 
 
-def test_batches_and_subsets_do_not_matter_at_fixed_steps_and_hardly_at_adaptive_ones():
+def test_ode_is_independent_of_batches_and_subsets():
     scheduler = DDPMScheduler()
     network = ExactNetwork(scheduler.schedule, COVARIANCE)
     images = grey_images(4, (1, 2, 2))
@@ -684,7 +684,7 @@ def test_the_adaptive_solver_follows_its_tolerance():
     assert results[1].num_evaluations > 1.5 * results[0].num_evaluations
 
 
-def test_the_solver_looks_at_the_worst_image_and_at_log_densities():
+def test_the_error_norm_is_of_the_worst_image():
     x, gained = torch.zeros(3, 1, 2, 2).double(), torch.zeros(3, 2).double()
     x[1] = 2.0
     assert largest_error((x, gained)).item() == 2
@@ -692,7 +692,7 @@ def test_the_solver_looks_at_the_worst_image_and_at_log_densities():
     assert largest_error((x, gained)).item() == pytest.approx(math.sqrt(12.5))
 
 
-def test_bound_and_ode_are_the_same_number_where_the_bound_is_tight_and_ordered_elsewhere():
+def test_bound_equals_the_ode_where_it_is_tight():
     images = math.sqrt(VARIANCE) * normal(100, 1, 8, 8)
     scheduler = analytic("residual")
     network = WhiteNetwork(scheduler.schedule, VARIANCE)
@@ -725,7 +725,7 @@ class Interpolated(WhiteNetwork):
 
 @pytest.mark.parametrize("dequantization", ["centered", "score_sde"])
 @pytest.mark.parametrize("num_levels", [17, 256])
-def test_a_uniform_density_over_all_bins_has_the_bits_of_the_levels(num_levels, dequantization):
+def test_a_uniform_density_has_the_bits_of_the_levels(num_levels, dequantization):
     """Its density is 1 / width: log2(width) + offset is log2 of the number of levels, 8 bits for 256."""
     ends = torch.tensor([-1.0, 1.0], dtype=torch.float64)
     x, offset = dequantize(ends, num_levels, dequantization, torch.tensor([0.0, 1.0]).double())

@@ -21,9 +21,10 @@ from diffusers import UNet2DModel
 
 from diffusers_dpm.commands.runner import take_model
 from diffusers_dpm.data import ImageDataset, describe, load_data, load_held_out_data
-from diffusers_dpm.networks import image_shape, load_pipeline
+from diffusers_dpm.networks import load_pipeline
 from diffusers_dpm.options import check_ranges, parse_options
 from diffusers_dpm.pipelines import NoisyClassifier
+from diffusers_dpm.pipelines.networks import image_shape
 from diffusers_dpm.records import atomic_folder, remove, write_json
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import DDPMScheduler

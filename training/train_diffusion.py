@@ -98,7 +98,7 @@ class DiffusionTrainer(Trainer):
         run, options = super().run(), self.options
         if options.push_to_hub is not None and not options.dry_run and self.accelerator.is_main_process:
             try:
-                publish(run, options.push_to_hub, private=options.hub_private)
+                publish(run, options.push_to_hub, private=options.hub_private, report=print)
             except ValueError as error:
                 again = ["diffusers-dpm", "publish", str(run), options.push_to_hub]
                 again += ["--private"] if options.hub_private else []

@@ -24,8 +24,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.networks import image_shape
-from diffusers_dpm.pipelines.networks import evaluation_mode
+from diffusers_dpm.pipelines.networks import evaluation_mode, image_shape
 from diffusers_dpm.pipelines.pipeline_dpm import draw_labels, make_generators
 from diffusers_dpm.records import Record, provenance
 from diffusers_dpm.schedulers.dpm_solver_rows import first_order, singlestep_rows

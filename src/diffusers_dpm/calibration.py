@@ -33,9 +33,9 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.networks import NoProgress, Progress, image_shape, is_conditional, noise_schedule_of
+from diffusers_dpm.networks import NoProgress, Progress, noise_schedule_of
 from diffusers_dpm.pipelines.guidance import ClassifierGuidance, check_classifier, label_log_probability
-from diffusers_dpm.pipelines.networks import evaluation_mode
+from diffusers_dpm.pipelines.networks import evaluation_mode, image_shape, is_conditional
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.records import Record, ResultStore, fingerprint, provenance, weights_hash

@@ -1,6 +1,6 @@
 """Networks: load them, ask for the shape of their images and their classes, call them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -9,7 +9,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
-from diffusers_dpm.pipelines.networks import evaluation_mode as evaluation_mode
+from diffusers_dpm.pipelines.networks import image_shape, is_conditional
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers.noise_schedule import VPNoiseSchedule
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
@@ -71,30 +71,6 @@ def quiet() -> Iterator[None]:
 
 
 # Images and classes --------------------------------------------------------------------------------------------------
-
-
-def image_shape(unet: Any, default: Sequence[int] | None = None) -> tuple[int, int, int]:
-    """(C, H, W) of the images, from the network's config.
-
-    Args:
-        unet: a network with a config.
-        default: (H, W) where the config has no sample_size.
-
-    Raises:
-        DiffusersDPMError: the config has no sample_size, and there is no default.
-    """
-    config = getattr(unet, "config", {})
-    size = config.get("sample_size") or default
-    if size is None:
-        raise DiffusersDPMError("the network's config has no sample_size")
-    height, width = (size, size) if isinstance(size, int) else size
-    return config["in_channels"], height, width
-
-
-def is_conditional(unet: Any) -> bool:
-    """Whether the network takes class labels."""
-    config = getattr(unet, "config", {})
-    return config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None
 
 
 def checked_labels(unet: Any, images: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:

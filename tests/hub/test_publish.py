@@ -182,8 +182,8 @@ def test_no_connection(folder):
         upload(folder, REPO, api=nobody)
 
 
-def test_a_run_that_cannot_be_published_after_its_training_is_kept(hub, tmp_path, monkeypatch, capsys):
-    """Trained, given a component that is not ours, and trained further: `stage` refuses it with a plain ValueError."""
+def test_a_trained_run_that_cannot_be_published_is_kept(hub, tmp_path, monkeypatch, capsys):
+    """Trained, given a component that is not ours, and trained further: `stage` refuses it."""
     monkeypatch.setenv("HF_TOKEN", hub.alice)
     unet = make_run(tmp_path / "other") / "unet"
     run = tmp_path / "my run"

@@ -386,7 +386,7 @@ from diffusers import DDPMPipeline
 from diffusers_dpm import (
     AnalyticDPMScheduler, CalibratedScheduler, DPMPipeline, DPMSolverScheduler, NoisyClassifier
 )
-from diffusers_dpm.hub import publish
+from diffusers_dpm.hub.publish import publish
 
 classifier = NoisyClassifier.from_pretrained(model, subfolder="classifier")
 pipe = DPMPipeline.from_pretrained(model, classifier=classifier)

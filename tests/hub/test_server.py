@@ -417,7 +417,7 @@ class TestFaults:
         assert [entry.status for entry in hub.requests("PUT /lfs")] == [None, 200]
         assert hub.files(repo) == {"w.bin": b"w"}
 
-    def test_failed_commit_leaves_the_repository_and_sends_nothing_twice(self, hub, repo):
+    def test_failed_commit_changes_nothing_and_is_not_repeated(self, hub, repo):
         hub.inject("POST .*/commit", status=500)
         with pytest.raises(HfHubHTTPError) as error:
             commit(hub, add("w.bin", "w"))
@@ -427,7 +427,7 @@ class TestFaults:
         assert hub.files(repo) == {"w.bin": b"w"}
         assert len(hub.requests("PUT /lfs")) == 1
 
-    def test_a_lost_commit_has_not_happened_and_one_whose_answer_is_lost_has(self, hub, repo):
+    def test_a_lost_request_commits_nothing_a_lost_answer_does(self, hub, repo):
         hub.inject("POST .*/commit", drop_request=True)
         hub.inject("POST .*/commit", first=2, drop_response=0)
         for expected in ({}, {"x.txt": b"1"}):

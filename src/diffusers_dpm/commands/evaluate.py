@@ -12,7 +12,8 @@ results after each of them: metrics.json, which the model card reads, metrics.md
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import product
 from typing import Literal
 
 from diffusers_dpm.commands.runner import run_command, take_model
@@ -115,7 +116,8 @@ def evaluate(argv: Sequence[str]) -> None:
         description="Measure the images of the model of a run folder or Hub id: every scheduler with every number of "
         "steps, from the same seeds. Interrupted, the same command goes on.",
     )
-    Evaluation(model, options).run()
+    chosen = {item.name: getattr(options, item.name) for item in fields(Evaluation) if hasattr(options, item.name)}
+    Evaluation(model, product(options.schedulers or [], options.steps or []), options, **chosen).run(print)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,18 +7,12 @@ diffusers-dpm likelihood runs/mine --data path/to/images --method ode --num-imag
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
-
-import torch
-from accelerate.utils import tqdm
+from dataclasses import dataclass, field
+from typing import Literal
 
 from diffusers_dpm.commands.runner import run_command, take_model
-from diffusers_dpm.likelihood.ode import ODELikelihood, ode_log_likelihood
-from diffusers_dpm.likelihood.run import Task, measure_bounds, open_task, plot, write_terms
+from diffusers_dpm.likelihood.run import Task, bound_row, measure_bounds, measure_ode, open_task
 from diffusers_dpm.options import DataSourceOptions, check_ranges, flag, parse_options
-from diffusers_dpm.records import ResultStore, Tensors, read_json, write_json
-from diffusers_dpm.run_folder import RunFolder
 
 
 PROG = "diffusers-dpm likelihood"
@@ -114,108 +108,25 @@ class LikelihoodOptions(ImageOptions, EvaluationOptions, BoundOptions, ODEOption
 
 
 def run_bounds(task: Task) -> None:
-    """Measure, print a table, and write likelihood.json, likelihood_terms.csv and likelihood.png."""
+    """Measure, and print a table."""
     bounds = measure_bounds(task)
-    rows = []
     print(f"upper bounds of -log2 p per dimension, {len(task.indices)} images, {task.num_levels} levels")
     print(f"{'spacing':<12}{'steps':>6}  {'variance':<10}{'bits/dim':>10}{'+-':>9}{'prior':>10}{'decoder':>9}")
-    for sampler, bound in bounds:
-        prior, *_, decoder = bound.terms()
-        row = {
-            **sampler._asdict(),
-            "bits_per_dim": bound.bits_per_dim,
-            "standard_error": bound.standard_error,
-            "prior": prior.bits_per_dim,
-            "decoder": decoder.bits_per_dim,
-        }
-        del row["scheduler"]
-        rows.append(row)
-        spacing, steps, variance, bits, error, prior_bits, decoder_bits = row.values()
-        print(
-            f"{spacing:<12}{steps:>6}  {variance:<10}{bits:>10.4f}{error:>9.4f}{prior_bits:>10.5f}{decoder_bits:>9.4f}"
-        )
-    run = RunFolder(task.folder)
-    write_terms(run.likelihood_terms, bounds)
-    plot(run.likelihood_plot, bounds)
-    write_results(task, "elbo", {"cdf": task.options.cdf, "bounds": rows})
+    for pair in bounds:
+        spacing, steps, variance, bits, error, prior, decoder = bound_row(*pair).values()
+        print(f"{spacing:<12}{steps:>6}  {variance:<10}{bits:>10.4f}{error:>9.4f}{prior:>10.5f}{decoder:>9.4f}")
 
 
 def run_ode(task: Task) -> None:
-    """Integrate, print the result and write likelihood.json."""
-    options = task.options
-    ode = {item.name: getattr(options, item.name) for item in fields(ODEOptions)}
-    with tqdm(total=len(task.indices) * options.num_passes, unit="image", desc="images x passes") as bar:
-
-        def measure(rows: range) -> Tensors:
-            bar.update(rows.start * options.num_passes - bar.n)
-            result = ode_log_likelihood(
-                task.pipeline.unet,
-                task.pipeline.scheduler,
-                dequantization=options.dequantization,
-                num_passes=options.num_passes,
-                divergence=options.divergence,
-                num_probes=options.num_probes,
-                solver=options.solver,
-                rtol=options.tolerance,
-                atol=options.tolerance,
-                num_steps=options.num_steps,
-                progress=bar,
-                **task.batch(rows),
-            )
-            return {"samples": result.samples, "calls": torch.full((len(rows),), result.num_evaluations).double()}
-
-        settings = task.settings(**ode)
-        store = ResultStore(task.folder, settings, name=RunFolder.likelihood_ode.stem, replace=True)
-        measured = store.measure_rows(len(task.indices), options.batch_size, measure)
-    likelihood = ODELikelihood(measured["samples"], measured["calls"].mean().item())
-    noise = likelihood.per_image_error.square().mean().sqrt().item()
+    """Integrate, and print the result."""
+    likelihood = measure_ode(task)
     print(
         f"-log2 p per dimension under the ODE, an estimate from {len(task.indices)} images, {task.num_levels} levels, "
-        f"{options.dequantization} dequantisation\n{likelihood.bits_per_dim:.4f} +- {likelihood.standard_error:.4f}; "
-        f"{likelihood.num_evaluations:.0f} network calls for each run"
+        f"{task.options.dequantization} dequantisation\n{likelihood.bits_per_dim:.4f} +- "
+        f"{likelihood.standard_error:.4f}; {likelihood.num_evaluations:.0f} network calls for each run"
     )
-    if not math.isnan(noise):
-        print(f"of one image, passes and probes leave a standard error of {noise:.4f}")
-    write_results(
-        task,
-        "ode",
-        {
-            **ode,
-            "bits_per_dim": likelihood.bits_per_dim,
-            "standard_error": likelihood.standard_error,
-            "standard_error_of_one_image": noise,
-            "num_evaluations": likelihood.num_evaluations,
-            "per_image": likelihood.per_image.tolist(),
-        },
-    )
-
-
-def write_results(task: Task, method: str, results: dict[str, Any]) -> None:
-    """Put one method's results into likelihood.json, beside the other's."""
-    path = RunFolder(task.folder).likelihood
-    options = task.options
-    about = {
-        "model": task.model,
-        "data": options.data,
-        "split": options.split,
-        "num_images": len(task.indices),
-        "indices": task.indices,
-        "num_levels": task.num_levels,
-        "seed": options.seed,
-    }
-    methods = read_json(path) if path.exists() else {}
-    methods[method] = without_nan({**about, **results})
-    write_json(path, methods)
-    print(f"written to {path}")
-
-
-def without_nan(value: Any) -> Any:
-    """`value` with None for every NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if value != value else value
+    if not math.isnan(likelihood.error_of_one_image):
+        print(f"of one image, passes and probes leave a standard error of {likelihood.error_of_one_image:.4f}")
 
 
 def likelihood(argv: Sequence[str]) -> None:
@@ -231,6 +142,7 @@ def likelihood(argv: Sequence[str]) -> None:
     )
     task = open_task(model, options)
     {"elbo": run_bounds, "ode": run_ode}[options.method](task)
+    print(f"written to {task.folder / 'likelihood.json'}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from diffusers_dpm.commands.runner import run_command
@@ -47,7 +48,7 @@ def make_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code: 2 for input that cannot be used, a failed check and a failed upload."""
-    return run_command(lambda: publish(**vars(make_parser().parse_args(argv))))
+    return run_command(lambda: publish(**vars(make_parser().parse_args(argv)), report=partial(print, flush=True)))
 
 
 if __name__ == "__main__":

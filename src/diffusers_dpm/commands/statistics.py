@@ -17,8 +17,9 @@ from accelerate.utils import tqdm
 
 from diffusers_dpm.commands.runner import run_command, take_model
 from diffusers_dpm.data import load_data
-from diffusers_dpm.networks import is_conditional, load_pipeline, noise_schedule_of
+from diffusers_dpm.networks import load_pipeline, noise_schedule_of
 from diffusers_dpm.options import DataSourceOptions, check_ranges, parse_options
+from diffusers_dpm.pipelines.networks import is_conditional
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
 from diffusers_dpm.schedulers.timestep_grids import Grid, even
 

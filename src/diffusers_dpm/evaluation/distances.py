@@ -1,4 +1,8 @@
-"""Distances between sets of images, with their errors."""
+"""Distances between sets of images, with their errors.
+
+Images are uint8 (N, C, H, W), rounded to 8 bits, because that is what is published and compared. Below 50,000 images
+the Fréchet distance in InceptionV3's features is called FID@n and not FID; in other features it is no FID at all.
+"""
 
 import math
 import warnings
@@ -10,6 +14,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.features import FeatureExtractor, InceptionFeatures, Reference, extract
 
 
@@ -32,8 +37,8 @@ class Score(NamedTuple):
     error: float | None
 
 
-class Given(nn.Module):
-    """The feature network of torchmetrics' metrics, where the features are there already."""
+class PrecomputedFeatures(nn.Module):
+    """Stands in for the feature network of torchmetrics' metrics."""
 
     def __init__(self, num_features: int):
         super().__init__()
@@ -74,7 +79,9 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor, num_resamp
         reference: (M, d); the error leaves out that it is a sample, too.
         num_resamples: of the bootstrap.
     """
-    metric = FrechetInceptionDistance(feature=Given(features.shape[1]), reset_real_features=False, **ALONE)
+    metric = FrechetInceptionDistance(
+        feature=PrecomputedFeatures(features.shape[1]), reset_real_features=False, **ALONE
+    )
     metric.update(reference.double(), real=True)
 
     def distance(features: torch.Tensor) -> float:
@@ -89,8 +96,8 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Score:
     """Squared maximum mean discrepancy for the kernel (x y / d + 1)^3, without bias (Bińkowski et al. 2018).
 
     Over all pairs of images, where common implementations draw subsets: the same expectation with less noise. The
-    error is that of a U-statistic under sampling of both sets: the variance of the rows' means, which counts the part
-    that single images do not explain twice, so once of it is taken off. It holds for distributions alike, too.
+    error is that of a U-statistic under sampling of both sets: the variance of the rows' means. That counts the
+    interaction term twice, so it is subtracted once. It also holds for equal distributions.
 
     Args:
         features: (N, d).
@@ -99,7 +106,7 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Score:
     x, y = features.double(), reference.double()
     n, m = len(x), len(y)
     if min(n, m) < 4:
-        raise ValueError(f"the kernel distance needs at least 4 images, got {min(n, m)}")
+        raise DiffusersDPMError(f"the kernel distance needs at least 4 images, got {min(n, m)}")
     xx, yy, xy = KernelSums.of(x), KernelSums.of(y), KernelSums.of(x, y)
     own = (xx.rows / (n - 1), yy.rows / (m - 1))  # means over the other images of the set
     value = own[0].mean() + own[1].mean() - 2 * xy.rows.sum() / (n * m)
@@ -109,7 +116,7 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Score:
 
 
 class KernelSums(NamedTuple):
-    """Of the matrix k(x_i, y_j) (N, M): sums of its rows, columns and squares. Of one set: k(x_i, x_j) for i != j."""
+    """Sums of the rows, columns and squares of the matrix k(x_i, y_j) (N, M), or k(x_i, x_j) without its diagonal."""
 
     rows: torch.Tensor
     columns: torch.Tensor
@@ -134,10 +141,10 @@ class KernelSums(NamedTuple):
         """Variance of what the means of rows and columns leave of the matrix, without bias (Székely & Rizzo 2014)."""
         n, m, total = len(self.rows), len(self.columns), self.rows.sum()
         if self.of_one_set:
-            left = self.squares - 2 * self.rows.square().sum() / (n - 2) + total**2 / ((n - 1) * (n - 2))
-            return left.clamp(min=0) / (n * (n - 3))
-        left = self.squares - self.rows.square().sum() / m - self.columns.square().sum() / n + total**2 / (n * m)
-        return left.clamp(min=0) / ((n - 1) * (m - 1))
+            rest = self.squares - 2 * self.rows.square().sum() / (n - 2) + total**2 / ((n - 1) * (n - 2))
+            return rest.clamp(min=0) / (n * (n - 3))
+        rest = self.squares - self.rows.square().sum() / m - self.columns.square().sum() / n + total**2 / (n * m)
+        return rest.clamp(min=0) / ((n - 1) * (m - 1))
 
 
 def precision_and_recall(
@@ -158,7 +165,7 @@ def precision_and_recall(
     generator = torch.Generator().manual_seed(seed)
     n = min(len(features), len(reference))
     if n <= num_neighbors:
-        raise ValueError(f"precision and recall need more than num_neighbors={num_neighbors} images, got {n}")
+        raise DiffusersDPMError(f"precision and recall need more than num_neighbors={num_neighbors} images, got {n}")
     samples, real = (
         part[torch.randperm(len(part), generator=generator)[:n]].double() for part in (features, reference)
     )
@@ -168,7 +175,7 @@ def precision_and_recall(
 def on_manifold(points: torch.Tensor, others: torch.Tensor, num_neighbors: int, block: int = 1024) -> Score:
     """The part of `points` that lie in one of the balls around `others`."""
     nearest = [torch.cdist(part, others).kthvalue(num_neighbors + 1, dim=1) for part in others.split(block)]
-    radii = torch.cat([found.values for found in nearest])  # the nearest of all is the point itself
+    radii = torch.cat([neighbours.values for neighbours in nearest])  # the nearest of all is the point itself
     inside = torch.cat([(torch.cdist(part, others) <= radii).any(dim=1) for part in points.split(block)])
     part = inside.double().mean().item()
     return Score(part, math.sqrt(part * (1 - part) / len(points)))
@@ -206,14 +213,14 @@ def inception_score(logits: torch.Tensor, seed: int = 0) -> Score:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)
         torch.manual_seed(seed)
-        metric = InceptionScore(feature=Given(logits.shape[1]), splits=INCEPTION_SPLITS, **ALONE)
+        metric = InceptionScore(feature=PrecomputedFeatures(logits.shape[1]), splits=INCEPTION_SPLITS, **ALONE)
         metric.update(logits)
         mean, std = metric.compute()
     return Score(mean.item(), std.item())
 
 
 def frechet_name(extractor: FeatureExtractor, num_images: int) -> str:
-    """What a Fréchet distance in these features may be called."""
+    """The name of a Fréchet distance in these features."""
     if not isinstance(extractor, InceptionFeatures):
         return "Fréchet distance"
     return "FID" if num_images >= FULL_FID else f"FID@{num_images}"

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torchmetrics.image.fid import NoTrainInceptionV3
-from torchmetrics.utilities.imports import _TORCH_FIDELITY_AVAILABLE
 
+from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.pipelines import NoisyClassifier
 from diffusers_dpm.records import fingerprint, read_json
 
@@ -39,13 +40,13 @@ class ClassifierFeatures(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        found: list[torch.Tensor] = []
-        handle = self.classifier.head.out.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+        inputs: list[torch.Tensor] = []
+        handle = self.classifier.head.out.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
         try:
             self.classifier(images.float() / 127.5 - 1, 0)
         finally:
             handle.remove()
-        return found[0]
+        return inputs[0]
 
 
 class InceptionFeatures(nn.Module):
@@ -57,7 +58,7 @@ class InceptionFeatures(nn.Module):
         weights: torch-fidelity's file of weights; default: where its own download leaves it, and fetched if need be.
 
     Raises:
-        ValueError: no torch-fidelity, no such file, or it cannot be fetched.
+        DiffusersDPMError: no torch-fidelity, no such file, or it cannot be fetched.
     """
 
     num_features = 2048
@@ -65,19 +66,21 @@ class InceptionFeatures(nn.Module):
 
     def __init__(self, weights: str | Path | None = None):
         super().__init__()
-        if not _TORCH_FIDELITY_AVAILABLE:
-            raise ValueError('features of InceptionV3 need torch-fidelity: pip install "diffusers-dpm[inception]"')
+        if find_spec("torch_fidelity") is None:
+            raise DiffusersDPMError(
+                'features of InceptionV3 need torch-fidelity: pip install "diffusers-dpm[inception]"'
+            )
         path = find_inception_weights(weights)
         self.network = NoTrainInceptionV3("inception-v3-compat", [str(self.num_features)], str(path))
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if images.shape[1] not in (1, 3):
-            raise ValueError(f"InceptionV3 reads grey and RGB images, these have {images.shape[1]} channels")
+            raise DiffusersDPMError(f"InceptionV3 reads grey and RGB images, these have {images.shape[1]} channels")
         return self.network(images.expand(-1, 3, -1, -1))
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
-        """Of the 1008 classes, without bias, as the Inception Score takes them."""
+        """Logits of the 1008 classes, without bias, as the Inception Score takes them."""
         return features.to(self.network.fc.weight.device) @ self.network.fc.weight.T
 
 
@@ -88,12 +91,12 @@ def find_inception_weights(weights: str | Path | None = None, url: str = INCEPTI
     if path.is_file():
         return path
     if weights is not None:
-        raise ValueError(f"no weights of InceptionV3 at {path}: {name} is among the releases of torch-fidelity")
+        raise DiffusersDPMError(f"no weights of InceptionV3 at {path}: {name} is among the releases of torch-fidelity")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(url, str(path))
     except OSError as error:
-        raise ValueError(f"the weights of InceptionV3 could not be fetched from {url} ({error})") from error
+        raise DiffusersDPMError(f"the weights of InceptionV3 could not be fetched from {url} ({error})") from error
     return path
 
 
@@ -109,7 +112,7 @@ class TransformerFeatures(nn.Module):
         where: folder or Hub id.
 
     Raises:
-        ValueError: no image model, no processor, or other weights are missing.
+        DiffusersDPMError: no image model, no processor, or other weights are missing.
     """
 
     def __init__(self, where: str):
@@ -118,19 +121,21 @@ class TransformerFeatures(nn.Module):
         from transformers.utils import logging
 
         verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it warns of what is dealt with here
+        logging.set_verbosity_error()  # its warnings are handled below
         try:
             # not torchvision's way to resize, which gives other features and may not be there
             self.process = AutoImageProcessor.from_pretrained(where, use_fast=False)
             model, loaded = AutoModel.from_pretrained(where, output_loading_info=True)
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())
-            raise ValueError(f"{where} is no image model of transformers, here or on the Hub: {reason}") from error
+            raise DiffusersDPMError(
+                f"{where} is no image model of transformers, here or on the Hub: {reason}"
+            ) from error
         finally:
             logging.set_verbosity(verbosity)
         missing = sorted(loaded["missing_keys"])
         if others := [key for key in missing if "pooler" not in key]:
-            raise ValueError(f"{where} lacks weights: {', '.join(others[:3])}")
+            raise DiffusersDPMError(f"{where} lacks weights: {', '.join(others[:3])}")
         self.pooled = not missing
         self.network = getattr(model, "vision_model", model).float().eval()
         weights = [value for key, value in self.network.state_dict().items() if self.pooled or "pooler" not in key]
@@ -142,7 +147,7 @@ class TransformerFeatures(nn.Module):
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """The network's input, float (B, 3, H', W')."""
         if images.shape[1] not in (1, 3):
-            raise ValueError(f"{self.name} reads grey and RGB images, these have {images.shape[1]} channels")
+            raise DiffusersDPMError(f"{self.name} reads grey and RGB images, these have {images.shape[1]} channels")
         arrays = list(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy())
         return self.process(arrays, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
 
@@ -167,7 +172,7 @@ def load_features(where: str, inception_weights: str | None = None) -> FeatureEx
         inception_weights: as `InceptionFeatures`.
 
     Raises:
-        ValueError: there is none; a classifier that was not trained for this.
+        DiffusersDPMError: there is none; a classifier that was not trained for this.
     """
     if where == "inception":
         return InceptionFeatures(inception_weights)
@@ -176,7 +181,7 @@ def load_features(where: str, inception_weights: str | None = None) -> FeatureEx
         return ClassifierFeatures(NoisyClassifier.from_pretrained(where))
     config = folder / "config.json"
     if folder.exists() and not (config.is_file() and "model_type" in read_json(config)):
-        raise ValueError(
+        raise DiffusersDPMError(
             f"{where} holds no {FEATURES_FILE}, which 'diffusers-dpm train-features' writes, and no model of "
             "transformers. A classifier for guidance will not do, it would grade its own work"
         )
@@ -187,11 +192,12 @@ def extract(extractor: FeatureExtractor, images: torch.Tensor, batch_size: int =
     """float32 (N, num_features) on the CPU.
 
     Raises:
-        ValueError: images with other channels than the extractor reads.
+        DiffusersDPMError: images with other channels than the extractor reads.
     """
     device = next(extractor.parameters()).device
     images = images.clone(memory_format=torch.contiguous_format)  # by their strides, convolutions round differently
-    return torch.cat([extractor(batch.to(device)).float().cpu() for batch in images.split(batch_size)])
+    with user_error(extractor.name):
+        return torch.cat([extractor(batch.to(device)).float().cpu() for batch in images.split(batch_size)])
 
 
 def to_bytes(images: torch.Tensor) -> torch.Tensor:
@@ -225,7 +231,7 @@ class Reference:
         else:
             features = extract(extractor, images)
             cache.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")  # other evaluations may be at it, too
+            temporary = path.with_suffix(f".{os.getpid()}.tmp")  # other evaluations may write it, too
             save_file({"features": features}, temporary)
             temporary.replace(path)
         return cls(name, images, features, digest)

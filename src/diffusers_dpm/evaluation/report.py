@@ -1,9 +1,4 @@
-"""Image quality: distances between sets of images with their errors, and tables and plots of them.
-
-Images are uint8 (N, C, H, W) throughout, rounded to 8 bits, because that is what is published and compared. A number
-of this module says what it was measured with: below 50,000 images the Fréchet distance in InceptionV3's features is
-called FID@n and not FID, and in the features of any other network it is no FID at all.
-"""
+"""Tables, plots and comparisons of measured rows."""
 
 import math
 from collections import defaultdict
@@ -11,17 +6,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers_dpm.evaluation.results import format_value, grouped, measurement, remade, sampler_name
-
-
-Row = Mapping[str, Any]  # of metrics.json, see `model_card.read_metrics`; here also "calls" and "seconds"
+from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.evaluation.results import (
+    Results,
+    Row,
+    format_value,
+    grouped,
+    measurement,
+    mixture_notes,
+    sampler_name,
+)
+from diffusers_dpm.records import write_text
 
 
 Table = dict[str, dict[int, Row]]  # label of a line -> column -> row
 
 
 def with_calls(rows: Iterable[Row]) -> list[Row]:
-    """Those that say how many network calls they took: `read_metrics` lets others pass, measured elsewhere."""
+    """The rows that record their network calls; rows measured elsewhere may lack them."""
     return [row for row in rows if isinstance(row.get("calls"), int)]
 
 
@@ -59,7 +61,7 @@ def markdown(
     Args:
         column: what the columns count.
         columns: to show even if they are empty.
-        text: (column, row) -> what a cell says; default: the value and its error.
+        text: (column, row) -> text of a cell; default: the value and its error.
     """
     shown = sorted({*columns, *(key for cells in table.values() for key in cells)})
     text = text or (lambda _, row: format_value(row))
@@ -86,16 +88,30 @@ def report(
     Args:
         tables: rows of one title -> their tables.
     """
-    known = with_calls(rows)
+    counted = with_calls(rows)
     parts = []
-    for title, group in grouped(known).items():
+    for title, group in grouped(counted).items():
         others = [row for row in baselines if measurement(row) == measurement(group[0])]
         lines = [f"- {row['scheduler']} ({row['num_images']:,}): {format_value(row)}" for row in others]
-        lines += [f"- {note}" for note in (*remade(group), provenance(group))]
+        lines += [f"- {note}" for note in (*mixture_notes(group), provenance(group))]
         parts += [f"## {title}", *tables(group), "\n".join(dict.fromkeys(lines))]
-    if len(known) < len(rows):
-        parts.append(f"Left out, because they do not say their network calls: {len(rows) - len(known)} measurements.")
+    if len(counted) < len(rows):
+        parts.append(
+            f"Left out, because they do not say their network calls: {len(rows) - len(counted)} measurements."
+        )
     return "\n\n".join(parts) + "\n"
+
+
+def write_report(results: Results) -> list[str]:
+    """Write metrics.md and metrics.png beside metrics.json; returns the tables and a line with the path."""
+    with results.locked():
+        results.read()
+        if not results.rows:
+            return []
+        tables = report(results.rows, results.baselines)
+        write_text(results.path.with_suffix(".md"), tables)
+        plot(results.rows, results.path.with_suffix(".png"))
+    return [tables, f"written to {results.path}"]
 
 
 def provenance(rows: Iterable[Row]) -> str:
@@ -113,7 +129,7 @@ def provenance(rows: Iterable[Row]) -> str:
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Each group of rows against network calls and, where they are known, against seconds, as a picture.
 
-    Rows that do not say their calls are left out; without any others there is no picture.
+    Rows without recorded calls are left out; if none is left there is no picture.
     """
     from matplotlib.figure import Figure  # slow to import
 
@@ -182,7 +198,7 @@ def compare(a: Iterable[Row], b: Iterable[Row]) -> list[Difference]:
     independent; where the images have the same seeds, the error of the difference is smaller.
 
     Raises:
-        ValueError: there is nothing of the kind.
+        DiffusersDPMError: the two have no measurement in common.
     """
 
     def key(row: Row) -> tuple[Any, ...]:
@@ -190,9 +206,11 @@ def compare(a: Iterable[Row], b: Iterable[Row]) -> list[Difference]:
         return (sampler_name(row), row["steps"], *(row.get(name) for name in same))
 
     first, second = ({key(row): row for row in rows} for rows in (a, b))
-    pairs = [(row, second[known]) for known, row in first.items() if known in second]
+    pairs = [(row, second[same]) for same, row in first.items() if same in second]
     if not pairs:
-        raise ValueError("the two have no sampler, steps, metric, number of images, features and reference in common")
+        raise DiffusersDPMError(
+            "the two have no sampler, steps, metric, number of images, features and reference in common"
+        )
     return [
         Difference(
             sampler_name(row),

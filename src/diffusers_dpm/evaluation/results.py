@@ -1,15 +1,22 @@
 """Measured results: the rows of metrics.json."""
 
+import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusers_dpm.records import read_json
+from filelock import FileLock
+
+from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.records import read_json, versions, write_json
+from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import CalibratedScheduler
 
 
+Row = Mapping[str, Any]  # of metrics.json; what `evaluate` measures has "calls", "seconds" and "seeds", too
 # key of a row of metrics.json -> its type; the first ones say what was measured, the last how
 METRIC_KEYS: dict[str, type | tuple[type, ...]] = {
     "scheduler": str,
@@ -25,48 +32,103 @@ METRIC_KEYS: dict[str, type | tuple[type, ...]] = {
 }
 
 
+OUTCOMES = {"value", "error", "calls", "seconds", "device", "versions"}  # keys that do not identify a measurement
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file, {"rows": [{...}, ...]} with the keys of `METRIC_KEYS`.
 
     Raises:
-        ValueError: no such rows, a key that is missing or of the wrong type, or a value that is not finite.
+        DiffusersDPMError: no such rows, a key that is missing or of the wrong type, or a value that is not finite.
     """
     return check_rows(path, "rows", read_json(path).get("rows"))
 
 
 def read_baselines(path: Path) -> list[dict[str, Any]]:
-    """What a metrics file says of other images than the model's: rows as in `read_metrics`, or none."""
+    """The rows of a metrics file that are about other images than the model's, as in `read_metrics`; may be none."""
     return check_rows(path, "baselines", read_json(path).get("baselines", []))
 
 
 def check_rows(path: Path, name: str, rows: Any) -> list[dict[str, Any]]:
     if not isinstance(rows, list):
-        raise ValueError(f'{path} must hold {{"{name}": [...]}}')
+        raise DiffusersDPMError(f'{path} must hold {{"{name}": [...]}}')
     for i, row in enumerate(rows):
         for key, kind in METRIC_KEYS.items():
             if not isinstance(row, dict) or key not in row or not isinstance(row[key], kind):
-                raise ValueError(f"{path}: row {i} has no valid {key!r}")
+                raise DiffusersDPMError(f"{path}: row {i} has no valid {key!r}")
         if not math.isfinite(row["value"]):
-            raise ValueError(f"{path}: row {i} has the value {row['value']}")
+            raise DiffusersDPMError(f"{path}: row {i} has the value {row['value']}")
     return rows
 
 
-def sampler_name(row: Mapping[str, Any]) -> str:
+class Results:
+    """The rows of a folder's metrics.json, with what they are to be compared with; written whenever one is added.
+
+    Other evaluations may add to the same file at the same time: what they wrote is kept.
+
+    Raises:
+        DiffusersDPMError: the file is there and broken.
+    """
+
+    def __init__(self, folder: Path):
+        self.path = RunFolder(folder).metrics
+        self.lock = FileLock(RunFolder(folder).evaluation / "metrics.lock")
+        self.rows: list[dict[str, Any]] = []
+        self.baselines: list[dict[str, Any]] = []
+        self.read()
+
+    def read(self) -> None:
+        """Take what is in the file, each measurement once."""
+        if self.path.is_file():
+            self.rows, self.baselines = distinct(read_metrics(self.path)), distinct(read_baselines(self.path))
+
+    def has(self, row: dict[str, Any], metrics: Sequence[str] | None = None) -> bool:
+        """Whether there is a row with all that `row` says; of one of the metrics, if given."""
+        return any(
+            all(other.get(key) == value for key, value in row.items()) and (not metrics or other["metric"] in metrics)
+            for other in (*self.rows, *self.baselines)
+        )
+
+    def add(self, rows: Iterable[dict[str, Any]] = (), baselines: Iterable[dict[str, Any]] = ()) -> None:
+        """What the file has already stays as it is."""
+        facts = {"versions": versions("torchmetrics")}
+        with self.locked():
+            self.read()
+            self.rows = distinct([*self.rows, *({**row, **facts} for row in rows)])
+            self.baselines = distinct([*self.baselines, *({**row, **facts} for row in baselines)])
+            write_json(self.path, {"rows": self.rows, "baselines": self.baselines}, indent=1)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """No other evaluation writes the file inside."""
+        Path(self.lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        with self.lock:
+            yield
+
+
+def distinct(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first row of each measurement, whatever its outcome."""
+    first: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        what = {key: value for key, value in row.items() if key not in OUTCOMES}
+        first.setdefault(json.dumps(what, sort_keys=True), row)
+    return [*first.values()]
+
+
+def sampler_name(row: Row) -> str:
     """The scheduler with the options that were set."""
     options = ", ".join(f"{key}={value!r}" for key, value in row["options"].items())
     return f"{row['scheduler']}({options})" if options else row["scheduler"]
 
 
-def metric_tables(
-    rows: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]] = ()
-) -> list[dict[str, Any]]:
+def metric_tables(rows: Sequence[Row], baselines: Sequence[Row] = ()) -> list[dict[str, Any]]:
     """One table, samplers by steps, for each metric and way of measuring it."""
     return [metric_table(title, group, baselines) for title, group in grouped(rows).items()]
 
 
-def grouped(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Rows that can be compared, by a title that says what they are, and of which seeds where these differ."""
-    groups: dict[str, dict[str, list[Mapping[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Comparable rows by a title that names the measurement, and the seeds where these differ."""
+    groups: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         groups[table_title(row)][row.get("seeds") or "not recorded"].append(row)
     return {
@@ -76,24 +138,21 @@ def grouped(rows: Iterable[Mapping[str, Any]]) -> dict[str, list[Mapping[str, An
     }
 
 
-def remade(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What to say below a table of rows with the same title, where its lines mix what a sampler was given.
+def mixture_notes(rows: Iterable[Row]) -> list[str]:
+    """Notes below a table where one line mixes statistics, fitted rows or classifiers that were remade in between.
 
-    That is statistics, rows or a classifier, which may be made anew between measurements. Fitted rows are others for
-    each number of steps anyway.
+    Fitted rows differ for each number of steps anyway.
     """
-    given: dict[tuple[str, int | None], set[tuple[str | None, str | None]]] = defaultdict(set)
+    carried: dict[tuple[str, int | None], set[tuple[str | None, str | None]]] = defaultdict(set)
     for row in rows:
         steps = row["steps"] if row["scheduler"] == CalibratedScheduler.__name__ else None
-        given[sampler_name(row), steps].add((row.get("carried_hash"), row.get("classifier_sha256")))
-    mixed = dict.fromkeys(name for (name, _), hashes in given.items() if len(hashes) > 1)
-    return [
-        f"{name}: its statistics, rows or classifiers are not all the same; of each cell the last is shown"
-        for name in mixed
-    ]
+        carried[sampler_name(row), steps].add((row.get("carried_hash"), row.get("classifier_sha256")))
+    mixed = dict.fromkeys(name for (name, _), hashes in carried.items() if len(hashes) > 1)
+    note = "its statistics, rows or classifiers are not all the same; of each cell the last is shown"
+    return [f"{name}: {note}" for name in mixed]
 
 
-def table_title(row: Mapping[str, Any]) -> str:
+def table_title(row: Row) -> str:
     """What was measured and how: rows of the same title can be compared."""
     how = [f"{row['num_images']:,} images"]
     how += [f"features: {row['feature_extractor']}"] if row["feature_extractor"] else []
@@ -103,13 +162,12 @@ def table_title(row: Mapping[str, Any]) -> str:
     return f"{row['metric']}: {', '.join(how)}"
 
 
-def metric_table(
-    title: str, rows: Sequence[Mapping[str, Any]], baselines: Sequence[Mapping[str, Any]] = ()
-) -> dict[str, Any]:
-    """Of rows of one group; "others" are the baselines that were measured alike."""
+def metric_table(title: str, rows: Sequence[Row], baselines: Sequence[Row] = ()) -> dict[str, Any]:
+    """The table of one group of rows; "others" are the baselines that were measured alike."""
     steps = sorted({row["steps"] for row in rows})
-    samplers = dict.fromkeys(map(sampler_name, rows))
-    cells = {(sampler_name(row), row["steps"]): format_value(row) for row in rows}
+    cells: dict[str, dict[int, str]] = defaultdict(dict)
+    for row in rows:
+        cells[sampler_name(row)][row["steps"]] = format_value(row)
     others = [
         f"{row['scheduler']} ({row['num_images']:,} images) {format_value(row)}"
         for row in baselines
@@ -118,17 +176,17 @@ def metric_table(
     return {
         "title": title,
         "steps": steps,
-        "rows": {name: [cells.get((name, step), "") for step in steps] for name in samplers},
+        "rows": {name: [values.get(step, "") for step in steps] for name, values in cells.items()},
         "others": [*dict.fromkeys(others)],
     }
 
 
-def measurement(row: Mapping[str, Any]) -> tuple[str, str, str]:
+def measurement(row: Row) -> tuple[str, str, str]:
     """What rows about other numbers of images share."""
     return row["metric"].partition("@")[0], row["feature_extractor"], row["reference"]
 
 
-def format_value(row: Mapping[str, Any]) -> str:
+def format_value(row: Row) -> str:
     """The value to two digits of its error, and the error."""
     value, error = row["value"], row["error"]
     if not error:

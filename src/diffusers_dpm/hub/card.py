@@ -13,9 +13,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from diffusers_dpm.data import describe_data
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.results import metric_tables, sampler_name
-from diffusers_dpm.networks import image_shape
 from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.pipelines.networks import image_shape
 from diffusers_dpm.run_folder import EXTRAS
 
 
@@ -37,26 +38,26 @@ RECIPE = (
 
 
 def load_facts(path: Path) -> dict[str, Any]:
-    """The facts of a model from a YAML file. Raises ValueError for a file that cannot be read and unknown keys."""
+    """The facts of a model from a YAML file. Raises DiffusersDPMError if it is unreadable or has unknown keys."""
     try:
         facts = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the facts in {path}: {' '.join(str(error).split())}") from error
+        raise DiffusersDPMError(f"cannot read the facts in {path}: {' '.join(str(error).split())}") from error
     for part in (facts, *(facts[key] for key in ("data", "training") if facts and key in facts)):
         if not isinstance(part, dict):
-            raise ValueError(f"{path}, and data and training in it, must hold 'fact: value' lines")
+            raise DiffusersDPMError(f"{path}, and data and training in it, must hold 'fact: value' lines")
     for values, known in ((facts, FACTS), (facts.get("data", {}), DATA_FACTS)):
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"{path}: unknown fact {unknown[0]!r}; known are {', '.join(sorted(known))}")
+            raise DiffusersDPMError(f"{path}: unknown fact {unknown[0]!r}; known are {', '.join(sorted(known))}")
     return facts
 
 
 def check_recipe(facts: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """Raise ValueError if the run was not trained as the facts say."""
+    """Raise DiffusersDPMError if the run was not trained as the facts say."""
     for name, value in facts.items():
         if name in options and options[name] != value:
-            raise ValueError(f"the facts say {name} {value}, but the run was trained with {options[name]}")
+            raise DiffusersDPMError(f"the facts say {name} {value}, but the run was trained with {options[name]}")
 
 
 def render_card(

@@ -5,12 +5,14 @@ statistics, our pipeline) lies beside it, each with its code (`remote_code`).
 """
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.hub.checks import check
 from diffusers_dpm.hub.staging import list_files, stage
 from diffusers_dpm.hub.upload import first_line, log_in, upload
@@ -29,40 +31,42 @@ def publish(
     dry_run: bool = False,
     staging_dir: str | Path | None = None,
     api: HfApi | None = None,
+    report: Callable[[str], object] = lambda line: None,
 ) -> str | None:
     """Stage, check and upload a run folder; returns the address of the commit or pull request.
 
     Args:
         run: folder of a pipeline, as `diffusers-dpm train` leaves it; may also hold the folders of
-            `model_card.EXTRAS`, samples/*.png, metrics.json and training_options.json.
+            `run_folder.EXTRAS`, samples/*.png, metrics.json and training_options.json.
         repo_id: "organisation/name".
         facts, variant: as in `stage`.
         private, revision, create_pr, force, api: as in `upload`.
         dry_run: stage and check only, without network and login; returns None.
         staging_dir: keep the staged folder here; default: a temporary folder.
+        report: gets a line for what was left out, the table of files, and each stage that has ended well.
 
     Raises:
-        ValueError: the folder, the facts or the arguments cannot be used.
+        DiffusersDPMError: the folder, the facts or the arguments cannot be used.
         PublishError: a check or the upload failed.
     """
     check_repo_id(repo_id)
     if create_pr and revision:
-        raise ValueError("a pull request is always made to the main branch: give either create_pr or revision")
+        raise DiffusersDPMError("a pull request is always made to the main branch: give either create_pr or revision")
     if not dry_run:
         log_in(api or HfApi())  # now, and not after minutes of checks
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(staging_dir or temporary)
-        stage(run, folder, repo_id, facts=facts, variant=variant)
-        print(file_table(folder), flush=True)
+        stage(run, folder, repo_id, facts=facts, variant=variant, report=report)
+        report(file_table(folder))
         check(run, folder)
-        print("checked: plain diffusers, this package and the code in the repository give the run's own samples")
+        report("checked: plain diffusers, this package and the code in the repository give the run's own samples")
         if dry_run:
-            print("dry run: nothing was uploaded")
+            report("dry run: nothing was uploaded")
             return None
         address = upload(
             folder, repo_id, private=private, revision=revision, create_pr=create_pr, force=force, api=api
         )
-    print(f"published, and read back unchanged: {address}")
+    report(f"published, and read back unchanged: {address}")
     return address
 
 
@@ -74,10 +78,10 @@ def file_table(folder: Path) -> str:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Raise ValueError unless `repo_id` is a valid "organisation/name"."""
+    """Raise DiffusersDPMError unless `repo_id` is a valid "organisation/name"."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no name for a Hub repository: {first_line(error)}") from error
+        raise DiffusersDPMError(f"{repo_id!r} is no name for a Hub repository: {first_line(error)}") from error
     if "/" not in repo_id:
-        raise ValueError(f"{repo_id!r} names no owner; write organisation/{repo_id}")
+        raise DiffusersDPMError(f"{repo_id!r} names no owner; write organisation/{repo_id}")

@@ -1,24 +1,29 @@
 """Assemble the files of a Hub repository."""
 
 import copy
+import json
+import math
 import re
 import shutil
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import ModelMixin
+from diffusers.utils import make_image_grid
 from packaging.version import Version
-from PIL import Image
+from PIL import Image, ImageOps
 
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.results import read_baselines, read_metrics
 from diffusers_dpm.hub.card import check_recipe, load_facts, render_card
 from diffusers_dpm.hub.remote_code import write_code
-from diffusers_dpm.images import image_grid, to_pil, to_uint8
 from diffusers_dpm.networks import load_pipeline, quiet
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.records import read_json, weights_hash, write_json, write_text
+from diffusers_dpm.records import read_json, weights_hash, write_json
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.sampling import fitted_steps
 from diffusers_dpm.schedulers import DDIMScheduler
@@ -49,6 +54,7 @@ def stage(
     *,
     facts: str | Path | None = None,
     variant: str | None = None,
+    report: Callable[[str], object] = lambda line: None,
 ) -> None:
     """Write the repository's files into `folder`, which must be empty or absent.
 
@@ -56,39 +62,44 @@ def stage(
         run, repo_id: as in `publish`.
         facts: YAML file of what only the author knows about the model (see model_cards/).
         variant: "fp16" adds the weights in half precision beside the full ones.
+        report: gets a line where something of `run` is left out.
 
     Raises:
-        ValueError: `run` is no pipeline, one of its parts cannot be used, or the facts contradict the run.
+        DiffusersDPMError: `run` is no pipeline, one of its parts cannot be used, or the facts contradict the run.
     """
     run, folder = Path(run), Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty")
+        raise DiffusersDPMError(f"{folder} is not empty")
     if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r} is not known; choose one of {', '.join(VARIANTS)}")
+        raise DiffusersDPMError(f"variant={variant!r} is not known; choose one of {', '.join(VARIANTS)}")
     if not run.is_dir():
-        raise ValueError(f"{run} is no folder")
+        raise DiffusersDPMError(f"{run} is no folder")
     about = load_facts(Path(facts)) if facts else {}
-    options = read_json(RunFolder(run).options) if RunFolder(run).options.is_file() else {}
+    recorded = RunFolder(run).options
+    options = read_json(recorded) if recorded.is_file() else {}
     check_recipe(about.get("training", {}), options)
 
     loaded = load_pipeline(str(run))
     pipe = DPMPipeline(unet=loaded.unet, scheduler=loaded.scheduler)
     if pipe.unet.config.sample_size is None:
-        raise ValueError(f"the U-Net's config in {run} has no sample_size: plain diffusers could not sample from it")
-    extras = list_extras(run)
+        raise DiffusersDPMError(
+            f"the U-Net's config in {run} has no sample_size: plain diffusers could not sample from it"
+        )
+    extras = RunFolder(run).extras()
     for name in extras:
         stage_extra(run / name, folder / name)
-    calibrated, fitted = run / "calibrated", {}
-    if calibrated.name in extras:
-        classifier = load_extra(run / "classifier") if "classifier" in extras else None
-        fitted = fitted_steps(load_extra(calibrated), pipe.unet, calibrated, classifier)
+    loaded_extras, fitted = load_extras(run), {}
+    if "calibrated" in extras:
+        fitted = fitted_steps(
+            loaded_extras["calibrated"], pipe.unet, run / "calibrated", loaded_extras.get("classifier")
+        )
     pipe.save_pretrained(folder)  # after the classifier's weights, which its index tells plain diffusers to leave
     if variant:
         rounded = copy.deepcopy(pipe.unet).to(VARIANTS[variant])
         rounded.save_pretrained(folder / "unet", variant=variant)
     copy_config(folder / "unet" / "config.json", folder / "unet" / "config.json")
     write_code(DPMPipeline, folder)
-    rows, baselines = stage_metrics(run / "metrics.json", folder / "metrics.json", weights_hash(pipe.unet))
+    rows, baselines = stage_metrics(run / "metrics.json", folder / "metrics.json", weights_hash(pipe.unet), report)
     card = render_card(
         pipe,
         repo_id,
@@ -100,7 +111,7 @@ def stage(
         pictures=stage_pictures(pipe, run / "samples", folder / "samples"),
         fitted_steps=fitted,
     )
-    write_text(folder / "README.md", card)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -108,22 +119,18 @@ def list_files(folder: Path) -> list[Path]:
     return sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
 
 
-def list_extras(folder: Path) -> list[str]:
-    return RunFolder(folder).extras()
-
-
 def stage_extra(source: Path, target: Path) -> None:
     """A component of this package: its config, its weights if it is a model, and its code.
 
     Raises:
-        ValueError: another class, no weights, or a version of diffusers that could not check the code.
+        DiffusersDPMError: another class, no weights, or a version of diffusers that could not check the code.
     """
     cls, installed, additions = EXTRAS[source.name].cls, version("diffusers"), {}
     saved_by = read_json(source / cls.config_name).get("_class_name")
     if saved_by != cls.__name__:
-        raise ValueError(f"{source} was saved by a class {saved_by!r} and not by {cls.__name__}")
+        raise DiffusersDPMError(f"{source} was saved by a class {saved_by!r} and not by {cls.__name__}")
     if Version(installed) < Version(EXTRAS_NEED):
-        raise ValueError(
+        raise DiffusersDPMError(
             f"publishing {source} needs diffusers {EXTRAS_NEED} or newer, to load its code as users will; this is "
             f"{installed}"
         )
@@ -131,7 +138,7 @@ def stage_extra(source: Path, target: Path) -> None:
     module = write_code(cls, target)
     if issubclass(cls, ModelMixin):
         if not (source / WEIGHTS).is_file():
-            raise ValueError(f"{source} holds no {WEIGHTS}")
+            raise DiffusersDPMError(f"{source} holds no {WEIGHTS}")
         shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
         additions = {"auto_map": {"AutoModel": f"{module}.{cls.__name__}"}}
     copy_config(source / cls.config_name, target / cls.config_name, **additions)
@@ -143,14 +150,16 @@ def copy_config(source: Path, target: Path, **additions: Any) -> None:
     write_json(target, config | additions, sort_keys=True)
 
 
-def load_extra(folder: Path) -> Any:
-    """The component in `folder`, by its own class."""
+def load_extras(folder: Path) -> dict[str, Any]:
+    """The components beside the pipeline, by their own classes."""
     with quiet():
-        return EXTRAS[folder.name].cls.from_pretrained(str(folder))
+        return {name: EXTRAS[name].cls.from_pretrained(str(folder / name)) for name in RunFolder(folder).extras()}
 
 
-def stage_metrics(source: Path, target: Path, weights_sha256: str) -> tuple[list[dict], list[dict]]:
-    """The rows and the baselines of metrics.json, without rows that say that they are of other weights.
+def stage_metrics(
+    source: Path, target: Path, weights_sha256: str, report: Callable[[str], object]
+) -> tuple[list[dict], list[dict]]:
+    """The rows and the baselines of metrics.json, without rows that are marked as measured on other weights.
 
     `diffusers-dpm evaluate` keeps those of a model that was then trained further; they are no figures of this one.
     """
@@ -159,10 +168,13 @@ def stage_metrics(source: Path, target: Path, weights_sha256: str) -> tuple[list
     measured = read_metrics(source)
     rows = [row for row in measured if row.get("weights_sha256") in (None, weights_sha256)]
     if len(rows) < len(measured):
-        print(f"left out: {len(measured) - len(rows)} of {len(measured)} rows of {source}, which are of other weights")
+        report(
+            f"left out: {len(measured) - len(rows)} of {len(measured)} rows of {source}, which are of other weights"
+        )
     baselines = read_baselines(source)
     if rows:
-        write_json(target, {"rows": rows, "baselines": baselines}, indent=1)
+        metrics = {"rows": rows, "baselines": baselines}
+        target.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return rows, baselines
 
 
@@ -182,4 +194,10 @@ def draw_grid(pipe: DPMPipeline, steps: int) -> Image.Image:
     """One framed sample for each of `SEEDS`; small images are enlarged, of many channels three are shown."""
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     drawn: Any = DPMPipeline(pipe.unet, scheduler)(seeds=SEEDS, num_inference_steps=steps, output_type="np")
-    return to_pil(image_grid(to_uint8(drawn.images), min_width=64, frame=(2, 2), frame_value=128))
+    pixels = (drawn.images * 255).round().astype(np.uint8)
+    pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0]
+    scale = max(1, 64 // pixels.shape[2])
+    tiles = [Image.fromarray(image).resize((scale * image.shape[1], scale * image.shape[0]), 0) for image in pixels]
+    tiles = [ImageOps.expand(tile, border=2, fill="gray") for tile in tiles]
+    columns = math.isqrt(len(tiles))
+    return make_image_grid(tiles, rows=len(tiles) // columns, cols=columns)

@@ -1,5 +1,7 @@
 """Upload a folder to the Hub and read it back."""
 
+import filecmp
+import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,15 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, errors
+from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.hub.staging import list_files
@@ -36,9 +32,9 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-# What the Hub client raises: its own errors, those of its HTTP library (requests, httpx or httpx2, by version; the
-# common base is that of HfHubHTTPError), and RuntimeError for a failed transfer of weights.
-CLIENT_ERRORS: tuple[Any, ...] = (OSError, RuntimeError, HfHubHTTPError.__bases__[0])
+# The Hub client's own errors are OSErrors, as are those of requests; newer clients use httpx, whose base is HTTPError.
+# A failed transfer of weights is a RuntimeError.
+CLIENT_ERRORS: tuple[Any, ...] = (OSError, RuntimeError, errors.HTTPError)
 
 
 STATUS_HELP: dict[Any, str] = {
@@ -97,32 +93,27 @@ def upload(
         open_repo(api, repo_id, private=private, create=not create_pr)
         head = open_branch(api, repo_id, revision)
         remote = remote_files(api, repo_id, head)
-        changed = [path for path in list_files(folder) if not same_file(folder / path, remote.get(path.as_posix()))]
-        stale = sorted(set(remote) - {path.as_posix() for path in list_files(folder)})
-        # A branch of its own that stands where the main one does: nothing is lost there.
-        fresh = revision not in (None, "main") and head == api.repo_info(repo_id).sha
-        if not changed and not stale:  # published before; it is read back all the same
-            address = f"{api.endpoint}/{repo_id}/commit/{head}"
-            verify(api, folder, repo_id, head, address)
-            return address
-        if remote and not (force or create_pr or fresh):
+        # A new branch holds what the main one does: nothing is lost there.
+        is_new_branch = revision not in (None, "main") and head == api.repo_info(repo_id).sha
+        if remote and is_published(folder, remote):
+            commit, address = head, f"{api.endpoint}/{repo_id}/commit/{head}"
+        elif remote and not (force or create_pr or is_new_branch):
             raise PublishError(
                 f"{repo_id} holds other files ({', '.join([*remote][:3])}, ...): replace them with --force, "
                 "or propose the change with --create-pr"
             )
-        commit = api.create_commit(
-            repo_id,
-            [
-                *(CommitOperationAdd(path.as_posix(), folder / path) for path in changed),
-                *(CommitOperationDelete(path) for path in stale),
-            ],
-            commit_message=f"Publish with diffusers-dpm {version('diffusers-dpm')}",
-            revision=revision,
-            create_pr=create_pr,
-            parent_commit=head,
-        )
-    address = commit.pr_url or commit.commit_url
-    verify(api, folder, repo_id, commit.oid, address)
+        else:
+            info = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                delete_patterns="*",
+                commit_message=f"Publish with diffusers-dpm {version('diffusers-dpm')}",
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=head,
+            )
+            commit, address = info.oid, info.pr_url or info.commit_url
+    verify(api, folder, repo_id, commit, address)
     return address
 
 
@@ -154,23 +145,27 @@ def remote_files(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile) and entry.path != ".gitattributes"}
 
 
-def same_file(path: Path, remote: RepoFile | None) -> bool:
-    """Whether the Hub has this content, by the hash that it keeps: SHA-256 of large files, git's of the others."""
-    if remote is None or remote.size != path.stat().st_size:
-        return False
-    return remote.blob_id == git_hash(path.read_bytes()) if remote.lfs is None else remote.lfs.sha256 == digest(path)
+def is_published(folder: Path, remote: dict[str, RepoFile]) -> bool:
+    """Whether the repository holds the folder's files, and no others."""
+    paths = list_files(folder)
+    same_names = {path.as_posix() for path in paths} == remote.keys()
+    return same_names and all(is_content_of(folder / path, remote[path.as_posix()]) for path in paths)
+
+
+def is_content_of(path: Path, remote: RepoFile) -> bool:
+    """By the hash that the Hub has of a file: SHA-256 of large ones, git's of the others."""
+    content = path.read_bytes()
+    if remote.lfs is not None:
+        return hashlib.sha256(content).hexdigest() == remote.lfs.sha256
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == remote.blob_id
 
 
 def verify(api: HfApi, folder: Path, repo_id: str, commit: str, address: str) -> None:
     """Download the commit into an empty cache and compare every file."""
     with tempfile.TemporaryDirectory() as cache, explained(f"published {address}, but cannot read it back"):
-        downloaded = Path(api.snapshot_download(repo_id, revision=commit, cache_dir=cache))
-        for path in list_files(folder):
-            there = downloaded / path
-            if not there.is_file() or digest(there) != digest(folder / path):
-                raise PublishError(f"published {address}, but {path} came back damaged: run the command again")
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return sha_fileobj(file).hex()
+        downloaded = api.snapshot_download(repo_id, revision=commit, cache_dir=cache)
+        _, damaged, missing = filecmp.cmpfiles(folder, downloaded, list_files(folder), shallow=False)
+        if damaged or missing:
+            raise PublishError(
+                f"published {address}, but {[*damaged, *missing][0]} came back damaged: run the command again"
+            )

@@ -24,13 +24,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffusers_dpm.likelihood.decoder import (
-    check_levels,
-    decoder_variances,
-    discretized_gaussian_log_prob,
-    gaussian_log_density,
-)
-from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Evaluation, forward_process, standard_error
+from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.likelihood.decoder import check_levels, decoder_log_prob, decoder_variances
+from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, forward_process, standard_error
 from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
@@ -41,7 +37,7 @@ from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMSchedule
 
 @dataclass(frozen=True)
 class PredictionErrors:
-    """All that the bound of N images needs to know about the network, at n timesteps; means over the d dimensions.
+    """The network's errors for N images at n timesteps, which determine every bound; means over the d dimensions.
 
     Attributes:
         timesteps: ascending.
@@ -52,7 +48,7 @@ class PredictionErrors:
         schedule_hash: of the noise schedule.
 
     Raises:
-        ValueError: tensors of other images or timesteps than the rest.
+        DiffusersDPMError: tensors of other images or timesteps than the rest.
     """
 
     timesteps: tuple[int, ...]
@@ -64,7 +60,7 @@ class PredictionErrors:
     def __post_init__(self) -> None:
         size = (len(self.mean_square), len(self.timesteps))
         if self.decoder.shape != size or self.moments.shape != (*size, 3):
-            raise ValueError(
+            raise DiffusersDPMError(
                 f"errors of {size[0]} images at {size[1]} timesteps cannot have moments of shape "
                 f"{tuple(self.moments.shape)} and a decoder of shape {tuple(self.decoder.shape)}."
             )
@@ -109,37 +105,32 @@ def measure_errors(
         progress: gets `update(n)` for n pairs.
 
     Raises:
-        ValueError: images that do not lie on the levels, timesteps out of range, lists of different lengths, or a
-            network output that is not finite.
+        DiffusersDPMError: images that do not lie on the levels, timesteps out of range, lists of different lengths,
+            or a network output that is not finite.
     """
     process = forward_process(scheduler)
-    schedule, config = process.schedule, process.config
+    schedule, prediction_type = process.schedule, process.config.prediction_type
     grid = sorted(set(map(int, timesteps)))
     if not grid or grid[0] < 0 or grid[-1] >= len(schedule):
-        raise ValueError(f"timesteps must lie in 0 .. {len(schedule) - 1}, got {grid[:4]} .. {grid[-4:]}.")
-    evaluation = Evaluation(unet, images, class_labels, indices, seed, batch_size)
+        raise DiffusersDPMError(f"timesteps must lie in 0 .. {len(schedule) - 1}, got {grid[:4]} .. {grid[-4:]}.")
+    examples = Examples(unet, images, class_labels, indices, seed, batch_size)
     if num_levels is not None:
         check_levels(images, num_levels)
-    if decoder_variance is not None and not decoder_variance > 0:
-        raise ValueError(f"decoder_variance={decoder_variance} must be positive.")
-    variances = decoder_variances(schedule, grid) if decoder_variance is None else [decoder_variance] * len(grid)
+    variances = decoder_variances(schedule, grid, decoder_variance)
 
     def evaluate(pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
         """(len(pairs), 4): the moments and the decoder term of (image, place in the grid) pairs."""
-        rows, places = [row for row, _ in pairs], [place for _, place in pairs]
-        x0, labels = evaluation.batch(rows)
-        noise = evaluation.draw(normal, Stream.BOUND, rows, ((grid[place],) for place in places))
+        rows, places = zip(*pairs, strict=True)
+        x0, labels = examples.batch(rows)
+        noise = examples.draw(normal, Stream.BOUND, rows, ((grid[place],) for place in places))
         t = torch.tensor([grid[place] for place in places], device=x0.device)
         alpha, sigma = schedule.at(t, x0)
         x_t = alpha * x0 + sigma * noise
-        raw = affine(PREDICTIONS[config.prediction_type](alpha, sigma).x0, x_t, network_output(unet, x_t, t, labels))
+        raw = affine(PREDICTIONS[prediction_type](alpha, sigma).x0, x_t, network_output(unet, x_t, t, labels))
         predicted = process.clip_x0(raw)
         error, clipping = x0 - predicted, predicted - raw
-        variance = x0.new_tensor([variances[place] for place in places]).view(-1, *(1,) * (x0.ndim - 1))
-        if num_levels is None:
-            log_prob = gaussian_log_density(x0, predicted, variance)
-        else:
-            log_prob = discretized_gaussian_log_prob(x0, predicted, variance, num_levels, cdf)
+        variance = variances[list(places)].to(x0).view(-1, *(1,) * (x0.ndim - 1))
+        log_prob = decoder_log_prob(x0, predicted, variance, num_levels, cdf)
         terms = (error**2, error * clipping, clipping**2, -log_prob)
         return torch.stack([term.flatten(1).mean(dim=1) for term in terms], dim=1).cpu()
 
@@ -149,10 +140,10 @@ def measure_errors(
             batch = range(start, min(start + batch_size, num_pairs))
             parts.append(evaluate([divmod(pair, len(grid)) for pair in batch]))
             if progress is not None:
-                progress.update(len(parts[-1]))
+                progress.update(len(batch))
     values = torch.cat(parts).unflatten(0, (len(images), len(grid)))
     if not values.isfinite().all():
-        raise ValueError("the network's predictions are not finite.")
+        raise DiffusersDPMError("the network's predictions are not finite.")
     mean_square = images.double().square().flatten(1).mean(dim=1).cpu()
     return PredictionErrors(tuple(grid), values[..., :3], values[..., 3], mean_square, schedule.hash)
 
@@ -175,19 +166,45 @@ class Transition(NamedTuple):
         return 0.5 * (ratio - 1 - math.log(ratio) + distance / self.reverse_variance)
 
 
+def why_unbounded(scheduler: Any) -> str | None:
+    """Why the sampler has no finite bound, in one line; None if it has one."""
+    config = scheduler.config
+    variance_type = config.get("variance_type") or "fixed_small"
+    if isinstance(scheduler, AnalyticDPMScheduler):
+        infinite = config.forward_process == "ddim" and not config.eta
+    elif adapt(scheduler).is_ddpm and variance_type.startswith("fixed"):
+        return None
+    elif is_ddim(scheduler):
+        infinite = not config.get("eta", 0.0)
+    else:
+        what = f"variance_type={variance_type!r}" if adapt(scheduler).is_ddpm else "it"
+        return (
+            f"{type(scheduler).__name__} has no bound, because {what} gives no scalar reverse variance: use "
+            "AnalyticDPMScheduler.from_config(scheduler.config, reverse_variance='small')."
+        )
+    if not infinite:
+        return None
+    return (
+        "the bound is infinite for the ddim process with eta=0, whose q(x_s | x_t, x_0) has no variance: choose "
+        "eta > 0 or forward_process='ddpm', or use ode_log_likelihood."
+    )
+
+
+def is_ddim(scheduler: Any) -> bool:
+    """Ours or diffusers'."""
+    return any(base.__name__ == "DDIMScheduler" for base in type(scheduler).__mro__)
+
+
 def reverse_process(scheduler: Any) -> tuple[AnalyticDPMScheduler, list[Transition]]:
     """The scheduler's present grid as one whose variances can be read, and its transitions but that to clean data.
 
     Raises:
-        ValueError: a scheduler without scalar reverse variance; eta = 0, whose posterior variance is 0; a grid that
-            does not descend.
+        DiffusersDPMError: see `why_unbounded`.
+        ValueError: a grid that does not descend.
     """
-    process = _sampler(scheduler)
-    if process.config.forward_process == "ddim" and not process.config.eta:
-        raise ValueError(
-            "the bound is infinite for the ddim process with eta=0, whose q(x_s | x_t, x_0) has no variance: choose "
-            "eta > 0 or forward_process='ddpm', or use ode_log_likelihood."
-        )
+    if reason := why_unbounded(scheduler):
+        raise DiffusersDPMError(reason)
+    process = _analytic_twin(scheduler)
     variances = process.reverse_variances()
     timesteps = process.timesteps.tolist()
     transitions = []
@@ -201,23 +218,14 @@ def reverse_process(scheduler: Any) -> tuple[AnalyticDPMScheduler, list[Transiti
     return process, transitions
 
 
-def _sampler(scheduler: Any) -> AnalyticDPMScheduler:
-    """A twin of `scheduler` on the same `timesteps`, with the reverse variance that DDPM and DDIM schedulers have."""
-    variance_type = scheduler.config.get("variance_type") or "fixed_small"
-    if isinstance(scheduler, AnalyticDPMScheduler):
-        options: dict[str, Any] = {}
-    elif adapt(scheduler).is_ddpm and variance_type.startswith("fixed"):
-        large = variance_type.startswith("fixed_large")
+def _analytic_twin(scheduler: Any) -> AnalyticDPMScheduler:
+    """`scheduler` on the same `timesteps`, with the reverse variance that DDPM and DDIM schedulers have."""
+    options: dict[str, Any] = {}
+    if is_ddim(scheduler):
+        options = {"forward_process": "ddim", "reverse_variance": "small", "eta": scheduler.config.get("eta", 0.0)}
+    elif not isinstance(scheduler, AnalyticDPMScheduler):
+        large = (scheduler.config.get("variance_type") or "").startswith("fixed_large")
         options = {"forward_process": "ddpm", "reverse_variance": "large" if large else "small"}
-    elif any(base.__name__ == "DDIMScheduler" for base in type(scheduler).__mro__):
-        eta = scheduler.config.get("eta", 0.0)
-        options = {"forward_process": "ddim", "reverse_variance": "small", "eta": eta}
-    else:
-        what = f"variance_type={variance_type!r}" if adapt(scheduler).is_ddpm else "it"
-        raise ValueError(
-            f"{type(scheduler).__name__} has no bound, because {what} gives no scalar reverse variance: use "
-            "AnalyticDPMScheduler.from_config(scheduler.config, reverse_variance='small')."
-        )
     process = copy.copy(forward_process(scheduler, **options))
     process.set_timesteps(timesteps=scheduler.timesteps.tolist())  # whose levels a slice of a grid does not have
     return process
@@ -242,7 +250,7 @@ class Term(NamedTuple):
 
 
 @dataclass(frozen=True)
-class EvidenceLowerBound:
+class EvidenceLowerBound(Estimate):
     """An upper bound of -log2 p(x_0) / d, in the order of sampling: the prior, each step, the decoder.
 
     Attributes:
@@ -257,16 +265,6 @@ class EvidenceLowerBound:
     def per_image(self) -> torch.Tensor:
         """Bits per dimension of each image, float64 (N,)."""
         return self.per_term.sum(dim=1)
-
-    @property
-    def bits_per_dim(self) -> float:
-        """Mean over the images of the sum of the terms."""
-        return self.per_image.mean().item()
-
-    @property
-    def standard_error(self) -> float:
-        """Of `bits_per_dim`, from the spread over the images (noise draws included); NaN for one image."""
-        return standard_error(self.per_image)
 
     def terms(self) -> list[Term]:
         """One row per term. They sum to `bits_per_dim`; their standard errors do not add up."""
@@ -298,15 +296,17 @@ def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLower
             eta > 0, ours or diffusers'. `set_timesteps` chooses the grid; before it is called, that is all timesteps.
 
     Raises:
-        ValueError: no bound (see `reverse_process`), other noise levels, or a timestep that was not measured.
+        DiffusersDPMError: no bound (see `reverse_process`), other noise levels, or a timestep that was not measured.
     """
     process, transitions = reverse_process(scheduler)
     if process.schedule.hash != errors.schedule_hash:
-        raise ValueError("the errors were measured under another noise schedule.")
+        raise DiffusersDPMError("the errors were measured under another noise schedule.")
     timesteps = process.timesteps.tolist()
     missing = sorted(set(timesteps) - set(errors.timesteps))
     if missing:
-        raise ValueError(f"{len(missing)} timesteps of the grid were not measured, the first of them {missing[0]}.")
+        raise DiffusersDPMError(
+            f"{len(missing)} timesteps of the grid were not measured, the first of them {missing[0]}."
+        )
     place = {t: i for i, t in enumerate(errors.timesteps)}
     nats = [
         prior_divergence(process.levels[0], errors.mean_square),
@@ -320,7 +320,7 @@ def evidence_lower_bound(unet: Any, scheduler: Any, images: torch.Tensor, **opti
     """The bound on the scheduler's present grid: `measure_errors`, whose options it takes, and `bound_from_errors`.
 
     Raises:
-        ValueError: as the two; that there is no finite bound is found before the network is called.
+        DiffusersDPMError: as the two; that there is no finite bound is found before the network is called.
     """
     process, _ = reverse_process(scheduler)
     errors = measure_errors(unet, scheduler, images, process.timesteps.tolist(), **options)

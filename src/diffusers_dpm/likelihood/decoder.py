@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch.special import log_ndtr
 
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.schedulers.noise_schedule import VPNoiseSchedule
 
 
@@ -13,13 +14,13 @@ CDFS = ("exact", "tanh")
 
 
 def check_levels(images: torch.Tensor, num_levels: int) -> None:
-    """Raise ValueError for images that are not `num_levels` equidistant values from -1 to 1."""
+    """Raise DiffusersDPMError for images that are not `num_levels` equidistant values from -1 to 1."""
     if num_levels < 2:
-        raise ValueError(f"num_levels={num_levels} must be at least 2, or None for continuous data.")
+        raise DiffusersDPMError(f"num_levels={num_levels} must be at least 2, or None for continuous data.")
     steps = (images.double() + 1) * (num_levels - 1) / 2
     off = (steps - steps.round()).abs().max().item()
     if off > 0.05 or images.abs().max() > 1 + 1e-3:
-        raise ValueError(
+        raise DiffusersDPMError(
             f"the images do not lie on {num_levels} levels from -1 to 1 (they miss by up to {off:.2f} of a level): "
             "give the num_levels of the data, or None for continuous data."
         )
@@ -51,10 +52,10 @@ def discretized_gaussian_log_prob(
         Elementwise natural logarithms, float64.
 
     Raises:
-        ValueError: an unknown cdf.
+        DiffusersDPMError: an unknown cdf.
     """
     if cdf not in CDFS:
-        raise ValueError(f"cdf={cdf!r} must be one of {', '.join(CDFS)}.")
+        raise DiffusersDPMError(f"cdf={cdf!r} must be one of {', '.join(CDFS)}.")
     half = 1 / (num_levels - 1)
     x = x.double()
     std = torch.as_tensor(variance, dtype=torch.float64, device=x.device).sqrt()
@@ -74,12 +75,30 @@ def _tanh_cdf(z: torch.Tensor) -> torch.Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
-def decoder_variances(schedule: VPNoiseSchedule, timesteps: Sequence[int]) -> list[float]:
-    """Variance of p(x_0 | x_t) by the rule of Bao et al. 2022 and of all code before them.
+def decoder_log_prob(
+    x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, num_levels: int | None, cdf: str
+) -> torch.Tensor:
+    """`discretized_gaussian_log_prob`, or `gaussian_log_density` of continuous data (num_levels=None)."""
+    if num_levels is None:
+        return gaussian_log_density(x, mean, variance)
+    return discretized_gaussian_log_prob(x, mean, variance, num_levels, cdf)
 
-    It is the posterior variance of the step 1 -> 0 where t = 0, and sigma_t^2 above.
+
+def decoder_variances(
+    schedule: VPNoiseSchedule, timesteps: Sequence[int], variance: float | None = None
+) -> torch.Tensor:
+    """Variance of p(x_0 | x_t), float64 (n,): `variance`, or by the rule of Bao et al. 2022 and all code before.
+
+    The rule is the posterior variance of the step 1 -> 0 where t = 0, and sigma_t^2 above.
+
+    Raises:
+        DiffusersDPMError: `variance` is not positive.
     """
+    if variance is not None:
+        if not variance > 0:
+            raise DiffusersDPMError(f"decoder_variance={variance} must be positive.")
+        return torch.full((len(timesteps),), variance, dtype=torch.float64)
     first = schedule[0].sigma ** 2
     if len(schedule) > 1:
         first *= -math.expm1(2 * (schedule[1].lambda_ - schedule[0].lambda_))
-    return [schedule[t].sigma ** 2 if t else first for t in timesteps]
+    return torch.tensor([schedule[t].sigma ** 2 if t else first for t in timesteps], dtype=torch.float64)

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.likelihood.decoder import check_levels, gaussian_log_density
-from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Evaluation, forward_process, standard_error
+from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, forward_process
 from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.random_streams import Stream, normal, sign, uniform
@@ -39,18 +40,18 @@ def dequantize(
         uniform: noise in [0, 1), of the images' shape.
 
     Raises:
-        ValueError: an unknown convention.
+        DiffusersDPMError: an unknown convention.
     """
     if dequantization == "centered":
         return images + (uniform - 0.5) * 2 / (num_levels - 1), math.log2((num_levels - 1) / 2)
     if dequantization == "score_sde":
         level = ((images + 1) * (num_levels - 1) / 2).round()
         return (level + uniform) * 2 / num_levels - 1, math.log2(num_levels / 2)
-    raise ValueError(f"dequantization={dequantization!r} must be one of {', '.join(DEQUANTIZATIONS)}.")
+    raise DiffusersDPMError(f"dequantization={dequantization!r} must be one of {', '.join(DEQUANTIZATIONS)}.")
 
 
 @dataclass(frozen=True)
-class ODELikelihood:
+class ODELikelihood(Estimate):
     """-log2 p(x_0) / d under the probability-flow ODE, an estimate: the divergence is probed, and pixels have noise.
 
     For pixels of finite depth its expectation is an upper bound of the bits of the discrete image (Theis et al. 2016,
@@ -78,14 +79,9 @@ class ODELikelihood:
         return passes.std(dim=1) / math.sqrt(passes.shape[1])
 
     @property
-    def bits_per_dim(self) -> float:
-        """Mean over the images."""
-        return self.per_image.mean().item()
-
-    @property
-    def standard_error(self) -> float:
-        """Of `bits_per_dim`, from the spread over the images; NaN for one image."""
-        return standard_error(self.per_image)
+    def error_of_one_image(self) -> float:
+        """RMS of `per_image_error`; NaN with one pass and one probe."""
+        return self.per_image_error.square().mean().sqrt().item()
 
 
 def ode_log_likelihood(
@@ -113,7 +109,7 @@ def ode_log_likelihood(
     This is the probability-flow ODE of Song et al. 2021, section 4.3 and appendix D.2, without beta(t): y = x / alpha
     follows dy / d(sigma/alpha) = epsilon-hat (Karras et al. 2022, eq. 4). It is solved from the level of timestep 0,
     at which the images are taken to be, to the highest level with a signal, where x is taken to be N(0, I). Between
-    training timesteps the network is told a real-valued timestep, log alpha being linear. Predictions are not clipped.
+    training timesteps the network gets a real-valued timestep, log alpha being linear. Predictions are not clipped.
     Needs torchdiffeq.
 
     Args:
@@ -132,45 +128,43 @@ def ode_log_likelihood(
         progress: gets `update(n)` for n images in each pass.
 
     Raises:
-        ValueError: as `measure_errors`, or an option out of range.
+        DiffusersDPMError: as `measure_errors`, or an option out of range.
     """
-    for name, value, known in (("divergence", divergence, DIVERGENCES), ("solver", solver, SOLVERS)):
-        if value not in known:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")
+    for name, value, values in (("divergence", divergence, DIVERGENCES), ("solver", solver, SOLVERS)):
+        if value not in values:
+            raise DiffusersDPMError(f"{name}={value!r} must be one of {', '.join(values)}.")
     if min(num_passes, num_probes, num_steps) < 1:
-        raise ValueError("num_passes, num_probes and num_steps must be at least 1.")
+        raise DiffusersDPMError("num_passes, num_probes and num_steps must be at least 1.")
     process = forward_process(scheduler)
-    evaluation = Evaluation(unet, images, class_labels, indices, seed, batch_size)
+    examples = Examples(unet, images, class_labels, indices, seed, batch_size)
     if num_levels is not None:
         check_levels(images, num_levels)
     probe_numbers = normal if divergence == "gaussian" else sign
 
     def integrate(rows: Sequence[int], number: int) -> tuple[torch.Tensor, int]:
         """(bits per dimension (B, probes), network calls) of one dequantisation of some images."""
-        x, labels = evaluation.batch(rows)
+        x, labels = examples.batch(rows)
         offset, probes = 0.0, None
         if num_levels is not None:
-            filling = evaluation.draw(uniform, Stream.DEQUANTIZATION, rows, [(number,)] * len(rows))
-            x, offset = dequantize(x, num_levels, dequantization, filling)
+            noise = examples.draw(uniform, Stream.DEQUANTIZATION, rows, [(number,)] * len(rows))
+            x, offset = dequantize(x, num_levels, dequantization, noise)
         if divergence != "exact":
             keys = [[(number, i)] * len(rows) for i in range(num_probes)]
-            probes = torch.stack([evaluation.draw(probe_numbers, Stream.PROBES, rows, key) for key in keys])
+            probes = torch.stack([examples.draw(probe_numbers, Stream.PROBES, rows, key) for key in keys])
         flow = ProbabilityFlow(unet, process, labels, probes)
         log_density = flow.log_density(x, solver, rtol, atol, num_steps)
+        if progress is not None:
+            progress.update(len(rows))
         return (offset - log_density / NATS_PER_BIT).cpu(), flow.num_evaluations
 
-    samples, calls = [], []
+    samples: list[torch.Tensor] = []
+    calls: list[int] = []
     with evaluation_mode(unet):
         for start in range(0, len(images), batch_size):
             rows = range(len(images))[start : start + batch_size]
-            passes = []
-            for number in range(num_passes):
-                bits, evaluations = integrate(rows, number)
-                passes.append(bits)
-                calls.append(evaluations)
-                if progress is not None:
-                    progress.update(len(rows))
+            passes, evaluations = zip(*(integrate(rows, number) for number in range(num_passes)), strict=True)
             samples.append(torch.stack(passes, dim=1))
+            calls += evaluations
     return ODELikelihood(torch.cat(samples), sum(calls) / len(calls))
 
 
@@ -213,8 +207,8 @@ class ProbabilityFlow:
             options = {"grid_constructor": lambda f, y, t: grid}
         try:
             states = odeint(self, (x, gained), span, rtol=rtol, atol=atol, method=solver, options=options)
-        except AssertionError as error:  # how torchdiffeq says that no step is small enough
-            raise ValueError(f"the ODE cannot be solved to rtol={rtol:g}, atol={atol:g}: {error}.") from error
+        except AssertionError as error:  # torchdiffeq's sign that no step is small enough
+            raise DiffusersDPMError(f"the ODE cannot be solved to rtol={rtol:g}, atol={atol:g}: {error}.") from error
         noise, gained = (state[-1] for state in states)
         prior = gaussian_log_density(noise, torch.zeros_like(noise), torch.ones_like(noise))
         return prior.flatten(1).mean(dim=1, keepdim=True) + gained + math.log(highest.alpha / lowest.alpha)
@@ -230,7 +224,7 @@ class ProbabilityFlow:
             epsilon = affine(PREDICTIONS[self.prediction_type](alpha, sigma).epsilon, x, output)
             traces = exact_trace(epsilon, x) if self.probes is None else probed_traces(epsilon, x, self.probes)
         if not (epsilon.isfinite().all() and traces.isfinite().all()):  # an adaptive solver would never end
-            raise ValueError("the network's predictions are not finite.")
+            raise DiffusersDPMError("the network's predictions are not finite.")
         return sigma * epsilon.detach() - sigma**2 * state[0], sigma / x[0].numel() * traces
 
 

@@ -1,4 +1,4 @@
-"""What bound and ODE share."""
+"""What the bound and the ODE share: the forward process, and images with random numbers of their own."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.networks import noise_schedule_of
 from diffusers_dpm.random_streams import Stream
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
@@ -26,7 +27,7 @@ def forward_process(scheduler: Any, **options: Any) -> AnalyticDPMScheduler:
     return AnalyticDPMScheduler.from_config(scheduler.config, timestep_spacing="even", **options)
 
 
-class Evaluation:
+class Examples:
     """Images, their labels, and their random numbers, some of them at a time on the network's device."""
 
     def __init__(
@@ -39,12 +40,14 @@ class Evaluation:
         batch_size: int,
     ):
         if images.ndim < 2 or not len(images):
-            raise ValueError(f"images must be a batch (N, C, ...), got shape {tuple(images.shape)}.")
-        for name, given in (("class_labels", class_labels), ("indices", indices)):
-            if given is not None and len(given) != len(images):
-                raise ValueError(f"{len(given)} {name} for {len(images)} images.")
+            raise DiffusersDPMError(f"images must be a batch (N, C, ...), got shape {tuple(images.shape)}.")
+        for name, values in (("class_labels", class_labels), ("indices", indices)):
+            if values is not None and len(values) != len(images):
+                raise DiffusersDPMError(f"{len(values)} {name} for {len(images)} images.")
         if seed < 0 or batch_size < 1:
-            raise ValueError(f"seed={seed} must not be negative, and batch_size={batch_size} must be at least 1.")
+            raise DiffusersDPMError(
+                f"seed={seed} must not be negative, and batch_size={batch_size} must be at least 1."
+            )
         self.unet, self.images, self.class_labels = unet, images, class_labels
         self.indices = list(range(len(images))) if indices is None else [int(i) for i in indices]
         self.seed = seed
@@ -67,5 +70,24 @@ class Evaluation:
 
 
 def standard_error(values: torch.Tensor) -> float:
-    """Of the mean of a vector; NaN for a single value."""
+    """The standard error of the mean of a vector; NaN for a single value."""
     return (values.std() / math.sqrt(len(values))).item() if len(values) > 1 else math.nan
+
+
+class Estimate:
+    """Bits per dimension of images, with what is estimated of their mean."""
+
+    @property
+    def per_image(self) -> torch.Tensor:
+        """Bits per dimension of each image, float64 (N,)."""
+        raise NotImplementedError
+
+    @property
+    def bits_per_dim(self) -> float:
+        """Mean over the images."""
+        return self.per_image.mean().item()
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of `bits_per_dim`, from the spread over the images (noise included); NaN for one image."""
+        return standard_error(self.per_image)

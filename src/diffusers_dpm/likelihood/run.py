@@ -1,8 +1,8 @@
-"""Measure the likelihood of a data set under a model."""
+"""Measure the likelihood of a data set under a model, and write what was measured."""
 
 import csv
-from collections.abc import Sequence
-from itertools import product
+from collections.abc import Callable, Sequence
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import tqdm
 
 from diffusers_dpm.data import ImageDataset, describe, find_num_levels, load_data
+from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.likelihood.bound import (
     EvidenceLowerBound,
     PredictionErrors,
@@ -18,10 +19,12 @@ from diffusers_dpm.likelihood.bound import (
     measure_errors,
     reverse_process,
 )
+from diffusers_dpm.likelihood.ode import ODELikelihood, ode_log_likelihood
 from diffusers_dpm.likelihood.problem import forward_process
-from diffusers_dpm.networks import checked_labels, is_conditional, load_pipeline
+from diffusers_dpm.networks import checked_labels, load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.records import ResultStore, Tensors, weights_hash
+from diffusers_dpm.pipelines.networks import is_conditional
+from diffusers_dpm.records import ResultStore, Tensors, read_json, weights_hash, write_json
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, AnalyticDPMScheduler
 
@@ -34,6 +37,10 @@ CLIPPING_KEYS = (
     *("clip_sample", "clip_sample_range"),
     *("thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
 )
+
+
+# The options of the ODE, those of its result.
+ODE_OPTIONS = ("divergence", "num_probes", "num_passes", "dequantization", "solver", "tolerance", "num_steps")
 
 
 class Task(NamedTuple):
@@ -75,15 +82,61 @@ class Task(NamedTuple):
             "batch_size": self.options.batch_size,
         }
 
+    def measure(
+        self,
+        method: str,
+        settings: dict[str, Any],
+        measure: Callable[..., Tensors],
+        block: int,
+        calls: int,
+        **bar: str,
+    ) -> Tensors:
+        """`measure` of all images, `block` of them at a time; an interrupted call continues where it stopped.
+
+        Args:
+            method: the results lie in likelihood_METHOD.safetensors.
+            settings: that the values depend on, beside those of `settings`.
+            measure: (arguments of `batch`, progress) -> tensors.
+            calls: for each image, of the progress bar.
+        """
+        with tqdm(total=len(self.indices) * calls, **bar) as progress:
+
+            def measure_rows(rows: range) -> Tensors:
+                progress.update(rows.start * calls - progress.n)
+                return measure(progress=progress, **self.batch(rows))
+
+            store = ResultStore(self.folder, self.settings(**settings), name=f"likelihood_{method}", replace=True)
+            return store.measure_rows(len(self.indices), block, measure_rows)
+
+    def write(self, method: str, results: dict[str, Any]) -> Path:
+        """Put one method's results into likelihood.json, beside the other's; returns its path."""
+        path, options = RunFolder(self.folder).likelihood, self.options
+        about = {
+            "model": self.model,
+            "data": options.data,
+            "split": options.split,
+            "num_images": len(self.indices),
+            "indices": self.indices,
+            "num_levels": self.num_levels,
+            "seed": options.seed,
+        }
+        others = read_json(path) if path.exists() else {}
+        write_json(path, {**others, method: without_nan({**about, **results})})
+        return path
+
 
 def open_task(model: str, options: Any) -> Task:
-    """Loads everything and checks that it fits together.
+    """Load everything and check that it fits together.
+
+    Args:
+        model: run folder or Hub id.
+        options: with the attributes of `diffusers-dpm likelihood`'s options.
 
     Raises:
-        ValueError: the model, the data or the options cannot be used.
+        DiffusersDPMError: the model, the data or the options cannot be used.
     """
     if options.output_dir is None and not Path(model).is_dir():
-        raise ValueError(f"{model} is not a folder here: say with --output-dir where the results go")
+        raise DiffusersDPMError(f"{model} is not a folder here: say with --output-dir where the results go")
     pipeline = load_pipeline(model)
     data = load_data(options, require_labels=is_conditional(pipeline.unet))
     checked_labels(pipeline.unet, data[[0]]["images"], data.labels)
@@ -91,17 +144,19 @@ def open_task(model: str, options: Any) -> Task:
     try:
         pipeline.unet.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
+        raise DiffusersDPMError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed)).tolist()
     num_images = len(data) if options.num_images is None else options.num_images
     if num_images > len(data):
-        raise ValueError(f"--num-images {num_images} is more than the {len(data)} images of the data")
+        raise DiffusersDPMError(f"--num-images {num_images} is more than the {len(data)} images of the data")
     folder = Path(options.output_dir or model)
     folder.mkdir(parents=True, exist_ok=True)
     return Task(model, pipeline, data, order[:num_images], find_num_levels(data, options.num_levels), options, folder)
 
 
-class Sampler(NamedTuple):
+class ReverseSampler(NamedTuple):
+    """A sampler on its grid, and the options that chose it."""
+
     timestep_spacing: str
     num_inference_steps: int
     reverse_variance: str
@@ -109,22 +164,22 @@ class Sampler(NamedTuple):
 
 
 def find_statistics(model: str, folder: str | None) -> AnalyticDPMScheduler | None:
-    """The scheduler that holds the model's statistics; None if there is none and none was asked for."""
+    """The scheduler that holds the model's statistics; None if there is none and `folder` names none."""
     if folder is not None:
         if not (Path(folder) / "scheduler_config.json").is_file():
-            raise ValueError(f"no statistics in {folder}: it holds no scheduler_config.json")
+            raise DiffusersDPMError(f"no statistics in {folder}: it holds no scheduler_config.json")
         return AnalyticDPMScheduler.from_pretrained(folder)
     try:
-        return AnalyticDPMScheduler.from_pretrained(model, subfolder=RunFolder.analytic_dpm.name)
+        return AnalyticDPMScheduler.from_pretrained(model, subfolder="analytic_dpm")
     except OSError:
         return None
 
 
-def build_samplers(task: Task) -> list[Sampler]:
-    """All combinations that were asked for, on their grids.
+def build_samplers(task: Task) -> list[ReverseSampler]:
+    """All combinations of the options, on their grids.
 
     Raises:
-        ValueError: one of them cannot be, or has no finite bound.
+        DiffusersDPMError: one of them is invalid or has no finite bound.
     """
     options = task.options
     with_statistics = find_statistics(task.model, options.statistics)
@@ -134,58 +189,84 @@ def build_samplers(task: Task) -> list[Sampler]:
     if variances is None:
         variances = ["small"] if options.forward_process == "ddim" else ["small", "large"]
         variances += [] if with_statistics is None else ["residual"]
-    samplers: list[Sampler] = []
+    samplers: list[ReverseSampler] = []
     for spacing, variance in product(options.timestep_spacing or ["even"], variances):
         # The optimal trajectory is made for the variances of an estimate, whichever the sampler then uses.
         estimate = variance if variance in ESTIMATES or spacing != "optimal" else "residual"
-        grids = AnalyticDPMScheduler.from_config(
-            config, timestep_spacing=spacing, reverse_variance=estimate, **process
-        )
-        some = []
-        for num_steps in sorted(set(options.num_inference_steps or [10, 25, 50, 100]), reverse=True):
-            grids.set_timesteps(num_steps)  # the longest first: optimal trajectories share its work
-            scheduler = AnalyticDPMScheduler.from_config(grids.config, reverse_variance=variance)
-            scheduler.set_timesteps(timesteps=grids.timesteps)
-            reverse_process(scheduler)
-            some.append(Sampler(spacing, num_steps, variance, scheduler))
-        samplers += reversed(some)
+        group = []
+        with user_error(f"timestep_spacing={spacing}, reverse_variance={variance}"):
+            grids = AnalyticDPMScheduler.from_config(
+                config, timestep_spacing=spacing, reverse_variance=estimate, **process
+            )
+            for num_steps in sorted(set(options.num_inference_steps or [10, 25, 50, 100]), reverse=True):
+                grids.set_timesteps(num_steps)  # the longest first: optimal trajectories share its work
+                scheduler = AnalyticDPMScheduler.from_config(grids.config, reverse_variance=variance)
+                scheduler.set_timesteps(timesteps=grids.timesteps)
+                reverse_process(scheduler)
+                group.append(ReverseSampler(spacing, num_steps, variance, scheduler))
+        samplers += reversed(group)
     return samplers
 
 
-def measure_bounds(task: Task) -> list[tuple[Sampler, EvidenceLowerBound]]:
-    """One pass of the network over all timesteps that any sampler visits, then all bounds."""
+def measure_bounds(task: Task) -> list[tuple[ReverseSampler, EvidenceLowerBound]]:
+    """One pass of the network over all timesteps that any sampler visits, then all bounds.
+
+    Writes likelihood.json, likelihood_terms.csv and likelihood.png. Interrupted, the same call continues.
+    """
     samplers = build_samplers(task)
     timesteps = sorted({t for sampler in samplers for t in sampler.scheduler.timesteps.tolist()})
     options, scheduler = task.options, samplers[0].scheduler
-    settings = task.settings(
-        timesteps=timesteps,
-        cdf=options.cdf,
-        decoder_variance=options.decoder_variance,
-        **{key: scheduler.config[key] for key in CLIPPING_KEYS},
-    )
-    store = ResultStore(task.folder, settings, name=RunFolder.likelihood_bound.stem, replace=True)
+    choices = {"timesteps": timesteps, "cdf": options.cdf, "decoder_variance": options.decoder_variance}
+    settings = {**choices, **{key: scheduler.config[key] for key in CLIPPING_KEYS}}
+
+    def measure(**batch: Any) -> Tensors:
+        errors = measure_errors(task.pipeline.unet, scheduler, **choices, **batch)
+        return {"moments": errors.moments, "decoder": errors.decoder, "mean_square": errors.mean_square}
+
     block = max(1, 8 * options.batch_size // len(timesteps))
-    with tqdm(total=len(task.indices) * len(timesteps), unit="call", desc="images x timesteps") as bar:
-
-        def measure(rows: range) -> Tensors:
-            bar.update(rows.start * len(timesteps) - bar.n)
-            errors = measure_errors(
-                task.pipeline.unet,
-                scheduler,
-                timesteps=timesteps,
-                cdf=options.cdf,
-                decoder_variance=options.decoder_variance,
-                progress=bar,
-                **task.batch(rows),
-            )
-            return {"moments": errors.moments, "decoder": errors.decoder, "mean_square": errors.mean_square}
-
-        measured = store.measure_rows(len(task.indices), block, measure)
+    measured = task.measure("elbo", settings, measure, block, len(timesteps), unit="call", desc="images x timesteps")
     errors = PredictionErrors(tuple(timesteps), **measured, schedule_hash=scheduler.schedule.hash)
-    return [(sampler, bound_from_errors(errors, sampler.scheduler)) for sampler in samplers]
+    bounds = [(sampler, bound_from_errors(errors, sampler.scheduler)) for sampler in samplers]
+    write_terms(RunFolder(task.folder).likelihood_terms, bounds)
+    plot(RunFolder(task.folder).likelihood_plot, bounds)
+    task.write("elbo", {"cdf": options.cdf, "bounds": [bound_row(*pair) for pair in bounds]})
+    return bounds
 
 
-def write_terms(path: Path, bounds: Sequence[tuple[Sampler, EvidenceLowerBound]]) -> None:
+def bound_row(sampler: ReverseSampler, bound: EvidenceLowerBound) -> dict[str, Any]:
+    """A sampler's row in likelihood.json."""
+    prior, *_, decoder = bound.terms()
+    options = {name: value for name, value in sampler._asdict().items() if name != "scheduler"}
+    result = {"bits_per_dim": bound.bits_per_dim, "standard_error": bound.standard_error}
+    return {**options, **result, "prior": prior.bits_per_dim, "decoder": decoder.bits_per_dim}
+
+
+def measure_ode(task: Task) -> ODELikelihood:
+    """The likelihood under the probability-flow ODE, written to likelihood.json; repeat an interrupted call."""
+    options: dict[str, Any] = {name: getattr(task.options, name) for name in ODE_OPTIONS}
+    choices = {("rtol" if name == "tolerance" else name): value for name, value in options.items()}
+
+    def measure(**batch: Any) -> Tensors:
+        unet, scheduler = task.pipeline.unet, task.pipeline.scheduler
+        result = ode_log_likelihood(unet, scheduler, atol=choices["rtol"], **choices, **batch)
+        calls = torch.full((len(result.samples),), result.num_evaluations, dtype=torch.float64)
+        return {"samples": result.samples, "calls": calls}
+
+    block, passes = task.options.batch_size, options["num_passes"]
+    measured = task.measure("ode", options, measure, block, passes, unit="image", desc="images x passes")
+    likelihood = ODELikelihood(measured["samples"], measured["calls"].mean().item())
+    results = {
+        "bits_per_dim": likelihood.bits_per_dim,
+        "standard_error": likelihood.standard_error,
+        "standard_error_of_one_image": likelihood.error_of_one_image,
+        "num_evaluations": likelihood.num_evaluations,
+        "per_image": likelihood.per_image.tolist(),
+    }
+    task.write("ode", {**options, **results})
+    return likelihood
+
+
+def write_terms(path: Path, bounds: Sequence[tuple[ReverseSampler, EvidenceLowerBound]]) -> None:
     """Every term of every bound as one table."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -194,36 +275,32 @@ def write_terms(path: Path, bounds: Sequence[tuple[Sampler, EvidenceLowerBound]]
             writer.writerows([*sampler[:3], *term] for term in bound.terms())
 
 
-def plot(path: Path, bounds: Sequence[tuple[Sampler, EvidenceLowerBound]]) -> None:
+def plot(path: Path, bounds: Sequence[tuple[ReverseSampler, EvidenceLowerBound]]) -> None:
     """Bounds against the number of steps, and the terms of those with the most steps."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    kinds = dict.fromkeys((sampler.timestep_spacing, sampler.reverse_variance) for sampler, _ in bounds)
-    for spacing, variance in kinds:
-        mine = [(s, b) for s, b in bounds if (s.timestep_spacing, s.reverse_variance) == (spacing, variance)]
-        mine.sort(key=lambda pair: pair[0].num_inference_steps)
-        steps = [sampler.num_inference_steps for sampler, _ in mine]
-        left.errorbar(
-            steps,
-            [bound.bits_per_dim for _, bound in mine],
-            [bound.standard_error for _, bound in mine] if len(mine[0][1].per_image) > 1 else None,
-            marker="o",
-            markersize=3,
-            label=f"{spacing}, {variance}",
-        )
-        terms = [term for term in mine[-1][1].terms() if term.name == "step"]
-        right.plot(
-            [term.t for term in terms],
-            [term.bits_per_dim for term in terms],
-            label=f"{spacing}, {variance}, {steps[-1]} steps",
-        )
-    for axes, label in ((left, "steps"), (right, "timestep t of the step")):
-        axes.set_xlabel(label)
-        axes.set_yscale("log")
+    for (spacing, variance), pairs in groupby(
+        bounds, lambda pair: (pair[0].timestep_spacing, pair[0].reverse_variance)
+    ):
+        samplers, group = zip(*pairs, strict=True)
+        steps, label = [sampler.num_inference_steps for sampler in samplers], f"{spacing}, {variance}"
+        errors = [bound.standard_error for bound in group]
+        left.errorbar(steps, [bound.bits_per_dim for bound in group], errors, marker="o", markersize=3, label=label)
+        terms = [(term.t, term.bits_per_dim) for term in group[-1].terms() if term.name == "step"]
+        right.plot(*zip(*terms, strict=True), label=f"{label}, {steps[-1]} steps")
+    left.set(xlabel="steps", ylabel="bits per dimension, upper bound", xscale="log", yscale="log")
+    right.set(xlabel="timestep t of the step", ylabel="bits per dimension of a step", yscale="log")
+    for axes in (left, right):
         axes.legend(fontsize="small")
-    left.set_xscale("log")
-    left.set_ylabel("bits per dimension, upper bound")
-    right.set_ylabel("bits per dimension of a step")
     figure.savefig(path, dpi=120)
+
+
+def without_nan(value: Any) -> Any:
+    """`value` with None for every NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if value != value else value

@@ -1,0 +1,76 @@
+"""Load a staged repository with plain diffusers and compare what it computes; run by path, not imported.
+
+    python without_package.py FOLDER EXPECTED.npz TASK
+
+Prints each way of loading before it is tried. Importing diffusers_dpm fails in this process, so nothing here may need
+it. TASK is JSON: {"threads", "steps", "schedulers": {subfolder: [file, class, steps]}, "variants"}.
+"""
+
+import json
+import sys
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoModel, DiffusionPipeline, UNet2DModel
+from diffusers.utils import get_class_from_dynamic_module, logging
+
+
+def main(folder: str, expected_file: str, task_json: str) -> None:
+    """Exit with a message if a way of loading gives other numbers than EXPECTED.npz holds."""
+    expected, task = np.load(expected_file), json.loads(task_json)
+    torch.set_num_threads(task["threads"])
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    trust = {"trust_remote_code": True}
+
+    def compare(name: str, values: np.ndarray) -> None:
+        if not np.array_equal(expected[name], values):
+            sys.exit("the result differs from the run folder's")
+
+    def draw(pipe: Any, steps: int = task["steps"], **arguments: Any) -> np.ndarray:
+        pipe.set_progress_bar_config(disable=True)
+        return pipe(num_inference_steps=steps, output_type="np", **arguments).images
+
+    begin("plain diffusers")
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    if "plain" in expected:
+        compare("plain", draw(pipe, generator=torch.Generator().manual_seed(0)))
+
+    begin("custom_pipeline with trust_remote_code")
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline_dpm", **trust)
+    compare("pipeline", draw(pipe, seeds=[0]))
+
+    if "classifier" in expected:
+        begin("the classifier with trust_remote_code")
+        classifier = AutoModel.from_pretrained(folder, subfolder="classifier", **trust).eval()
+        with torch.no_grad():
+            compare("classifier", classifier(torch.from_numpy(expected["x"]), 1).logits.numpy())
+
+    for name, (file, class_name, steps) in task["schedulers"].items():
+        begin(f"{class_name} with trust_remote_code")
+        cls = get_class_from_dynamic_module(folder, file, subfolder=name, class_name=class_name, **trust)
+        pipe.scheduler = cls.from_pretrained(folder, subfolder=name)
+        compare(name, draw(pipe, steps, seeds=[0]))
+
+    for variant in task["variants"]:
+        begin(f"the {variant} weights")
+        check_variant(folder, variant)
+
+
+def begin(way: str) -> None:
+    print(way, flush=True)
+
+
+def check_variant(folder: str, variant: str) -> None:
+    """The rounded weights are finite, and those of the full file."""
+    full = UNet2DModel.from_pretrained(folder, subfolder="unet").state_dict()
+    rounded = UNet2DModel.from_pretrained(folder, subfolder="unet", variant=variant).state_dict()
+    for name, weight in full.items():
+        if not rounded[name].isfinite().all() or not torch.equal(rounded[name].half().float(), weight.half().float()):
+            sys.exit(f"{name} does not fit into half precision, or differs from the full weights")
+
+
+if __name__ == "__main__":
+    sys.modules["diffusers_dpm"] = None  # type: ignore[assignment]  # importing it raises ImportError from here on
+    main(*sys.argv[1:])

@@ -1,0 +1,68 @@
+"""Every benchmark script runs, at its smallest size."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffusers_dpm.data import load_images
+from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.posterior_statistics import estimate_statistics
+from diffusers_dpm.schedulers import DDPMScheduler
+from diffusers_dpm.training import build_unet
+from diffusers_dpm.training.unet_presets import ddpm_unet
+
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parent.parent
+ON_A_RUN = ("analytic_dpm", "calibrated", "calibration_grids", "guidance_quality", "ode_error", "quality")
+ON_DIGITS = ("analytic_dpm", "calibrated", "guidance_quality", "quality")  # with a judge
+ALONE = ("convergence", "guidance_overhead", "parity", "scheduler_overhead", "training_throughput")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """(run folder of a tiny model of the digits with classifier and statistics, folder of features)."""
+    run, features = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("features")
+    torch.manual_seed(0)
+    unet = build_unet(ddpm_unet((8, 16), layers=1, attention=(), groups=4), (1, 8, 8))
+    scheduler = DDPMScheduler()
+    DPMPipeline(unet, scheduler).save_pretrained(run)
+    for folder in (run / "classifier", features):
+        blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "norm_num_groups": 4}
+        classifier = NoisyClassifier(10, sample_size=8, in_channels=1, layers_per_block=1, **blocks)
+        torch.nn.init.normal_(classifier.head.out.weight)
+        classifier.save_pretrained(folder)
+    (features / "features.json").write_text("{}")
+    level = {"timesteps": [0, 999], "accuracy": 0.5}
+    (run / "classifier_accuracy.json").write_text(json.dumps({"clean": level, "ranges": [level]}))
+    statistics = estimate_statistics(unet, scheduler, load_images("digits", split="train"), 4, batch_size=512)
+    statistics.scheduler(scheduler).save_pretrained(run / "analytic_dpm")
+    statistics.save(run / "analytic_dpm" / "statistics.json")
+    return run, features
+
+
+@pytest.mark.parametrize("script", sorted([*ON_A_RUN, *ALONE]))
+def test_script_runs(script, folders, tmp_path):
+    run, features = folders
+    output = tmp_path / f"{script}.json"
+    command = ["-m", "benchmarks.convergence"] if script == "convergence" else [f"benchmarks/{script}.py"]
+    command += [str(run)] if script in ON_A_RUN else []
+    command += [f"--features={features}"] if script in ON_DIGITS else []
+    command += ["--data=digits"] if script == "quality" else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, *command, "--smallest", f"--output={output}"], cwd=ROOT, env=environment, check=True
+    )
+    written = {path.suffix for path in tmp_path.iterdir() if path.is_file()}
+    assert written >= {".json"} if script != "calibration_grids" else {".md"}
+    assert (".md" in written) == (script != "training_throughput")
+
+
+def test_every_script_is_listed():
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert scripts == {*ON_A_RUN, *ALONE, "common"}
