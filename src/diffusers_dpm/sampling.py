@@ -1,6 +1,5 @@
 """Many images from seeds, kept one by one in a folder: under any scheduler, on any number of processes, resumable."""
 
-import difflib
 import inspect
 import json
 import os
@@ -22,6 +21,8 @@ from diffusers.utils import logging
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from diffusers_dpm.errors import DiffusersDPMError, user_error
+from diffusers_dpm.options import nearest
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import PACKAGES, short_hash, weights_hash, write_text
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler
@@ -64,17 +65,17 @@ def find_scheduler(name: str) -> type[SchedulerMixin]:
     """The class of one of our schedulers ("dpm-solver"), or of one of diffusers' ("diffusers:DDIMScheduler").
 
     Raises:
-        ValueError: there is none of that name.
+        DiffusersDPMError: there is none of that name.
     """
     if name.startswith(STOCK):
         found = getattr(diffusers, name.removeprefix(STOCK), None)
         if isinstance(found, type) and issubclass(found, SchedulerMixin) and found is not SchedulerMixin:
             return found
-        raise ValueError(
+        raise DiffusersDPMError(
             f"diffusers has no scheduler {name.removeprefix(STOCK)!r}, or it needs a package that is missing"
         )
     if name not in SCHEDULERS:
-        raise ValueError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)} or {STOCK}CLASS")
+        raise DiffusersDPMError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)} or {STOCK}CLASS")
     return SCHEDULERS[name]
 
 
@@ -82,12 +83,12 @@ def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
     """["eta=0.5", "timestep_spacing=quadratic"] -> {"eta": 0.5, "timestep_spacing": "quadratic"}.
 
     Raises:
-        ValueError: a text without "=".
+        DiffusersDPMError: a text without "=".
     """
     pairs = [text.partition("=") for text in texts]
     for key, equals, _ in pairs:
         if not key or not equals:
-            raise ValueError(f"scheduler options are written key=value, got {key + equals!r}")
+            raise DiffusersDPMError(f"scheduler options are written key=value, got {key + equals!r}")
     return {key: parse_value(value) for key, _, value in pairs}
 
 
@@ -115,7 +116,8 @@ def build_scheduler(
         guidance_scale: that of sampling; "calibrated" takes the rows fitted under it, if there are any.
 
     Raises:
-        ValueError: no such scheduler, option or value; no folder for one of `BESIDE`, or rows of other weights in it.
+        DiffusersDPMError: no such scheduler, option or value; no folder for one of `BESIDE`, or rows of other
+            weights in it.
     """
     scheduler_class = find_scheduler(name)
     check_options(name, scheduler_class, options)
@@ -126,29 +128,26 @@ def build_scheduler(
             saved = scheduler_class.from_pretrained(model, subfolder=folder)
         except OSError as error:
             if (Path(model) / folder / scheduler_class.config_name).exists():
-                raise ValueError(f"{model}/{folder} cannot be read ({error})") from error
-            raise ValueError(f"{model} has no {folder}: 'diffusers-dpm {command} {model}' makes it") from error
+                raise DiffusersDPMError(f"{model}/{folder} cannot be read ({error})") from error
+            raise DiffusersDPMError(f"{model} has no {folder}: 'diffusers-dpm {command} {model}' makes it") from error
         config = saved.config
         if scheduler_class is CalibratedScheduler:
             steps = fitted_steps(saved, pipeline.unet, f"{model}/{folder}", pipeline.classifier)
             options = {"guidance_scale": guidance_scale, **options} if guidance_scale in steps else options
-    try:
+    with user_error(name, AttributeError, NotImplementedError, RuntimeError, TypeError):  # diffusers raises all
         return scheduler_class.from_config(config, **options)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # diffusers raises all
-        raise ValueError(f"{name}: {error}") from error
 
 
 def check_options(name: str, scheduler_class: type[SchedulerMixin], options: dict[str, Any]) -> None:
-    """Raise ValueError for a key that is not in the class's config, or a value of another kind than its default."""
+    """Raise DiffusersDPMError for a key that the class's config lacks, or a value of another kind than the default."""
     known = inspect.signature(scheduler_class.__init__).parameters
     for key, value in options.items():
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(f"{name} has no option {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise DiffusersDPMError(f"{name} has no option {key!r}{nearest(key, known)}")
         default = known[key].default
         kind = next((kind for kind in KINDS if isinstance(default, kind)), None)  # bool is an int, too
         if kind is not None and value is not None and type(value) not in KINDS[kind][0]:
-            raise ValueError(f"{name}: {key} must be {KINDS[kind][1]}, got {value!r}")
+            raise DiffusersDPMError(f"{name}: {key} must be {KINDS[kind][1]}, got {value!r}")
 
 
 def fitted_steps(
@@ -160,17 +159,19 @@ def fitted_steps(
     """Guidance scale (None: without) -> the numbers of steps that there are rows for. The config's own scale is first.
 
     Raises:
-        ValueError: there are no rows of that scale, or they say that they were fitted to another network, or under
-            guidance by another classifier than the one given; names `where` they are.
+        DiffusersDPMError: there are no rows of that scale, or they were fitted to another network, or under guidance
+            by another classifier; names `where` they are.
     """
     calibration = scheduler.calibration
     if calibration is None or not scheduler.available_steps:
-        raise ValueError(f"{where} has no fitted rows: 'diffusers-dpm calibrate' makes some")
+        raise DiffusersDPMError(f"{where} has no fitted rows: 'diffusers-dpm calibrate' makes some")
     if calibration.get("made", {}).get("weights") not in (None, weights_hash(unet)):
-        raise ValueError(f"{where} has rows fitted to other weights: delete them, and 'diffusers-dpm calibrate' again")
+        raise DiffusersDPMError(
+            f"{where} has rows fitted to other weights: delete them, and 'diffusers-dpm calibrate' again"
+        )
     guides = {table.get("classifier") for table in calibration["tables"]} - {None}
     if classifier is not None and guides - {weights_hash(classifier)}:
-        raise ValueError(
+        raise DiffusersDPMError(
             f"{where} has rows fitted under guidance by another classifier: 'diffusers-dpm calibrate --guidance-scale "
             "W' again"
         )
@@ -184,14 +185,14 @@ def parse_seeds(texts: Iterable[str]) -> list[int]:
     """["0-3", "10"] -> [0, 1, 2, 3, 10]; each once, in this order.
 
     Raises:
-        ValueError: something else than numbers and ranges, or a range that ends before it starts.
+        DiffusersDPMError: something else than numbers and ranges, or a range that ends before it starts.
     """
     seeds: list[int] = []
     for text in texts:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
         if last < first:
-            raise ValueError(f"seeds are numbers and ranges such as 0-9999, got {text!r}")
+            raise DiffusersDPMError(f"seeds are numbers and ranges such as 0-9999, got {text!r}")
         seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
 
@@ -231,7 +232,7 @@ class Sampler:
         """(images uint8 (B, H, W, C), rounded; their labels or None; network calls).
 
         Raises:
-            ValueError: as the pipeline; an image that is not finite.
+            DiffusersDPMError: as the pipeline; an image that is not finite.
         """
         labels = self.class_labels and [self.class_labels[seed % len(self.class_labels)] for seed in seeds]
         calls = 0
@@ -241,19 +242,21 @@ class Sampler:
             calls += 1
 
         handle = self.pipeline.unet.register_forward_hook(count)
+        name = scheduler_name(self.pipeline.scheduler)
         try:
-            output: Any = self.pipeline(
-                seeds=seeds,
-                num_inference_steps=self.num_inference_steps,
-                class_labels=None if labels is None else list(labels),
-                guidance_scale=self.guidance_scale,
-                output_type="np",
-            )
+            with user_error(name):
+                output: Any = self.pipeline(
+                    seeds=seeds,
+                    num_inference_steps=self.num_inference_steps,
+                    class_labels=None if labels is None else list(labels),
+                    guidance_scale=self.guidance_scale,
+                    output_type="np",
+                )
         finally:
             handle.remove()
         broken = len(seeds) - int(np.isfinite(output.images).all(axis=(1, 2, 3)).sum())
         if broken:
-            raise ValueError(f"{broken} of {len(seeds)} images are not finite")
+            raise DiffusersDPMError(f"{name}: {broken} of {len(seeds)} images are not finite")
         drawn = None if output.class_labels is None else output.class_labels.tolist()
         return (output.images * 255).round().astype(np.uint8), drawn, calls
 
@@ -289,7 +292,9 @@ class SampleFolder:
     def __init__(self, folder: Path, sampler: Sampler, suffix: str = ".png"):
         channels = sampler.pipeline.unet.config.in_channels
         if suffix == ".png" and channels not in (1, 3):
-            raise ValueError(f"PNG files have 1 or 3 channels, these images have {channels}: write an .npz file")
+            raise DiffusersDPMError(
+                f"PNG files have 1 or 3 channels, these images have {channels}: write an .npz file"
+            )
         self.folder = folder
         self.sampler = sampler
         self.suffix = suffix
@@ -305,20 +310,20 @@ class SampleFolder:
         """The settings that the folder's images are to have.
 
         Raises:
-            ValueError: it holds images of other settings, or other files.
+            DiffusersDPMError: it holds images of other settings, or other files.
         """
         settings, record = self.sampler.settings(), self.folder / SETTINGS_FILE
         if not record.is_file():
             if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-                raise ValueError(f"{self.folder} exists and holds no {SETTINGS_FILE}: choose another folder")
+                raise DiffusersDPMError(f"{self.folder} exists and holds no {SETTINGS_FILE}: choose another folder")
             return settings
         try:
             kept = json.loads(record.read_text())["settings"]
             changed = [name for name in settings if settings[name] != kept.get(name)]
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{record} is broken: choose another folder, or delete this one") from error
+            raise DiffusersDPMError(f"{record} is broken: choose another folder, or delete this one") from error
         if changed and self.others():  # a call that failed at once leaves settings, and nothing that has them
-            raise ValueError(
+            raise DiffusersDPMError(
                 f"{self.folder} holds images of other settings ({', '.join(changed)}): choose another folder"
             )
         return settings
@@ -331,7 +336,7 @@ class SampleFolder:
         With `accelerator` every process must make the call.
 
         Raises:
-            ValueError: as `check` and `Sampler.draw`, in all processes if in one.
+            DiffusersDPMError: as `check` and `Sampler.draw`, in all processes if in one.
         """
         accelerator = accelerator or Accelerator()
         settings = self.check()
@@ -353,12 +358,11 @@ class SampleFolder:
                 for start in range(0, len(mine), batch_size):
                     self._draw(mine[start : start + batch_size], accelerator.process_index)
                     bar.update(len(mine[start : start + batch_size]))
-            except Exception as raised:  # whatever a scheduler may raise: the other processes wait for this one
+            except DiffusersDPMError as raised:  # the other processes wait for this one
                 error = raised
-        name = scheduler_name(self.sampler.pipeline.scheduler)
-        failures = [text for text in gather_object([error and f"{name}: {type(error).__name__}: {error}"]) if text]
+        failures = [text for text in gather_object([error and str(error)]) if text]
         if failures:
-            raise ValueError(failures[0]) from error
+            raise DiffusersDPMError(failures[0]) from error
 
     def _draw(self, seeds: Sequence[int], process: int) -> None:
         start = time.perf_counter()
