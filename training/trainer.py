@@ -293,9 +293,7 @@ def find_checkpoint(options: Any, run: Path) -> Path | None:
     if in_use and options.resume and not (run / OPTIONS_FILE).exists():
         raise DiffusersDPMError(f"{run} is not the folder of a training run")
     if in_use and not options.resume and not options.overwrite:
-        raise DiffusersDPMError(
-            f"{run} is not empty; --resume goes on with the run in it, --overwrite deletes that run"
-        )
+        raise DiffusersDPMError(f"{run} is not empty; --resume continues the run in it, --overwrite deletes that run")
     checkpoints = list_checkpoints(run) if options.resume else []
     return checkpoints[-1] if checkpoints else None
 

@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
@@ -65,6 +65,10 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("resolution", lambda value: value > 0, "be one or two positive numbers"),
     ("data output_dir eval_data seeds output schedulers features", lambda value: value != "", "not be empty"),
 )
+
+
+# By type, in `--help`.
+VALUE_NAMES = {str: "NAME", int: "N", float: "X", list[str]: "NAME ...", list[int]: "N ..."}
 
 
 Options = TypeVar("Options")
@@ -199,20 +203,13 @@ def annotated(group: type) -> type:
         about = tyro.conf.arg(metavar=value_name(types[item.name]), help_behavior_hint=shown_default)
         default = dataclasses.field(default=item.default, default_factory=item.default_factory)
         fields.append((item.name, Annotated[types[item.name], about], default))
-    return dataclasses.make_dataclass(group.__name__, fields, bases=(group,), kw_only=True)
+    unchecked = {"__post_init__": lambda self: None}  # the checks are those of all groups together
+    return dataclasses.make_dataclass(group.__name__, fields, bases=(group,), kw_only=True, namespace=unchecked)
 
 
 def value_name(annotation: Any) -> str | None:
-    """N, X or NAME for a number or text, with dots for a list; None: tyro's own, such as the choices of a Literal."""
-    if get_origin(annotation) in (Literal, Annotated) or annotation is bool:
-        return None
-    parts = [part for part in get_args(annotation) or (annotation,) if part is not type(None)]
-    if get_origin(parts[0]) is Literal:
-        return None
-    several = list in (get_origin(annotation), get_origin(parts[0]))
-    kind = get_args(parts[0])[0] if get_origin(parts[0]) is list else parts[0]
-    name = {int: "N", float: "X"}.get(kind, "NAME")
-    return f"{name} ..." if several else name
+    """The name of a number or text, also of an optional one; None: tyro's own, such as the choices of a Literal."""
+    return next((VALUE_NAMES[part] for part in (annotation, *get_args(annotation)) if part in VALUE_NAMES), None)
 
 
 def shown_default(text: str) -> str:
@@ -220,6 +217,6 @@ def shown_default(text: str) -> str:
 
 
 def first_paragraph(box: str) -> str:
-    """The text of tyro's error box above its first rule, in one line."""
-    lines = [line.strip("│| ") for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines()[1:]]
-    return " ".join(itertools.takewhile(lambda line: line.strip("─-╰╯+"), lines))
+    """The message in tyro's error box, between the title and the next rule, in one line."""
+    title, message, *_ = [*re.split(r"[─-]{3,}", re.sub(r"\x1b\[[\d;]*m", "", box)), "", ""]
+    return " ".join(re.sub("[│╭╮╰╯]", " ", message or title).split())
