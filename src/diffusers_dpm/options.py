@@ -119,7 +119,7 @@ def parse_options(
         DiffusersDPMError: a missing operand or option, an unknown option or key (the message names the nearest one), a
             value of another type.
     """
-    items = dataclasses.fields(options)  # type: ignore[arg-type]
+    items = [item for group in option_groups(options) for item in dataclasses.fields(group)]
     usage, about = " ".join([prog, *operands]), description
     if items:
         usage += " [FILE]"
@@ -136,6 +136,11 @@ def parse_options(
         check_names(arguments, items)
     values = run_parser(options, arguments, usage, about)
     return words[: len(operands)], options(**values)
+
+
+def option_groups(options: type) -> list[Any]:
+    """The dataclasses that `options` inherits from, or itself."""
+    return [base for base in options.__bases__ if dataclasses.is_dataclass(base)] or [options]
 
 
 def read_options_file(path: Path, items: Sequence[dataclasses.Field[Any]]) -> list[str]:
@@ -173,16 +178,16 @@ def check_names(arguments: Sequence[str], items: Sequence[dataclasses.Field[Any]
 
 
 def run_parser(options: type, arguments: Sequence[str], usage: str, description: str) -> dict[str, Any]:
-    """The values of all options, parsed by tyro; its `--help` shows the bases of `options` as groups."""
-    groups = [base for base in options.__bases__ if dataclasses.is_dataclass(base)] or [options]
-    titled = [
-        (group.__name__, Annotated[annotated(group), tyro.conf.arg(name=group.__doc__, help="")]) for group in groups
+    """The values of all options, parsed by tyro."""
+    groups = [
+        (group.__name__, Annotated[annotated(group), tyro.conf.arg(name=group.__doc__, help="")])
+        for group in option_groups(options)
     ]
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
             parsed: Any = tyro.cli(
-                dataclasses.make_dataclass(options.__name__, titled),
+                dataclasses.make_dataclass(options.__name__, groups),
                 prog=usage,
                 description=description,
                 args=arguments,

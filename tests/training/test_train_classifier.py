@@ -1,5 +1,6 @@
 """`diffusers-dpm train-classifier`: what it learns, what it leaves, how it resumes, what it refuses."""
 
+import dataclasses
 import gc
 import json
 import math
@@ -464,7 +465,7 @@ def test_help_names_every_option_once(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
-    for name in ClassifierTrainingOptions.__dataclass_fields__:
+    for name in (item.name for item in dataclasses.fields(ClassifierTrainingOptions)):
         assert len(re.findall(rf"^[│ ] {flag(name)}[, \n]", shown, flags=re.MULTILINE)) == 1, name
     assert "usage: diffusers-dpm train-classifier RUN " in shown
 

@@ -1,5 +1,6 @@
 """The command as a user runs it: options, run folder, samples, logs, processes."""
 
+import dataclasses
 import json
 import os
 import re
@@ -305,7 +306,7 @@ def test_help_names_every_option_once(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
-    for name in TrainingOptions.__dataclass_fields__:
+    for name in (item.name for item in dataclasses.fields(TrainingOptions)):
         assert len(re.findall(rf"^[│ ] {flag(name)}[, \n]", shown, flags=re.MULTILINE)) == 1, name
     for group in ("data", "model", "noise schedule", "loss", "optimisation", "EMA", "logging"):
         assert f" {group} options " in shown

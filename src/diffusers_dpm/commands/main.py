@@ -64,20 +64,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     name, *rest = arguments
     try:
         run(name, rest)
-    except (DiffusersDPMError, OSError, NonFiniteLossError) as error:
-        message, code = " ".join(str(error).split()), 1 if isinstance(error, NonFiniteLossError) else 2
-    except ModuleNotFoundError as error:
+    except (DiffusersDPMError, OSError, NonFiniteLossError, ModuleNotFoundError, KeyboardInterrupt) as error:
+        message, code = explain(name, error)
+        if debug:
+            traceback.print_exc()
+        print(f"error: {message}", file=sys.stderr)
+        return code
+    return 0
+
+
+def explain(name: str, error: BaseException) -> tuple[str, int]:
+    """One line and the exit code; raises a missing module that no extra installs."""
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted; {COMMANDS[name].resume}", 130
+    if isinstance(error, ModuleNotFoundError):
         if (error.name or "").split(".")[0] not in TRAIN:
-            raise
-        message, code = f"'diffusers-dpm {name}' needs {error.name}: pip install \"diffusers-dpm[train]\"", 1
-    except KeyboardInterrupt:
-        message, code = f"interrupted; {COMMANDS[name].resume}", 130
-    else:
-        return 0
-    if debug:
-        traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
-    return code
+            raise error
+        return f"'diffusers-dpm {name}' needs {error.name}: pip install \"diffusers-dpm[train]\"", 1
+    return " ".join(str(error).split()), 1 if isinstance(error, NonFiniteLossError) else 2
 
 
 def run(name: str, arguments: Sequence[str]) -> None:
