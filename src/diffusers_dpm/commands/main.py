@@ -46,7 +46,7 @@ COMMANDS = {
 
 
 # Modules that the extra `train` installs.
-TRAIN = {"datasets", "filelock", "matplotlib", "sklearn", "tensorboard", "torchdiffeq", "torchmetrics", "transformers"}
+TRAIN = {"datasets", "matplotlib", "sklearn", "tensorboard", "torchdiffeq", "torchmetrics", "transformers"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
