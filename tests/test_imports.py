@@ -43,8 +43,3 @@ def test_imports_run_one_way(path):
         assert rooms <= {room}
         packages = {name[0] for name in names} - sys.stdlib_module_names
         assert packages <= {"diffusers_dpm", "torch", "diffusers", "numpy", "PIL"}
-            "diffusers_dpm",
-            "torch",
-            "diffusers",
-            "numpy",
-        }
