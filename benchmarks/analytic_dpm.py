@@ -25,7 +25,6 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from diffusers_dpm import AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler, PosteriorStatistics
-from diffusers_dpm.commands.statistics import main as statistics_command
 from diffusers_dpm.data import load_images
 from diffusers_dpm.likelihood.bound import bound_from_errors, measure_errors
 from diffusers_dpm.likelihood.problem import standard_error
@@ -33,6 +32,7 @@ from diffusers_dpm.networks import load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.posterior_statistics import estimate_statistics
 from diffusers_dpm.records import fingerprint
+from diffusers_dpm.runs import estimate_run
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, even_timesteps
 
 
@@ -65,8 +65,8 @@ class Benchmark:
         self.scheduler = self.pipe.scheduler  # the run's own; the pipeline's changes with the samplers
         self.batch_size = batch_size
         path = run / "analytic_dpm" / "statistics.json"
-        if not path.exists() and statistics_command([str(run), "--data", "digits", "--batch-size", str(batch_size)]):
-            raise ValueError(f"there are no statistics in {path.parent}")
+        if not path.exists():
+            estimate_run(str(run), "digits", batch_size=batch_size)
         self.statistics = PosteriorStatistics.load(path)
         self.judge = DigitsJudge()
         facts = {

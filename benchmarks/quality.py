@@ -12,13 +12,11 @@ documentation recommends for them.
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from diffusers_dpm.commands.evaluate import EvaluateOptions
-from diffusers_dpm.commands.runner import run_command
 from diffusers_dpm.evaluation import report as evaluation
 from diffusers_dpm.evaluation.report import Row, Table, report
 from diffusers_dpm.evaluation.results import format_value, sampler_name
@@ -95,7 +93,7 @@ def measure(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         output_dir=str(run / "quality"),
     )
-    pairs = [(name, steps_for(name, calls)) for calls in arguments.calls for name in options.schedulers or []]
+    pairs = [(name, steps_for(name, calls)) for calls in arguments.calls for name in options.schedulers]
     measured = Evaluation(str(run), options, pairs)
     if arguments.compile:
         measured.pipeline.unet.compile(dynamic=False)  # the network that all cells share
@@ -111,7 +109,7 @@ def measure(arguments: argparse.Namespace) -> None:
         print(f"tables by network calls in {arguments.output.with_suffix('.md')}")
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of a trained pipeline, such as runs/demo")
     parser.add_argument("--data", required=True, help="what it was trained on")
@@ -124,9 +122,8 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=256, help="images in a network call [%(default)s]")
     parser.add_argument("--compile", action="store_true", help="the U-Net: faster, the same up to float32 rounding")
     parser.add_argument("--output", type=Path, default=RESULTS, help="the tables and the plots lie beside it")
-    arguments = parser.parse_args()
-    return run_command(lambda: measure(arguments))
+    measure(parser.parse_args())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
