@@ -127,7 +127,7 @@ def test_debug_shows_the_traceback(capsys, place):
         (DiffusersDPMError("a: b\n c"), 2, "error: a: b c"),
         (FileNotFoundError("no file"), 2, "error: no file"),
         (NonFiniteLossError("nan at step 3"), 1, "error: nan at step 3"),
-        (KeyboardInterrupt(), 130, "error: interrupted; the same command resumes"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
     ],
 )
 def test_exit_codes(monkeypatch, capsys, raised, code, message):

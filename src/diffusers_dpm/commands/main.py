@@ -20,26 +20,27 @@ from diffusers_dpm.options import parse_options
 
 
 class Command(NamedTuple):
-    """A line of help, the names of the operands, and what continues an interrupted command."""
+    """A line of help, the names of the operands, and what continues an interrupted command, if anything does."""
 
     help: str
     operands: tuple[str, ...] = ()
-    resume: str = "the same command resumes"
+    resume: str = ""
 
 
-RESUME = "--resume continues from the last checkpoint"
+FLAG = "; --resume continues from the last checkpoint"
+AGAIN = "; the same command resumes"
 
 
 COMMANDS = {
-    "train": Command("train a diffusion U-Net", resume=RESUME),
-    "train-classifier": Command("train a classifier of noisy images, for guidance", ("RUN",), RESUME),
-    "train-features": Command("train the features that evaluate compares", resume=RESUME),
-    "sample": Command("draw images by seed, resumably", ("RUN",)),
-    "evaluate": Command("measure image quality by sampler and number of steps", ("RUN",)),
+    "train": Command("train a diffusion U-Net", (), FLAG),
+    "train-classifier": Command("train a classifier of noisy images, for guidance", ("RUN",), FLAG),
+    "train-features": Command("train the features that evaluate compares", (), FLAG),
+    "sample": Command("draw images by seed", ("RUN",), AGAIN),
+    "evaluate": Command("measure image quality by sampler and number of steps", ("RUN",), AGAIN),
     "compare": Command("compare two evaluations", ("A.json", "B.json")),
-    "statistics": Command("estimate variances for AnalyticDPMScheduler", ("RUN",)),
-    "calibrate": Command("fit rows for CalibratedScheduler, for few steps", ("RUN",)),
-    "likelihood": Command("bits per dimension, by the variational bound or the ODE", ("RUN",)),
+    "statistics": Command("estimate variances for AnalyticDPMScheduler", ("RUN",), AGAIN),
+    "calibrate": Command("fit rows for CalibratedScheduler, for few steps", ("RUN",), AGAIN),
+    "likelihood": Command("bits per dimension, by the variational bound or the ODE", ("RUN",), AGAIN),
     "publish": Command("check a run folder and put it on the Hub", ("RUN", "ORG/NAME")),
     "demo": Command("train, sample and reload on scikit-learn's digits"),
 }
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explain(name: str, error: BaseException) -> tuple[str, int]:
     """One line and the exit code; raises a missing module that no extra installs."""
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted; {COMMANDS[name].resume}", 130
+        return f"interrupted{COMMANDS[name].resume}", 130
     if isinstance(error, ModuleNotFoundError):
         if (error.name or "").split(".")[0] not in TRAIN:
             raise error
