@@ -33,7 +33,7 @@ from diffusers_dpm.data import ImageDataset, ImageSource, read_digits
 from diffusers_dpm.schedulers import DDPMScheduler, VPNoiseSchedule
 from diffusers_dpm.training import PRESETS, DenoisingLoss, TrainingState, build_unet
 from diffusers_dpm.training import loop as our_module
-from diffusers_dpm.training.train_diffusion import TrainingOptions
+from diffusers_dpm.training.options import TrainingOptions
 
 
 class Stopwatch:

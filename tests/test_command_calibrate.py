@@ -10,7 +10,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from diffusers_dpm.calibration import Calibration, calibrate, network_calls
-from diffusers_dpm.commands.calibrate import largest_defect, main
+from diffusers_dpm.commands.calibrate import largest_defect
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import CalibratedScheduler
@@ -24,6 +24,10 @@ T = 20
 FEW = {"num_images": 3, "teacher_steps": T, "max_walks": 2, "seed": 5, "batch_size": 5}
 OPTIONS = [f"--{name.replace('_', '-')}={value}" for name, value in FEW.items()]
 CALLS = network_calls([3, 4], FEW["num_images"], T, FEW["max_walks"])
+
+
+def main(arguments):
+    return cli(["calibrate", *arguments])
 
 
 @pytest.fixture
@@ -225,7 +229,7 @@ def test_two_processes_equal_one(run, in_two_processes):
     assert main(command(run)) == 0
     one = tables(run / "calibrated")
     shutil.rmtree(run / "calibrated")
-    result = in_two_processes("diffusers_dpm.commands.calibrate", *command(run))
+    result = in_two_processes("diffusers_dpm.commands.main", "calibrate", *command(run))
     assert tables(run / "calibrated") == one
     assert result.stdout.count("distance to the teacher's images") == 1
     assert not (run / "calibrated" / "partial").exists()
@@ -237,18 +241,18 @@ def test_what_cannot_be_used_is_told_in_one_line(run, tmp_path, capsys):
     (tmp_path / "damaged" / "calibration.json").write_text("{}")
     unguided = shutil.copytree(run, tmp_path / "unguided", ignore=shutil.ignore_patterns("classifier"))
     cases = {
-        (): "needs the run folder",
-        ("--steps=5",): "needs the run folder",
+        (): "RUN is missing",
+        ("--steps=5",): "RUN is missing",
         (str(tmp_path),): "holds no model_index.json",
-        ("someone/model",): "say with --output-dir where the result goes",
+        ("someone/model",): "pass --output-dir",
         (str(run), "--num-images=0"): "--num-images must be at least 1",
         (str(run), "--batch-size=0"): "--batch-size must be at least 1",
         (str(run), "--seed=-1"): "--seed must not be negative",
-        (str(run), "--max-walks=-1"): "--max-walks must be at least 0",
+        (str(run), "--max-walks=-1"): "--max-walks must not be negative",
         (str(run), "--guidance-scale=0"): "--guidance-scale must be positive, got 0.0; leave it out for no guidance",
         (str(unguided), "--guidance-scale=1"): f"'diffusers-dpm train-classifier {unguided}' makes it",
         (str(run), "--steps=11"): "steps must lie in 1 .. teacher_steps / 2 = 10, got [11]",
-        (str(run), "--steps=0"): "steps must lie in 1 ..",
+        (str(run), "--steps=0"): "--steps must be at least 1",
         (str(run), "--steps=5", "--teacher-steps=9"): "steps must lie in 1 .. teacher_steps / 2 = 4",
         (str(run), "--step=5"): "did you mean --steps",
         (str(run), "--data=digits"): "unknown option --data",

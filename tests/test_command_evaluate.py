@@ -14,7 +14,6 @@ from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
 from diffusers_dpm import sampling
-from diffusers_dpm.commands.evaluate import main
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.data import load_images
 from diffusers_dpm.evaluation.distances import quality
@@ -31,6 +30,10 @@ from diffusers_dpm.training.unet_presets import ddpm_unet
 pytestmark = pytest.mark.usefixtures("fresh_process")
 T = 20
 METRICS = ["Fréchet distance", "kernel distance", "precision", "recall", "sliced Wasserstein distance"]
+
+
+def main(arguments):
+    return cli(["evaluate", *arguments])
 
 
 @pytest.fixture
@@ -163,7 +166,15 @@ def test_results_of_two_that_write_in_turn(tmp_path):
 @pytest.mark.slow
 def test_two_evaluations_into_one_folder(run, features):
     """Real ones: they draw at the same time, in part the same cells, and each cell is in the results once."""
-    command = [sys.executable, "-m", "diffusers_dpm.commands.evaluate", str(run), "--data=digits", "--num-images=24"]
+    command = [
+        sys.executable,
+        "-m",
+        "diffusers_dpm.commands.main",
+        "evaluate",
+        str(run),
+        "--data=digits",
+        "--num-images=24",
+    ]
     command += [f"--features={features}", "--cpu", "--num-resamples=2", "--steps", "1", "2", "3", "--schedulers"]
     pair = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = [subprocess.Popen([*command, "ddim", name], **pair) for name in ("dpm-solver", "ddpm")]
@@ -345,7 +356,7 @@ def test_two_processes_measure_what_one_measures(evaluate, run, features, tmp_pa
         "--held-out-split=test",
         f"--output-dir={tmp_path / 'two'}",
     ]
-    in_two_processes("diffusers_dpm.commands.evaluate", run, *options)
+    in_two_processes("diffusers_dpm.commands.main", "evaluate", run, *options)
     two = json.loads((tmp_path / "two" / "metrics.json").read_text())
     one = evaluate("--held-out-split=test", schedulers=("ddim", "ddpm"))
     assert [row["metric"] for row in two["rows"]] == METRICS * 2

@@ -11,7 +11,6 @@ from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusers_dpm.commands.likelihood import main
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.data import load_images
 from diffusers_dpm.likelihood.bound import evidence_lower_bound
@@ -41,6 +40,10 @@ def save_run(folder, num_classes=None, channels=1):
     pipeline = DPMPipeline(unet=unet, scheduler=DDPMScheduler(num_train_timesteps=T, beta_end=0.3))
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+def main(arguments):
+    return cli(["likelihood", *arguments])
 
 
 @pytest.fixture
@@ -237,7 +240,7 @@ def test_one_image_has_no_standard_error(call):
         (["--forward-process", "ddim"], "infinite"),
         (["--statistics", "nowhere"], "no statistics in nowhere"),
         (["--num-images", "298"], "297 images"),
-        (["--num-probes", "0"], "--num-probes must be positive"),
+        (["--num-probes", "0"], "--num-probes must be at least 1"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
         (["--random-flip"], "unknown option --random-flip"),
         (["--resolution", "4"], "(1, 4, 4), the network's have (1, 8, 8)"),
@@ -256,7 +259,7 @@ def test_bad_options(call, capsys, arguments, message):
 def test_bad_models_and_data(run, tmp_path, capsys):
     np.save(tmp_path / "floats.npy", np.zeros((3, 1, 8, 8), dtype=np.float32))
     for arguments, message in (
-        ([], "first argument"),
+        ([], "RUN is missing"),
         ([str(run)], "--data is missing"),
         ([str(tmp_path), "--data=digits"], "model_index.json"),
         (["org/name", "--data=digits"], "--output-dir"),

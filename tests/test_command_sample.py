@@ -10,7 +10,6 @@ from PIL import Image
 
 from diffusers_dpm import sampling
 from diffusers_dpm.commands.main import main as cli
-from diffusers_dpm.commands.sample import main
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.records import weights_hash
 from diffusers_dpm.sampling import build_scheduler, parse_assignments, parse_seeds
@@ -32,6 +31,10 @@ def save_run(folder, num_classes=None, channels=1):
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+def main(arguments):
+    return cli(["sample", *arguments])
 
 
 @pytest.fixture
@@ -89,7 +92,7 @@ def test_image_is_that_of_its_seed_in_any_batch(run, sample):
 
 def test_two_processes_draw_what_one_draws(run, tmp_path, in_two_processes):
     options = ["--scheduler=ddim", "--num-inference-steps=5", "--seeds=0-8", "--cpu", "--batch-size=2"]
-    result = in_two_processes("diffusers_dpm.commands.sample", run, *options, "--output", tmp_path / "two")
+    result = in_two_processes("diffusers_dpm.commands.main", "sample", run, *options, "--output", tmp_path / "two")
     assert_same(pixels(tmp_path / "two", range(9)), expected(run, range(9)))
     drawn = [(tmp_path / "two" / f"timing-{process}.jsonl").read_text() for process in (0, 1)]
     assert [sum(json.loads(line)["images"] for line in text.splitlines()) for text in drawn] == [5, 4]
@@ -342,7 +345,7 @@ def test_calibrated_rows_lie_beside_the_model(run, sample, capsys):
         (["--seeds=0", "--scheduler-options", "timestep_spacing=3"], "timestep_spacing must be a word, got 3"),
         (["--seeds=0", "--scheduler=diffusers:SchedulerMixin"], "diffusers has no scheduler 'SchedulerMixin'"),
         (["--seeds=0", "--scheduler=diffusers:VQDiffusionScheduler"], "diffusers:VQDiffusionScheduler: "),
-        (["--seeds=0", "--output=images.jpg"], "--output is a folder, an .npz or a .png file, got images.jpg"),
+        (["--seeds=0", "--output=images.jpg"], "--output must be a folder, an .npz or a .png file, got images.jpg"),
         (["--seeds=0", "--num-inference-steps=0"], "--num-inference-steps must be at least 1"),
         ([], "--seeds is missing"),
     ],

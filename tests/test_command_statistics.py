@@ -11,18 +11,22 @@ from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from diffusers_dpm.commands.main import main as cli
-from diffusers_dpm.commands.statistics import main
 from diffusers_dpm.data import load_images
 from diffusers_dpm.networks import noise_schedule_of
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics, interpolate
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
-from diffusers_dpm.training.train_diffusion import TrainingOptions, train
+from diffusers_dpm.training.options import TrainingOptions
+from diffusers_dpm.training.train_diffusion import train
 from diffusers_dpm.training.unet_presets import ddpm_unet
 
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
 T = 40
+
+
+def main(arguments):
+    return cli(["statistics", *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +138,7 @@ def test_two_processes_equal_one(run, in_two_processes):
     assert main(command(run)) == 0
     one = estimates(run / "analytic_dpm")
     shutil.rmtree(run / "analytic_dpm")
-    result = in_two_processes("diffusers_dpm.commands.statistics", *command(run))
+    result = in_two_processes("diffusers_dpm.commands.main", "statistics", *command(run))
     assert estimates(run / "analytic_dpm") == one
     assert result.stdout.count("relative Monte-Carlo error") == 1
     assert not (run / "analytic_dpm" / "partial").exists()
@@ -152,11 +156,11 @@ def unlabelled(tmp_path):
 
 def test_what_cannot_be_used_is_told_in_one_line(run, unlabelled, tmp_path, capsys):
     cases = {
-        (): "needs the run folder",
-        ("--data=digits",): "needs the run folder",
+        (): "RUN is missing",
+        ("--data=digits",): "RUN is missing",
         (str(run),): "--data is missing",
         (str(tmp_path), "--data=digits"): "holds no model_index.json",
-        ("someone/model", "--data=digits"): "say with --output-dir where the result goes",
+        ("someone/model", "--data=digits"): "pass --output-dir",
         (str(run), "--data=digits", "--num-samples=1"): "--num-samples must be at least 2",
         (str(run), "--data=digits", "--timesteps=1"): "--timesteps must be at least 2",
         (str(run), "--data=digits", "--timesteps=41"): "--timesteps 41 is more than the model's 40",

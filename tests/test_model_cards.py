@@ -14,7 +14,7 @@ from diffusers_dpm.hub import card as model_card
 from diffusers_dpm.hub.staging import stage
 from diffusers_dpm.model_cards.render import render, untrained_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.training.train_diffusion import TrainingOptions
+from diffusers_dpm.training.options import TrainingOptions
 from diffusers_dpm.training.unet_presets import PRESETS
 
 from .test_hub_staging import METRIC, fitted_scheduler, make_run

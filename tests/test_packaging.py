@@ -103,7 +103,6 @@ print("imported")
 
 
 def test_the_package_imports_without_the_extra_train():
-    """Less yaml, which huggingface_hub brings."""
-    extra = ["accelerate", "datasets", "matplotlib", "sklearn", "tensorboard"]
+    extra = ["datasets", "matplotlib", "sklearn", "tensorboard"]
     extra += ["torchdiffeq", "torchmetrics", "transformers"]
     assert "imported" in run(sys.executable, "-c", IMPORT_WITHOUT, *extra, cwd=REPOSITORY)

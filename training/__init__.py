@@ -1,15 +1,21 @@
-"""Training of diffusion U-Nets and of classifiers of noisy images: data, losses, the loop, checkpoints, the commands.
+"""Training of diffusion U-Nets and of classifiers of noisy images: data, losses, the loop, checkpoints, whole runs.
 
-The commands are in `train_diffusion` (`TrainingOptions`, `train(options)`, `main(argv)`) and `train_classifier`
-(`ClassifierTrainingOptions`, `train_classifier(folder, options)`, `main(argv)`). They are not imported here, because
-they also run as scripts.
+A whole run is `train_diffusion.train(options)`, `train_classifier.train_classifier(folder, options)` or
+`train_features.train_features(options)`; their options are in `options`.
 """
 
-from diffusers_dpm.data import DataError, ImageDataset, ImageSource, load_images
-from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS, build_classifier
-from diffusers_dpm.training.loop import NonFiniteLossError, StepRecord, TrainingState, training_steps
-from diffusers_dpm.training.loss import ClassifierLoss, DenoisingLoss, loss_weights
-from diffusers_dpm.training.unet_presets import PRESETS, build_unet, init_as_papers
+from typing import TYPE_CHECKING
+
+from diffusers_dpm.lazy import lazy_names
+
+
+if TYPE_CHECKING:
+    from diffusers_dpm.data import DataError, ImageDataset, ImageSource, load_images
+    from diffusers_dpm.errors import NonFiniteLossError
+    from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS, build_classifier
+    from diffusers_dpm.training.loop import StepRecord, TrainingState, training_steps
+    from diffusers_dpm.training.loss import ClassifierLoss, DenoisingLoss, loss_weights
+    from diffusers_dpm.training.unet_presets import PRESETS, build_unet, init_as_papers
 
 
 __all__ = [
@@ -30,3 +36,15 @@ __all__ = [
     "loss_weights",
     "training_steps",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "diffusers_dpm.data": "DataError ImageDataset ImageSource load_images",
+        "diffusers_dpm.errors": "NonFiniteLossError",
+        "diffusers_dpm.training.classifier_presets": "CLASSIFIER_PRESETS build_classifier",
+        "diffusers_dpm.training.loop": "StepRecord TrainingState training_steps",
+        "diffusers_dpm.training.loss": "ClassifierLoss DenoisingLoss loss_weights",
+        "diffusers_dpm.training.unet_presets": "PRESETS build_unet init_as_papers",
+    },
+)

@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusers import UNet2DModel
 
+from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.pipelines.modeling_noisy_classifier import NoisyClassifier
 from diffusers_dpm.training.unet_presets import check_demands, ddpm_unet
 
@@ -45,9 +46,11 @@ def build_classifier(
     required = {"num_classes": num_classes, "in_channels": channels, "sample_size": size}
     changes = {key: value for key, value in changes.items() if value is not None}
     if isinstance(config, UNet2DModel):
-        return NoisyClassifier.from_unet(config, **{**changes, **required})
+        with user_error("NoisyClassifier"):
+            return NoisyClassifier.from_unet(config, **{**changes, **required})
     unknown = config.keys() - inspect.signature(NoisyClassifier).parameters.keys()
     if unknown:
-        raise ValueError(f"NoisyClassifier has no option {', '.join(sorted(unknown))}")
+        raise DiffusersDPMError(f"NoisyClassifier has no option {', '.join(sorted(unknown))}")
     check_demands(config, required)
-    return NoisyClassifier(**{**config, **changes, **required})
+    with user_error("NoisyClassifier"):
+        return NoisyClassifier(**{**config, **changes, **required})

@@ -24,15 +24,16 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Sampler
 
 from diffusers_dpm.data import ImageDataset
-from diffusers_dpm.random_streams import Stream, torch_generator, torch_seed
+from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError
+from diffusers_dpm.random_streams import (
+    Stream,
+    torch_generator,
+    torch_seed,
+)
 from diffusers_dpm.records import read_json, write_json, write_tensors
 from diffusers_dpm.schedulers import VPNoiseSchedule
 from diffusers_dpm.training.augmentation import random_crop, random_flip, random_shift
 from diffusers_dpm.training.loss_history import LossHistory
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss or its gradient is infinite or not a number; the weights are lost."""
 
 
 class Loss(Protocol):
@@ -119,7 +120,7 @@ class TrainingState:
     def __init__(self, model: torch.nn.Module, options: Any, accelerator: Accelerator, num_timesteps: int = 1000):
         kind = accelerator.distributed_type
         if kind is not DistributedType.NO and not kind.value.startswith("MULTI_"):
-            raise ValueError(f"training runs on one device or data-parallel ones, not under {kind.value}")
+            raise DiffusersDPMError(f"training runs on one device or data-parallel ones, not under {kind.value}")
         self.accelerator = accelerator
         self.step = 0
         self.model = model.to(accelerator.device)
@@ -268,7 +269,7 @@ def batch_shares(options: Any, accelerator: Accelerator) -> list[slice]:
     processes, parts = accelerator.num_processes, options.gradient_accumulation_steps
     size, rest = divmod(options.batch_size, processes * parts)
     if rest:
-        raise ValueError(
+        raise DiffusersDPMError(
             f"--batch-size {options.batch_size} cannot be divided evenly among "
             f"{processes} process(es) x {parts} accumulation step(s)"
         )

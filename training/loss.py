@@ -4,17 +4,15 @@ And the loss of a classifier of noisy images.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy, huber_loss, l1_loss, mse_loss
 
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.schedulers import VPNoiseSchedule
+from diffusers_dpm.training.options import LossType, PredictionType, Weighting
 
-
-PredictionType = Literal["epsilon", "sample", "v_prediction"]
-LossType = Literal["l2", "l1", "huber"]
-Weighting = Literal["none", "simple", "min_snr", "p2"]
 
 # Squared error on the target divided by squared error on epsilon, inverted: at a fixed x_t,
 # |x0 - x0'|^2 = |eps - eps'|^2 / SNR and |v - v'|^2 = |eps - eps'|^2 (1 + SNR) / SNR.
@@ -52,11 +50,11 @@ def loss_weights(
         "p2": lambda: (p2_k + snr) ** -p2_gamma,
     }
     if prediction_type not in EPSILON_ERROR:
-        raise ValueError(f"prediction_type must be one of {', '.join(EPSILON_ERROR)}, got {prediction_type!r}")
+        raise DiffusersDPMError(f"prediction_type must be one of {', '.join(EPSILON_ERROR)}, got {prediction_type!r}")
     if weighting == "none":
         return torch.ones_like(snr)
     if weighting not in epsilon_weights:
-        raise ValueError(f"weighting must be one of none, {', '.join(epsilon_weights)}, got {weighting!r}")
+        raise DiffusersDPMError(f"weighting must be one of none, {', '.join(epsilon_weights)}, got {weighting!r}")
     return epsilon_weights[weighting]() * EPSILON_ERROR[prediction_type](snr)
 
 
@@ -96,9 +94,9 @@ class DenoisingLoss:
             "huber": lambda output, target, reduction: huber_loss(output, target, reduction, huber_delta),
         }
         if loss_type not in distances:
-            raise ValueError(f"loss_type must be one of {', '.join(distances)}, got {loss_type!r}")
+            raise DiffusersDPMError(f"loss_type must be one of {', '.join(distances)}, got {loss_type!r}")
         if prediction_type == "epsilon" and float(schedule.alphas_cumprod[-1]) < 1e-12:
-            raise ValueError("epsilon prediction cannot be trained with zero terminal SNR; use v_prediction")
+            raise DiffusersDPMError("epsilon prediction cannot be trained with zero terminal SNR; use v_prediction")
         self.schedule = schedule
         self.prediction_type = prediction_type
         self.distance = distances[loss_type]

@@ -1,243 +1,346 @@
-"""Options of the training commands: one flat dataclass, from the command line or one YAML or JSON file.
+"""Options of the training commands: flat dataclasses, filled from the command line or one YAML or JSON file."""
 
-Each group of options is a dataclass; a command's options inherit from the groups that it needs.
-"""
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
-from dataclasses import dataclass, field
-from typing import Literal
+from tyro.constructors import PrimitiveConstructorSpec
 
-from diffusers_dpm.options import DataSourceOptions
-from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS
-from diffusers_dpm.training.loss import LossType, PredictionType, Weighting
-from diffusers_dpm.training.unet_presets import PRESETS
+from diffusers_dpm.options import DataSourceOptions, check_ranges
 
 
-@dataclass
+PresetName = Literal["digits-8x8", "28x28", "cifar10-small", "cifar10-ddpm", "64x64"]
+PredictionType = Literal["epsilon", "sample", "v_prediction"]
+LossType = Literal["l2", "l1", "huber"]
+Weighting = Literal["none", "simple", "min_snr", "p2"]
+
+
+# `--resume` alone means the latest checkpoint.
+PathOrLatest = Annotated[
+    str | None,
+    PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[PATH]",
+        instance_from_str=lambda words: " ".join(words) or "latest",
+        is_instance=lambda value: value is None or isinstance(value, str),
+        str_from_instance=lambda value: [value] if value else [],
+    ),
+]
+
+
+@dataclass(kw_only=True)
 class DataOptions(DataSourceOptions):
-    """The same for training."""
+    """data"""
 
-    split: str = field(default="train", metadata={"help": "part of the data to train on"})
-    random_flip: bool = field(
-        default=False, metadata={"help": "mirror half of the images left to right (never digits or text)"}
-    )
-    dataloader_num_workers: int = field(default=2, metadata={"help": "processes that decode data too large for that"})
+    split: str = "train"
+    """split of the data to train on"""
+    random_flip: bool = False
+    """mirror half of the images left to right (not for digits or text)"""
+    dataloader_num_workers: int = 2
+    """worker processes, used only if the data exceeds --cache-gigabytes"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AugmentationOptions:
-    _argument_group_name = "augmentation"
+    """augmentation"""
 
-    random_shift: int = field(default=0, metadata={"help": "move images by up to so many pixels each way"})
-    random_crop: bool = field(
-        default=False, metadata={"help": "enlarge parts of images, whose sides are 0.8 to 1 of the image's"}
-    )
+    random_shift: int = 0
+    """shift images by up to this many pixels in each direction"""
+    random_crop: bool = False
+    """enlarge a random part of the image, with sides 0.8 to 1 times the image's"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ModelOptions:
-    _argument_group_name = "model"
+    """model"""
 
-    preset: str | None = field(
-        default=None,
-        metadata={"choices": tuple(PRESETS), "help": "U-Net (default: the one made for the images' size)"},
-    )
-    unet_config: str | None = field(
-        default=None, metadata={"help": "UNet2DModel config.json, or its folder, instead of a preset"}
-    )
-    dropout: float | None = field(
-        default=None, metadata={"help": "dropout in residual blocks (default: the config's; presets 0.1)"}
-    )
-    init: Literal["papers", "torch"] = field(default="papers", metadata={"help": "papers: last layers start at zero"})
-    class_conditional: bool = field(default=False, metadata={"help": "the network gets the labels"})
-    class_dropout_prob: float = field(
-        default=0.0, metadata={"help": "part of the images trained without label; adds a class that means none"}
-    )
+    preset: PresetName | None = None
+    """U-Net (default: the one for the images' size)"""
+    unet_config: str | None = None
+    """UNet2DModel config.json, or its folder, instead of a preset"""
+    dropout: float | None = None
+    """dropout in residual blocks (default: the config's; presets 0.1)"""
+    init: Literal["papers", "torch"] = "papers"
+    """papers: last layers start at zero"""
+    class_conditional: bool = False
+    """condition the network on the class labels"""
+    class_dropout_prob: float = 0.0
+    """fraction of images trained without label; adds a class for unlabelled images"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ClassifierOptions:
-    _argument_group_name = "model"
+    """model"""
 
-    preset: str | None = field(
-        default=None,
-        metadata={"choices": tuple(CLASSIFIER_PRESETS), "help": "classifier (default: made for the images' size)"},
-    )
-    classifier_config: str | None = field(
-        default=None, metadata={"help": "NoisyClassifier config.json, or its folder, instead of a preset"}
-    )
-    init_from_unet: bool = field(
-        default=False, metadata={"help": "start from the encoder of the run's U-Net, instead of a preset"}
-    )
-    pool: Literal["adaptive", "attention", "spatial"] | None = field(
-        default=None, metadata={"help": "the classifier's head (default: the config's; presets adaptive)"}
-    )
-    dropout: float | None = field(
-        default=None, metadata={"help": "dropout in residual blocks (default: the config's; presets none)"}
-    )
-    num_classes: int | None = field(
-        default=None, metadata={"help": "number of classes; must fit the labels (default: the data's)"}
-    )
+    preset: PresetName | None = None
+    """classifier (default: the one for the images' size)"""
+    classifier_config: str | None = None
+    """NoisyClassifier config.json, or its folder, instead of a preset"""
+    init_from_unet: bool = False
+    """start from the encoder of the run's U-Net instead of a preset"""
+    pool: Literal["adaptive", "attention", "spatial"] | None = None
+    """head of the classifier (default: the config's; presets adaptive)"""
+    dropout: float | None = None
+    """dropout in residual blocks (default: the config's; presets none)"""
+    num_classes: int | None = None
+    """number of classes; must fit the labels (default: the data's)"""
 
 
-@dataclass
+@dataclass(kw_only=True)
+class FeatureOptions:
+    """model"""
+
+    num_features: int = 64
+    """length of a feature vector, a multiple of 8 up to 64; longer vectors need more images"""
+
+
+@dataclass(kw_only=True)
 class NoiseScheduleOptions:
-    _argument_group_name = "noise schedule"
+    """noise schedule"""
 
-    num_train_timesteps: int = field(default=1000, metadata={"help": "number of noise levels T"})
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "cosine", "sigmoid", "laplace"] = field(
-        default="linear", metadata={"help": "form of the noise schedule"}
-    )
-    beta_start: float = field(default=0.0001, metadata={"help": "first beta, where the form has one"})
-    beta_end: float = field(default=0.02, metadata={"help": "last beta, where the form has one"})
-    rescale_betas_zero_snr: bool = field(
-        default=False, metadata={"help": "end in pure noise; not with epsilon prediction"}
-    )
-    prediction_type: PredictionType = field(default="epsilon", metadata={"help": "what the network learns to return"})
-    variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"] = field(
-        default="fixed_small",
-        metadata={"help": "reverse variance saved with the model (the DDPM paper's FID: fixed_large)"},
-    )
-    clip_sample: bool = field(default=True, metadata={"help": "clip predicted images to [-1, 1] when sampling"})
+    num_train_timesteps: int = 1000
+    """number of noise levels T"""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "cosine", "sigmoid", "laplace"] = "linear"
+    """shape of the noise schedule"""
+    beta_start: float = 0.0001
+    """first beta, if the shape has one"""
+    beta_end: float = 0.02
+    """last beta, if the shape has one"""
+    rescale_betas_zero_snr: bool = False
+    """end in pure noise; not with epsilon prediction"""
+    prediction_type: PredictionType = "epsilon"
+    """what the network predicts"""
+    variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"] = "fixed_small"
+    """reverse variance saved with the model (the DDPM paper's FID: fixed_large)"""
+    clip_sample: bool = True
+    """clip predicted images to [-1, 1] when sampling"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LossOptions:
-    _argument_group_name = "loss"
+    """loss"""
 
-    loss_type: LossType = field(default="l2", metadata={"help": "distance to the target"})
-    huber_delta: float = field(default=1.0, metadata={"help": "where huber turns linear"})
-    weighting: Weighting = field(
-        default="none", metadata={"help": "weight by noise level; simple: L_simple's, for every target"}
-    )
-    min_snr_gamma: float = field(default=5.0, metadata={"help": "gamma of min_snr"})
-    p2_gamma: float = field(default=1.0, metadata={"help": "gamma of p2"})
-    p2_k: float = field(default=1.0, metadata={"help": "k of p2"})
+    loss_type: LossType = "l2"
+    """distance to the target"""
+    huber_delta: float = 1.0
+    """where huber turns linear"""
+    weighting: Weighting = "none"
+    """weight by noise level; simple: that of L_simple, for any target"""
+    min_snr_gamma: float = 5.0
+    """gamma of min_snr"""
+    p2_gamma: float = 1.0
+    """gamma of p2"""
+    p2_k: float = 1.0
+    """k of p2"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OptimizationOptions:
-    _argument_group_name = "optimisation"
+    """optimisation"""
 
-    max_train_steps: int = field(default=20_000, metadata={"help": "optimiser steps in all, resumed ones included"})
-    batch_size: int = field(
-        default=128, metadata={"help": "images per optimiser step, over all processes and accumulation"}
-    )
-    gradient_accumulation_steps: int = field(
-        default=1, metadata={"help": "parts that each process computes its batch in"}
-    )
-    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate"})
-    lr_scheduler: Literal["constant", "linear", "cosine"] = field(
-        default="constant", metadata={"help": "after the warm-up: constant, or down to 0 at the end"}
-    )
-    lr_warmup_steps: int = field(default=500, metadata={"help": "optimiser steps of linear warm-up"})
-    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's beta 1"})
-    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's beta 2"})
-    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's epsilon"})
-    adam_weight_decay: float = field(default=0.0, metadata={"help": "AdamW's weight decay"})
-    max_grad_norm: float = field(default=1.0, metadata={"help": "gradients are clipped to this norm; 0 does not clip"})
-    timestep_sampling: Literal["stratified", "uniform", "loss-second-moment"] = field(
-        default="stratified",
-        metadata={"help": "noise levels of a batch: spread evenly, independent, or more where the loss is large"},
-    )
-    mixed_precision: Literal["no", "fp16", "bf16"] | None = field(
-        default=None, metadata={"help": "precision of the network (default: as accelerate is configured, else no)"}
-    )
-    cpu: bool = field(default=False, metadata={"help": "use the CPU even if there is an accelerator"})
-    seed: int = field(default=0, metadata={"help": "weights, data order and noise all follow from it"})
+    max_train_steps: int = 20_000
+    """optimiser steps in total, including those before a resume"""
+    batch_size: int = 128
+    """images per optimiser step, over all processes and accumulation steps"""
+    gradient_accumulation_steps: int = 1
+    """parts into which each process splits its batch"""
+    learning_rate: float = 2e-4
+    """peak learning rate"""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """after the warm-up: constant, or decay to 0"""
+    lr_warmup_steps: int = 500
+    """optimiser steps of linear warm-up"""
+    adam_beta1: float = 0.9
+    """AdamW's beta 1"""
+    adam_beta2: float = 0.999
+    """AdamW's beta 2"""
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon"""
+    adam_weight_decay: float = 0.0
+    """AdamW's weight decay"""
+    max_grad_norm: float = 1.0
+    """largest norm of the gradient; 0: no clipping"""
+    timestep_sampling: Literal["stratified", "uniform", "loss-second-moment"] = "stratified"
+    """timesteps of a batch: evenly spread, independent, or more often where the loss is large"""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """precision of the network (default: accelerate's configuration, else no)"""
+    cpu: bool = False
+    """use the CPU even if there is an accelerator"""
+    seed: int = 0
+    """seed of weights, data order and noise"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class ClassifierOptimizationOptions(OptimizationOptions):
-    max_train_steps: int = field(default=10_000, metadata={"help": "optimiser steps in all, resumed ones included"})
-    learning_rate: float = field(default=3e-4, metadata={"help": "peak learning rate"})
-    lr_scheduler: Literal["constant", "linear", "cosine"] = field(
-        default="linear", metadata={"help": "after the warm-up: constant, or down to 0 at the end"}
-    )
-    adam_weight_decay: float = field(default=0.05, metadata={"help": "AdamW's weight decay"})
+    """optimisation"""
+
+    max_train_steps: int = 10_000
+    learning_rate: float = 3e-4
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "linear"
+    adam_weight_decay: float = 0.05
 
 
-@dataclass
+@dataclass(kw_only=True)
+class FeatureOptimizationOptions(ClassifierOptimizationOptions):
+    """optimisation"""
+
+    max_train_steps: int = 3000
+    learning_rate: float = 1e-3
+
+
+@dataclass(kw_only=True)
 class EMAOptions:
-    _argument_group_name = "EMA"
+    """EMA"""
 
-    ema: bool = field(
-        default=True, metadata={"help": "keep a moving average of the weights; it is what gets saved as the model"}
-    )
-    ema_decay: float = field(default=0.9999, metadata={"help": "largest decay"})
-    ema_warmup: bool = field(
-        default=True,
-        metadata={"help": "decay 1 - (1 + step / inv_gamma)^-power up to ema_decay; off: ema_decay throughout"},
-    )
-    ema_inv_gamma: float = field(default=1.0, metadata={"help": "inv_gamma of the warm-up"})
-    ema_power: float = field(default=0.75, metadata={"help": "power of the warm-up"})
+    ema: bool = True
+    """keep a moving average of the weights and save it as the model"""
+    ema_decay: float = 0.9999
+    """largest decay"""
+    ema_warmup: bool = True
+    """decay 1 - (1 + step / inv_gamma)^-power up to ema_decay; off: always ema_decay"""
+    ema_inv_gamma: float = 1.0
+    """inv_gamma of the warm-up"""
+    ema_power: float = 0.75
+    """power of the warm-up"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class RunFolderOptions:
-    _argument_group_name = "run folder"
+    """run folder"""
 
-    output_dir: str | None = field(default=None, metadata={"help": "run folder; it becomes the trained pipeline"})
+    output_dir: str
+    """run folder, which becomes the trained pipeline"""
 
 
-@dataclass
+@dataclass(kw_only=True)
+class FeatureFolderOptions(RunFolderOptions):
+    """run folder"""
+
+    output_dir: str
+    """folder of the features"""
+
+
+@dataclass(kw_only=True)
 class CheckpointOptions:
-    _argument_group_name = "checkpoints"
+    """checkpoint"""
 
-    checkpoint_every: int = field(
-        default=1000, metadata={"help": "optimiser steps between checkpoints; 0: only at the end"}
-    )
-    checkpoints_total_limit: int = field(default=2, metadata={"help": "checkpoints kept; 0 keeps all"})
-    resume: str | None = field(
-        default=None,
-        metadata={
-            "nargs": "?",
-            "const": "latest",
-            "metavar": "PATH",
-            "help": "go on from PATH, or from the run's latest checkpoint",
-        },
-    )
-    overwrite: bool = field(default=False, metadata={"help": "delete an earlier run in the same folder"})
-    dry_run: bool = field(default=False, metadata={"help": "print what would run; write nothing"})
+    checkpoint_every: int = 1000
+    """optimiser steps between checkpoints; 0: only at the end"""
+    checkpoints_total_limit: int = 2
+    """number of checkpoints to keep; 0: all"""
+    resume: PathOrLatest = None
+    """resume from PATH, or from the run's latest checkpoint"""
+    overwrite: bool = False
+    """delete an earlier run in the same folder"""
+    dry_run: bool = False
+    """print what would run, and write nothing"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class HubOptions:
-    _argument_group_name = "Hub"
+    """Hub"""
 
-    push_to_hub: str | None = field(
-        default=None,
-        metadata={"metavar": "ORG/NAME", "help": "publish the trained pipeline, as `diffusers-dpm publish` does"},
-    )
-    hub_private: bool = field(default=False, metadata={"help": "the repository is, or is created, private"})
+    push_to_hub: str | None = None
+    """publish the trained pipeline as ORG/NAME, as `diffusers-dpm publish` does"""
+    hub_private: bool = False
+    """create a private repository; an existing one must be private"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LoggingOptions:
-    _argument_group_name = "logging"
+    """logging"""
 
-    log_with: Literal["tensorboard", "none"] = field(
-        default="tensorboard", metadata={"help": "log in the run folder's logs/"}
-    )
-    log_every: int = field(default=50, metadata={"help": "optimiser steps per log entry, which is their mean"})
+    log_with: Literal["tensorboard", "none"] = "tensorboard"
+    """log to logs/ in the run folder"""
+    log_every: int = 50
+    """optimiser steps per log entry, which is their mean"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class SampleOptions:
-    _argument_group_name = "samples"
+    """sample"""
 
-    sample_every: int = field(default=1000, metadata={"help": "optimiser steps between sample grids; 0: none"})
-    sample_steps: int = field(default=25, metadata={"help": "DDIM steps of the sample grids"})
-    num_samples: int = field(
-        default=16, metadata={"help": "images in a sample grid, of the raw and of the EMA weights each"}
-    )
+    sample_every: int = 1000
+    """optimiser steps between sample grids; 0: none"""
+    sample_steps: int = 25
+    """DDIM steps of the sample grids"""
+    num_samples: int = 16
+    """images per sample grid, for the raw and the EMA weights each"""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EvaluationOptions:
-    _argument_group_name = "held-out accuracy"
+    """held-out accuracy"""
 
-    eval_split: str | None = field(
-        default=None, metadata={"help": "part of the data to measure on (default: measure only with --eval-data)"}
-    )
-    eval_data: str | None = field(default=None, metadata={"help": "as --data, if it is not the same"})
-    eval_draws: int = field(default=4, metadata={"help": "noises for each image in each range of timesteps"})
+    eval_split: str | None = None
+    """split of the data to measure on (default: measure only with --eval-data)"""
+    eval_data: str | None = None
+    """held-out data, as --data (default: --data)"""
+    eval_draws: int = 4
+    """noise draws per image and range of timesteps"""
+
+
+@dataclass(kw_only=True)
+class TrainingOptions(
+    DataOptions,
+    ModelOptions,
+    NoiseScheduleOptions,
+    LossOptions,
+    OptimizationOptions,
+    EMAOptions,
+    RunFolderOptions,
+    CheckpointOptions,
+    LoggingOptions,
+    SampleOptions,
+    HubOptions,
+):
+    """Options of `diffusers-dpm train`, described by its `--help`.
+
+    Raises:
+        DiffusersDPMError: a number is out of range.
+    """
+
+    # Disabled: augmentation would leak into the samples.
+    random_shift: ClassVar[int] = 0
+    random_crop: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(kw_only=True)
+class ClassifierTrainingOptions(
+    DataOptions,
+    AugmentationOptions,
+    ClassifierOptions,
+    ClassifierOptimizationOptions,
+    EMAOptions,
+    CheckpointOptions,
+    LoggingOptions,
+    EvaluationOptions,
+):
+    """Options of `diffusers-dpm train-classifier`; raises as `TrainingOptions`."""
+
+    class_dropout_prob: ClassVar[float] = 0.0  # every image keeps its label
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
+
+
+@dataclass(kw_only=True)
+class FeatureTrainingOptions(
+    DataOptions,
+    FeatureFolderOptions,
+    FeatureOptions,
+    AugmentationOptions,
+    FeatureOptimizationOptions,
+    EMAOptions,
+    CheckpointOptions,
+    LoggingOptions,
+    EvaluationOptions,
+):
+    """Options of `diffusers-dpm train-features`; raises as `TrainingOptions`."""
+
+    class_dropout_prob: ClassVar[float] = 0.0
+
+    def __post_init__(self) -> None:
+        check_ranges(self)

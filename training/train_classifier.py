@@ -1,8 +1,4 @@
-"""Train a classifier of noisy images for a trained pipeline: what classifier guidance needs.
-
-diffusers-dpm train-classifier runs/digits --data digits --eval-split test
-python -m diffusers_dpm.training.train_classifier runs/digits runs/digits/classifier_training/training_options.json \
-    --resume
+"""Training of a classifier of noisy images for a trained pipeline: what classifier guidance needs.
 
 It learns p(y | x_t) at the noise levels of the run's own scheduler. The run folder gets
 
@@ -11,18 +7,14 @@ It learns p(y | x_t) at the noise levels of the run's own scheduler. The run fol
     classifier_training/         options, checkpoints, log
 """
 
-import dataclasses
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from diffusers import UNet2DModel
 
-from diffusers_dpm.commands.runner import take_model
 from diffusers_dpm.data import ImageDataset, describe, load_data, load_held_out_data
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.networks import load_pipeline
-from diffusers_dpm.options import check_ranges, parse_options
 from diffusers_dpm.pipelines import NoisyClassifier
 from diffusers_dpm.pipelines.networks import image_shape
 from diffusers_dpm.records import atomic_folder, remove, write_json
@@ -35,37 +27,9 @@ from diffusers_dpm.training.classifier_accuracy import (
 )
 from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS, build_classifier
 from diffusers_dpm.training.loss import ClassifierLoss
-from diffusers_dpm.training.options import (
-    AugmentationOptions,
-    CheckpointOptions,
-    ClassifierOptimizationOptions,
-    ClassifierOptions,
-    DataOptions,
-    EMAOptions,
-    EvaluationOptions,
-    LoggingOptions,
-)
-from diffusers_dpm.training.trainer import Trainer, run_command
+from diffusers_dpm.training.options import ClassifierTrainingOptions
+from diffusers_dpm.training.trainer import Trainer
 from diffusers_dpm.training.unet_presets import choose_preset, read_config
-
-
-@dataclasses.dataclass
-class ClassifierTrainingOptions(
-    DataOptions,
-    AugmentationOptions,
-    ClassifierOptions,
-    ClassifierOptimizationOptions,
-    EMAOptions,
-    CheckpointOptions,
-    LoggingOptions,
-    EvaluationOptions,
-):
-    """Options of `diffusers-dpm train-classifier`. Raises ValueError for numbers out of range."""
-
-    class_dropout_prob = 0.0  # every image keeps its label
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 class ClassifierTrainer(Trainer):
@@ -79,7 +43,7 @@ class ClassifierTrainer(Trainer):
         eval_data: what accuracy is measured on at the end; None if the options name nothing.
 
     Raises:
-        ValueError: as `Trainer`; no pipeline in the folder; images, labels or class names that do not fit.
+        DiffusersDPMError: as `Trainer`; no pipeline in the folder; images, labels or class names that do not fit.
     """
 
     weights = "classifier/diffusion_pytorch_model.safetensors"
@@ -89,10 +53,10 @@ class ClassifierTrainer(Trainer):
         self.folder = Path(pipeline_folder)
         self.model_run = RunFolder(self.folder)
         if not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is not a folder")
+            raise DiffusersDPMError(f"{self.folder} is not a folder")
         run_folder = self.model_run.classifier_training
         if self.model_run.classifier.exists() and not run_folder.exists() and not options.overwrite:
-            raise ValueError(f"{self.model_run.classifier} exists already; --overwrite replaces it")
+            raise DiffusersDPMError(f"{self.model_run.classifier} exists already; --overwrite replaces it")
         self.pipeline = load_pipeline(str(self.folder))
         super().__init__(options, run_folder)
 
@@ -107,7 +71,9 @@ class ClassifierTrainer(Trainer):
             check_shape(images, unet)
             check_labels(images, self.num_classes)
             if images.class_names != data.class_names:
-                raise ValueError(f"the held-out data's classes are {images.class_names}, not {data.class_names}")
+                raise DiffusersDPMError(
+                    f"the held-out data's classes are {images.class_names}, not {data.class_names}"
+                )
         scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         return build_network(unet, data, self.num_classes, self.options), ClassifierLoss(scheduler.schedule)
 
@@ -173,7 +139,7 @@ def build_network(
 ) -> NoisyClassifier:
     """The classifier for the data, from the options' preset or config file, or from the U-Net."""
     if sum(map(bool, (options.preset, options.classifier_config, options.init_from_unet))) > 1:
-        raise ValueError("pass only one of --preset, --classifier-config and --init-from-unet")
+        raise DiffusersDPMError("pass only one of --preset, --classifier-config and --init-from-unet")
     config: dict[str, Any] | UNet2DModel
     if options.init_from_unet:
         config = unet
@@ -189,46 +155,21 @@ def build_network(
 
 
 def check_shape(data: ImageDataset, unet: UNet2DModel) -> None:
-    """Raise ValueError for images of another shape than the U-Net's."""
+    """Raise DiffusersDPMError for images of another shape than the U-Net's."""
     shape = image_shape(unet, data.shape[1:])
     if data.shape != shape:
-        raise ValueError(
+        raise DiffusersDPMError(
             f"the pipeline's U-Net is for {describe(shape)}, the data is {describe(data.shape)}; "
             "--resolution and --channels convert it"
         )
 
 
 def check_labels(data: ImageDataset, num_classes: int) -> None:
-    """Raise ValueError for another number of named classes, and for labels outside 0 .. num_classes - 1."""
+    """Raise DiffusersDPMError for another number of named classes, and for labels outside 0 .. num_classes - 1."""
     if data.class_names and len(data.class_names) != num_classes:
-        raise ValueError(
+        raise DiffusersDPMError(
             f"--num-classes is {num_classes}, the data has {len(data.class_names)}: {', '.join(data.class_names)}"
         )
     low, high = int(data.labels.min()), int(data.labels.max())
     if low < 0 or high >= num_classes:
-        raise ValueError(f"labels must lie in 0 .. {num_classes - 1}, the data's go from {low} to {high}")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code, see `run_command`."""
-
-    def make_trainer() -> ClassifierTrainer:
-        prog = "diffusers-dpm train-classifier"
-        folder, rest = take_model(sys.argv[1:] if argv is None else argv, prog)
-        options = parse_options(
-            ClassifierTrainingOptions.__bases__,
-            ClassifierTrainingOptions,
-            rest,
-            prog=f"{prog} RUN",
-            description="Train a classifier of noisy images for the pipeline in RUN, for classifier guidance.",
-        )
-        return ClassifierTrainer(folder, options)
-
-    return run_command(make_trainer)
-
-
-if __name__ == "__main__":
-    # The installed module and not this second copy, so that every class exists once.
-    from diffusers_dpm.training.train_classifier import main as installed_main
-
-    sys.exit(installed_main())
+        raise DiffusersDPMError(f"labels must lie in 0 .. {num_classes - 1}, the data's go from {low} to {high}")

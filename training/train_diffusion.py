@@ -1,14 +1,6 @@
-"""Train a diffusion U-Net; the run folder becomes a pipeline that plain diffusers loads.
+"""Training of a diffusion U-Net; the run folder becomes a pipeline that plain diffusers loads."""
 
-diffusers-dpm train --data digits --output-dir runs/digits --max-train-steps 3000
-accelerate launch training/train_diffusion.py options.yaml
-python -m diffusers_dpm.training.train_diffusion runs/digits/training_options.json --resume
-"""
-
-import dataclasses
 import shlex
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,53 +10,17 @@ from huggingface_hub import HfApi
 from PIL import Image
 
 from diffusers_dpm.data import ImageDataset, load_data
+from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.hub.publish import check_repo_id, publish
 from diffusers_dpm.hub.upload import PublishError, log_in
 from diffusers_dpm.images import image_grid, to_uint8
-from diffusers_dpm.options import check_ranges, parse_options
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import TEMPORARY, flush_tree, move_children
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.training.loss import DenoisingLoss
-from diffusers_dpm.training.options import (
-    CheckpointOptions,
-    DataOptions,
-    EMAOptions,
-    HubOptions,
-    LoggingOptions,
-    LossOptions,
-    ModelOptions,
-    NoiseScheduleOptions,
-    OptimizationOptions,
-    RunFolderOptions,
-    SampleOptions,
-)
-from diffusers_dpm.training.trainer import Trainer, is_due, run_command
+from diffusers_dpm.training.options import TrainingOptions
+from diffusers_dpm.training.trainer import Trainer, is_due
 from diffusers_dpm.training.unet_presets import PRESETS, build_unet, choose_preset, read_config
-
-
-@dataclasses.dataclass
-class TrainingOptions(
-    DataOptions,
-    ModelOptions,
-    NoiseScheduleOptions,
-    LossOptions,
-    OptimizationOptions,
-    EMAOptions,
-    RunFolderOptions,
-    CheckpointOptions,
-    LoggingOptions,
-    SampleOptions,
-    HubOptions,
-):
-    """Options of `diffusers-dpm train`, described by its `--help`. Raises ValueError for numbers out of range."""
-
-    # Not offered: the samples would show them.
-    random_shift = 0
-    random_crop = False
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
 
 
 class DiffusionTrainer(Trainer):
@@ -74,20 +30,18 @@ class DiffusionTrainer(Trainer):
         options: what to train, on what, and where to.
 
     Raises:
-        ValueError: as `Trainer`.
+        DiffusersDPMError: as `Trainer`.
     """
 
     weights = "unet/diffusion_pytorch_model.safetensors"
 
     def __init__(self, options: TrainingOptions):
-        if options.output_dir is None and options.data is not None:
-            raise ValueError("--output-dir is missing")
         if options.push_to_hub is not None:  # refused now, and not when the training is over
             check_repo_id(options.push_to_hub)
             if not options.dry_run:
                 log_in(HfApi())
         self.conditional = options.class_conditional
-        super().__init__(options, Path(str(options.output_dir)))
+        super().__init__(options, Path(options.output_dir))
 
     def run(self) -> Path:
         """As `Trainer.run`; then publishes the run folder, if the options say so.
@@ -99,7 +53,7 @@ class DiffusionTrainer(Trainer):
         if options.push_to_hub is not None and not options.dry_run and self.accelerator.is_main_process:
             try:
                 publish(run, options.push_to_hub, private=options.hub_private, report=print)
-            except ValueError as error:
+            except DiffusersDPMError as error:
                 again = ["diffusers-dpm", "publish", str(run), options.push_to_hub]
                 again += ["--private"] if options.hub_private else []
                 raise PublishError(f"{error}; the run is kept, publish it with: {shlex.join(again)}") from error
@@ -179,18 +133,19 @@ def train(options: TrainingOptions) -> Path:
 
 def build_scheduler(options: TrainingOptions) -> DDPMScheduler:
     """The sampler that is saved with the model; it holds the forward process of the training."""
-    return DDPMScheduler(
-        num_train_timesteps=options.num_train_timesteps,
-        beta_start=options.beta_start,
-        beta_end=options.beta_end,
-        beta_schedule=options.beta_schedule,
-        variance_type=options.variance_type,
-        clip_sample=options.clip_sample,
-        prediction_type=options.prediction_type,
-        # A process that ends in pure noise must be sampled from its very last timestep.
-        timestep_spacing="trailing" if options.rescale_betas_zero_snr else "leading",
-        rescale_betas_zero_snr=options.rescale_betas_zero_snr,
-    )
+    with user_error("noise schedule"):
+        return DDPMScheduler(
+            num_train_timesteps=options.num_train_timesteps,
+            beta_start=options.beta_start,
+            beta_end=options.beta_end,
+            beta_schedule=options.beta_schedule,
+            variance_type=options.variance_type,
+            clip_sample=options.clip_sample,
+            prediction_type=options.prediction_type,
+            # A process that ends in pure noise must be sampled from its very last timestep.
+            timestep_spacing="trailing" if options.rescale_betas_zero_snr else "leading",
+            rescale_betas_zero_snr=options.rescale_betas_zero_snr,
+        )
 
 
 def build_loss(scheduler: DDPMScheduler, options: TrainingOptions) -> DenoisingLoss:
@@ -209,9 +164,9 @@ def build_loss(scheduler: DDPMScheduler, options: TrainingOptions) -> DenoisingL
 def build_network(data: ImageDataset, options: TrainingOptions) -> UNet2DModel:
     """The network for the data, from the options' preset or config file."""
     if options.preset and options.unet_config:
-        raise ValueError("pass either --preset or --unet-config, not both")
+        raise DiffusersDPMError("pass either --preset or --unet-config, not both")
     if options.class_dropout_prob and not options.class_conditional:
-        raise ValueError("--class-dropout-prob needs --class-conditional")
+        raise DiffusersDPMError("--class-dropout-prob needs --class-conditional")
     if options.unet_config:
         config = read_config(options.unet_config, "UNet2DModel")
     else:
@@ -226,25 +181,3 @@ def build_network(data: ImageDataset, options: TrainingOptions) -> UNet2DModel:
         dropout=options.dropout,
         paper_init=options.init == "papers",
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code, see `run_command`."""
-    return run_command(
-        lambda: DiffusionTrainer(
-            parse_options(
-                TrainingOptions.__bases__,
-                TrainingOptions,
-                sys.argv[1:] if argv is None else argv,
-                prog="diffusers-dpm train",
-                description="Train a diffusion U-Net. The run folder becomes a pipeline that plain diffusers loads.",
-            )
-        )
-    )
-
-
-if __name__ == "__main__":
-    # The installed module and not this second copy, so that every class exists once.
-    from diffusers_dpm.training.train_diffusion import main as installed_main
-
-    sys.exit(installed_main())

@@ -1,17 +1,12 @@
-"""Train the network whose features measure image quality: a small classifier of clean images.
-
-diffusers-dpm train-features --data digits --eval-split test --output-dir runs/digits-features
-diffusers-dpm train-features runs/digits-features/training/training_options.json --resume
+"""Training of the network whose features measure image quality: a small classifier of clean images.
 
 It is for evaluation alone: a classifier that guides the sampling would grade its own work. The output folder gets
 
-    config.json, *.safetensors   the classifier, a `NoisyClassifier` that is asked at timestep 0 only
+    config.json, *.safetensors   the classifier, a `NoisyClassifier` that is evaluated at timestep 0 only
     features.json                what it was trained on, its held-out accuracy, the hash of its weights
     training/                    options, checkpoints, log
 """
 
-import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +14,8 @@ from typing import Any
 import torch
 
 from diffusers_dpm.data import ImageDataset, load_data, load_held_out_data
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.features import FEATURES_FILE
-from diffusers_dpm.options import check_ranges, parse_options
 from diffusers_dpm.pipelines import NoisyClassifier
 from diffusers_dpm.records import atomic_folder, move_children, weights_hash, write_json
 from diffusers_dpm.run_folder import RunFolder
@@ -28,64 +23,13 @@ from diffusers_dpm.schedulers import VPNoiseSchedule
 from diffusers_dpm.training.classifier_accuracy import accuracy_by_noise_level
 from diffusers_dpm.training.classifier_presets import build_classifier, ddpm_encoder
 from diffusers_dpm.training.loss import ClassifierLoss
-from diffusers_dpm.training.options import (
-    AugmentationOptions,
-    CheckpointOptions,
-    ClassifierOptimizationOptions,
-    DataOptions,
-    EMAOptions,
-    EvaluationOptions,
-    LoggingOptions,
-    RunFolderOptions,
-)
+from diffusers_dpm.training.options import FeatureTrainingOptions
 from diffusers_dpm.training.train_classifier import check_labels
-from diffusers_dpm.training.trainer import Trainer, run_command
+from diffusers_dpm.training.trainer import Trainer
 
 
 # One noise level, whose noise is a thousandth of an 8-bit grey level: the images are clean.
 CLEAN_SCHEDULE = VPNoiseSchedule(torch.tensor([1e-10]))
-
-
-@dataclasses.dataclass
-class FeatureOptions:
-    _argument_group_name = "model"
-
-    num_features: int = dataclasses.field(
-        default=64,
-        metadata={"help": "length of a feature vector, a multiple of 8 up to 64: long ones need many images"},
-    )
-
-
-@dataclasses.dataclass
-class FeatureOptimizationOptions(ClassifierOptimizationOptions):
-    max_train_steps: int = dataclasses.field(
-        default=3000, metadata={"help": "optimiser steps in all, resumed ones included"}
-    )
-    learning_rate: float = dataclasses.field(default=1e-3, metadata={"help": "peak learning rate"})
-
-
-@dataclasses.dataclass
-class FeatureTrainingOptions(
-    DataOptions,
-    RunFolderOptions,
-    FeatureOptions,
-    AugmentationOptions,
-    FeatureOptimizationOptions,
-    EMAOptions,
-    CheckpointOptions,
-    LoggingOptions,
-    EvaluationOptions,
-):
-    """Options of `diffusers-dpm train-features`. Raises ValueError for numbers out of range."""
-
-    class_dropout_prob = 0.0  # every image keeps its label
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-        if self.output_dir is None:
-            raise ValueError("--output-dir is missing")
-        if self.num_features not in range(8, 65, 8):
-            raise ValueError(f"--num-features must be a multiple of 8 from 8 to 64, got {self.num_features}")
 
 
 class FeatureTrainer(Trainer):
@@ -95,17 +39,17 @@ class FeatureTrainer(Trainer):
         eval_data: what accuracy is measured on at the end; None if the options name nothing.
 
     Raises:
-        ValueError: as `Trainer`; labels that are missing or do not fit.
+        DiffusersDPMError: as `Trainer`; labels that are missing or do not fit.
     """
 
     weights = "classifier/diffusion_pytorch_model.safetensors"
     conditional = True
 
     def __init__(self, options: FeatureTrainingOptions):
-        self.folder = Path(str(options.output_dir))
+        self.folder = Path(options.output_dir)
         run_folder = self.folder / "training"
         if self.folder.exists() and not run_folder.exists() and any(self.folder.iterdir()):
-            raise ValueError(f"{self.folder} holds something else than features: choose another --output-dir")
+            raise DiffusersDPMError(f"{self.folder} holds other files than features: choose another --output-dir")
         super().__init__(options, run_folder)
 
     def _load_data(self) -> ImageDataset:
@@ -117,7 +61,7 @@ class FeatureTrainer(Trainer):
         for images in (data, self.eval_data or data):
             check_labels(images, data.num_classes)
             if images.shape != data.shape:
-                raise ValueError(f"the held-out images are {images.shape}, those of the training {data.shape}")
+                raise DiffusersDPMError(f"the held-out images are {images.shape}, those of the training {data.shape}")
         config = features_config(data.shape, self.options.num_features)
         return build_classifier(config, data.shape, data.num_classes), ClassifierLoss(CLEAN_SCHEDULE)
 
@@ -125,7 +69,7 @@ class FeatureTrainer(Trainer):
         self.model.save_pretrained(RunFolder(folder).classifier)
 
     def _finish(self) -> str:
-        """Write the classifier and what is known of it."""
+        """Write the classifier and its record."""
         accuracy = self._accuracy()
         if self.accelerator.is_main_process:
             options = self.options
@@ -141,8 +85,8 @@ class FeatureTrainer(Trainer):
                 write_json(folder / FEATURES_FILE, about)
             move_children(staged, self.folder)
         self.accelerator.wait_for_everyone()
-        said = "" if accuracy is None else f", right about {accuracy:.1%} of the held-out images"
-        return f"the features are in {self.folder}{said}"
+        shown = "" if accuracy is None else f", accuracy on held-out images {accuracy:.1%}"
+        return f"the features are in {self.folder}{shown}"
 
     def _accuracy(self) -> float | None:
         if self.eval_data is None:
@@ -174,26 +118,3 @@ def train_features(options: FeatureTrainingOptions) -> Path:
     trainer = FeatureTrainer(options)
     trainer.run()
     return trainer.folder
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code, see `run_command`."""
-
-    def make_trainer() -> FeatureTrainer:
-        options = parse_options(
-            FeatureTrainingOptions.__bases__,
-            FeatureTrainingOptions,
-            sys.argv[1:] if argv is None else argv,
-            prog="diffusers-dpm train-features",
-            description="Train a small classifier of clean images, whose features 'diffusers-dpm evaluate' uses.",
-        )
-        return FeatureTrainer(options)
-
-    return run_command(make_trainer)
-
-
-if __name__ == "__main__":
-    # The installed module and not this second copy, so that every class exists once.
-    from diffusers_dpm.training.train_features import main as installed_main
-
-    sys.exit(installed_main())

@@ -2,9 +2,7 @@
 
 import dataclasses
 import math
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, harmonic_mean
 from typing import Any, ClassVar
@@ -13,8 +11,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 
-from diffusers_dpm.data import DataError, ImageDataset, describe
-from diffusers_dpm.hub.upload import PublishError
+from diffusers_dpm.data import ImageDataset, describe
+from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, user_error
 from diffusers_dpm.options import flag
 from diffusers_dpm.records import atomic_folder, read_json, remove, write_json
 from diffusers_dpm.run_folder import RunFolder
@@ -26,7 +24,6 @@ from diffusers_dpm.training.checkpoints import (
 )
 from diffusers_dpm.training.loop import (
     Loss,
-    NonFiniteLossError,
     StepRecord,
     TrainingState,
     batch_shares,
@@ -35,7 +32,7 @@ from diffusers_dpm.training.loop import (
 
 
 TRAINER_STATE = "trainer_state"  # of a checkpoint
-# About this call of the command and not about the run: not written down.
+# Options of the invocation, not of the run; not saved.
 CALL_OPTIONS = frozenset({"resume", "overwrite", "dry_run", "push_to_hub", "hub_private"})
 
 
@@ -62,23 +59,22 @@ class Trainer(ABC):
         data, loss, state: what is trained on, towards, and trained.
 
     Raises:
-        ValueError: options that contradict each other, the data, the run folder or the checkpoint to resume.
+        DiffusersDPMError: options that contradict each other, the data, the run folder or the checkpoint to resume.
     """
 
     conditional: bool  # whether the loss gets the labels
     weights: ClassVar[str]  # where a checkpoint holds the averaged weights
 
     def __init__(self, options: Any, run_folder: Path):
-        if options.data is None:
-            raise ValueError("--data is missing")
         self.run_folder, self.files = run_folder, RunFolder(run_folder)
         checkpoint = find_checkpoint(options, run_folder)
-        self.accelerator = Accelerator(
-            cpu=options.cpu,
-            mixed_precision=options.mixed_precision,
-            log_with=None if options.log_with == "none" else options.log_with,
-            project_dir=self.files.logs,
-        )
+        with user_error("accelerate"):
+            self.accelerator = Accelerator(
+                cpu=options.cpu,
+                mixed_precision=options.mixed_precision,
+                log_with=None if options.log_with == "none" else options.log_with,
+                project_dir=self.files.logs,
+            )
         self.options = dataclasses.replace(options, mixed_precision=self.accelerator.mixed_precision)
         batch_shares(options, self.accelerator)
         set_seed(options.seed)
@@ -171,7 +167,7 @@ class Trainer(ABC):
                     f"the EMA averages over {horizon:,.0f} steps, more than the run has: it will still hold early "
                     "weights; lower --ema-decay or leave --ema-warmup on"
                 )
-        if options.random_flip and any(name in Path(str(options.data)).name.lower() for name in ("digit", "mnist")):
+        if options.random_flip and any(name in Path(options.data).name.lower() for name in ("digit", "mnist")):
             warnings.append("--random-flip mirrors the digits too")
         if options.resume and not self.state.step:
             warnings.append(f"no checkpoint in {self.run_folder} to resume: starting at step 0")
@@ -184,22 +180,24 @@ class Trainer(ABC):
         self._check_unchanged(saved["options"], checkpoint)
         for name, value in self._facts().items():
             if saved.get(name) != value:
-                raise ValueError(f"{checkpoint} was trained with the {name} {saved.get(name)}, now it is {value}")
+                raise DiffusersDPMError(
+                    f"{checkpoint} was trained with the {name} {saved.get(name)}, now it is {value}"
+                )
         self.state.load(folder, checkpoint / self.weights)
         self.checkpointed_step = self.state.step
         if self.state.step > self.options.max_train_steps:
-            raise ValueError(f"{checkpoint} is past --max-train-steps {self.options.max_train_steps}")
+            raise DiffusersDPMError(f"{checkpoint} is past --max-train-steps {self.options.max_train_steps}")
 
     def _facts(self) -> dict[str, Any]:
         """What the weights depend on beside the options, as JSON."""
         return {"data": f"{len(self.data)} images of {describe(self.data.shape)}"}
 
     def _check_unchanged(self, saved: dict[str, Any], checkpoint: Path) -> None:
-        """Raise ValueError for the first option that would make the resumed run another one."""
+        """Raise DiffusersDPMError for the first option that would make the resumed run another one."""
         may_change = MAY_CHANGE | ({"max_train_steps"} if self.options.lr_scheduler == "constant" else set())
         for name, value in saved_options(self.options).items():
             if name not in may_change and saved.get(name) != value:
-                raise ValueError(
+                raise DiffusersDPMError(
                     f"{flag(name)} was {saved.get(name)} and now is {value}: a resumed run keeps it ({checkpoint}; "
                     f"'{self._resume_command()}' keeps all options)"
                 )
@@ -283,19 +281,19 @@ def find_checkpoint(options: Any, run: Path) -> Path | None:
     """The checkpoint to resume, or None to start at step 0.
 
     Raises:
-        ValueError: the run folder is in use and the options do not say what to do with it; no such checkpoint.
+        DiffusersDPMError: the run folder is in use and the options do not say what to do with it; no such checkpoint.
     """
     if options.resume and options.overwrite:
-        raise ValueError("pass either --resume or --overwrite, not both")
+        raise DiffusersDPMError("pass either --resume or --overwrite, not both")
     if options.resume and options.resume != "latest":
         if not (Path(options.resume) / TRAINER_STATE).is_dir():
-            raise ValueError(f"{options.resume} is not a checkpoint")
+            raise DiffusersDPMError(f"{options.resume} is not a checkpoint")
         return Path(options.resume)
     in_use = run.exists() and (not run.is_dir() or any(run.iterdir()))
     if in_use and options.resume and not RunFolder(run).options.exists():
-        raise ValueError(f"{run} is not the folder of a training run")
+        raise DiffusersDPMError(f"{run} is not the folder of a training run")
     if in_use and not options.resume and not options.overwrite:
-        raise ValueError(f"{run} is not empty; --resume goes on with the run in it, --overwrite deletes that run")
+        raise DiffusersDPMError(f"{run} is not empty; --resume continues the run in it, --overwrite deletes that run")
     checkpoints = list_checkpoints(run) if options.resume else []
     return checkpoints[-1] if checkpoints else None
 
@@ -307,27 +305,3 @@ def saved_options(options: Any) -> dict[str, Any]:
 
 def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def run_command(make_trainer: Callable[[], Trainer]) -> int:
-    """Make a trainer and run it; returns the exit code: 2 for options or data that cannot be used, 1 for a run that
-    failed, 130 when interrupted.
-    """
-    try:
-        trainer = make_trainer()
-    except ValueError as error:
-        return fail(error, 2)
-    try:
-        trainer.run()
-    except (DataError, PublishError) as error:
-        return fail(error, 2)
-    except NonFiniteLossError as error:
-        return fail(error, 1)
-    except KeyboardInterrupt:
-        return fail("interrupted; --resume goes on from the last checkpoint", 130)
-    return 0
-
-
-def fail(message: object, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 
+from diffusers_dpm.errors import DiffusersDPMError, user_error
+
 
 def ddpm_unet(block_out_channels: Sequence[int], layers: int, attention: Sequence[int], groups: int = 32) -> dict:
     """Config of Ho et al.'s architecture (2020, appendix B), with self-attention at the levels named.
@@ -49,7 +51,7 @@ def choose_preset(size: tuple[int, int]) -> str:
     for name, (side, _) in PRESETS.items():
         if size == (side, side):
             return name
-    raise ValueError(
+    raise DiffusersDPMError(
         f"no preset is made for {size[0]}x{size[1]}: pass --preset ({', '.join(PRESETS)}) or --unet-config"
     )
 
@@ -65,9 +67,9 @@ def read_config(path: str | Path, class_name: str) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the config {path}: {error}") from error
+        raise DiffusersDPMError(f"cannot read the config {path}: {error}") from error
     if not isinstance(config, dict) or config.get("_class_name", class_name) != class_name:
-        raise ValueError(f"{path} is not the config of a {class_name}")
+        raise DiffusersDPMError(f"{path} is not the config of a {class_name}")
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
@@ -76,7 +78,7 @@ def check_demands(config: dict[str, Any], required: dict[str, Any]) -> None:
     for key, value in required.items():
         given = config.get(key)
         if given is not None and (tuple(given) if isinstance(given, list) else given) != value:
-            raise ValueError(f"the config has {key} {given}, the data needs {value}")
+            raise DiffusersDPMError(f"the config has {key} {given}, the data needs {value}")
 
 
 def build_unet(
@@ -106,10 +108,11 @@ def build_unet(
     config = {**config, **required, "num_class_embeds": num_class_embeds}
     if dropout is not None:
         config["dropout"] = dropout
-    unet = UNet2DModel(**config)
+    with user_error("UNet2DModel", TypeError):
+        unet = UNet2DModel(**config)
     halvings = len(unet.config.block_out_channels) - 1
     if height % 2**halvings or width % 2**halvings:
-        raise ValueError(
+        raise DiffusersDPMError(
             f"a U-Net of {halvings + 1} levels needs sides divisible by {2**halvings}, got {height}x{width}"
         )
     if paper_init:

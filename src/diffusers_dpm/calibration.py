@@ -443,63 +443,6 @@ def calibrate(
     return Calibration(tables=better, **conditions, weights=weights, provenance=provenance(**facts))
 
 
-def calibrate_run(
-    pipeline: Any, folder: str | Path, steps: Iterable[int] = STEPS, *, accelerator: Any = None, **options: Any
-) -> tuple[Calibration, list[int]]:
-    """`calibrate` for a pipeline, saved in `folder` as a `CalibratedScheduler` and calibration.json.
-
-    Tables for other steps and scales that the folder has stay there. An interrupted call goes on.
-
-    Args:
-        pipeline: its `unet` and `scheduler`.
-        folder: of the result; partial results are in `folder`/partial.
-        steps, accelerator, options: as in `calibrate`.
-
-    Returns:
-        (all tables of the folder, those of `steps` that there is no new table for).
-
-    Raises:
-        DiffusersDPMError: as `calibrate`; the folder holds rows of another model; no table is better than DPM-Solver.
-    """
-    folder, steps = Path(folder), sorted({*steps})
-    earlier = earlier_calibration(folder, pipeline)
-    fitted = calibrate(
-        pipeline.unet, pipeline.scheduler, steps, accelerator=accelerator, folder=folder / "partial", **options
-    )
-    left_out = sorted({*steps} - {len(table["timesteps"]) for table in fitted.tables})
-    if not fitted.tables:
-        raise DiffusersDPMError(
-            f"for {', '.join(map(str, left_out))} steps, DPM-Solver is as near to the teacher as fitted rows: nothing "
-            "written"
-        )
-    calibration = fitted if earlier is None else earlier.with_tables_of(fitted)
-    if Processes(accelerator).is_main:
-        calibration.scheduler(pipeline.scheduler).save_pretrained(folder)
-        calibration.save(folder / "calibration.json")
-    return calibration, left_out
-
-
-def earlier_calibration(folder: Path, pipeline: Any) -> Calibration | None:
-    """What the folder holds from an earlier call; None if nothing.
-
-    Raises:
-        DiffusersDPMError: rows for another network or noise schedule, or a damaged file.
-    """
-    if not (folder / "calibration.json").is_file():
-        return None
-    earlier, solver = Calibration.load(folder / "calibration.json"), solver_for(pipeline.scheduler)
-    conditions = {key: solver.config[key] for key in CONDITIONS}
-    try:
-        earlier.with_tables_of(
-            Calibration([], solver.schedule.hash, **conditions, weights=weights_hash(pipeline.unet))
-        )
-    except DiffusersDPMError as error:
-        raise DiffusersDPMError(
-            f"{folder} holds rows for another model ({str(error).rstrip('.')}): delete it, or choose another folder"
-        ) from error
-    return earlier
-
-
 def check_numbers(
     steps: Sequence[int], teacher_steps: int, *, num_images: int, batch_size: int, seed: int, max_walks: int
 ) -> None:

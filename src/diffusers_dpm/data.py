@@ -406,7 +406,7 @@ def find_num_levels(data: ImageDataset, given: int | None) -> int:
     """The number of values of a pixel, from the type that the images are stored in.
 
     Raises:
-        ValueError: they are stored in floating point, where one cannot know.
+        DataError: they are stored in floating point, which does not determine it.
     """
     if given is not None:
         return given
@@ -415,24 +415,28 @@ def find_num_levels(data: ImageDataset, given: int | None) -> int:
         return data.source.levels + 1
     if dtype == "uint16":
         return 2**16
-    raise ValueError(f"the images are stored as {dtype}: say with --num-levels how many values a pixel can have")
+    raise DataError(f"the images are stored as {dtype}: pass the number of values of a pixel as --num-levels")
+
+
+def image_arguments(options: Any) -> dict[str, Any]:
+    """The keywords of `load_images` that `DataSourceOptions` name, other than `data`."""
+    return {
+        "config": options.data_config,
+        "split": options.split,
+        "image_column": options.image_column,
+        "label_column": options.label_column,
+        "resolution": options.resolution,
+        "channels": None if options.channels == "auto" else int(options.channels),
+        "cache_bytes": int(options.cache_gigabytes * 2**30),
+    }
 
 
 def load_data(
     options: Any, *, require_labels: bool, data: str | None = None, split: str | None = None
 ) -> ImageDataset:
-    """The data that `DataSourceOptions` name; `data` and `split` go before theirs."""
-    return load_images(
-        data or options.data,
-        config=options.data_config,
-        split=split or options.split,
-        image_column=options.image_column,
-        label_column=options.label_column,
-        require_labels=require_labels,
-        resolution=options.resolution,
-        channels=None if options.channels == "auto" else int(options.channels),
-        cache_bytes=int(options.cache_gigabytes * 2**30),
-    )
+    """The data that `DataSourceOptions` name; `data` and `split` replace theirs."""
+    arguments = {**image_arguments(options), **({"split": split} if split else {})}
+    return load_images(data or options.data, require_labels=require_labels, **arguments)
 
 
 def load_held_out_data(options: Any) -> ImageDataset | None:

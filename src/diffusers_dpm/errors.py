@@ -1,4 +1,4 @@
-"""The one error that a user can mend, and what turns others into it."""
+"""Errors that the commands show as one line, and what turns another error into one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +11,25 @@ class DiffusersDPMError(ValueError):
     """
 
 
+class NonFiniteLossError(FloatingPointError):
+    """The loss or its gradient is infinite or not a number; the weights are lost."""
+
+
 @contextmanager
-def user_error(prefix: str) -> Iterator[None]:
+def user_error(prefix: str, *kinds: type[Exception]) -> Iterator[None]:
     """Inside, a ValueError of a scheduler, pipeline or library that was handed the user's values is a user's error.
+
+    Args:
+        prefix: what was to be done.
+        kinds: further types of exceptions that the library raises for such values.
 
     Raises:
         DiffusersDPMError: "prefix: message", in one line.
     """
+    mendable: tuple[type[Exception], ...] = (ValueError, *kinds)
     try:
         yield
     except DiffusersDPMError:
         raise
-    except ValueError as error:
+    except mendable as error:
         raise DiffusersDPMError(f"{prefix}: {' '.join(str(error).split())}") from error

@@ -1,81 +1,94 @@
-"""Options: groups that several commands share, their checks, the parser."""
+"""Options: the group that several commands share, the checks, the parser.
 
-import argparse
+A group is a dataclass: its docstring is its title in `--help`, the string below a field is the help of that option.
+The options of a command inherit from its groups.
+"""
+
+import contextlib
+import dataclasses
 import difflib
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+import io
+import itertools
+import re
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
+import tyro
 import yaml
-from transformers.hf_argparser import HfArgumentParser
+
+from diffusers_dpm.errors import DiffusersDPMError
 
 
-@dataclass
+@dataclasses.dataclass(kw_only=True)
 class DataSourceOptions:
-    """What every command that reads images takes; `trainer.load_data` reads them."""
+    """data"""
 
-    _argument_group_name = "data"
-
-    data: str | None = field(
-        default=None,
-        metadata={
-            "help": "'digits' (scikit-learn's), a folder of images or .npy files, a parquet, arrow or .npy file, "
-            "or the name of a datasets data set"
-        },
-    )
-    data_config: str | None = field(default=None, metadata={"help": "configuration of the datasets data set"})
-    split: str = field(default="train", metadata={"help": "part of the data"})
-    image_column: str | None = field(
-        default=None, metadata={"help": "column of the images (default: found by its type)"}
-    )
-    label_column: str | None = field(
-        default=None, metadata={"help": "column of the labels (default: found by its type)"}
-    )
-    resolution: list[int] | None = field(
-        default=None, metadata={"metavar": "N", "help": "height and width, or one side (default: the data's own)"}
-    )
-    channels: str = field(
-        default="auto", metadata={"metavar": "N", "help": "1 grey, 3 RGB, another number, or auto: the data's own"}
-    )
-    cache_gigabytes: float = field(default=1.0, metadata={"help": "decoded data up to this size stays in memory"})
+    data: str
+    """'digits' (scikit-learn's), a folder of images or .npy files, a parquet, arrow or .npy file, or the name of a
+    data set on the Hub"""
+    data_config: str | None = None
+    """configuration of the data set"""
+    split: str = "train"
+    """split of the data"""
+    image_column: str | None = None
+    """column of the images (default: found by its type)"""
+    label_column: str | None = None
+    """column of the labels (default: found by its type)"""
+    resolution: list[int] | None = None
+    """height and width, or one side of a square (default: as stored)"""
+    channels: str = "auto"
+    """1 for grey, 3 for RGB, another number, or auto: as stored"""
+    cache_gigabytes: float = 1.0
+    """decoded data up to this size stays in memory"""
 
 
-AT_LEAST_ONE = (
-    "num_train_timesteps max_train_steps batch_size gradient_accumulation_steps log_every sample_steps num_samples "
-    "eval_draws num_classes"
+# Options (several names in a string), the test of a value or of each of a list's, and what an error asks for.
+RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "num_train_timesteps max_train_steps batch_size gradient_accumulation_steps log_every sample_steps "
+        "num_samples eval_draws num_classes num_inference_steps steps num_images num_levels num_probes num_passes",
+        lambda value: value >= 1,
+        "be at least 1",
+    ),
+    (
+        "cache_gigabytes dataloader_num_workers lr_warmup_steps learning_rate adam_weight_decay max_grad_norm seed "
+        "checkpoint_every checkpoints_total_limit sample_every huber_delta random_shift max_walks num_resamples "
+        "likelihood_images",
+        lambda value: value >= 0,
+        "not be negative",
+    ),
+    ("dropout class_dropout_prob ema_decay adam_beta1 adam_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)"),
+    ("decoder_variance tolerance", lambda value: value > 0, "be positive"),
+    ("num_features", lambda value: value in range(8, 65, 8), "be a multiple of 8 from 8 to 64"),
+    ("channels", lambda value: value == "auto" or (value.isdigit() and int(value) > 0), "be auto or a number"),
+    ("resolution", lambda value: value > 0, "be one or two positive numbers"),
+    ("data output_dir eval_data seeds output schedulers features", lambda value: value != "", "not be empty"),
 )
 
 
-NOT_NEGATIVE = (
-    "cache_gigabytes dataloader_num_workers lr_warmup_steps learning_rate adam_weight_decay max_grad_norm seed "
-    "checkpoint_every checkpoints_total_limit sample_every huber_delta random_shift"
-)
-
-
-FRACTIONS = "dropout class_dropout_prob ema_decay adam_beta1 adam_beta2"
+# By type, in `--help`.
+VALUE_NAMES = {str: "NAME", int: "N", float: "X", list[str]: "NAME ...", list[int]: "N ..."}
 
 
 Options = TypeVar("Options")
 
 
 def check_ranges(options: Any) -> None:
-    """Raise ValueError, naming the option, for numbers out of range and values that parse to nothing sensible."""
-    given = {item.name: getattr(options, item.name) for item in fields(options)}
-    rules = (
-        (AT_LEAST_ONE, lambda value: value >= 1, "be at least 1"),
-        (NOT_NEGATIVE, lambda value: value >= 0, "not be negative"),
-        (FRACTIONS, lambda value: 0 <= value < 1, "lie in [0, 1)"),
-        ("channels", lambda value: value == "auto" or (value.isdigit() and int(value) > 0), "be auto or a number"),
-        ("resolution", lambda value: len(value) in (1, 2) and min(value) > 0, "be one or two positive numbers"),
-        ("data output_dir eval_data", lambda value: value != "", "not be empty"),
-    )
-    for names, holds, demand in rules:
+    """Check all numbers, and the texts that must have a form, by `RULES`.
+
+    Raises:
+        DiffusersDPMError: names the option and the value.
+    """
+    for names, holds, demand in RULES:
         for name in names.split():
-            value = given.get(name)
-            if value is not None and not holds(value):
-                raise ValueError(f"{flag(name)} must {demand}, got {value}")
+            value = getattr(options, name, None)
+            if value is None:
+                continue
+            values = value if isinstance(value, list) else [value]
+            if not values or not all(map(holds, values)) or (name == "resolution" and len(values) > 2):
+                shown = " ".join(map(str, values)) or "nothing"
+                raise DiffusersDPMError(f"{flag(name)} must {demand}, got {shown}")
 
 
 def flag(name: str) -> str:
@@ -83,95 +96,132 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-class OptionParser(HfArgumentParser):
-    """HfArgumentParser that raises ValueError, with one line, where argparse prints its usage and exits."""
-
-    def error(self, message: str) -> Any:
-        raise ValueError(message)
-
-
-class HelpFormatter(argparse.HelpFormatter):
-    """One aligned column: the dashed form of each option, short value names, defaults in brackets."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=38, width=min(shutil.get_terminal_size().columns, 119))
-
-    def add_argument(self, action: argparse.Action) -> None:
-        if not isinstance(action, argparse._StoreFalseAction):  # --no-x stands beside --x
-            super().add_argument(action)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        name = flag(action.dest)
-        if action.const is True:
-            return f"{name}, --no-{name[2:]}" if action.default is True else name
-        value = "N" if action.type is int else "X" if action.type is float else "NAME"
-        return f"{name} {self._format_args(action, value)}" if action.nargs != 0 else ", ".join(action.option_strings)
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        shown = action.default not in (None, argparse.SUPPRESS) and not isinstance(action.default, bool)
-        return f"{action.help} [%(default)s]" if shown else action.help or ""
+def nearest(name: str, names: Iterable[str]) -> str:
+    """'; did you mean ...?', or nothing if no name is near."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def parse_options(
-    groups: Sequence[type], options: type[Options], argv: Sequence[str], prog: str, description: str
-) -> Options:
-    """`options`, built from an optional file (the first argument, if it is no option) and the command line.
+    options: type[Options], argv: Sequence[str], *, prog: str, description: str = "", operands: Sequence[str] = ()
+) -> tuple[list[str], Options]:
+    """The operands and the options of a command line: OPERAND ... [OPTIONS.yaml | OPTIONS.json] [--option value ...].
 
-    The command line goes before the file, the file before the defaults.
+    The command line overrides the file, the file overrides the defaults.
 
     Args:
-        groups: dataclasses of options, in the order of `--help`.
-        options: dataclass that inherits from all groups.
+        options: dataclass of options.
         argv: the arguments, without the program's name.
         prog, description: shown by `--help`.
+        operands: names of the arguments before the options, such as "RUN".
 
     Raises:
-        ValueError: an unknown option or key (the message names the nearest one), a value of the wrong kind.
+        DiffusersDPMError: a missing operand or option, an unknown option or key (the message names the nearest one), a
+            value of another type.
     """
-    parser = OptionParser(
-        groups,
-        prog=prog,
-        usage=f"{prog} [OPTIONS.yaml | OPTIONS.json] [--option value ...]",
-        description=description,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
-    names = [item.name for group in groups for item in fields(group)]
-    argv = list(argv)
-    if argv and not argv[0].startswith("-"):
-        argv = read_options_file(Path(argv[0]), names) + argv[1:]
-    *parsed, unknown = parser.parse_args_into_dataclasses(
-        argv, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        first = next((text for text in unknown if text.startswith("-")), None)
-        if first is None:
-            raise ValueError(f"unexpected argument {unknown[0]!r}")
-        raise ValueError(f"unknown option {first.split('=')[0]}" + nearest(first.split("=")[0], map(flag, names)))
-    return options(**{name: value for group in parsed for name, value in vars(group).items()})
+    items = [item for group in option_groups(options) for item in dataclasses.fields(group)]
+    usage, about = " ".join([prog, *operands]), description
+    if items:
+        usage += " [FILE]"
+        about += "\n\nFILE holds options as YAML or JSON; the command line overrides it."
+    words = list(itertools.takewhile(lambda text: not text.startswith("-"), argv))
+    arguments = list(argv[len(words) :])
+    if not {"-h", "--help"} & {*arguments}:
+        if len(words) < len(operands):
+            raise DiffusersDPMError(f"{operands[len(words)]} is missing: {usage} [OPTIONS]")
+        if len(words) > len(operands) + 1:
+            raise DiffusersDPMError(f"unexpected argument {words[len(operands) + 1]!r}")
+        for path in words[len(operands) :]:
+            arguments = read_options_file(Path(path), items) + arguments
+        check_names(arguments, items)
+    values = run_parser(options, arguments, usage, about)
+    return words[: len(operands)], options(**values)
 
 
-def read_options_file(path: Path, names: Sequence[str]) -> list[str]:
+def option_groups(options: type) -> list[Any]:
+    """The dataclasses that `options` inherits from, or itself."""
+    return [base for base in options.__bases__ if dataclasses.is_dataclass(base)] or [options]
+
+
+def read_options_file(path: Path, items: Sequence[dataclasses.Field[Any]]) -> list[str]:
     """The file's options as command-line arguments, so that both are checked by the same rules."""
     try:
         values = yaml.safe_load(path.read_text())  # JSON is YAML
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read options from {path}: {' '.join(str(error).split())}") from error
+        raise DiffusersDPMError(f"cannot read options from {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold one 'option: value' per line")
-    arguments = []
+        raise DiffusersDPMError(f"{path} must hold one 'option: value' per line")
+    names, arguments = [item.name for item in items], []
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in names:
-            raise ValueError(f"unknown option {key!r} in {path}" + nearest(name, names))
-        if isinstance(value, list):
+            raise DiffusersDPMError(f"unknown option {key!r} in {path}" + nearest(name, names))
+        if isinstance(value, bool):
+            arguments.append(flag(name) if value else flag(f"no_{name}"))
+        elif isinstance(value, list):
             arguments += [flag(name), *map(str, value)]
         elif value is not None:
             arguments.append(f"{flag(name)}={value}")
     return arguments
 
 
-def nearest(name: str, names: Any) -> str:
-    """'; did you mean ...?', or nothing if no name is near."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def check_names(arguments: Sequence[str], items: Sequence[dataclasses.Field[Any]]) -> None:
+    """Raise DiffusersDPMError for an unknown option, naming the nearest, and for a missing one."""
+    flags = {flag(item.name) for item in items} | {flag(f"no_{item.name}") for item in items if item.type is bool}
+    present = [flag(text[2:].split("=")[0]) for text in arguments if text.startswith("--")]
+    for name in present:
+        if name not in flags:
+            raise DiffusersDPMError(f"unknown option {name}{nearest(name, flags)}")
+    for item in items:
+        if item.default is item.default_factory is dataclasses.MISSING and flag(item.name) not in present:
+            raise DiffusersDPMError(f"{flag(item.name)} is missing")
+
+
+def run_parser(options: type, arguments: Sequence[str], usage: str, description: str) -> dict[str, Any]:
+    """The values of all options, parsed by tyro."""
+    groups = [
+        (group.__name__, Annotated[annotated(group), tyro.conf.arg(name=group.__doc__, help="")])
+        for group in option_groups(options)
+    ]
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            parsed: Any = tyro.cli(
+                dataclasses.make_dataclass(options.__name__, groups),
+                prog=usage,
+                description=description,
+                args=arguments,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone),
+            )
+    except SystemExit as exit_:
+        if exit_.code:
+            raise DiffusersDPMError(first_paragraph(stderr.getvalue())) from None
+        raise
+    return {name: value for group in vars(parsed).values() for name, value in vars(group).items()}
+
+
+def annotated(group: type) -> type:
+    """The group with short value names, and with defaults only where they say more than the help."""
+    types = get_type_hints(group, include_extras=True)
+    fields = []
+    for item in dataclasses.fields(group):
+        about = tyro.conf.arg(metavar=value_name(types[item.name]), help_behavior_hint=shown_default)
+        default = dataclasses.field(default=item.default, default_factory=item.default_factory)
+        fields.append((item.name, Annotated[types[item.name], about], default))
+    unchecked = {"__post_init__": lambda self: None}  # the checks are those of all groups together
+    return dataclasses.make_dataclass(group.__name__, fields, bases=(group,), kw_only=True, namespace=unchecked)
+
+
+def value_name(annotation: Any) -> str | None:
+    """The name of a number or text, also of an optional one; None: tyro's own, such as the choices of a Literal."""
+    return next((VALUE_NAMES[part] for part in (annotation, *get_args(annotation)) if part in VALUE_NAMES), None)
+
+
+def shown_default(text: str) -> str:
+    return "" if text in ("", "None", "False") else "(default: on)" if text == "True" else f"(default: {text})"
+
+
+def first_paragraph(box: str) -> str:
+    """The message in tyro's error box, between the title and the next rule, in one line."""
+    title, message, *_ = [*re.split(r"[─-]{3,}", re.sub(r"\x1b\[[\d;]*m", "", box)), "", ""]
+    return " ".join(re.sub("[│╭╮╰╯]", " ", message or title).split())

@@ -19,7 +19,7 @@ Both are kept as C_t and not as E|epsilon_hat|^2, which float32 or a process tha
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,7 +35,6 @@ from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.records import Record, ResultStore, fingerprint, provenance, weights_hash
 from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, VPNoiseSchedule, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
-from diffusers_dpm.schedulers.timestep_grids import Grid, even
 
 
 Pair = tuple[int, int]  # (place of an image among the chosen ones, place of a timestep among the computed ones)
@@ -200,53 +199,6 @@ def estimate_statistics(
         num_images=len(x0),
         provenance=provenance(seed=seed, dtype=str(unet.dtype).removeprefix("torch."), images_available=num_available),
     )
-
-
-def estimate_for_run(
-    pipeline: Any,
-    data: Any,
-    folder: str | Path,
-    num_samples: int = 256,
-    *,
-    num_timesteps: int | None = None,
-    facts: Mapping[str, Any] | None = None,
-    accelerator: Any = None,
-    **options: Any,
-) -> PosteriorStatistics:
-    """`estimate_statistics` for a pipeline, saved in `folder` as an `AnalyticDPMScheduler` and statistics.json.
-
-    An interrupted call goes on.
-
-    Args:
-        pipeline: its `unet` and `scheduler`.
-        data, num_samples, accelerator, options: as in `estimate_statistics`.
-        folder: of the result; partial results are in `folder`/partial.
-        num_timesteps: compute at this many even timesteps and interpolate the others; None: at all.
-        facts: JSON values to add to the statistics' `provenance`, such as the name of the data.
-
-    Raises:
-        ValueError: as `estimate_statistics`; more timesteps than the schedule has.
-    """
-    folder, schedule = Path(folder), noise_schedule_of(pipeline.scheduler)
-    num_timesteps = num_timesteps or len(schedule)
-    if num_timesteps > len(schedule):
-        raise DiffusersDPMError(f"num_timesteps={num_timesteps} is more than the model's {len(schedule)}")
-    statistics = estimate_statistics(
-        pipeline.unet,
-        pipeline.scheduler,
-        data,
-        num_samples,
-        timesteps=map(round, even(Grid(schedule, num_timesteps, len(schedule)))),
-        accelerator=accelerator,
-        folder=folder / "partial",
-        **options,
-    )
-    statistics = replace(statistics, provenance={**statistics.provenance, **(facts or {})})
-    if Processes(accelerator).is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        statistics.save(folder / "statistics.json")
-        statistics.scheduler(pipeline.scheduler, timestep_spacing="linspace").save_pretrained(folder)
-    return statistics
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 import huggingface_hub
 import pytest
 
+from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.hub.upload import PublishError, log_in, upload
-from diffusers_dpm.training.train_diffusion import main as train
 from tests.test_hub_staging import make_run
 
 
@@ -191,12 +191,12 @@ def test_a_trained_run_that_cannot_be_published_is_kept(hub, tmp_path, monkeypat
         *("--data=digits", f"--unet-config={unet}", f"--output-dir={run}", "--batch-size=4", "--lr-warmup-steps=0"),
         *("--sample-every=0", "--log-with=none", "--cpu"),
     ]
-    assert train([*options, "--max-train-steps=1"]) == 0
+    assert cli(["train", *options, "--max-train-steps=1"]) == 0
     (run / "classifier").mkdir()
     (run / "classifier" / "config.json").write_text('{"_class_name": "SomebodysClassifier"}')
     capsys.readouterr()
     push = ["--resume", "--max-train-steps=2", f"--push-to-hub={REPO}", "--hub-private"]
-    assert train([*options, *push]) == 2
+    assert cli(["train", *options, *push]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {run}/classifier was saved by a class 'SomebodysClassifier'")
     assert error.endswith(f"; the run is kept, publish it with: diffusers-dpm publish '{run}' {REPO} --private")

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffusers_dpm.training.train_diffusion import DiffusionTrainer, TrainingOptions
+from diffusers_dpm.training.options import TrainingOptions
+from diffusers_dpm.training.train_diffusion import DiffusionTrainer
 from diffusers_dpm.training.unet_presets import ddpm_unet
+from tests.arguments import as_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +68,7 @@ def arguments(options):
     """The same as command-line arguments."""
 
     def make(**changes) -> list[str]:
-        values = vars(options(**changes))
-        return [f"--{key.replace('_', '-')}={value}" for key, value in values.items() if value is not None]
+        return as_arguments(options(**changes))
 
     return make
 

@@ -1,12 +1,22 @@
 """The console command and its table of subcommands."""
 
 import importlib.metadata
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import get_args
 
 import pytest
+from diffusers import DDPMScheduler, UNet2DModel
 
+from diffusers_dpm.commands import compare
 from diffusers_dpm.commands.main import COMMANDS, main
+from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError
+from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.training import CLASSIFIER_PRESETS, PRESETS
+from diffusers_dpm.training.options import PresetName
 
 
 def test_help_lists_the_commands(capsys):
@@ -38,24 +48,109 @@ def test_no_command_prints_the_help(capsys):
     assert "commands:" in capsys.readouterr().out
 
 
-def test_every_command_exists():
-    for command in COMMANDS.values():
-        module, function = command.target.split(":")
-        assert callable(getattr(importlib.import_module(module), function))
+@pytest.fixture
+def without():
+    """Runs the console command in a process in which modules cannot be imported."""
+
+    def run(modules, *arguments):
+        code = HIDE + "from diffusers_dpm.commands.main import main\nsys.exit(main(sys.argv[2:]))"
+        command = [sys.executable, "-c", code, modules, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    return run
 
 
-WITHOUT_EXTRA = """
+HIDE = """
 import sys
-sys.modules["accelerate"] = None
-from diffusers_dpm.commands.main import main
-assert "diffusers_dpm.training" not in sys.modules
-sys.exit(main(["train", "--data", "digits"]))
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in sys.argv[1].split() else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
 """
+EXTRA = "datasets matplotlib sklearn tensorboard torchdiffeq torchmetrics transformers"
 
 
-def test_missing_extra_is_named():
-    """A base install, in which accelerate cannot be imported."""
-    result = subprocess.run([sys.executable, "-c", WITHOUT_EXTRA], capture_output=True, text=True, check=False)
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "demo"])
+def test_help_needs_no_torch(without, name):
+    result = without("torch diffusers accelerate " + EXTRA, name, "--help")
+    assert result.returncode == 0, result.stderr
+    assert f"usage: diffusers-dpm {' '.join([name, *COMMANDS[name].operands])}" in result.stdout
+
+
+def test_the_package_imports_no_torch():
+    code = "import sys, diffusers_dpm, diffusers_dpm.training; assert 'torch' not in sys.modules; "
+    code += "print(diffusers_dpm.DDIMScheduler)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "scheduling_ddim.DDIMScheduler" in result.stdout, result.stderr
+
+
+def test_a_missing_extra_is_named_in_one_line(without, tmp_path):
+    result = without(EXTRA, "train", "--data=digits", f"--output-dir={tmp_path / 'run'}", "--cpu")
     assert result.returncode == 1
-    assert 'pip install "diffusers-dpm[train]"' in result.stderr
-    assert "Traceback" not in result.stderr
+    message = r"""error: 'diffusers-dpm train' needs \w+: pip install "diffusers-dpm\[train\]"\n"""
+    assert re.fullmatch(message, result.stderr)
+
+
+def test_sampling_needs_no_extra(without, tmp_path, unet_config):
+    config = {**json.loads(Path(unet_config).read_text()), "sample_size": 8, "in_channels": 1, "out_channels": 1}
+    DPMPipeline(UNet2DModel(**config), DDPMScheduler()).save_pretrained(tmp_path / "run")
+    options = ["--num-inference-steps=2", "--seeds=0-1", "--cpu", f"--output={tmp_path / 'images'}"]
+    result = without(EXTRA, "sample", tmp_path / "run", "--scheduler=dpm-solver", *options)
+    assert result.returncode == 0, result.stderr
+    assert "2 images in" in result.stdout
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_debug_shows_the_traceback(capsys, place):
+    arguments = ["sample", "nowhere"]
+    arguments.insert(place, "--debug")
+    assert main(arguments) == 2
+    *traceback, last = capsys.readouterr().err.strip().split("\n")
+    assert last == "error: --seeds is missing"
+    assert traceback[0].startswith("Traceback")
+    assert traceback[-1] == "diffusers_dpm.errors.DiffusersDPMError: --seeds is missing"
+    assert main(["sample", "nowhere"]) == 2
+    assert capsys.readouterr().err == "error: --seeds is missing\n"
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "message"),
+    [
+        (DiffusersDPMError("a: b\n c"), 2, "error: a: b c"),
+        (FileNotFoundError("no file"), 2, "error: no file"),
+        (NonFiniteLossError("nan at step 3"), 1, "error: nan at step 3"),
+        (KeyboardInterrupt(), 130, "error: interrupted"),
+    ],
+)
+def test_exit_codes(monkeypatch, capsys, raised, code, message):
+    monkeypatch.setattr(compare, "run", fails_with(raised))
+    assert main(["compare", "a", "b"]) == code
+    assert capsys.readouterr().err.strip() == message
+
+
+@pytest.mark.parametrize(
+    "raised", [ValueError("a defect"), RuntimeError("out of memory"), ModuleNotFoundError(name="x")]
+)
+def test_an_unknown_exception_keeps_its_traceback(monkeypatch, raised):
+    monkeypatch.setattr(compare, "run", fails_with(raised))
+    with pytest.raises(type(raised)):
+        main(["compare", "a", "b"])
+
+
+def fails_with(error):
+    def run(first: str, second: str, options: compare.CompareOptions):
+        raise error
+
+    return run
+
+
+def test_presets_are_those_of_the_options():
+    assert get_args(PresetName) == tuple(PRESETS) == tuple(CLASSIFIER_PRESETS)

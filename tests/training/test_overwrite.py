@@ -1,7 +1,11 @@
 """`train --overwrite` deletes a run with all that was made from its model, and nothing else."""
 
-from diffusers_dpm.training.train_diffusion import main
+from diffusers_dpm.commands.main import main as cli
 from tests.test_hub_staging import make_run
+
+
+def main(arguments):
+    return cli(["train", *arguments])
 
 
 def test_what_was_made_from_the_overwritten_model_goes(tmp_path, arguments):

@@ -13,10 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import TEMPORARY
 from diffusers_dpm.training.checkpoints import checkpoint_folder, list_checkpoints
-from diffusers_dpm.training.train_diffusion import DiffusionTrainer, main, train
+from diffusers_dpm.training.train_diffusion import DiffusionTrainer, train
 
 
 def contents(folder):
@@ -181,7 +182,7 @@ def test_killed_in_the_middle_of_a_checkpoint(tmp_path, options, arguments):
         shutil.rmtree(run)
     done = len(list_checkpoints(run))
     assert 1 <= done < 6
-    assert main([*arguments(**settings), "--resume"]) == 0
+    assert cli(["train", *arguments(**settings), "--resume"]) == 0
     assert not list((run / "checkpoints").glob(f"{TEMPORARY}*"))
     assert len(list_checkpoints(run)) == 6
     assert_same_run(train(options(output_dir=str(tmp_path / "whole"), **common)), run)

@@ -1,5 +1,6 @@
 """`diffusers-dpm train-classifier`: what it learns, what it leaves, how it resumes, what it refuses."""
 
+import dataclasses
 import gc
 import json
 import math
@@ -17,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
+from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.data import ImageDataset, ImageSource
 from diffusers_dpm.options import flag
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
@@ -24,13 +26,10 @@ from diffusers_dpm.schedulers import DDPMScheduler
 from diffusers_dpm.training import ClassifierLoss, TrainingState, build_unet, training_steps
 from diffusers_dpm.training.checkpoints import checkpoint_folder, list_checkpoints
 from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS, build_classifier, ddpm_encoder
-from diffusers_dpm.training.train_classifier import (
-    ClassifierTrainer,
-    ClassifierTrainingOptions,
-    main,
-    train_classifier,
-)
+from diffusers_dpm.training.options import ClassifierTrainingOptions
+from diffusers_dpm.training.train_classifier import ClassifierTrainer, train_classifier
 from diffusers_dpm.training.unet_presets import PRESETS, ddpm_unet
+from tests.arguments import as_arguments
 
 
 TINY = ddpm_encoder((8, 16), layers=1, attention=(1,), groups=4)
@@ -81,11 +80,13 @@ def command(classifier_options):
     """The same as command-line arguments."""
 
     def make(folder, *extra, **changes) -> list[str]:
-        values = vars(classifier_options(**changes))
-        flags = [f"{flag(name)}={value}" for name, value in values.items() if value is not None]
-        return [str(folder), *flags, *extra]
+        return [str(folder), *as_arguments(classifier_options(**changes)), *extra]
 
     return make
+
+
+def main(arguments):
+    return cli(["train-classifier", *arguments])
 
 
 def fails(capsys, *arguments):
@@ -369,7 +370,7 @@ def test_an_existing_classifier_is_not_replaced_unasked(make_pipeline, command, 
     build_classifier(TINY, (1, 8, 8), 2).save_pretrained(folder / "classifier")
     assert "exists already; --overwrite replaces it" in fails(capsys, *command(folder))
     assert main(command(folder, overwrite=True, max_train_steps=1)) == 0
-    assert "is not empty; --resume goes on with the run in it" in fails(capsys, *command(folder))
+    assert "is not empty; --resume continues the run in it" in fails(capsys, *command(folder))
     (folder / "classifier_training" / "notes.txt").write_text("mine")
     assert main(command(folder, overwrite=True, max_train_steps=2)) == 0
     assert [path.name for path in list_checkpoints(folder / "classifier_training")] == ["step-00000002"]
@@ -393,7 +394,6 @@ def test_dry_run_writes_nothing(make_pipeline, command, capsys):
         ({"preset": "28x28"}, "only one of --preset, --classifier-config and --init-from-unet"),
         ({"resolution": [16]}, "U-Net is for 8x8 with 1 channel, the data is 16x16 with 1 channel; --resolution"),
         ({"channels": "3"}, "the data is 8x8 with 3 channels"),
-        ({"data": None}, "--data is missing"),
         ({"eval_data": "digits"}, "the data has 10: 0, 1"),
         ({"data": "digits", "eval_split": "dev"}, "the digits have no split 'dev'"),
     ],
@@ -447,7 +447,8 @@ def test_held_out_classes_are_those_of_the_training(make_pipeline, classifier_op
 def test_folders_that_hold_no_pipeline(tmp_path, command, capsys):
     assert "is not a folder" in fails(capsys, *command("org/model"))
     assert "holds no model_index.json" in fails(capsys, *command(tmp_path))
-    assert "needs the run folder" in fails(capsys, "--data=digits")
+    assert "RUN is missing" in fails(capsys, "--data=digits")
+    assert "--data is missing" in fails(capsys, "run")
 
 
 def test_configs_that_do_not_fit(tmp_path):
@@ -461,9 +462,9 @@ def test_help_names_every_option_once(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
-    for name in vars(ClassifierTrainingOptions()):
-        assert len(re.findall(rf"^  {flag(name)}[, \n]", shown, flags=re.MULTILINE)) == 1, name
-    assert "usage: diffusers-dpm train-classifier RUN [" in shown
+    for name in (item.name for item in dataclasses.fields(ClassifierTrainingOptions)):
+        assert len(re.findall(rf"^[│ ] {flag(name)}[, \n]", shown, flags=re.MULTILINE)) == 1, name
+    assert "usage: diffusers-dpm train-classifier RUN " in shown
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The command as a user runs it: options, run folder, samples, logs, processes."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,15 +14,19 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.options import flag, parse_options
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler
 from diffusers_dpm.training.checkpoints import checkpoint_folder, list_checkpoints
-from diffusers_dpm.training.train_diffusion import TrainingOptions, main, sample_grid, train
+from diffusers_dpm.training.options import TrainingOptions
+from diffusers_dpm.training.train_diffusion import sample_grid, train
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
 DIGITS = ["--data=digits", "--max-train-steps=3", "--batch-size=8", "--sample-every=0", "--lr-warmup-steps=0", "--cpu"]
+
+RUN = ["--data", "digits", "--output-dir", "x"]
 
 PLAIN_DIFFUSERS = """
 import sys
@@ -41,7 +46,11 @@ def run(*command):
 
 
 def parse(*arguments):
-    return parse_options(TrainingOptions.__bases__, TrainingOptions, arguments, prog="train", description="")
+    return parse_options(TrainingOptions, arguments, prog="train")[1]
+
+
+def main(arguments):
+    return cli(["train", *arguments])
 
 
 def fails(capsys, *arguments, code=2):
@@ -69,8 +78,8 @@ def test_command_then_plain_diffusers(tmp_path):
     assert [path.name for path in list_checkpoints(folder)] == ["step-00000003"]
 
 
-def test_script_through_accelerate(tmp_path, repository):
-    launch = ["-m", "accelerate.commands.launch", "--cpu", str(repository / "training" / "train_diffusion.py")]
+def test_command_through_accelerate(tmp_path):
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "-m", "diffusers_dpm.commands.main", "train"]
     result = run(*launch, *DIGITS, "--dry-run", "--output-dir", str(tmp_path / "run"))
     assert "701,345 parameters" in result.stdout
 
@@ -86,7 +95,7 @@ def test_two_processes_equal_one(tmp_path, arguments, in_two_processes):
     common = {"log_with": "tensorboard", "log_every": 1, "dropout": 0.0, "random_flip": True}
     one, two = ({"output_dir": str(tmp_path / name), **common} for name in ("one", "two"))
     assert main(arguments(**one)) == 0
-    result = in_two_processes("diffusers_dpm.training.train_diffusion", *arguments(**two))
+    result = in_two_processes("diffusers_dpm.commands.main", "train", *arguments(**two))
     assert "RuntimeWarning" not in result.stderr  # that the module was imported before it ran
     assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "two"), rel=1e-5)
     for file in ("unet/diffusion_pytorch_model.safetensors", "trainer_state/model.safetensors"):
@@ -228,7 +237,7 @@ def test_options_file_then_command_line(tmp_path, suffix):
     path = tmp_path / f"options.{suffix}"
     lines = ["data: digits", "max-train-steps: 500", "learning_rate: 5e-1", "resolution: [16, 8]", "ema: no"]
     path.write_text("\n".join(lines) if suffix == "yaml" else json.dumps(values))
-    options = parse(str(path), "--max-train-steps", "100", "--no-clip-sample")
+    options = parse(str(path), "--max-train-steps", "100", "--no-clip-sample", "--output-dir=run")
     assert (options.data, options.max_train_steps, options.learning_rate) == ("digits", 100, 0.5)
     assert (options.resolution, options.ema, options.clip_sample) == ([16, 8], False, False)
 
@@ -240,30 +249,33 @@ def test_saved_options_are_an_options_file(tmp_path, options, arguments):
 
 
 def test_resume_with_and_without_a_path():
-    assert parse().resume is None
-    assert parse("--resume", "--cpu").resume == "latest"
-    assert parse("--resume", "some/where").resume == "some/where"
+    required = ("--data=digits", "--output-dir=run")
+    assert parse(*required).resume is None
+    assert parse(*required, "--resume", "--cpu").resume == "latest"
+    assert parse(*required, "--resume", "some/where").resume == "some/where"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--lerning-rate", "1"], "unknown option --lerning-rate; did you mean --learning-rate?"),
-        (["--learning-rate", "fast"], "invalid float value: 'fast'"),
-        (["--loss-type", "l3"], "invalid choice: 'l3'"),
-        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["--ema-decay", "1"], "--ema-decay must lie in [0, 1), got 1.0"),
-        (["--channels", "rgb"], "--channels must be auto or a number, got rgb"),
-        (["--resolution", "8", "8", "3"], "--resolution must be one or two positive numbers"),
-        (["--cpu", "true", "digits"], "unexpected argument 'digits'"),
+        ([*RUN, "--learning-rate", "fast"], "--learning-rate: could not convert string to float: 'fast'"),
+        ([*RUN, "--loss-type", "l3"], "invalid choice 'l3' for argument '--loss-type'"),
+        ([*RUN, "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        ([*RUN, "--ema-decay", "1"], "--ema-decay must lie in [0, 1), got 1.0"),
+        ([*RUN, "--channels", "rgb"], "--channels must be auto or a number, got rgb"),
+        ([*RUN, "--resolution", "8", "8", "3"], "--resolution must be one or two positive numbers, got 8 8 3"),
+        ([*RUN, "--split"], "Missing value for argument '--split'"),
+        ([*RUN, "--cpu", "digits"], "Unrecognized options: digits"),
+        (["options.yaml", "digits", *RUN], "unexpected argument 'digits'"),
         (["nowhere.yaml"], "cannot read options from nowhere.yaml"),
         ([], "--data is missing"),
         (["--data", "digits"], "--output-dir is missing"),
-        (["--data", "digits", "--output-dir", "x", "--resolution", "9"], "no preset is made for 9x9"),
-        (["--data", "digits", "--output-dir", "x", "--preset", "64x64", "--unet-config", "y"], "not both"),
-        (["--data", "digits", "--output-dir", "x", "--resume", "--overwrite"], "not both"),
-        (["--data", "digits", "--output-dir", "x", "--class-dropout-prob", ".1"], "needs --class-conditional"),
-        (["--data", "digits", "--output-dir", "x", "--rescale-betas-zero-snr"], "v_prediction"),
+        ([*RUN, "--resolution", "9"], "no preset is made for 9x9"),
+        ([*RUN, "--preset", "64x64", "--unet-config", "y"], "not both"),
+        ([*RUN, "--resume", "--overwrite"], "not both"),
+        ([*RUN, "--class-dropout-prob", ".1"], "needs --class-conditional"),
+        ([*RUN, "--rescale-betas-zero-snr"], "v_prediction"),
         (["--data", "./nowhere", "--output-dir", "x"], "no such file or folder: ./nowhere"),
     ],
 )
@@ -295,10 +307,10 @@ def test_help_names_every_option_once(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
-    for name in vars(TrainingOptions()):
-        assert len(re.findall(rf"^  {flag(name)}[, \n]", shown, flags=re.MULTILINE)) == 1, name
+    for name in (item.name for item in dataclasses.fields(TrainingOptions)):
+        assert len(re.findall(rf"^[│ ] {flag(name)}[, \n]", shown, flags=re.MULTILINE)) == 1, name
     for group in ("data", "model", "noise schedule", "loss", "optimisation", "EMA", "logging"):
-        assert f"\n{group}:\n" in shown
+        assert f" {group} options " in shown
     assert all(len(line) <= 119 for line in shown.split("\n"))
 
 

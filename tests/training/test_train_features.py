@@ -7,19 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.data import load_images
 from diffusers_dpm.evaluation.features import load_features
-from diffusers_dpm.options import flag
 from diffusers_dpm.pipelines import NoisyClassifier
 from diffusers_dpm.records import weights_hash
 from diffusers_dpm.training import build_classifier
-from diffusers_dpm.training.train_features import (
-    CLEAN_SCHEDULE,
-    FeatureTrainer,
-    FeatureTrainingOptions,
-    features_config,
-    main,
-)
+from diffusers_dpm.training.options import FeatureTrainingOptions
+from diffusers_dpm.training.train_features import CLEAN_SCHEDULE, FeatureTrainer, features_config
+from tests.arguments import as_arguments
+
+
+def main(arguments):
+    return cli(["train-features", *arguments])
 
 
 @pytest.fixture
@@ -45,8 +45,7 @@ def feature_options(tmp_path, arrays):
 @pytest.fixture
 def command(feature_options):
     def make(*extra, **changes) -> list[str]:
-        values = vars(feature_options(**changes))
-        return [*(f"{flag(name)}={value}" for name, value in values.items() if value is not None), *extra]
+        return [*as_arguments(feature_options(**changes)), *extra]
 
     return make
 
@@ -72,7 +71,7 @@ def test_it_learns_and_leaves_what_evaluate_loads(command, stripes, tmp_path, ca
     assert sorted(path.name for path in folder.iterdir()) == names
     about = json.loads((folder / "features.json").read_text())
     assert about["held_out_accuracy"] == 1
-    assert "right about 100.0% of the held-out images" in capsys.readouterr().out
+    assert "accuracy on held-out images 100.0%" in capsys.readouterr().out
     classifier = NoisyClassifier.from_pretrained(folder)
     assert about["sha256"] == weights_hash(classifier)
     extractor = load_features(str(folder))
@@ -123,7 +122,7 @@ def test_features_have_their_length_at_every_size(side):
     [
         ({"num_features": 72}, "--num-features must be a multiple of 8 from 8 to 64, got 72"),
         ({"num_features": 12}, "--num-features must be a multiple of 8"),
-        ({"output_dir": None}, "--output-dir is missing"),
+        ({"output_dir": ""}, "--output-dir must not be empty"),
     ],
 )
 def test_options_out_of_range(feature_options, changes, message):
@@ -135,7 +134,7 @@ def test_what_it_refuses(command, tmp_path, capsys):
     (tmp_path / "features").mkdir()
     (tmp_path / "features" / "thesis.txt").write_text("mine")
     assert main(command("--overwrite")) == 2
-    assert "holds something else than features" in capsys.readouterr().err
+    assert "holds other files than features" in capsys.readouterr().err
     np.save(tmp_path / "grey.npy", np.zeros((20, 8, 8), np.float32))
     assert main(command(data=str(tmp_path / "grey.npy"), output_dir=str(tmp_path / "other"))) == 2
     assert "no labels" in capsys.readouterr().err

@@ -6,11 +6,11 @@ guidance; then loads the run folder with plain diffusers in a process in which t
 shows what publishing it would upload. The recipe is the `training` section of model_cards/ddpm-digits.yaml.
 """
 
-import argparse
 import json
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
@@ -70,19 +70,24 @@ print(f"{type(pipe).__module__}.{type(pipe).__name__} with {type(pipe.scheduler)
 """
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Entry point of the command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="diffusers-dpm demo", description=__doc__.split("\n\n")[1])
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/demo"), help="run folder (default: %(default)s)")
-    parser.add_argument("--max-train-steps", type=int, help="train for fewer or more steps than the recipe")
-    arguments = parser.parse_args(argv)
-    run: Path = arguments.output_dir
+@dataclass(kw_only=True)
+class DemoOptions:
+    """demo"""
+
+    output_dir: str = "runs/demo"
+    """run folder"""
+    max_train_steps: int | None = None
+    """training steps, instead of the recipe's"""
+
+
+def run(options: DemoOptions) -> None:
+    run = Path(options.output_dir)
     start = time.perf_counter()
 
     heading("1/7  train")
     recipe = training_recipe()
-    if arguments.max_train_steps is not None:
-        recipe["max_train_steps"] = arguments.max_train_steps
+    if options.max_train_steps is not None:
+        recipe["max_train_steps"] = options.max_train_steps
     train(recipe, run)
 
     heading("2/7  estimate the variances of Analytic-DPM")
@@ -109,7 +114,6 @@ def main(argv: list[str] | None = None) -> int:
     print(f"model      {run}\npictures   {run / 'digits.png'}")
     for name in [*samples, "plain diffusers"]:
         print(f"           {run / file_name(name)}")
-    return 0
 
 
 def heading(text: str) -> None:
@@ -187,7 +191,3 @@ def figure(samples: dict[str, Image.Image], path: Path) -> None:
         axis.set_title(title)
         axis.axis("off")
     canvas.savefig(path, dpi=100)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

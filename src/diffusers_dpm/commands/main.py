@@ -1,79 +1,128 @@
-"""The console command `diffusers-dpm`: a table of subcommands, each imported only when it is called."""
+"""The console command `diffusers-dpm`, the only entry.
+
+`accelerate launch -m diffusers_dpm.commands.main COMMAND ...` runs it on several devices. A command is the module of
+its name: its docstring is the description in `--help`, `run(*operands, options)` its work, and the annotation of
+`options` the dataclass of its options. Nothing heavy is imported before `run`.
+"""
 
 import argparse
 import difflib
 import importlib
+import inspect
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
+from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError
+from diffusers_dpm.options import parse_options
+
 
 class Command(NamedTuple):
-    """Where a subcommand's `main(argv) -> exit code` is, which extra installs what it needs, and its help."""
+    """A line of help, the names of the operands, and what continues an interrupted command, if anything does."""
 
-    target: str
-    extra: str
     help: str
+    operands: tuple[str, ...] = ()
+    resume: str = ""
+
+
+FLAG = "; --resume continues from the last checkpoint"
+AGAIN = "; the same command resumes"
 
 
 COMMANDS = {
-    "train": Command("diffusers_dpm.training.train_diffusion:main", "train", "train a diffusion U-Net on images"),
-    "train-classifier": Command("diffusers_dpm.training.train_classifier:main", "train", "train a noisy classifier"),
-    "train-features": Command("diffusers_dpm.training.train_features:main", "train", "train features for evaluate"),
-    "sample": Command("diffusers_dpm.commands.sample:main", "train", "draw images, one for each seed, resumably"),
-    "evaluate": Command("diffusers_dpm.commands.evaluate:main", "train", "image quality by sampler and steps"),
-    "compare": Command("diffusers_dpm.commands.compare:main", "train", "two evaluations side by side"),
-    "statistics": Command("diffusers_dpm.commands.statistics:main", "train", "variances for AnalyticDPMScheduler"),
-    "calibrate": Command("diffusers_dpm.commands.calibrate:main", "train", "rows for CalibratedScheduler, few steps"),
-    "likelihood": Command("diffusers_dpm.commands.likelihood:main", "train", "bits per dimension, bound and ODE"),
-    "publish": Command("diffusers_dpm.commands.publish:main", "train", "put a run folder on the Hub, checked"),
-    "demo": Command("diffusers_dpm.demo:main", "demo", "train, sample and reload on scikit-learn's digits"),
+    "train": Command("train a diffusion U-Net", (), FLAG),
+    "train-classifier": Command("train a classifier of noisy images, for guidance", ("RUN",), FLAG),
+    "train-features": Command("train the features that evaluate compares", (), FLAG),
+    "sample": Command("draw images by seed", ("RUN",), AGAIN),
+    "evaluate": Command("measure image quality by sampler and number of steps", ("RUN",), AGAIN),
+    "compare": Command("compare two evaluations", ("A.json", "B.json")),
+    "statistics": Command("estimate variances for AnalyticDPMScheduler", ("RUN",), AGAIN),
+    "calibrate": Command("fit rows for CalibratedScheduler, for few steps", ("RUN",), AGAIN),
+    "likelihood": Command("bits per dimension, by the variational bound or the ODE", ("RUN",), AGAIN),
+    "publish": Command("check a run folder and put it on the Hub", ("RUN", "ORG/NAME")),
+    "demo": Command("train, sample and reload on scikit-learn's digits"),
 }
 
 
+# Modules that the extra `train` installs.
+TRAIN = {"datasets", "matplotlib", "sklearn", "tensorboard", "torchdiffeq", "torchmetrics", "transformers"}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns its exit code, 2 for a command line that makes no sense."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Run one command; returns its exit code.
+
+    0: done. 1: a failed training run, or a missing extra. 2: input that cannot be used, or a file or host that cannot
+    be reached. 130: interrupted. Each but 0 is one line on stderr, after a traceback with `--debug`; any other
+    exception is a defect and passes through.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0].startswith("-"):
+        return show_help(arguments)
+    name, *rest = arguments
+    try:
+        run(name, rest)
+    except (DiffusersDPMError, OSError, NonFiniteLossError, ModuleNotFoundError, KeyboardInterrupt) as error:
+        message, code = explain(name, error)
+        if debug:
+            traceback.print_exc()
+        print(f"error: {message}", file=sys.stderr)
+        return code
+    return 0
+
+
+def explain(name: str, error: BaseException) -> tuple[str, int]:
+    """One line and the exit code; raises a missing module that no extra installs."""
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted{COMMANDS[name].resume}", 130
+    if isinstance(error, ModuleNotFoundError):
+        if (error.name or "").split(".")[0] not in TRAIN:
+            raise error
+        return f"'diffusers-dpm {name}' needs {error.name}: pip install \"diffusers-dpm[train]\"", 1
+    return " ".join(str(error).split()), 1 if isinstance(error, NonFiniteLossError) else 2
+
+
+def run(name: str, arguments: Sequence[str]) -> None:
+    """Parse the command line of a command and do its work."""
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
+        raise DiffusersDPMError(f"unknown command {name!r}; {hint}")
+    module = importlib.import_module(f"diffusers_dpm.commands.{name.replace('-', '_')}")
+    operands, options = parse_options(
+        inspect.signature(module.run).parameters["options"].annotation,
+        arguments,
+        prog=f"diffusers-dpm {name}",
+        description=(module.__doc__ or "").strip(),
+        operands=COMMANDS[name].operands,
+    )
+    module.run(*operands, options)
+    if "torch" in sys.modules:
+        import torch
+
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()  # accelerate's; its threads must not outlive Python
+
+
+def show_help(arguments: Sequence[str]) -> int:
     width = max(map(len, COMMANDS)) + 2
     rows = "\n".join(f"  {name:<{width}}{command.help}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="diffusers-dpm",
-        usage="diffusers-dpm COMMAND [--help] ...",
+        usage="diffusers-dpm COMMAND [--help] [--debug] ...",
         description=f"commands:\n{rows}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"diffusers-dpm {version('diffusers-dpm')}")
-    if not argv:
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    if not arguments:
         parser.print_help()
         return 2
-    if argv[0].startswith("-"):
-        parser.parse_args(argv)
-        return 0
-    name = argv[0]
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-        print(f"error: unknown command {name!r}; {hint}", file=sys.stderr)
-        return 2
-    return run(name, argv[1:])
-
-
-def run(name: str, argv: Sequence[str]) -> int:
-    """Import and call the subcommand; a missing dependency is reported in one line."""
-    command = COMMANDS[name]
-    module, function = command.target.split(":")
-    try:
-        entry = getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] == "diffusers_dpm":
-            raise
-        print(
-            f"error: 'diffusers-dpm {name}' needs {error.name}: pip install \"diffusers-dpm[{command.extra}]\"",
-            file=sys.stderr,
-        )
-        return 1
-    return entry(argv) or 0
+    parser.parse_args(arguments)
+    return 0
 
 
 if __name__ == "__main__":

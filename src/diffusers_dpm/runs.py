@@ -1,0 +1,235 @@
+"""What the commands make of a run folder, as functions: images, statistics for Analytic-DPM, calibrated rows.
+
+Each loads the model, shares the work out to all processes of the job, and writes its result. After an interruption the
+same call resumes.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+
+from diffusers_dpm.calibration import STEPS, Calibration, calibrate, network_calls, solver_for
+from diffusers_dpm.data import load_images
+from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.networks import load_classifier, load_pipeline, noise_schedule_of
+from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.pipelines.networks import is_conditional
+from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
+from diffusers_dpm.records import weights_hash
+from diffusers_dpm.sampling import Sampler, build_scheduler, save_images
+from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
+from diffusers_dpm.schedulers.timestep_grids import Grid, even
+
+
+def sample_run(
+    model: str,
+    seeds: Sequence[int],
+    output: str | Path,
+    *,
+    scheduler: str | None = None,
+    scheduler_options: dict[str, Any] | None = None,
+    num_inference_steps: int | None = None,
+    class_labels: Sequence[int] | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 64,
+    cpu: bool = False,
+) -> list[Path] | None:
+    """Draw the image of each seed that is not there yet.
+
+    Args:
+        model: run folder or Hub id.
+        seeds: one per image.
+        output: a folder of PNG files, an .npz file (arr_0 and seeds), or a .png file with a grid of all images.
+        scheduler, scheduler_options: as `build_scheduler`; by default the model's own.
+        num_inference_steps, class_labels, guidance_scale: as `Sampler`.
+        batch_size: images per network call.
+        cpu: use the CPU even if there is an accelerator.
+
+    Returns:
+        Images of other seeds that an interrupted call left in OUTPUT.partial; None on all processes but the first.
+
+    Raises:
+        DiffusersDPMError: the model or the arguments cannot be used; the output holds other images.
+    """
+    pipeline = load_pipeline(model)
+    if guidance_scale is not None:
+        pipeline.register_modules(classifier=load_classifier(model))
+    if scheduler is not None:
+        pipeline.scheduler = build_scheduler(scheduler, scheduler_options or {}, pipeline, model, guidance_scale)
+    sampler = Sampler(pipeline, num_inference_steps, class_labels, guidance_scale)
+    accelerator = Accelerator(cpu=cpu)
+    others = save_images(sampler, seeds, output, batch_size, accelerator)
+    return others if accelerator.is_main_process else None
+
+
+def result_folder(model: str, output_dir: str | Path | None, name: str) -> Path:
+    """The folder of a result: `output_dir`, or `name` in the run folder."""
+    if output_dir is None and not Path(model).is_dir():
+        raise DiffusersDPMError(f"{model} is not a local folder: pass --output-dir for the result")
+    return Path(output_dir or Path(model) / name)
+
+
+def estimate_run(
+    model: str,
+    data: str,
+    *,
+    num_samples: int = 256,
+    timesteps: int | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    cpu: bool = False,
+    output_dir: str | Path | None = None,
+    **images: Any,
+) -> tuple[PosteriorStatistics, Path] | None:
+    """Estimate the posterior variances of a model; writes scheduler_config.json and statistics.json.
+
+    Args:
+        model: run folder or Hub id.
+        data: as `load_images`, with its further keywords as `images`.
+        num_samples, batch_size, seed: as `estimate_statistics`.
+        timesteps: estimate at this many even timesteps; by default at all.
+        cpu: use the CPU even if there is an accelerator.
+        output_dir: folder of the result; by default `analytic_dpm` in the run folder.
+
+    Returns:
+        The statistics and their folder; None on all processes but the first.
+
+    Raises:
+        DiffusersDPMError: the model, the data or the arguments cannot be used.
+    """
+    folder = result_folder(model, output_dir, "analytic_dpm")
+    pipeline = load_pipeline(model)
+    unet, scheduler = pipeline.unet, pipeline.scheduler
+    schedule = noise_schedule_of(scheduler)
+    if timesteps is not None and timesteps > len(schedule):
+        raise DiffusersDPMError(f"--timesteps {timesteps} is more than the model's {len(schedule)}")
+    accelerator = Accelerator(cpu=cpu)
+    with accelerator.main_process_first():  # which fills the cache of `datasets`
+        dataset = load_images(data, require_labels=is_conditional(unet), **images)
+    places = [round(t) for t in even(Grid(schedule, timesteps or len(schedule), len(schedule)))]
+    num_pairs = min(num_samples, len(dataset)) * len(places)
+    with tqdm(total=num_pairs, unit="call", desc="images x timesteps") as bar:
+        statistics = estimate_statistics(
+            unet.to(accelerator.device),
+            scheduler,
+            dataset,
+            num_samples,
+            timesteps=places,
+            batch_size=batch_size,
+            seed=seed,
+            accelerator=accelerator,
+            folder=folder / "partial",
+            progress=bar,
+        )
+    if not accelerator.is_main_process:
+        return None
+    facts = {"model": model, "data": data, "split": images.get("split", "train")}
+    statistics = dataclasses.replace(statistics, provenance={**statistics.provenance, **facts})
+    folder.mkdir(parents=True, exist_ok=True)
+    statistics.save(folder / "statistics.json")
+    statistics.scheduler(scheduler, timestep_spacing="linspace").save_pretrained(folder)
+    return statistics, folder
+
+
+class Fit(NamedTuple):
+    """All rows in the folder, the scheduler they were fitted for, and the numbers of steps that got none."""
+
+    calibration: Calibration
+    scheduler: Any
+    left_out: list[int]
+    folder: Path
+
+
+def calibrate_run(
+    model: str,
+    steps: Sequence[int] | None = None,
+    *,
+    num_images: int = 48,
+    teacher_steps: int = 200,
+    max_walks: int = 60,
+    guidance_scale: float | None = None,
+    batch_size: int = 64,
+    seed: int = 0,
+    cpu: bool = False,
+    output_dir: str | Path | None = None,
+) -> Fit | None:
+    """Fit rows to a model; writes scheduler_config.json and calibration.json, with the rows that are there already.
+
+    Args:
+        model: run folder or Hub id.
+        steps: numbers of steps; by default `calibration.STEPS`.
+        num_images, max_walks, guidance_scale, batch_size, seed: as `calibrate`.
+        teacher_steps: as `calibrate`; at most the model's number of timesteps.
+        cpu: use the CPU even if there is an accelerator.
+        output_dir: folder of the result; by default `calibrated` in the run folder.
+
+    Returns:
+        The rows; None on all processes but the first.
+
+    Raises:
+        DiffusersDPMError: the model or the arguments cannot be used, the folder holds rows of another model, or no
+            rows are better than those of DPM-Solver.
+    """
+    folder = result_folder(model, output_dir, "calibrated")
+    steps = list(steps or STEPS)
+    pipeline = load_pipeline(model)
+    earlier = earlier_calibration(folder, pipeline)
+    classifier = None if guidance_scale is None else load_classifier(model)
+    accelerator = Accelerator(cpu=cpu)
+    teacher_steps = min(teacher_steps, pipeline.scheduler.config.num_train_timesteps)
+    total = network_calls({*steps}, num_images, teacher_steps, max_walks)
+    with tqdm(total=total, unit="call", desc="images x timesteps") as bar:
+        fitted = calibrate(
+            pipeline.unet.to(accelerator.device),
+            pipeline.scheduler,
+            steps,
+            num_images=num_images,
+            teacher_steps=teacher_steps,
+            max_walks=max_walks,
+            classifier=classifier and classifier.to(accelerator.device),
+            guidance_scale=guidance_scale,
+            batch_size=batch_size,
+            seed=seed,
+            accelerator=accelerator,
+            folder=folder / "partial",
+            progress=bar,
+        )
+        bar.update(total - bar.n)  # a search that finds nothing better ends early
+    if not accelerator.is_main_process:
+        return None
+    left_out = sorted({*steps} - {len(table["timesteps"]) for table in fitted.tables})
+    if not fitted.tables:
+        raise DiffusersDPMError(
+            f"for {', '.join(map(str, left_out))} steps, DPM-Solver is as near to the teacher as fitted rows: nothing "
+            "written"
+        )
+    calibration = fitted if earlier is None else earlier.with_tables_of(fitted)
+    calibration.scheduler(pipeline.scheduler).save_pretrained(folder)
+    calibration.save(folder / "calibration.json")
+    return Fit(calibration, pipeline.scheduler, left_out, folder)
+
+
+def earlier_calibration(folder: Path, pipeline: DPMPipeline) -> Calibration | None:
+    """The rows that the folder holds from an earlier call, or None.
+
+    Raises:
+        DiffusersDPMError: rows for another network or noise schedule, or a damaged file.
+    """
+    if not (folder / "calibration.json").is_file():
+        return None
+    earlier = Calibration.load(folder / "calibration.json")
+    solver = solver_for(pipeline.scheduler)
+    conditions = {key: solver.config[key] for key in CONDITIONS}
+    empty = Calibration([], solver.schedule.hash, **conditions, weights=weights_hash(pipeline.unet))
+    try:
+        earlier.with_tables_of(empty)
+    except DiffusersDPMError as error:
+        raise DiffusersDPMError(
+            f"{folder} holds rows for another model ({str(error).rstrip('.')}): delete it, or choose another folder "
+            "with --output-dir"
+        ) from error
+    return earlier
