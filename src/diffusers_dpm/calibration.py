@@ -437,9 +437,9 @@ def calibrate(
     settings = {**conditions, **facts, "weights": weights, **fingerprints(noise, labels, arguments)}
     store = ResultStore(folder, settings, process=processes.rank)
     with evaluation_mode(*(part for part in (unet, classifier) if isinstance(part, torch.nn.Module))):
-        states = teacher_states(network, teacher, noise, store)
-        student = Student(network, teacher, states, num_images)
-        tables = fit_tables(student, scheduler, steps, max_walks, store)
+        saved = store.load_json()
+        student = Student(network, teacher, teacher_states(network, teacher, noise, store), num_images)
+        tables = fit_tables(student, scheduler, steps, max_walks, saved, store)
     processes.wait()
     if processes.is_main:
         store.delete()
@@ -531,10 +531,15 @@ def fingerprints(noise: torch.Tensor, labels: torch.Tensor | None, arguments: An
 
 
 def fit_tables(
-    student: Student, scheduler: Any, steps: Iterable[int], max_walks: int, store: ResultStore
+    student: Student,
+    scheduler: Any,
+    steps: Iterable[int],
+    max_walks: int,
+    tables: dict[str, dict[str, Any]],
+    store: ResultStore,
 ) -> list[dict[str, Any]]:
-    """`best_table` for each number of steps; those in the store are not fitted again."""
-    tables, solvers = store.load_json(), cache(partial(solver_for, scheduler))
+    """`best_table` for each number of steps that is not in `tables` yet; new ones are added, and stored."""
+    solvers = cache(partial(solver_for, scheduler))
     for n in steps:
         if str(n) not in tables:
             tables[str(n)] = best_table(student, solvers, n, max_walks)

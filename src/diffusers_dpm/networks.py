@@ -86,7 +86,9 @@ def image_shape(unet: Any, default: Sequence[int] | None = None) -> tuple[int, i
     config = getattr(unet, "config", {})
     size = config.get("sample_size") or default
     if size is None:
-        raise DiffusersDPMError("the network's config has no sample_size")
+        raise DiffusersDPMError(
+            "the network's config has no sample_size: give sample_shape=(C, H, W), or noise of that shape"
+        )
     height, width = (size, size) if isinstance(size, int) else size
     return config["in_channels"], height, width
 
