@@ -18,7 +18,8 @@ from ode_error import build
 from tqdm.auto import tqdm
 
 from diffusers_dpm import DPMSolverScheduler
-from diffusers_dpm.calibration import STARTS, Network, Student, Walk, initial_noise, solver_for, teacher_states
+from diffusers_dpm.calibration import STARTS, Network, Student, Walk, solver_for, teacher_states
+from diffusers_dpm.calibration_inputs import initial_noise
 from diffusers_dpm.records import ResultStore
 
 

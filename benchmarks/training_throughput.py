@@ -98,7 +98,7 @@ class OurLoop:
         stopwatch.watch(self.accelerator, "backward", "backward")
         stopwatch.watch(self.accelerator, "clip_grad_norm_", "clip")
         stopwatch.watch(self.state.optimizer, "step", "optimizer")
-        stopwatch.watch(self.state.ema, "step", "ema")
+        stopwatch.watch(self.state.ema, "update", "ema")
         stopwatch.watch(self.accelerator, "log", "log")
         stopwatch.watch(our_module.StepRecord, "check_finite", "log")
 

@@ -375,6 +375,17 @@ def test_images_that_are_not_finite_are_an_error(run, sample, capsys):
     assert not list(folder.glob("*.png"))
 
 
+def test_an_unknown_exception_keeps_its_type_and_traceback(run, tmp_path, monkeypatch):
+    def broken(self, seeds):
+        raise TypeError("a defect")
+
+    monkeypatch.setattr(sampling.Sampler, "draw", broken)
+    store = sampling.SampleFolder(tmp_path / "images", sampling.Sampler(DPMPipeline.from_pretrained(run), 4))
+    with pytest.raises(TypeError, match="a defect") as raised:
+        store.fill(range(2))
+    assert any(entry.name == "broken" for entry in raised.traceback)
+
+
 def test_network_calls_are_counted(run, tmp_path):
     pipeline = DPMPipeline.from_pretrained(run)
     pipeline.scheduler = HeunDiscreteScheduler.from_config(pipeline.scheduler.config)

@@ -547,6 +547,8 @@ def test_saving_is_exact(tmp_path, statistics):
     statistics.save(tmp_path / "statistics.json")
     assert PosteriorStatistics.load(tmp_path / "statistics.json") == statistics
     assert PosteriorStatistics.from_dict(json.loads(json.dumps(statistics.to_dict()))) == statistics
+    former = {"made" if key == "provenance" else key: value for key, value in statistics.to_dict().items()}
+    assert PosteriorStatistics.from_dict(former) == statistics
     assert statistics.num_images == 30
     assert statistics.provenance["dtype"] == "float64"
     for text in ("{", "[1, 2]", '{"residual": [1.0]}'):

@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator, DistributedType
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Sampler
 
@@ -97,6 +96,43 @@ class StepRecord:
                 raise NonFiniteLossError(f"the {name} is {value} at step {self.step}")
 
 
+class MovingAverage:
+    """An exponential moving average of a network's weights, held by a copy of the network in evaluation mode.
+
+    Args:
+        model: the network.
+        options: `EMAOptions`.
+
+    Attributes:
+        network: the copy.
+        num_updates: how often it was updated.
+        decay: of the last update; None before.
+    """
+
+    def __init__(self, model: torch.nn.Module, options: Any):
+        self.options = options
+        self.network = copy.deepcopy(model).eval().requires_grad_(False)
+        self.num_updates = 0
+        self.decay: float | None = None
+
+    def decay_at(self, update: int) -> float:
+        """Decay of an update, counted from 1: the first takes over the weights as they are."""
+        options, step = self.options, update - 1
+        if step < 1:
+            return 0.0
+        if not options.ema_warmup:
+            return options.ema_decay
+        return max(0.0, min(1 - (1 + step / options.ema_inv_gamma) ** -options.ema_power, options.ema_decay))
+
+    @torch.no_grad()
+    def update(self, weights: list[torch.Tensor]) -> None:
+        """average <- average - (1 - decay) (average - weights), for the parameters in their order."""
+        self.num_updates += 1
+        self.decay = self.decay_at(self.num_updates)
+        averages: list[torch.Tensor] = list(self.network.parameters())
+        torch._foreach_sub_(averages, torch._foreach_sub(averages, weights), alpha=1 - self.decay)
+
+
 class TrainingState:
     """All that training changes: weights, their moving average, AdamW's moments, learning rate, step count.
 
@@ -109,7 +145,7 @@ class TrainingState:
     Attributes:
         step: optimiser steps done, skipped ones included.
         model: the bare network with the raw weights.
-        ema_model: a network in evaluation mode that holds the average; None without EMA.
+        ema: the moving average; None without EMA.
         network: `model` as wrapped by accelerate, for training.
         loss_history: what timesteps are drawn by; None unless `timestep_sampling` is "loss-second-moment".
 
@@ -124,11 +160,8 @@ class TrainingState:
         self.accelerator = accelerator
         self.step = 0
         self.model = model.to(accelerator.device)
-        self.parameters = list(model.parameters())
-        self.ema_model: torch.nn.Module | None = None
-        self.ema: EMAModel | None = None
-        if options.ema:
-            self.ema_model, self.ema = average_of(model, options)
+        self.parameters: list[torch.Tensor] = list(model.parameters())
+        self.ema = MovingAverage(model, options) if options.ema else None
         self.loss_history = LossHistory(num_timesteps) if options.timestep_sampling == "loss-second-moment" else None
         optimizer = torch.optim.AdamW(
             self.parameters,
@@ -148,6 +181,11 @@ class TrainingState:
         )
         self.network, self.optimizer = accelerator.prepare(model, optimizer)
 
+    @property
+    def ema_model(self) -> torch.nn.Module | None:
+        """The network that holds the average, in evaluation mode; None without EMA."""
+        return None if self.ema is None else self.ema.network
+
     def update(self, max_grad_norm: float) -> torch.Tensor:
         """One optimiser step from the gradients at hand; returns their norm before clipping."""
         norm = self.accelerator.clip_grad_norm_(self.parameters, max_grad_norm or math.inf)
@@ -155,7 +193,7 @@ class TrainingState:
         if not self.optimizer.step_was_skipped:
             self.lr_scheduler.step()
             if self.ema is not None:
-                self.ema.step(self.parameters)
+                self.ema.update(self.parameters)
         self.optimizer.zero_grad()
         self.step += 1
         return norm
@@ -186,7 +224,7 @@ class TrainingState:
         scaler = self.accelerator.scaler
         numbers = {
             "step": self.step,
-            "ema_step": self.ema and self.ema.optimization_step,
+            "ema_step": self.ema and self.ema.num_updates,
             "param_groups": optimizer["param_groups"],
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": scaler and scaler.state_dict(),
@@ -208,26 +246,10 @@ class TrainingState:
             self.loss_history.load_state_dict(load_file(folder / "loss_history.safetensors"))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
-        if self.ema is not None and self.ema_model is not None:
-            self.ema_model.load_state_dict(load_file(ema_weights))
-            self.ema.optimization_step = numbers["ema_step"]
+        if self.ema is not None:
+            self.ema.network.load_state_dict(load_file(ema_weights))
+            self.ema.num_updates = numbers["ema_step"]
         self.step = numbers["step"]
-
-
-def average_of(model: torch.nn.Module, options: Any) -> tuple[torch.nn.Module, EMAModel]:
-    """A copy of `model` in evaluation mode, and the EMAModel that keeps the average of `model` in it."""
-    ema_model = copy.deepcopy(model).eval().requires_grad_(False)
-    ema = EMAModel(
-        [],
-        decay=options.ema_decay,
-        min_decay=0.0 if options.ema_warmup else options.ema_decay,
-        use_ema_warmup=options.ema_warmup,
-        inv_gamma=options.ema_inv_gamma,
-        power=options.ema_power,
-        foreach=True,
-    )
-    ema.shadow_params = list(ema_model.parameters())  # averaged in place: nothing to swap for sampling or saving
-    return ema_model, ema
 
 
 @lru_cache(maxsize=2)
@@ -389,7 +411,7 @@ def training_steps(
         record = StepRecord(
             step=state.step,
             learning_rate=learning_rate,
-            ema_decay=state.ema and state.ema.cur_decay_value,
+            ema_decay=None if state.ema is None else state.ema.decay,
             images_per_second=options.batch_size / (time.perf_counter() - started),
             skipped=state.optimizer.step_was_skipped,
             figures=torch.cat([loss_sums.sum()[None] / options.batch_size, gradient_norm[None], loss_sums / weights]),

@@ -161,7 +161,7 @@ class Trainer(ABC):
     def _warnings(self) -> list[str]:
         options, warnings = self.options, []
         if self.state.ema is not None:
-            horizon = 1 / (1 - self.state.ema.get_decay(options.max_train_steps))
+            horizon = 1 / (1 - self.state.ema.decay_at(options.max_train_steps))
             if horizon > options.max_train_steps:
                 warnings.append(
                     f"the EMA averages over {horizon:,.0f} steps, more than the run has: it will still hold early "

@@ -32,13 +32,22 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from diffusers_dpm.calibration_inputs import (
+    arguments_for,
+    fingerprints,
+    guidance_for,
+    initial_noise,
+    labels_for,
+    on_tensors,
+    placement,
+    weights_of,
+)
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.networks import NoProgress, Progress, noise_schedule_of
-from diffusers_dpm.pipelines.guidance import ClassifierGuidance, check_classifier, label_log_probability
-from diffusers_dpm.pipelines.networks import evaluation_mode, image_shape, is_conditional
+from diffusers_dpm.pipelines.guidance import ClassifierGuidance
+from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.processes import Processes
-from diffusers_dpm.random_streams import Stream, normal
-from diffusers_dpm.records import Record, ResultStore, fingerprint, provenance, weights_hash
+from diffusers_dpm.records import Record, ResultStore, provenance
 from diffusers_dpm.schedulers.noise_schedule import Level
 from diffusers_dpm.schedulers.plan import Update
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS, CalibratedScheduler
@@ -403,12 +412,8 @@ def calibrate(
     steps, seed = sorted({*steps}), int(seed)
     teacher_steps = min(teacher_steps, len(noise_schedule_of(scheduler)))
     check_numbers(steps, teacher_steps, num_images=num_images, batch_size=batch_size, seed=seed, max_walks=max_walks)
-    if (guidance_scale is not None) != (classifier is not None):
-        raise DiffusersDPMError("classifier and guidance_scale are given together or not at all.")
     if folder is not None and not isinstance(unet, torch.nn.Module):
-        raise DiffusersDPMError(
-            "folder is for a torch.nn.Module: a function cannot be known again after an interruption."
-        )
+        raise DiffusersDPMError("folder needs a torch.nn.Module: a function cannot be known again in a later call.")
     scale = None if guidance_scale is None else float(guidance_scale)
     teacher = solver_for(scheduler, timestep_spacing="quadratic")
     teacher.set_timesteps(teacher_steps)
@@ -428,19 +433,18 @@ def calibrate(
         "max_walks": max_walks,
         "dtype": str(network.dtype).removeprefix("torch."),
     }
-    weights = weights_of(unet)
-    settings = {**conditions, **facts, "weights": weights, **fingerprints(noise, labels, arguments)}
+    settings = {**conditions, **facts, "weights": weights_of(unet), **fingerprints(noise, labels, arguments)}
     store = ResultStore(folder, settings, process=processes.rank)
     with evaluation_mode(*(part for part in (unet, classifier) if isinstance(part, torch.nn.Module))):
-        states = teacher_states(network, teacher, noise, store)
-        student = Student(network, teacher, states, num_images)
-        tables = fit_tables(student, scheduler, steps, max_walks, store)
+        saved = store.load_json()
+        student = Student(network, teacher, teacher_states(network, teacher, noise, store), num_images)
+        tables = fit_tables(student, scheduler, steps, max_walks, saved, store)
     processes.wait()
     if processes.is_main:
         store.delete()
     better = [{**table, **guide} for table in tables if table["mean_error"] < table["solver_mean_error"]]
     facts["left_out"] = sorted({*steps} - {len(table["timesteps"]) for table in better})
-    return Calibration(tables=better, **conditions, weights=weights, provenance=provenance(**facts))
+    return Calibration(tables=better, **conditions, weights=settings["weights"], provenance=provenance(**facts))
 
 
 def check_numbers(
@@ -456,23 +460,16 @@ def check_numbers(
         )
 
 
-def fingerprints(noise: torch.Tensor, labels: torch.Tensor | None, arguments: Any) -> dict[str, str]:
-    """What identifies the inputs: a hash of all tensors, and the arguments with shapes in the place of tensors."""
-    tensors = [noise] if labels is None else [noise, labels]
-
-    def collected(tensor: torch.Tensor) -> list[int]:
-        tensors.append(tensor)
-        return list(tensor.shape)
-
-    shapes = on_tensors(collected, arguments)
-    return {"inputs": fingerprint(tensors), "network_kwargs": repr(shapes)}
-
-
 def fit_tables(
-    student: Student, scheduler: Any, steps: Iterable[int], max_walks: int, store: ResultStore
+    student: Student,
+    scheduler: Any,
+    steps: Iterable[int],
+    max_walks: int,
+    tables: dict[str, dict[str, Any]],
+    store: ResultStore,
 ) -> list[dict[str, Any]]:
-    """`best_table` for each number of steps; those in the store are not fitted again."""
-    tables, solvers = store.load_json(), cache(partial(solver_for, scheduler))
+    """`best_table` for each number of steps that is not in `tables` yet; new ones are added, and stored."""
+    solvers = cache(partial(solver_for, scheduler))
     for n in steps:
         if str(n) not in tables:
             tables[str(n)] = best_table(student, solvers, n, max_walks)
@@ -555,102 +552,3 @@ def teacher_states(
         if processes.is_main:
             store.save_values(states)
     return states.to(noise)
-
-
-# What a network is called with ---------------------------------------------------------------------------------------
-
-
-def initial_noise(unet: Any, sample_shape: Sequence[int] | None, num_images: int, seed: int) -> torch.Tensor:
-    """x_T, (num_images, C, H, W), on the network's device, in its precision but at least float32."""
-    shape = image_shape(unet) if sample_shape is None else sample_shape
-    noise = torch.stack([normal(shape, seed, Stream.CALIBRATION, image) for image in range(num_images)])
-    device, dtype = placement(unet)
-    return noise.to(device, torch.promote_types(dtype, torch.float32))
-
-
-def placement(unet: Any) -> tuple[torch.device, torch.dtype]:
-    """Device and type of the weights; a function without weights is given float32 on the CPU."""
-    weights = next(unet.parameters(), torch.zeros(())) if isinstance(unet, torch.nn.Module) else torch.zeros(())
-    return getattr(unet, "device", weights.device), getattr(unet, "dtype", weights.dtype)
-
-
-def labels_for(
-    unet: Any, classifier: Any, class_labels: Sequence[int] | torch.Tensor | None, num_images: int, seed: int
-) -> torch.Tensor | None:
-    """A label for each image, on the CPU; None if neither network nor classifier has classes."""
-    if classifier is None and not is_conditional(unet):
-        if class_labels is not None:
-            raise DiffusersDPMError(
-                "class_labels were given, but the network is unconditional and there is no classifier."
-            )
-        return None
-    if is_conditional(unet):
-        num_classes = unet.config.get("num_class_embeds")
-    else:
-        num_classes = getattr(classifier, "config", {}).get("num_classes")
-    if class_labels is None:
-        if num_classes is None:
-            raise DiffusersDPMError("no config has the number of classes: give class_labels.")
-        return torch.randint(num_classes, (num_images,), generator=torch.Generator().manual_seed(seed))
-    labels = repeated(torch.as_tensor(class_labels), num_images)
-    last = math.inf if num_classes is None else num_classes - 1
-    if labels.is_floating_point() or labels.ndim != 1 or labels.min() < 0 or labels.max() > last:
-        raise DiffusersDPMError(f"class_labels must be integers in 0 .. {last}, got {labels.tolist()[:8]}.")
-    return labels
-
-
-def arguments_for(
-    unet: Any, network_kwargs: Mapping[str, Any] | None, labels: torch.Tensor | None, noise: torch.Tensor
-) -> dict[str, Any]:
-    """The arguments of the network for all images: tensors have a row for each, on the device of `noise`."""
-    arguments = on_tensors(lambda rows: repeated(rows, len(noise), noise.device), {**(network_kwargs or {})})
-    if labels is None or not is_conditional(unet):
-        return arguments
-    if "class_labels" in arguments:
-        raise DiffusersDPMError("give class_labels by themselves, not among network_kwargs.")
-    return {**arguments, "class_labels": labels.to(noise.device)}
-
-
-def guidance_for(
-    classifier: Any,
-    scale: float | None,
-    unet: Any,
-    noise: torch.Tensor,
-    labels: torch.Tensor | None,
-    prediction_type: str,
-) -> Callable[[int, int], ClassifierGuidance] | None:
-    """`Network.guidance` by a classifier; None without a scale."""
-    if labels is None or scale is None:
-        return None
-    check_classifier(classifier, unet, noise, labels)
-
-    def guidance(start: int, end: int) -> ClassifierGuidance:
-        log_prob = label_log_probability(classifier, labels[start:end], noise.device)
-        return ClassifierGuidance(log_prob, prediction_type, scale)
-
-    return guidance
-
-
-def on_tensors(function: Callable[[torch.Tensor], Any], values: Any) -> Any:
-    """The function's result in place of each tensor in dicts, lists and tuples; anything else as it is."""
-    if isinstance(values, torch.Tensor):
-        return function(values)
-    if isinstance(values, dict):
-        return {key: on_tensors(function, value) for key, value in values.items()}
-    if isinstance(values, (list, tuple)):
-        return type(values)(on_tensors(function, value) for value in values)
-    return values
-
-
-def repeated(values: torch.Tensor, num_images: int, device: Any = None) -> torch.Tensor:
-    """`num_images` rows: those of `values`, repeated cyclically."""
-    if not values.ndim or not len(values):
-        raise DiffusersDPMError(
-            f"labels and network_kwargs hold a row for each image, got shape {tuple(values.shape)}."
-        )
-    return values[torch.arange(num_images) % len(values)].to(device)
-
-
-def weights_of(network: Any) -> str | None:
-    """SHA-256 of the weights; None for a function or no network."""
-    return weights_hash(network) if isinstance(network, torch.nn.Module) else None

