@@ -74,6 +74,24 @@ def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     return 1 - torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
 
 
+def betas_of(config: Any) -> torch.Tensor:
+    """The betas of a scheduler's config, float64.
+
+    Raises:
+        ValueError: an unknown `beta_schedule`, or another number of `trained_betas` than timesteps.
+    """
+    num, name = config.num_train_timesteps, config.beta_schedule
+    if config.trained_betas is not None:
+        betas = torch.as_tensor(config.trained_betas, dtype=torch.float64)
+        if len(betas) != num:
+            raise ValueError(f"trained_betas has {len(betas)} values but num_train_timesteps={num}.")
+    elif name in BETA_SCHEDULES:
+        betas = BETA_SCHEDULES[name](num, config.beta_start, config.beta_end)
+    else:
+        raise ValueError(unknown("beta_schedule", name, BETA_SCHEDULES))
+    return rescale_zero_terminal_snr(betas) if config.rescale_betas_zero_snr else betas
+
+
 class VPNoiseSchedule:
     """The forward process q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I) with alpha_t^2 + sigma_t^2 = 1, in float64.
 

@@ -90,14 +90,8 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
     """
 
     own_keys = (
-        "forward_process",
-        "eta",
-        "reverse_variance",
-        "posterior_variance_range",
-        "sigma_clip_steps",
-        "sigma_clip_pixels",
-        "spacing_power",
-        "missing_statistics",
+        *("forward_process", "eta", "reverse_variance", "posterior_variance_range", "missing_statistics"),
+        *("sigma_clip_steps", "sigma_clip_pixels", "spacing_power"),
     )
     spacings = (*LinearScheduler.spacings, "even", "power", "optimal")
 
@@ -127,12 +121,8 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         spacing_power: float = 2.0,
         missing_statistics: str = "error",
     ):
-        choices = {
-            "forward_process": FORWARD_PROCESSES,
-            "reverse_variance": REVERSE_VARIANCES,
-            "missing_statistics": ("error", "lower_bound"),
-        }
-        self._check_choices(choices)
+        self._check_choices({"forward_process": FORWARD_PROCESSES, "reverse_variance": REVERSE_VARIANCES})
+        self._check_choices({"missing_statistics": ("error", "lower_bound")})
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} must lie in 0 .. 1 (the variance of DDPM).")
         if reverse_variance == "large" and forward_process != "ddpm":

@@ -10,7 +10,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from .linear_scheduler import Device, Generators, LinearScheduler, LinearSchedulerOutput, Pair
+from .linear_scheduler import Device, Generators, LinearScheduler, LinearSchedulerOutput, Pair, Timesteps
 from .noise_schedule import CLEAN, Level
 from .plan import Update, ddim_mean, forward_step
 
@@ -74,7 +74,7 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         self,
         num_inference_steps: int | None = None,
         device: Device = None,
-        timesteps: Sequence[int] | Tensor | None = None,
+        timesteps: Timesteps | None = None,
         encode: bool = False,
     ) -> None:
         """As `LinearScheduler.set_timesteps`; `encode=True` walks the same grid upward, from an image to its noise.

@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .dpm_solver_rows import multistep_row, singlestep_rows
-from .linear_scheduler import Device, LinearScheduler
+from .linear_scheduler import Device, LinearScheduler, Timesteps
 from .noise_schedule import CLEAN, Level
 from .plan import Update
 from .timestep_grids import LAMBDA_SPACINGS, SPACINGS, Grid, lambda_grid, spread
@@ -83,7 +83,8 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
     - lower_order_final: below 15 steps the last two have orders 2 and 1. euler_at_final: the last one has order 1.
     - final_sigmas_type: zero ends at clean data, by a first-order step; sigma_min ends at the level of timestep 0.
     - timestep_spacing: linspace, leading, trailing as diffusers' DPM-Solver has them (n + 1 points, the lowest is left
-      out), quadratic, logsnr; or one of use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas, use_lu_lambdas.
+      out), quadratic and quad likewise, logsnr; or one of the flags use_karras_sigmas, use_exponential_sigmas,
+      use_beta_sigmas, use_lu_lambdas.
     - lambda_min_clipped: the walk starts at the first timestep not below it (cosine schedules: -5.1).
 
     and keys of ours:
@@ -111,13 +112,8 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
     """
 
     own_keys = (
-        "method",
-        "third_order_rule",
-        "denoise_to_zero",
-        "fractional_timesteps",
-        "step_plan",
-        "clip_sample",
-        "clip_sample_range",
+        *("method", "third_order_rule", "denoise_to_zero", "fractional_timesteps", "step_plan"),
+        *("clip_sample", "clip_sample_range"),
     )
 
     @register_to_config
@@ -197,7 +193,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         self,
         num_inference_steps: int | None = None,
         device: Device = None,
-        timesteps: Sequence[float] | torch.Tensor | None = None,
+        timesteps: Timesteps | None = None,
         sigmas: Sequence[float] | torch.Tensor | None = None,
         encode: bool = False,
         plan: Any = None,
@@ -256,14 +252,12 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         for key, value in own.items():
             if plan.get(key) != value:
                 raise ValueError(f"the plan was made for {key}={plan.get(key)!r}; this scheduler has {value!r}.")
-        damaged = "the plan is damaged: its timesteps must descend, and its orders sum up to their number."
         try:
-            times, orders, end = [float(t) for t in plan["timesteps"]], list(plan["orders"]), plan["end"]
-            fits = self._fits(times, orders, end)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(damaged) from error
+            fits = self._fits([float(t) for t in plan["timesteps"]], list(plan["orders"]), plan["end"])
+        except (KeyError, TypeError, ValueError):
+            fits = False
         if not fits:
-            raise ValueError(damaged)
+            raise ValueError("the plan is damaged: its timesteps must descend, and its orders sum up to their number.")
 
     def _fits(self, times: list[float], orders: list[int], end: float | None) -> bool:
         """Whether a walk of these timesteps in blocks of these orders is possible."""
@@ -272,7 +266,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         fits = sum(orders) == len(times) and {*orders} <= {1, 2, 3} and (end is not None or orders[-1:] == [1])
         return inside and descends and fits
 
-    def _explicit_grid(self, timesteps: Sequence[float] | torch.Tensor) -> list[Any]:
+    def _explicit_grid(self, timesteps: Timesteps) -> list[Any]:
         """Timesteps as they were given; real-valued ones if the config allows them."""
         if not self.config.fractional_timesteps:
             return super()._explicit_grid(timesteps)
@@ -296,9 +290,9 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
 
     def _spaced_grid(self, n: int) -> list[Any]:
         if not self.config.denoise_to_zero or n == 1:
-            nodes = self._spaced(n, self.config.final_sigmas_type == "sigma_min")
+            nodes = self._nodes(n, self.config.final_sigmas_type == "sigma_min")
         else:
-            nodes = [*self._spaced(n - 1, to_zero=True), 0]
+            nodes = [*self._nodes(n - 1, to_zero=True), 0]
         return self._distinct(nodes, self._num_levels)
 
     def _distinct(self, nodes: list[float], num_levels: int) -> list[Any]:
@@ -310,8 +304,11 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         integers = spread([round(t) for t in nodes], ceiling)
         return [float(t) for t in integers] if fractional else integers
 
-    def _spaced(self, n: int, to_zero: bool) -> list[float]:  # type: ignore[override]
-        """n descending timesteps from the noisiest level in use; `to_zero`: the walk ends at timestep 0, not in it."""
+    def _nodes(self, n: int, to_zero: bool) -> list[float]:
+        """n real-valued descending timesteps from the noisiest level in use.
+
+        `to_zero`: the walk ends at timestep 0, which is none of them.
+        """
         config, spacing, top = self.config, self._spacing, self._num_levels
         in_lambda = spacing in LAMBDA_SPACINGS
         if config.method == "singlestep_fixed":
@@ -334,9 +331,8 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         return torch.cat(parts if to_zero else [*parts, edges[-1:]])
 
     def _last_level(self) -> Level:
-        if self.config.final_sigmas_type == "zero" or self.config.denoise_to_zero:
-            return CLEAN
-        return self.schedule[0]
+        to_clean = self.config.final_sigmas_type == "zero" or self.config.denoise_to_zero
+        return CLEAN if to_clean else self.schedule[0]
 
     # The rows ----------------------------------------------------------------------------------------------------
 
