@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from abc import ABC, abstractmethod
+from importlib import import_module
 from pathlib import Path
 from statistics import fmean, harmonic_mean
 from typing import Any, ClassVar
@@ -68,6 +69,8 @@ class Trainer(ABC):
     def __init__(self, options: Any, run_folder: Path):
         self.run_folder, self.files = run_folder, RunFolder(run_folder)
         checkpoint = find_checkpoint(options, run_folder)
+        if options.log_with == "tensorboard":
+            import_module("tensorboard")  # now: accelerate would only warn that it is missing
         with user_error("accelerate"):
             self.accelerator = Accelerator(
                 cpu=options.cpu,
