@@ -182,4 +182,5 @@ def draw_grid(pipe: DPMPipeline, steps: int) -> Image.Image:
     """One framed sample for each of `SEEDS`; small images are enlarged, of many channels three are shown."""
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     drawn: Any = DPMPipeline(pipe.unet, scheduler)(seeds=SEEDS, num_inference_steps=steps, output_type="np")
-    return to_pil(image_grid(to_uint8(drawn.images), min_width=64, frame=(2, 2), frame_value=128))
+    grid = image_grid(to_uint8(drawn.images), min_width=64, frame=(2, 2), frame_value=128)
+    return to_pil(grid).convert("RGB")
