@@ -232,7 +232,7 @@ def test_features_that_are_not_there(classifier, tmp_path):
     with pytest.raises(ValueError, match="torch-fidelity"):
         load_features("inception", str(tmp_path / "weights.pth"))
     classifier.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="features.json"):
+    with pytest.raises(ValueError, match=r"features\.json"):
         load_features(str(tmp_path))
 
 
