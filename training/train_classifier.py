@@ -12,7 +12,7 @@ from typing import Any
 
 from diffusers import UNet2DModel
 
-from diffusers_dpm.data import ImageDataset, describe, load_data, load_held_out_data
+from diffusers_dpm.data import ImageDataset, describe
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.networks import load_pipeline
 from diffusers_dpm.pipelines import NoisyClassifier
@@ -20,11 +20,7 @@ from diffusers_dpm.pipelines.networks import image_shape
 from diffusers_dpm.records import atomic_folder, remove, write_json
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import DDPMScheduler
-from diffusers_dpm.training.classifier_accuracy import (
-    accuracy_by_noise_level,
-    accuracy_table,
-    plot_accuracy,
-)
+from diffusers_dpm.training.classifier_accuracy import accuracy_by_noise_level, accuracy_table, plot_accuracy
 from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS, build_classifier
 from diffusers_dpm.training.loss import ClassifierLoss
 from diffusers_dpm.training.options import ClassifierTrainingOptions
@@ -39,15 +35,9 @@ class ClassifierTrainer(Trainer):
         pipeline_folder: its scheduler gives the noise levels, its U-Net the shape of the images.
         options: what to train, on what and how.
 
-    Attributes:
-        eval_data: what accuracy is measured on at the end; None if the options name nothing.
-
     Raises:
         DiffusersDPMError: as `Trainer`; no pipeline in the folder; images, labels or class names that do not fit.
     """
-
-    weights = "classifier/diffusion_pytorch_model.safetensors"
-    conditional = True
 
     def __init__(self, pipeline_folder: str | Path, options: ClassifierTrainingOptions):
         self.folder = Path(pipeline_folder)
@@ -58,11 +48,8 @@ class ClassifierTrainer(Trainer):
         if self.model_run.classifier.exists() and not run_folder.exists() and not options.overwrite:
             raise DiffusersDPMError(f"{self.model_run.classifier} exists already; --overwrite replaces it")
         self.pipeline = load_pipeline(str(self.folder))
+        self.command = f"train-classifier {self.folder}"
         super().__init__(options, run_folder)
-
-    def _load_data(self) -> ImageDataset:
-        self.eval_data = load_held_out_data(self.options)
-        return load_data(self.options, require_labels=True)
 
     def _build(self) -> tuple[NoisyClassifier, ClassifierLoss]:
         data, unet = self.data, self.pipeline.unet
@@ -87,9 +74,6 @@ class ClassifierTrainer(Trainer):
         unmeasured = ["no --eval-split or --eval-data: held-out accuracy will not be measured"]
         return super()._warnings() + ([] if self.eval_data else unmeasured)
 
-    def _save_model(self, folder: Path) -> None:
-        self.model.save_pretrained(RunFolder(folder).classifier)
-
     def _finish(self) -> str:
         """Write the classifier and its held-out accuracy beside the pipeline."""
         if self.accelerator.is_main_process:
@@ -105,11 +89,7 @@ class ClassifierTrainer(Trainer):
     def _measure(self, data: ImageDataset) -> None:
         options = self.options
         result = accuracy_by_noise_level(
-            self.model,
-            data,
-            self.loss.schedule,
-            draws=options.eval_draws,
-            batch_size=options.batch_size,
+            self.model, data, self.loss.schedule, draws=options.eval_draws, batch_size=options.batch_size
         )
         source = {"data": options.eval_data or options.data, "split": options.eval_split or options.split}
         record, picture = self._accuracy_files()
@@ -121,11 +101,7 @@ class ClassifierTrainer(Trainer):
         return [self.model_run.classifier_accuracy, self.model_run.classifier_plot]
 
     def _outputs(self) -> list[Path]:
-        training = [self.files.checkpoints, self.files.logs, self.files.options]
-        return [self.model_run.classifier, *self._accuracy_files(), *training]
-
-    def _resume_command(self) -> str:
-        return f"diffusers-dpm train-classifier {self.folder} {self.files.options} --resume"
+        return [self.model_run.classifier, *self._accuracy_files(), *super()._outputs()]
 
 
 def train_classifier(pipeline_folder: str | Path, options: ClassifierTrainingOptions) -> Path:
