@@ -645,7 +645,7 @@ def test_pickles_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (MS_EPS[:500], r"has shape \(500,\); wanted are 1000 values, or 1001"),
+        (MS_EPS[:500], r"has shape \(500,\), not 1000 values or 1001"),
         (MS_EPS[None], r"shape \(1, 1000\)"),
         (-MS_EPS, "negative or not finite"),
         (np.full(1000, np.nan), "negative or not finite"),

@@ -31,17 +31,9 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
-from diffusers_dpm.calibration_inputs import (
-    arguments_for,
-    fingerprints,
-    guidance_for,
-    initial_noise,
-    labels_for,
-    on_tensors,
-    placement,
-    weights_of,
-)
+from diffusers_dpm import calibration_inputs as inputs
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.networks import NoProgress, Progress, noise_schedule_of
 from diffusers_dpm.pipelines.guidance import ClassifierGuidance
@@ -62,7 +54,8 @@ SOLVERS: tuple[dict[str, Any], ...] = tuple(
     {"timestep_spacing": spacing, "solver_order": order}
     for spacing, order in product((*STARTS, "trailing", FITTED), (1, 2, 3))
 )
-Tensors = tuple[torch.Tensor, ...]
+Tensors = tuple[Tensor, ...]
+Table = dict[str, Any]  # see `Calibration.tables`
 Solvers = Callable[..., DPMSolverScheduler]  # `solver_for` of one scheduler, cached by its options
 NO_TENSORS: Tensors = ()
 MAX_HISTORY = 4
@@ -85,7 +78,7 @@ class Calibration(Record):
         prediction_type, clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: of
             the scheduler that they were fitted for.
         weights: SHA-256 of the network's weights; None if unknown.
-        provenance: how they were made; for people, nothing depends on it.
+        provenance: of the tables; for people, nothing depends on it.
 
     Raises:
         DiffusersDPMError: tables without the keys that sampling needs.
@@ -93,7 +86,7 @@ class Calibration(Record):
 
     title: ClassVar[str] = "calibration"
 
-    tables: list[dict[str, Any]]
+    tables: list[Table]
     schedule_hash: str
     prediction_type: str
     clip_sample: bool
@@ -126,9 +119,8 @@ class Calibration(Record):
         """
         scales = [table["guidance_scale"] for table in self.tables]
         options = {"guidance_scale": None if None in scales or not scales else min(scales), **options}
-        if (
-            scheduler.config.get("timestep_spacing") not in CalibratedScheduler.spacings
-        ):  # AnalyticDPMScheduler has more
+        # AnalyticDPMScheduler has more.
+        if scheduler.config.get("timestep_spacing") not in CalibratedScheduler.spacings:
             options = {"timestep_spacing": "linspace", **options}
         calibrated = CalibratedScheduler.from_config(scheduler.config, **options)
         calibrated.set_calibration(self)
@@ -176,9 +168,9 @@ class Walk(NamedTuple):
 
     places: list[int]
     rows: list[Update]
-    states: list[tuple[torch.Tensor, Tensors]]
-    predictions: list[torch.Tensor]
-    distances: torch.Tensor
+    states: list[tuple[Tensor, Tensors]]
+    predictions: list[Tensor]
+    distances: Tensor
 
 
 @dataclass
@@ -205,7 +197,7 @@ class Network:
     progress: Progress = field(default_factory=NoProgress)
     dtype: torch.dtype = torch.float32
 
-    def __call__(self, x: torch.Tensor, t: int, level: Level, first: int = 0) -> torch.Tensor:
+    def __call__(self, x: Tensor, t: int, level: Level, first: int = 0) -> Tensor:
         """x_0 of images `first`, first + 1, ... from their x_t, (B, C, H, W)."""
         total = torch.zeros_like(x)
         for number, start in enumerate(range(0, len(x), self.batch_size)):
@@ -218,8 +210,8 @@ class Network:
             raise DiffusersDPMError(f"the network's predictions are not finite at timestep {t}.")
         return total
 
-    def _predict(self, x: torch.Tensor, t: int, level: Level, first: int) -> torch.Tensor:
-        own = on_tensors(lambda rows: rows[first : first + len(x)], self.arguments)
+    def _predict(self, x: Tensor, t: int, level: Level, first: int) -> Tensor:
+        own = inputs.on_tensors(lambda rows: rows[first : first + len(x)], self.arguments)
         output = self.unet(x.to(self.dtype), torch.tensor(t, device=x.device), **own)
         output, _ = self.scheduler.split_output(getattr(output, "sample", output), x)
         if self.guidance is not None:
@@ -238,13 +230,13 @@ class Student:
         num_images: of each.
     """
 
-    def __init__(self, network: Network, teacher: DPMSolverScheduler, states: torch.Tensor, num_images: int):
+    def __init__(self, network: Network, teacher: DPMSolverScheduler, states: Tensor, num_images: int):
         self.network, self.states, self.num_images = network, states, num_images
         self.timesteps: list[int] = teacher.timesteps.tolist()
         self.levels = teacher.levels
         self.solvers = {order: DPMSolverScheduler.from_config(teacher.config, solver_order=order) for order in (1, 2)}
 
-    def distances(self, x: torch.Tensor, first: int = 0) -> torch.Tensor:
+    def distances(self, x: Tensor, first: int = 0) -> Tensor:
         """RMS over the pixels of images `first`, first + 1, ..., to the teacher's."""
         distances = (x - self.states[-1, first : first + len(x)]).double().square().flatten(1).mean(dim=1).sqrt()
         return torch.tensor(self.network.processes.first(distances.tolist()), dtype=torch.float64)
@@ -277,8 +269,8 @@ class Student:
         if earlier is not None and len(earlier.distances) == num_images:
             same = next((i for i, pair in enumerate(zip(earlier.places, places, strict=True)) if len({*pair}) > 1), 0)
         rows: list[Update] = []
-        states: list[tuple[torch.Tensor, Tensors]] = []
-        predictions: list[torch.Tensor] = []
+        states: list[tuple[Tensor, Tensors]] = []
+        predictions: list[Tensor] = []
         x, x0s = self.states[0, :num_images], NO_TENSORS
         priors = self.priors(places, history)
         for i, place in enumerate(places):
@@ -296,7 +288,7 @@ class Student:
             x = rows[-1].apply(x, x0s)
         return Walk(list(places), rows, states, predictions, self.distances(x))
 
-    def follow(self, solver: DPMSolverScheduler) -> torch.Tensor:
+    def follow(self, solver: DPMSolverScheduler) -> Tensor:
         """Distances of the images for the report under a multistep solver in x_0 form whose timesteps are set."""
         first = 2 * self.num_images
         x, x0s = self.states[0, first:], NO_TENSORS
@@ -336,7 +328,7 @@ class Student:
         return walk
 
 
-def fit_row(terms: Sequence[torch.Tensor], target: torch.Tensor, prior: Sequence[float], ridge: float) -> list[float]:
+def fit_row(terms: Sequence[Tensor], target: Tensor, prior: Sequence[float], ridge: float) -> list[float]:
     """The factors w that minimise |target - sum_j w_j terms_j|^2 + ridge sum_j |terms_j|^2 (w_j - prior_j)^2.
 
     Args:
@@ -367,7 +359,7 @@ def calibrate(
     num_images: int = 48,
     teacher_steps: int = 200,
     max_walks: int = 60,
-    class_labels: Sequence[int] | torch.Tensor | None = None,
+    class_labels: Sequence[int] | Tensor | None = None,
     classifier: Any = None,
     guidance_scale: float | None = None,
     network_kwargs: Mapping[str, Any] | None = None,
@@ -393,7 +385,7 @@ def calibrate(
         class_labels: (3 num_images,), or fewer, which are repeated; for a class-conditional network or `classifier`.
             Default: drawn by the seed.
         classifier: guides, as in `DPMPipeline`.
-        guidance_scale: of the classifier, and given with it.
+        guidance_scale: of the classifier; both or neither.
         network_kwargs: further arguments of the network, such as encoder_hidden_states; tensors, in dicts and lists
             too, hold a row for each of the 3 num_images images, or fewer, which are repeated.
         sample_shape: (C, H, W), if the network's config does not say.
@@ -401,8 +393,8 @@ def calibrate(
         seed: of the noise.
         accelerator: an `accelerate.Accelerator` whose processes share the work, with the network on its device.
         folder: keeps the teacher's states, teacher_steps + 1 times the size of all noises, and finished tables, from
-            which the same call goes on after an interruption; for a `torch.nn.Module`, which is known again by its
-            weights. Deleted when done.
+            which the same call goes on after an interruption; for a `torch.nn.Module`, whose weights identify it.
+            Deleted when done.
         progress: gets `update(n)` for n images in a network call, at most `network_calls(...)` in all.
 
     Raises:
@@ -413,18 +405,18 @@ def calibrate(
     teacher_steps = min(teacher_steps, len(noise_schedule_of(scheduler)))
     check_numbers(steps, teacher_steps, num_images=num_images, batch_size=batch_size, seed=seed, max_walks=max_walks)
     if folder is not None and not isinstance(unet, torch.nn.Module):
-        raise DiffusersDPMError("folder needs a torch.nn.Module: a function cannot be known again in a later call.")
+        raise DiffusersDPMError("folder needs a torch.nn.Module: nothing identifies a function in a later call.")
     scale = None if guidance_scale is None else float(guidance_scale)
     teacher = solver_for(scheduler, timestep_spacing="quadratic")
     teacher.set_timesteps(teacher_steps)
-    noise = initial_noise(unet, sample_shape, 3 * num_images, seed)
-    labels = labels_for(unet, classifier, class_labels, len(noise), seed)
-    arguments = arguments_for(unet, network_kwargs, labels, noise)
-    guidance = guidance_for(classifier, scale, unet, noise, labels, teacher.config.prediction_type)
+    noise = inputs.initial_noise(unet, sample_shape, 3 * num_images, seed)
+    labels = inputs.labels_for(unet, classifier, class_labels, len(noise), seed)
+    arguments = inputs.arguments_for(unet, network_kwargs, labels, noise)
+    guidance = inputs.guidance_for(classifier, scale, unet, noise, labels, teacher.config.prediction_type)
     processes, progress = Processes(accelerator), NoProgress() if progress is None else progress
-    network = Network(unet, teacher, arguments, guidance, batch_size, processes, progress, placement(unet)[1])
+    network = Network(unet, teacher, arguments, guidance, batch_size, processes, progress, inputs.placement(unet)[1])
     conditions = {"schedule_hash": teacher.schedule.hash, **{key: teacher.config[key] for key in CONDITIONS}}
-    guide = {"guidance_scale": scale, "classifier": weights_of(classifier)}
+    guide = {"guidance_scale": scale, "classifier": inputs.weights_of(classifier)}
     facts: dict[str, Any] = {
         **guide,
         "seed": seed,
@@ -433,7 +425,7 @@ def calibrate(
         "max_walks": max_walks,
         "dtype": str(network.dtype).removeprefix("torch."),
     }
-    settings = {**conditions, **facts, "weights": weights_of(unet), **fingerprints(noise, labels, arguments)}
+    settings = {**conditions, **facts, **inputs.fingerprints(unet, noise, labels, arguments)}
     store = ResultStore(folder, settings, process=processes.rank)
     with evaluation_mode(*(part for part in (unet, classifier) if isinstance(part, torch.nn.Module))):
         saved = store.load_json()
@@ -461,13 +453,8 @@ def check_numbers(
 
 
 def fit_tables(
-    student: Student,
-    scheduler: Any,
-    steps: Iterable[int],
-    max_walks: int,
-    tables: dict[str, dict[str, Any]],
-    store: ResultStore,
-) -> list[dict[str, Any]]:
+    student: Student, scheduler: Any, steps: list[int], max_walks: int, tables: dict[str, Table], store: ResultStore
+) -> list[Table]:
     """`best_table` for each number of steps that is not in `tables` yet; new ones are added, and stored."""
     solvers = cache(partial(solver_for, scheduler))
     for n in steps:
@@ -478,7 +465,7 @@ def fit_tables(
     return [tables[str(n)] for n in steps]
 
 
-def best_table(student: Student, solvers: Solvers, num_steps: int, max_walks: int) -> dict[str, Any]:
+def best_table(student: Student, solvers: Solvers, num_steps: int, max_walks: int) -> Table:
     """The table of `num_steps` steps, and what it is compared with; see `Calibration.tables`."""
     starts = set()
     for spacing in STARTS:
@@ -503,25 +490,24 @@ def best_table(student: Student, solvers: Solvers, num_steps: int, max_walks: in
     }
 
 
-def best_solver(student: Student, solvers: Solvers, timesteps: list[int]) -> tuple[dict[str, Any], torch.Tensor]:
+def best_solver(student: Student, solvers: Solvers, timesteps: list[int]) -> tuple[dict[str, Any], Tensor]:
     """(options, distances) of the one of `SOLVERS` that comes nearest, in as many steps, on the report's own images.
 
     So the comparison favours the solvers: nothing of a table is chosen on these images.
     """
     tried = []
     for options in SOLVERS:
-        spacing, order = options["timestep_spacing"], options["solver_order"]
-        if spacing == FITTED:
-            solver = solvers(solver_order=order)
+        if options["timestep_spacing"] == FITTED:
+            solver = solvers(solver_order=options["solver_order"])
             solver.set_timesteps(timesteps=timesteps)
         else:
-            solver = solvers(timestep_spacing=spacing, solver_order=order)
+            solver = solvers(**options)
             solver.set_timesteps(len(timesteps))
         tried.append((options, student.follow(solver)))
     return min(tried, key=lambda pair: pair[1].mean().item())
 
 
-def errors(rms: str, mean: str, distances: torch.Tensor) -> dict[str, float]:
+def errors(rms: str, mean: str, distances: Tensor) -> dict[str, float]:
     return {rms: distances.square().mean().sqrt().item(), mean: distances.mean().item()}
 
 
@@ -532,9 +518,7 @@ def solver_for(scheduler: Any, **options: Any) -> DPMSolverScheduler:
     return DPMSolverScheduler.from_config({key: config[key] for key in keys}, **options)
 
 
-def teacher_states(
-    network: Network, teacher: DPMSolverScheduler, noise: torch.Tensor, store: ResultStore
-) -> torch.Tensor:
+def teacher_states(network: Network, teacher: DPMSolverScheduler, noise: Tensor, store: ResultStore) -> Tensor:
     """x at each of the teacher's levels, (timesteps + 1, images, C, H, W)."""
     states, processes = store.load_values((len(teacher.levels), *noise.shape), noise.dtype), network.processes
     processes.wait()  # until all have read what is written next

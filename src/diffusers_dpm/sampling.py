@@ -87,10 +87,8 @@ def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
 def parse_value(text: str) -> Any:
     """JSON, Python's True, False and None, or else the text itself."""
     words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
     try:
-        return json.loads(text)
+        return words[text.lower()] if text.lower() in words else json.loads(text)
     except json.JSONDecodeError:
         return text
 
@@ -163,7 +161,7 @@ def fitted_steps(
 
     Raises:
         ValueError: there are no rows of that scale, or they say that they were fitted to another network, or under
-            guidance by another classifier than the one given; names `where` they are.
+            guidance by another classifier; names `where` they are.
     """
     calibration = scheduler.calibration
     if calibration is None or not scheduler.available_steps:
@@ -238,19 +236,15 @@ class Sampler:
             ValueError: as the pipeline; an image that is not finite.
         """
         labels = self.class_labels and [self.class_labels[seed % len(self.class_labels)] for seed in seeds]
-        calls = 0
-
-        def count(*_: Any) -> None:
-            nonlocal calls
-            calls += 1
-
-        name, handle = scheduler_name(self.pipeline.scheduler), self.pipeline.unet.register_forward_hook(count)
+        calls: list[None] = []
+        handle = self.pipeline.unet.register_forward_hook(lambda *_: calls.append(None))
+        name = scheduler_name(self.pipeline.scheduler)
         try:
             with user_error(name):
                 output: Any = self.pipeline(
                     seeds=seeds,
                     num_inference_steps=self.num_inference_steps,
-                    class_labels=None if labels is None else list(labels),
+                    class_labels=labels,
                     guidance_scale=self.guidance_scale,
                     output_type="np",
                 )
@@ -260,7 +254,7 @@ class Sampler:
         if broken:
             raise DiffusersDPMError(f"{name}: {broken} of {len(seeds)} images are not finite")
         drawn = None if output.class_labels is None else output.class_labels.tolist()
-        return to_uint8(output.images), drawn, calls
+        return to_uint8(output.images), drawn, len(calls)
 
 
 def carried_hash(scheduler: Any, num_inference_steps: int | None) -> str | None:
@@ -300,9 +294,7 @@ class SampleFolder:
             raise DiffusersDPMError(
                 f"PNG files have 1 or 3 channels, these images have {channels}: write an .npz file"
             )
-        self.folder = folder
-        self.sampler = sampler
-        self.suffix = suffix
+        self.folder, self.sampler, self.suffix = folder, sampler, suffix
 
     def path(self, seed: int) -> Path:
         return self.folder / f"{seed:06d}{self.suffix}"
