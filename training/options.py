@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from diffusers_dpm.options import DataSourceOptions, check_ranges
+from diffusers_dpm.options import DataSourceOptions
 
 
 PresetName = Literal["digits-8x8", "28x28", "cifar10-small", "cifar10-ddpm", "64x64"]
@@ -305,9 +305,6 @@ class TrainingOptions(
     eval_data: ClassVar[None] = None
     eval_split: ClassVar[None] = None
 
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
 
 def values_of(options: Any, group: type) -> dict[str, Any]:
     """The values of the options of one group, by name."""
@@ -329,9 +326,6 @@ class ClassifierTrainingOptions(
 
     class_dropout_prob: ClassVar[float] = 0.0  # every image keeps its label
 
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
 
 @dataclass(kw_only=True)
 class FeatureTrainingOptions(
@@ -348,6 +342,3 @@ class FeatureTrainingOptions(
     """Options of `diffusers-dpm train-features`; raises as `TrainingOptions`."""
 
     class_dropout_prob: ClassVar[float] = 0.0
-
-    def __post_init__(self) -> None:
-        check_ranges(self)

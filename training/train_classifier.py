@@ -15,8 +15,7 @@ from diffusers import UNet2DModel
 from diffusers_dpm.data import ImageDataset, describe
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.networks import load_pipeline
-from diffusers_dpm.pipelines import NoisyClassifier
-from diffusers_dpm.pipelines.networks import image_shape
+from diffusers_dpm.pipelines import NoisyClassifier, image_shape
 from diffusers_dpm.records import atomic_folder, remove, write_json
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import DDPMScheduler

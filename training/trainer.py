@@ -17,14 +17,7 @@ from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, user_err
 from diffusers_dpm.options import flag
 from diffusers_dpm.records import atomic_folder, read_json, remove, write_json
 from diffusers_dpm.run_folder import RunFolder
-from diffusers_dpm.training.checkpoints import (
-    TRAINER_STATE,
-    checkpoint_folder,
-    find_checkpoint,
-    last_checkpoint,
-    prune_checkpoints,
-    remove_incomplete,
-)
+from diffusers_dpm.training import checkpoints
 from diffusers_dpm.training.loop import Loss, StepRecord, TrainingState, batch_shares, training_steps
 
 
@@ -65,7 +58,7 @@ class Trainer(ABC):
 
     def __init__(self, options: Any, run_folder: Path):
         self.run_folder, self.files = run_folder, RunFolder(run_folder)
-        checkpoint = find_checkpoint(options, run_folder)
+        checkpoint = checkpoints.find_checkpoint(options, run_folder)
         if options.log_with == "tensorboard":
             import_module("tensorboard")  # now: accelerate would only warn that it is missing
         with user_error("accelerate"):
@@ -168,7 +161,7 @@ class Trainer(ABC):
 
     def _load(self, checkpoint: Path) -> None:
         """Take over a checkpoint, after checking that it is of the same run."""
-        folder = checkpoint / TRAINER_STATE
+        folder = checkpoint / checkpoints.TRAINER_STATE
         saved = read_json(RunFolder(folder).options)
         self._check_unchanged(saved["options"], checkpoint)
         for name, value in self._facts().items():
@@ -202,7 +195,7 @@ class Trainer(ABC):
                 for path in self._outputs():
                     remove(path)
             self.run_folder.mkdir(parents=True, exist_ok=True)
-            remove_incomplete(self.run_folder)
+            checkpoints.remove_incomplete(self.run_folder)
             write_json(self.files.options, saved_options(self.options))
         self.accelerator.wait_for_everyone()
         config = {name: str(value) for name, value in saved_options(self.options).items()}
@@ -224,7 +217,7 @@ class Trainer(ABC):
                         record.check_finite()
                         self._checkpoint()
             except NonFiniteLossError as error:
-                good = last_checkpoint(self.run_folder)
+                good = checkpoints.last_checkpoint(self.run_folder)
                 hint = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
                 raise NonFiniteLossError(f"{error}; {hint}") from error
 
@@ -252,12 +245,12 @@ class Trainer(ABC):
         """Save the step's model and trainer state, then delete what is beyond the limit."""
         step = self.state.step
         if self.accelerator.is_main_process and step != self.checkpointed_step:
-            with atomic_folder(checkpoint_folder(self.run_folder, step)) as folder:
+            with atomic_folder(checkpoints.checkpoint_folder(self.run_folder, step)) as folder:
                 self._save_model(folder)
-                self.state.save(folder / TRAINER_STATE)
+                self.state.save(folder / checkpoints.TRAINER_STATE)
                 about = {"options": saved_options(self.options), **self._facts()}
-                write_json(RunFolder(folder / TRAINER_STATE).options, about)
-            prune_checkpoints(self.run_folder, self.options.checkpoints_total_limit)
+                write_json(RunFolder(folder / checkpoints.TRAINER_STATE).options, about)
+            checkpoints.prune_checkpoints(self.run_folder, self.options.checkpoints_total_limit)
         self.checkpointed_step = step
         self.accelerator.wait_for_everyone()
 

@@ -22,20 +22,21 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.pipelines.networks import evaluation_mode, image_shape
+from diffusers_dpm.pipelines import evaluation_mode, image_shape
 from diffusers_dpm.pipelines.pipeline_dpm import draw_labels, make_generators
 from diffusers_dpm.records import Record, provenance
+from diffusers_dpm.schedulers import CLEAN, DPMSolverScheduler, Level
 from diffusers_dpm.schedulers.dpm_solver_rows import first_order, singlestep_rows
-from diffusers_dpm.schedulers.noise_schedule import CLEAN, Level
-from diffusers_dpm.schedulers.scheduling_dpm_solver import ALGORITHM_TYPES, SOLVER_TYPES, DPMSolverScheduler
+from diffusers_dpm.schedulers.scheduling_dpm_solver import ALGORITHM_TYPES, SOLVER_TYPES
 from diffusers_dpm.schedulers.timestep_grids import spread
 
 
 ATOL = 0.0078  # 2 / 256: one grey level of an image in [-1, 1]
 RTOL = 0.05
-Predicted = tuple[torch.Tensor, torch.Tensor]  # (x_0, epsilon)
+Predicted = tuple[Tensor, Tensor]  # (x_0, epsilon)
 
 
 class Node(NamedTuple):
@@ -59,14 +60,12 @@ class Step(NamedTuple):
 
     s: Level
     t: Level
-    previous: torch.Tensor
-    lower: torch.Tensor
-    higher: torch.Tensor
+    previous: Tensor
+    lower: Tensor
+    higher: Tensor
 
 
-def scaled_error(
-    lower: torch.Tensor, higher: torch.Tensor, previous: torch.Tensor, atol: float, rtol: float
-) -> torch.Tensor:
+def scaled_error(lower: Tensor, higher: Tensor, previous: Tensor, atol: float, rtol: float) -> Tensor:
     """Elementwise (higher - lower) / max(atol, rtol max(|lower|, |previous|)); Lu et al. 2022a, appendix C."""
     return (higher - lower) / (rtol * torch.maximum(lower.abs(), previous.abs())).clamp_min(atol)
 
@@ -139,7 +138,7 @@ class AdaptiveResult:
         end: timestep at which the path ends; None for clean data.
     """
 
-    sample: torch.Tensor
+    sample: Tensor
     num_calls: int
     num_accepted: int
     num_rejected: int
@@ -169,7 +168,7 @@ class Integrator:
         DiffusersDPMError: an order or a number out of range.
     """
 
-    predict: Callable[[torch.Tensor, Node], Predicted]
+    predict: Callable[[Tensor, Node], Predicted]
     node_at: Callable[[float], Node]
     algorithm_type: str
     solver_type: str
@@ -191,7 +190,7 @@ class Integrator:
             if not 0 < getattr(self, name) < math.inf:
                 raise DiffusersDPMError(f"{name}={getattr(self, name)} must be positive.")
 
-    def __call__(self, x: torch.Tensor, start: float, end: float, to_clean: bool) -> AdaptiveResult:
+    def __call__(self, x: Tensor, start: float, end: float, to_clean: bool) -> AdaptiveResult:
         """x from lambda `start` to lambda `end`, and on to clean data by one step of first order if `to_clean`.
 
         Raises:
@@ -245,13 +244,13 @@ class Integrator:
             end=None if to_clean else here.t,
         )
 
-    def _trial(self, x: torch.Tensor, nodes: list[Node], opening: Predicted) -> tuple[torch.Tensor, torch.Tensor]:
+    def _trial(self, x: Tensor, nodes: list[Node], opening: Predicted) -> tuple[Tensor, Tensor]:
         """(solution of one order less, solution) at nodes[-1] from x at nodes[0], where the network said `opening`."""
         levels = [node.level for node in nodes]
         *stages, final = singlestep_rows(self.algorithm_type, self.solver_type, levels)
         lower = singlestep_rows(self.algorithm_type, self.solver_type, [*levels[:-2], levels[-1]])[-1]
-        x0s: tuple[torch.Tensor, ...] = opening[:1]
-        epsilons: tuple[torch.Tensor, ...] = opening[1:]
+        x0s: tuple[Tensor, ...] = opening[:1]
+        epsilons: tuple[Tensor, ...] = opening[1:]
         for row, node in zip(stages, nodes[1:-1], strict=True):
             x0, epsilon = self.predict(row.apply(x, x0s, epsilons), node)
             x0s, epsilons = (x0, *x0s), (epsilon, *epsilons)
@@ -274,9 +273,9 @@ class Integrator:
 
 @torch.no_grad()
 def integrate_adaptive(
-    model: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    model: Callable[[Tensor, Tensor], Tensor],
     scheduler: DPMSolverScheduler,
-    x_T: torch.Tensor,
+    x_T: Tensor,
     *,
     order: int = 3,
     controller: str | Controller = "reference",
@@ -322,7 +321,7 @@ def integrate_adaptive(
         t = schedule.timestep_of(torch.tensor(lambda_, dtype=torch.float64)).item()
         return Node(t, schedule.level(t))
 
-    def predict(x: torch.Tensor, node: Node) -> Predicted:
+    def predict(x: Tensor, node: Node) -> Predicted:
         """Converts, clips and thresholds as the scheduler's `step` does."""
         output = model(x.to(x_T.dtype), torch.tensor(node.t, dtype=x.dtype, device=x.device))
         output = output.to(x.dtype, copy=True)  # the network may write to its own buffer again
@@ -379,12 +378,8 @@ class StepPlan(Record):
 
     def scheduler(self, scheduler: Any) -> DPMSolverScheduler:
         """A scheduler with the config of `scheduler` that walks the plan when it is asked for `num_calls` steps."""
-        return DPMSolverScheduler.from_config(
-            scheduler.config,
-            algorithm_type=self.algorithm_type,
-            solver_type=self.solver_type,
-            step_plan=self.to_dict(),
-        )
+        forms = {"algorithm_type": self.algorithm_type, "solver_type": self.solver_type}
+        return DPMSolverScheduler.from_config(scheduler.config, step_plan=self.to_dict(), **forms)
 
 
 def plan_timesteps(
@@ -395,7 +390,7 @@ def plan_timesteps(
     order: int = 3,
     seeds: Iterable[int] | None = None,
     generator: torch.Generator | None = None,
-    class_labels: Sequence[int] | torch.Tensor | None = None,
+    class_labels: Sequence[int] | Tensor | None = None,
     network_kwargs: Mapping[str, Any] | None = None,
     fractional: bool = True,
     **options: Any,
@@ -471,8 +466,8 @@ def _pilot(
     num_images: int,
     seeds: list[int] | None,
     generator: torch.Generator | None,
-    class_labels: Sequence[int] | torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    class_labels: Sequence[int] | Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
     """(x_T, class labels or None) of the pilot images: what `DPMPipeline` starts from with these seeds."""
     if num_images < 1 or (seeds is not None and len(seeds) != num_images):
         raise DiffusersDPMError(

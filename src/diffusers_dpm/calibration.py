@@ -36,14 +36,11 @@ from torch import Tensor
 from diffusers_dpm import calibration_inputs as inputs
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.networks import NoProgress, Progress, noise_schedule_of
-from diffusers_dpm.pipelines.guidance import ClassifierGuidance
-from diffusers_dpm.pipelines.networks import evaluation_mode
+from diffusers_dpm.pipelines import ClassifierGuidance, evaluation_mode
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import Record, ResultStore, provenance
-from diffusers_dpm.schedulers.noise_schedule import Level
-from diffusers_dpm.schedulers.plan import Update
-from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS, CalibratedScheduler
-from diffusers_dpm.schedulers.scheduling_dpm_solver import DPMSolverScheduler
+from diffusers_dpm.schedulers import CalibratedScheduler, DPMSolverScheduler, Level, Update
+from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
 
 
 STEPS = (4, 5, 6, 8, 10, 15, 20)
@@ -415,7 +412,7 @@ def calibrate(
     guidance = inputs.guidance_for(classifier, scale, unet, noise, labels, teacher.config.prediction_type)
     processes, progress = Processes(accelerator), NoProgress() if progress is None else progress
     network = Network(unet, teacher, arguments, guidance, batch_size, processes, progress, inputs.placement(unet)[1])
-    conditions = {"schedule_hash": teacher.schedule.hash, **{key: teacher.config[key] for key in CONDITIONS}}
+    conditions = conditions_of(teacher)
     guide = {"guidance_scale": scale, "classifier": inputs.weights_of(classifier)}
     facts: dict[str, Any] = {
         **guide,
@@ -516,6 +513,11 @@ def solver_for(scheduler: Any, **options: Any) -> DPMSolverScheduler:
     config = CalibratedScheduler.from_config(scheduler.config, timestep_spacing="linspace").config
     keys = signature(CalibratedScheduler.__init__).parameters.keys() & config.keys()
     return DPMSolverScheduler.from_config({key: config[key] for key in keys}, **options)
+
+
+def conditions_of(solver: DPMSolverScheduler) -> dict[str, Any]:
+    """What tables depend on: the fields of `Calibration` from `schedule_hash` to `sample_max_value`."""
+    return {"schedule_hash": solver.schedule.hash, **{key: solver.config[key] for key in CONDITIONS}}
 
 
 def teacher_states(network: Network, teacher: DPMSolverScheduler, noise: Tensor, store: ResultStore) -> Tensor:

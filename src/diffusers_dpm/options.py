@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 import tyro
 import yaml
 
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, user_error
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -41,6 +41,9 @@ class DataSourceOptions:
     """1 for grey, 3 for RGB, another number, or auto: as stored"""
     cache_gigabytes: float = 1.0
     """decoded data up to this size stays in memory"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 # Options (several names in a string), the test of a value or of each of a list's, and what an error asks for.
@@ -145,10 +148,8 @@ def option_groups(options: type) -> list[Any]:
 
 def read_options_file(path: Path, items: Sequence[dataclasses.Field[Any]]) -> list[str]:
     """The file's options as command-line arguments, so that both are checked by the same rules."""
-    try:
+    with user_error(f"cannot read options from {path}", OSError, yaml.YAMLError):
         values = yaml.safe_load(path.read_text())  # JSON is YAML
-    except (OSError, yaml.YAMLError) as error:
-        raise DiffusersDPMError(f"cannot read options from {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise DiffusersDPMError(f"{path} must hold one 'option: value' per line")
     names, arguments = [item.name for item in items], []

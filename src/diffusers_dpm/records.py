@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, user_error
 
 
 Tensors = dict[str, torch.Tensor]
@@ -67,10 +67,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         DiffusersDPMError: the file cannot be read or holds no object.
     """
-    try:
+    with user_error(f"cannot read {path}", OSError):
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DiffusersDPMError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise DiffusersDPMError(f"{path} must hold a JSON object")
     return values

@@ -77,5 +77,4 @@ class RunFolder:
 
 
 PARTS = [part for part in vars(RunFolder).values() if isinstance(part, Part)]
-OPTIONS_FILE = RunFolder.options.name
 EXTRAS = {part.name: part.extra for part in PARTS if part.extra is not None}

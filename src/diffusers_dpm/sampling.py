@@ -24,6 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 from diffusers_dpm.calibration import fitted_weights
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.images import image_grid, to_pil, to_uint8
+from diffusers_dpm.networks import load_extra
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import ResultStore, atomic_file, short_hash, weights_hash
 from diffusers_dpm.run_folder import EXTRAS
@@ -114,28 +115,13 @@ def build_scheduler(
     config = pipeline.scheduler.config
     subfolder = next((key for key, extra in EXTRAS.items() if extra.cls is scheduler_class), None)
     if subfolder is not None:
-        saved = load_beside(model, subfolder)
+        saved = load_extra(model, subfolder)
         config = saved.config
         if scheduler_class is CalibratedScheduler:
             steps = fitted_steps(saved, pipeline.unet, f"{model}/{subfolder}", pipeline.classifier)
             options = {"guidance_scale": guidance_scale, **options} if guidance_scale in steps else options
-    try:
+    with user_error(name, AttributeError, NotImplementedError, RuntimeError, TypeError):  # diffusers raises all
         return scheduler_class.from_config(config, **options)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # diffusers raises all
-        raise DiffusersDPMError(f"{name}: {error}") from error
-
-
-def load_beside(model: str, subfolder: str) -> Any:
-    """The scheduler beside a model's pipeline. Raises DiffusersDPMError, naming the command that makes it."""
-    extra = EXTRAS[subfolder]
-    try:
-        return extra.cls.from_pretrained(model, subfolder=subfolder)
-    except OSError as error:
-        if (Path(model) / subfolder / extra.cls.config_name).exists():
-            raise DiffusersDPMError(f"{model}/{subfolder} cannot be read ({error})") from error
-        raise DiffusersDPMError(
-            f"{model} has no {subfolder}: 'diffusers-dpm {extra.command} {model}' makes it"
-        ) from error
 
 
 def check_options(name: str, scheduler_class: type[SchedulerMixin], options: dict[str, Any]) -> None:

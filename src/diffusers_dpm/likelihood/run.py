@@ -170,7 +170,7 @@ def find_statistics(model: str, folder: str | None) -> AnalyticDPMScheduler | No
             raise DiffusersDPMError(f"no statistics in {folder}: it holds no scheduler_config.json")
         return AnalyticDPMScheduler.from_pretrained(folder)
     try:
-        return AnalyticDPMScheduler.from_pretrained(model, subfolder="analytic_dpm")
+        return AnalyticDPMScheduler.from_pretrained(model, subfolder=RunFolder.analytic_dpm.name)
     except OSError:
         return None
 
