@@ -54,7 +54,12 @@ class ClassifierTrainer(Trainer):
         data, unet = self.data, self.pipeline.unet
         self.num_classes = self.options.num_classes or data.num_classes
         for images in (data, self.eval_data or data):
-            check_shape(images, unet)
+            shape = image_shape(unet, images.shape[1:])
+            if images.shape != shape:
+                raise DiffusersDPMError(
+                    f"the pipeline's U-Net is for {describe(shape)}, the data is {describe(images.shape)}; "
+                    "--resolution and --channels convert it"
+                )
             check_labels(images, self.num_classes)
             if images.class_names != data.class_names:
                 raise DiffusersDPMError(
@@ -75,14 +80,12 @@ class ClassifierTrainer(Trainer):
 
     def _finish(self) -> str:
         """Write the classifier and its held-out accuracy beside the pipeline."""
-        if self.accelerator.is_main_process:
-            with atomic_folder(self.model_run.classifier) as folder:
-                self.model.save_pretrained(folder)
-            for path in self._accuracy_files():  # of an earlier classifier
-                remove(path)
-            if self.eval_data is not None:
-                self._measure(self.eval_data)
-        self.accelerator.wait_for_everyone()
+        with atomic_folder(self.model_run.classifier) as folder:
+            self.model.save_pretrained(folder)
+        for path in self._accuracy_files():  # of an earlier classifier
+            remove(path)
+        if self.eval_data is not None:
+            self._measure(self.eval_data)
         return f"the classifier is {self.model_run.classifier}"
 
     def _measure(self, data: ImageDataset) -> None:
@@ -127,16 +130,6 @@ def build_network(
     return build_classifier(
         config, data.shape, num_classes, id2label=id2label, pool=options.pool, dropout=options.dropout
     )
-
-
-def check_shape(data: ImageDataset, unet: UNet2DModel) -> None:
-    """Raise DiffusersDPMError for images of another shape than the U-Net's."""
-    shape = image_shape(unet, data.shape[1:])
-    if data.shape != shape:
-        raise DiffusersDPMError(
-            f"the pipeline's U-Net is for {describe(shape)}, the data is {describe(data.shape)}; "
-            "--resolution and --channels convert it"
-        )
 
 
 def check_labels(data: ImageDataset, num_classes: int) -> None:

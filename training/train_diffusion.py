@@ -71,12 +71,10 @@ class DiffusionTrainer(Trainer):
 
     def _finish(self) -> str:
         """Make the run folder itself the trained pipeline."""
-        if self.accelerator.is_main_process:
-            temporary = self.run_folder / f"{TEMPORARY}pipeline"
-            self._save_model(temporary)
-            flush_tree(temporary)
-            move_children(temporary, self.run_folder)
-        self.accelerator.wait_for_everyone()
+        temporary = self.run_folder / f"{TEMPORARY}pipeline"
+        self._save_model(temporary)
+        flush_tree(temporary)
+        move_children(temporary, self.run_folder)
         return f"the pipeline is {self.run_folder}"
 
     def _outputs(self) -> list[Path]:

@@ -62,19 +62,17 @@ class FeatureTrainer(Trainer):
             schedule, batch_size = self.loss.schedule, options.batch_size
             result = accuracy_by_noise_level(self.model, self.eval_data, schedule, draws=1, batch_size=batch_size)
             accuracy = result["clean"]["accuracy"]
-        if self.accelerator.is_main_process:
-            about = {
-                "trained_on": {"data": options.data, "split": options.split, "images": "clean"},
-                "num_features": options.num_features,
-                "sha256": weights_hash(self.model),
-                "held_out_accuracy": accuracy,
-            }
-            staged = self.run_folder / "model"
-            with atomic_folder(staged) as folder:
-                self.model.save_pretrained(folder)
-                write_json(folder / FEATURES_FILE, about)
-            move_children(staged, self.folder)
-        self.accelerator.wait_for_everyone()
+        about = {
+            "trained_on": {"data": options.data, "split": options.split, "images": "clean"},
+            "num_features": options.num_features,
+            "sha256": weights_hash(self.model),
+            "held_out_accuracy": accuracy,
+        }
+        staged = self.run_folder / "model"
+        with atomic_folder(staged) as folder:
+            self.model.save_pretrained(folder)
+            write_json(folder / FEATURES_FILE, about)
+        move_children(staged, self.folder)
         shown = "" if accuracy is None else f", accuracy on held-out images {accuracy:.1%}"
         return f"the features are in {self.folder}{shown}"
 

@@ -90,7 +90,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def _finish(self) -> str:
-        """Leave what the run is for; called by all processes at the end. Returns a line about it."""
+        """Leave what the run is for; called by the main process at the end. Returns a line about it."""
 
     def _outputs(self) -> list[Path]:
         """All that the run writes, and what was made from its model: what `--overwrite` deletes."""
@@ -112,7 +112,8 @@ class Trainer(ABC):
             try:
                 self._train()
                 self._checkpoint()
-                done = self._finish()
+                done = self._finish() if self.accelerator.is_main_process else ""
+                self.accelerator.wait_for_everyone()
             finally:
                 self.state.release_network()
                 self.accelerator.end_training()
@@ -163,12 +164,17 @@ class Trainer(ABC):
         """Take over a checkpoint, after checking that it is of the same run."""
         folder = checkpoint / checkpoints.TRAINER_STATE
         saved = read_json(RunFolder(folder).options)
-        self._check_unchanged(saved["options"], checkpoint)
+        may_change = MAY_CHANGE | ({"max_train_steps"} if self.options.lr_scheduler == "constant" else set())
+        for name, value in saved_options(self.options).items():
+            earlier = saved["options"].get(name)
+            if name not in may_change and earlier != value:
+                raise DiffusersDPMError(
+                    f"{flag(name)} was {earlier} and now is {value}: a resumed run keeps it ({checkpoint}; "
+                    f"'diffusers-dpm {self.command} {self.files.options} --resume' keeps all options)"
+                )
         for name, value in self._facts().items():
             if saved.get(name) != value:
-                raise DiffusersDPMError(
-                    f"{checkpoint} was trained with the {name} {saved.get(name)}, now it is {value}"
-                )
+                raise DiffusersDPMError(f"{checkpoint} was trained with the {name} {saved.get(name)}, now {value}")
         self.state.load(folder, checkpoint / self.weights)
         self.checkpointed_step = self.state.step
         if self.state.step > self.options.max_train_steps:
@@ -177,16 +183,6 @@ class Trainer(ABC):
     def _facts(self) -> dict[str, Any]:
         """What the weights depend on beside the options, as JSON."""
         return {"data": f"{len(self.data)} images of {describe(self.data.shape)}"}
-
-    def _check_unchanged(self, saved: dict[str, Any], checkpoint: Path) -> None:
-        """Raise DiffusersDPMError for the first option that would make the resumed run another one."""
-        may_change = MAY_CHANGE | ({"max_train_steps"} if self.options.lr_scheduler == "constant" else set())
-        for name, value in saved_options(self.options).items():
-            if name not in may_change and saved.get(name) != value:
-                raise DiffusersDPMError(
-                    f"{flag(name)} was {saved.get(name)} and now is {value}: a resumed run keeps it ({checkpoint}; "
-                    f"'diffusers-dpm {self.command} {self.files.options} --resume' keeps all options)"
-                )
 
     def _open_run_folder(self) -> None:
         self.accelerator.wait_for_everyone()  # all have looked at the folder before it changes

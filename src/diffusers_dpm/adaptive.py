@@ -425,14 +425,15 @@ def plan_timesteps(
     options = {"rtol": tolerance, "atol": tolerance * ATOL / RTOL, "order": order, **options}
     with evaluation_mode(unet):
         result = integrate_adaptive(lambda x, t: unet(x, t, **conditioning).sample, scheduler, noise, **options)
-    timesteps, end = _network_timesteps(result.timesteps, result.end, len(scheduler.schedule), fractional)
+    path = [*result.timesteps, *([] if result.end is None else [result.end])]
+    path = _network_timesteps(path, len(scheduler.schedule), fractional)
     return StepPlan(
         schedule_hash=scheduler.schedule.hash,
         algorithm_type=ALGORITHM_TYPES[scheduler.config.algorithm_type],
         solver_type=SOLVER_TYPES[scheduler.config.solver_type],
-        timesteps=timesteps,
+        timesteps=path[: len(result.timesteps)],
         orders=result.orders,
-        end=end,
+        end=None if result.end is None else path[-1],
         tolerance=tolerance,
         provenance=provenance(
             pilot_images=num_pilot_images,
@@ -444,21 +445,16 @@ def plan_timesteps(
     )
 
 
-def _network_timesteps(
-    timesteps: list[float], end: float | None, num_train_timesteps: int, fractional: bool
-) -> tuple[list[float], float | None]:
-    """(timesteps of the network calls, the end): float32 values, or distinct integers."""
-    path = timesteps if end is None else [*timesteps, end]
+def _network_timesteps(path: list[float], num_train_timesteps: int, fractional: bool) -> list[float]:
+    """The timesteps as float32 values, or as distinct integers."""
     if fractional:
-        path = torch.tensor(path, dtype=torch.float32).tolist()
-    else:
-        if len(path) > num_train_timesteps:
-            raise DiffusersDPMError(
-                f"{len(path)} steps do not fit into {num_train_timesteps} integer timesteps: ask for a larger "
-                "tolerance, or fractional=True."
-            )
-        path = [*spread([round(t) for t in path], num_train_timesteps)]
-    return (path, None) if end is None else (path[:-1], path[-1])
+        return torch.tensor(path, dtype=torch.float32).tolist()
+    if len(path) > num_train_timesteps:
+        raise DiffusersDPMError(
+            f"{len(path)} steps do not fit into {num_train_timesteps} integer timesteps: ask for a larger tolerance, "
+            "or fractional=True."
+        )
+    return [*spread([round(t) for t in path], num_train_timesteps)]
 
 
 def _pilot(

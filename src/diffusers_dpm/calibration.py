@@ -238,12 +238,6 @@ class Student:
         distances = (x - self.states[-1, first : first + len(x)]).double().square().flatten(1).mean(dim=1).sqrt()
         return torch.tensor(self.network.processes.first(distances.tolist()), dtype=torch.float64)
 
-    def priors(self, places: Sequence[int], history: int) -> list[list[float]]:
-        """The rows of DPM-Solver++, of second order if the history allows, for these timesteps: [sample, x0, ...]."""
-        solver = self.solvers[min(history, 2)]
-        solver.set_timesteps(timesteps=[self.timesteps[place] for place in places])
-        return [[row.sample, *row.x0] for row in solver.updates]
-
     def fit(
         self,
         places: list[int],
@@ -269,7 +263,8 @@ class Student:
         states: list[tuple[Tensor, Tensors]] = []
         predictions: list[Tensor] = []
         x, x0s = self.states[0, :num_images], NO_TENSORS
-        priors = self.priors(places, history)
+        solver = self.solvers[min(history, 2)]
+        solver.set_timesteps(timesteps=[self.timesteps[place] for place in places])
         for i, place in enumerate(places):
             if earlier is not None and i < same:
                 (x, x0s), x0 = earlier.states[i], earlier.predictions[i]
@@ -280,8 +275,9 @@ class Student:
             x0s = (x0, *x0s)[:history]
             target = self.states[places[i + 1] if i + 1 < len(places) else -1]
             terms = [term[: self.num_images] for term in (x, *x0s)]
-            factors = self.network.processes.first(fit_row(terms, target[: self.num_images], priors[i], ridge))
-            rows.append(Update(sample=factors[0], x0=tuple(factors[1:])))
+            prior = [solver.updates[i].sample, *solver.updates[i].x0]
+            sample, *factors = self.network.processes.first(fit_row(terms, target[: self.num_images], prior, ridge))
+            rows.append(Update(sample=sample, x0=tuple(factors)))
             x = rows[-1].apply(x, x0s)
         return Walk(list(places), rows, states, predictions, self.distances(x))
 
