@@ -1,7 +1,7 @@
 """Options of the training commands: flat dataclasses, filled from the command line or one YAML or JSON file."""
 
-from dataclasses import dataclass, fields
-from typing import Annotated, Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -304,11 +304,6 @@ class TrainingOptions(
     random_crop: ClassVar[bool] = False
     eval_data: ClassVar[None] = None
     eval_split: ClassVar[None] = None
-
-
-def values_of(options: Any, group: type) -> dict[str, Any]:
-    """The values of the options of one group, by name."""
-    return {item.name: getattr(options, item.name) for item in fields(group)}
 
 
 @dataclass(kw_only=True)

@@ -14,11 +14,12 @@ from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.hub.publish import check_repo_id, publish
 from diffusers_dpm.hub.upload import PublishError, log_in
 from diffusers_dpm.images import image_grid, to_uint8
+from diffusers_dpm.options import values_of
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import TEMPORARY, flush_tree, move_children
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.training.loss import DenoisingLoss
-from diffusers_dpm.training.options import LossOptions, NoiseScheduleOptions, TrainingOptions, values_of
+from diffusers_dpm.training.options import LossOptions, NoiseScheduleOptions, TrainingOptions
 from diffusers_dpm.training.trainer import Trainer, is_due
 from diffusers_dpm.training.unet_presets import PRESETS, build_unet, choose_preset, read_config
 
@@ -61,9 +62,14 @@ class DiffusionTrainer(Trainer):
         return run
 
     def _build(self) -> tuple[UNet2DModel, DenoisingLoss]:
-        self.scheduler = build_scheduler(self.options)
-        options, schedule = self.options, self.scheduler.schedule
-        loss = DenoisingLoss(schedule, options.prediction_type, **values_of(options, LossOptions))
+        options = self.options
+        with user_error("noise schedule"):
+            self.scheduler = DDPMScheduler(
+                **values_of(options, NoiseScheduleOptions),
+                # A process that ends in pure noise must be sampled from its very last timestep.
+                timestep_spacing="trailing" if options.rescale_betas_zero_snr else "leading",
+            )
+        loss = DenoisingLoss(self.scheduler.schedule, options.prediction_type, **values_of(options, LossOptions))
         return build_network(self.data, options), loss
 
     def _save_model(self, folder: Path) -> None:
@@ -118,16 +124,6 @@ def sample_grid(images: np.ndarray) -> np.ndarray:
 def train(options: TrainingOptions) -> Path:
     """Train as `options` say; returns the run folder. Raises as `DiffusionTrainer` does."""
     return DiffusionTrainer(options).run()
-
-
-def build_scheduler(options: TrainingOptions) -> DDPMScheduler:
-    """The sampler that is saved with the model; it holds the forward process of the training."""
-    with user_error("noise schedule"):
-        return DDPMScheduler(
-            **values_of(options, NoiseScheduleOptions),
-            # A process that ends in pure noise must be sampled from its very last timestep.
-            timestep_spacing="trailing" if options.rescale_betas_zero_snr else "leading",
-        )
 
 
 def build_network(data: ImageDataset, options: TrainingOptions) -> UNet2DModel:

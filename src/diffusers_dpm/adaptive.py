@@ -458,11 +458,7 @@ def _network_timesteps(path: list[float], num_train_timesteps: int, fractional: 
 
 
 def _pilot(
-    unet: Any,
-    num_images: int,
-    seeds: list[int] | None,
-    generator: torch.Generator | None,
-    class_labels: Sequence[int] | Tensor | None,
+    unet: Any, num_images: int, seeds: list[int] | None, generator: torch.Generator | None, class_labels: Any
 ) -> tuple[Tensor, Tensor | None]:
     """(x_T, class labels or None) of the pilot images: what `DPMPipeline` starts from with these seeds."""
     if num_images < 1 or (seeds is not None and len(seeds) != num_images):

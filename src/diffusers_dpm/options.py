@@ -99,6 +99,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def values_of(options: Any, group: type) -> dict[str, Any]:
+    """The values of the options of one group, by name."""
+    return {item.name: getattr(options, item.name) for item in dataclasses.fields(group)}
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """'; did you mean ...?', or nothing if no name is near."""
     near = difflib.get_close_matches(name, list(names), n=1)

@@ -138,10 +138,7 @@ def check_options(name: str, scheduler_class: type[SchedulerMixin], options: dic
 
 
 def fitted_steps(
-    scheduler: CalibratedScheduler,
-    unet: torch.nn.Module,
-    where: str | Path,
-    classifier: torch.nn.Module | None = None,
+    scheduler: CalibratedScheduler, unet: torch.nn.Module, where: str | Path, classifier: torch.nn.Module | None = None
 ) -> dict[float | None, list[int]]:
     """Guidance scale (None: without) -> the numbers of steps that there are rows for. The config's own scale is first.
 
@@ -376,11 +373,7 @@ class SampleFolder:
 
 
 def save_images(
-    sampler: Sampler,
-    seeds: Sequence[int],
-    output: str | Path,
-    batch_size: int = 64,
-    accelerator: Accelerator | None = None,
+    sampler: Sampler, seeds: Sequence[int], output: str | Path, batch_size: int, accelerator: Accelerator
 ) -> list[Path]:
     """Draw the images of the seeds into a folder of PNG files, or one .npz or .png file. An interrupted call goes on.
 
@@ -395,8 +388,7 @@ def save_images(
     Raises:
         DiffusersDPMError: as `SampleFolder.fill`; the file exists.
     """
-    output, accelerator = Path(output), accelerator or Accelerator()
-    kind = output.suffix.lower()
+    output, kind = Path(output), Path(output).suffix.lower()
     packed = kind in (".npz", ".png")
     if packed and output.exists():
         raise DiffusersDPMError(f"{output} exists already")
