@@ -366,15 +366,14 @@ def training_steps(
     accelerator = state.accelerator
     num_timesteps = len(loss.schedule)
     shares = batch_shares(options, accelerator)
-    batches = iter(
-        DataLoader(
-            data,
-            sampler=MicroBatches(len(data), options, state.step, shares),
-            batch_size=None,  # the sampler yields batches
-            num_workers=0 if data.in_memory else options.dataloader_num_workers,  # they only decode
-            pin_memory=accelerator.device.type == "cuda",
-        )
+    loader = DataLoader(
+        data,
+        sampler=MicroBatches(len(data), options, state.step, shares),
+        batch_size=None,  # the sampler yields batches
+        num_workers=0 if data.in_memory else options.dataloader_num_workers,  # they only decode
+        pin_memory=accelerator.device.type == "cuda",
     )
+    batches = iter(loader)
     state.network.train()
     record = None
     while state.step < options.max_train_steps:

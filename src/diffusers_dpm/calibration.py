@@ -158,15 +158,13 @@ class Walk(NamedTuple):
     Attributes:
         places: of its timesteps among the teacher's.
         rows: one for each.
-        states: (x, predictions before, newest first) in which each row found it.
-        predictions: what the network said there.
+        states: (x, predictions, newest first) to which each row applies.
         distances: RMS distance of each image to the teacher's, (B,).
     """
 
     places: list[int]
     rows: list[Update]
     states: list[tuple[Tensor, Tensors]]
-    predictions: list[Tensor]
     distances: Tensor
 
 
@@ -255,31 +253,27 @@ class Student:
             earlier: a walk with the same history and ridge, whose first steps are taken over as far as they agree.
             num_images: walked; by default those of fitting and searching.
         """
-        num_images = num_images or 2 * self.num_images
-        same = 0
+        num_images, same = num_images or 2 * self.num_images, 0
         if earlier is not None and len(earlier.distances) == num_images:
             same = next((i for i, pair in enumerate(zip(earlier.places, places, strict=True)) if len({*pair}) > 1), 0)
         rows: list[Update] = []
         states: list[tuple[Tensor, Tensors]] = []
-        predictions: list[Tensor] = []
         x, x0s = self.states[0, :num_images], NO_TENSORS
         solver = self.solvers[min(history, 2)]
         solver.set_timesteps(timesteps=[self.timesteps[place] for place in places])
         for i, place in enumerate(places):
             if earlier is not None and i < same:
-                (x, x0s), x0 = earlier.states[i], earlier.predictions[i]
+                x, x0s = earlier.states[i]
             else:
-                x0 = self.network(x, self.timesteps[place], self.levels[place])
+                x0s = (self.network(x, self.timesteps[place], self.levels[place]), *x0s)[:history]
             states.append((x, x0s))
-            predictions.append(x0)
-            x0s = (x0, *x0s)[:history]
             target = self.states[places[i + 1] if i + 1 < len(places) else -1]
             terms = [term[: self.num_images] for term in (x, *x0s)]
             prior = [solver.updates[i].sample, *solver.updates[i].x0]
             sample, *factors = self.network.processes.first(fit_row(terms, target[: self.num_images], prior, ridge))
             rows.append(Update(sample=sample, x0=tuple(factors)))
             x = rows[-1].apply(x, x0s)
-        return Walk(list(places), rows, states, predictions, self.distances(x))
+        return Walk(list(places), rows, states, self.distances(x))
 
     def follow(self, solver: DPMSolverScheduler) -> Tensor:
         """Distances of the images for the report under a multistep solver in x_0 form whose timesteps are set."""

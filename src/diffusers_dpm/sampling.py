@@ -220,19 +220,15 @@ class Sampler:
         """
         labels = self.class_labels and [self.class_labels[seed % len(self.class_labels)] for seed in seeds]
         calls: list[None] = []
-        handle = self.pipeline.unet.register_forward_hook(lambda *_: calls.append(None))
         name = scheduler_name(self.pipeline.scheduler)
-        try:
-            with user_error(name):
-                output: Any = self.pipeline(
-                    seeds=seeds,
-                    num_inference_steps=self.num_inference_steps,
-                    class_labels=labels,
-                    guidance_scale=self.guidance_scale,
-                    output_type="np",
-                )
-        finally:
-            handle.remove()
+        with self.pipeline.unet.register_forward_hook(lambda *_: calls.append(None)), user_error(name):
+            output: Any = self.pipeline(
+                seeds=seeds,
+                num_inference_steps=self.num_inference_steps,
+                class_labels=labels,
+                guidance_scale=self.guidance_scale,
+                output_type="np",
+            )
         broken = len(seeds) - int(np.isfinite(output.images).all(axis=(1, 2, 3)).sum())
         if broken:
             raise DiffusersDPMError(f"{name}: {broken} of {len(seeds)} images are not finite")
