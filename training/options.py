@@ -208,15 +208,7 @@ class RunFolderOptions:
     """run folder"""
 
     output_dir: str
-    """run folder, which becomes the trained pipeline"""
-
-
-@dataclass(kw_only=True)
-class FeatureFolderOptions(RunFolderOptions):
-    """run folder"""
-
-    output_dir: str
-    """folder of the features"""
+    """folder of the run, which becomes the trained pipeline or features"""
 
 
 @dataclass(kw_only=True)
@@ -325,7 +317,7 @@ class ClassifierTrainingOptions(
 @dataclass(kw_only=True)
 class FeatureTrainingOptions(
     DataOptions,
-    FeatureFolderOptions,
+    RunFolderOptions,
     FeatureOptions,
     AugmentationOptions,
     FeatureOptimizationOptions,

@@ -92,6 +92,5 @@ def features_config(shape: Sequence[int], num_features: int) -> dict[str, Any]:
 
 def train_features(options: FeatureTrainingOptions) -> Path:
     """Train as `options` say; returns the output folder. Raises as `FeatureTrainer` does."""
-    trainer = FeatureTrainer(options)
-    trainer.run()
-    return trainer.folder
+    FeatureTrainer(options).run()
+    return Path(options.output_dir)

@@ -70,6 +70,12 @@ def read_config(path: str | Path, class_name: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 
+def image_keys(shape: Sequence[int]) -> dict[str, Any]:
+    """The keys of a network's config that images of `shape` (C, H, W) determine."""
+    channels, height, width = shape
+    return {"in_channels": channels, "sample_size": height if height == width else (height, width)}
+
+
 def check_demands(config: dict[str, Any], required: dict[str, Any]) -> None:
     """Raise ValueError for a key to which `config` gives another value than the data requires."""
     for key, value in required.items():
@@ -99,8 +105,7 @@ def build_unet(
         ValueError: the network does not fit the images.
     """
     channels, height, width = shape
-    size = height if height == width else (height, width)
-    required = {"in_channels": channels, "out_channels": channels, "sample_size": size}
+    required = {**image_keys(shape), "out_channels": channels}
     check_demands(config, required)
     changes = {} if dropout is None else {"dropout": dropout}
     with user_error("UNet2DModel", TypeError):

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from diffusers_dpm import calibration_inputs as inputs
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, check_at_least
 from diffusers_dpm.networks import NoProgress, Progress, noise_schedule_of
 from diffusers_dpm.pipelines import ClassifierGuidance, evaluation_mode
 from diffusers_dpm.processes import Processes
@@ -390,7 +390,9 @@ def calibrate(
     """
     steps, seed = sorted({*steps}), int(seed)
     teacher_steps = min(teacher_steps, len(noise_schedule_of(scheduler)))
-    check_numbers(steps, teacher_steps, num_images=num_images, batch_size=batch_size, seed=seed, max_walks=max_walks)
+    check_steps(steps, teacher_steps)
+    check_at_least(1, num_images=num_images, batch_size=batch_size)
+    check_at_least(0, seed=seed, max_walks=max_walks)
     if folder is not None and not isinstance(unet, torch.nn.Module):
         raise DiffusersDPMError("folder needs a torch.nn.Module: nothing identifies a function in a later call.")
     scale = None if guidance_scale is None else float(guidance_scale)
@@ -404,14 +406,8 @@ def calibrate(
     network = Network(unet, teacher, arguments, guidance, batch_size, processes, progress, inputs.placement(unet)[1])
     conditions = conditions_of(teacher)
     guide = {"guidance_scale": scale, "classifier": inputs.weights_of(classifier)}
-    facts: dict[str, Any] = {
-        **guide,
-        "seed": seed,
-        "num_images": num_images,
-        "teacher_steps": teacher_steps,
-        "max_walks": max_walks,
-        "dtype": str(network.dtype).removeprefix("torch."),
-    }
+    numbers = {"seed": seed, "num_images": num_images, "teacher_steps": teacher_steps, "max_walks": max_walks}
+    facts: dict[str, Any] = {**guide, **numbers, "dtype": str(network.dtype).removeprefix("torch.")}
     settings = {**conditions, **facts, **inputs.fingerprints(unet, noise, labels, arguments)}
     store = ResultStore(folder, settings, process=processes.rank)
     with evaluation_mode(*(part for part in (unet, classifier) if isinstance(part, torch.nn.Module))):
@@ -426,17 +422,9 @@ def calibrate(
     return Calibration(tables=better, **conditions, weights=settings["weights"], provenance=provenance(**facts))
 
 
-def check_numbers(
-    steps: Sequence[int], teacher_steps: int, *, num_images: int, batch_size: int, seed: int, max_walks: int
-) -> None:
-    """Raise DiffusersDPMError for a number that is out of range."""
+def check_steps(steps: Sequence[int], teacher_steps: int) -> None:
     if not steps or steps[0] < 1 or 2 * steps[-1] > teacher_steps:
         raise DiffusersDPMError(f"steps must lie in 1 .. teacher_steps / 2 = {teacher_steps // 2}, got {steps}.")
-    if num_images < 1 or batch_size < 1 or seed < 0 or max_walks < 0:
-        raise DiffusersDPMError(
-            f"num_images={num_images} and batch_size={batch_size} must be at least 1, seed={seed} and "
-            f"max_walks={max_walks} not negative."
-        )
 
 
 def fit_tables(

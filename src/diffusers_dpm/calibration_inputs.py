@@ -75,11 +75,9 @@ def guidance_for(
         return None
     check_classifier(classifier, unet, noise, labels)
 
-    def guidance(start: int, end: int) -> ClassifierGuidance:
-        log_prob = label_log_probability(classifier, labels[start:end], noise.device)
-        return ClassifierGuidance(log_prob, prediction_type, scale)
-
-    return guidance
+    return lambda start, end: ClassifierGuidance(
+        label_log_probability(classifier, labels[start:end], noise.device), prediction_type, scale
+    )
 
 
 def on_tensors(function: Callable[[Tensor], Any], values: Any) -> Any:

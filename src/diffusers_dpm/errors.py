@@ -15,6 +15,13 @@ class NonFiniteLossError(FloatingPointError):
     """The loss or its gradient is infinite or not a number; the weights are lost."""
 
 
+def check_at_least(least: float, **numbers: float) -> None:
+    """Raise DiffusersDPMError for a number below `least`."""
+    for name, value in numbers.items():
+        if value < least:
+            raise DiffusersDPMError(f"{name}={value} must be at least {least}.")
+
+
 @contextmanager
 def user_error(prefix: str, *kinds: type[Exception]) -> Iterator[None]:
     """Inside, a ValueError of a scheduler, pipeline or library that was handed the user's values is a user's error.

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, check_at_least
 from diffusers_dpm.image_batches import choose_images
 from diffusers_dpm.networks import NoProgress, Progress, checked_labels, network_output, noise_schedule_of
 from diffusers_dpm.pipelines.networks import evaluation_mode
@@ -168,11 +168,9 @@ def estimate_statistics(
     """
     schedule = noise_schedule_of(scheduler)
     grid = computed_timesteps(timesteps, len(schedule))
-    if num_samples < 2 or batch_size < 1 or seed < 0:
-        raise DiffusersDPMError(
-            f"num_samples={num_samples} must be at least 2, batch_size={batch_size} at least 1, and seed={seed} not "
-            "negative."
-        )
+    check_at_least(2, num_samples=num_samples)
+    check_at_least(1, batch_size=batch_size)
+    check_at_least(0, seed=seed)
     (x0, labels), indices, num_available = choose_images(images, class_labels, num_samples, seed)
     labels = checked_labels(unet, x0, labels)
     problem = Problem(unet, schedule, scheduler.config.prediction_type, grid, x0, labels, indices, seed)
