@@ -183,9 +183,7 @@ class Integrator:
 
     def __post_init__(self) -> None:
         if self.order not in (2, 3):
-            raise DiffusersDPMError(
-                f"order={self.order}: adaptive steps compare two orders; choose 2 (1 and 2) or 3 (2 and 3)."
-            )
+            raise DiffusersDPMError(f"order={self.order}: adaptive steps compare two orders, 1 and 2 or 2 and 3.")
         for name in ("atol", "rtol", "h_init", "min_step"):
             if not 0 < getattr(self, name) < math.inf:
                 raise DiffusersDPMError(f"{name}={getattr(self, name)} must be positive.")
@@ -216,8 +214,7 @@ class Integrator:
             error = self.controller.measure(step, self.atol, self.rtol)
             if not math.isfinite(error):
                 raise RuntimeError(
-                    f"the error estimate is {error} at {here}: the network returned a value that is not finite, or x "
-                    "has overflowed. Check the network, its precision and prediction_type."
+                    f"the error estimate is {error} at {here}: check the network, its precision and prediction_type."
                 )
             accepted, factor = self.controller.judge(error, errors, self.order)
             h *= factor
@@ -265,9 +262,8 @@ class Integrator:
             )
         if h < self.min_step:
             raise RuntimeError(
-                f"the tolerances atol={self.atol:g}, rtol={self.rtol:g} cannot be met: at {here} they ask for a step "
-                f"of {h:.3g} in lambda, below min_step={self.min_step:g}. Raise the tolerances, compute in float64, "
-                "or lower min_step."
+                f"atol={self.atol:g}, rtol={self.rtol:g} cannot be met: at {here} they ask for a step of {h:.3g} in "
+                f"lambda, below min_step={self.min_step:g}. Raise them, compute in float64, or lower min_step."
             )
 
 
@@ -311,8 +307,7 @@ def integrate_adaptive(
         raise DiffusersDPMError(f"end={end} must lie in [0, {start}), below the timestep at which the walk starts.")
     if config.algorithm_type.startswith("sde"):
         raise DiffusersDPMError(
-            f"algorithm_type={config.algorithm_type!r} adds noise, which the estimate would take for an error; use "
-            "'dpmsolver' or 'dpmsolver++'."
+            f"algorithm_type={config.algorithm_type!r} adds noise, an error to the controller: use 'dpmsolver++'."
         )
     if isinstance(controller, str) and controller not in CONTROLLERS:
         raise DiffusersDPMError(f"controller={controller!r} is unknown; choose one of {', '.join(CONTROLLERS)}.")
@@ -451,8 +446,7 @@ def _network_timesteps(path: list[float], num_train_timesteps: int, fractional: 
         return torch.tensor(path, dtype=torch.float32).tolist()
     if len(path) > num_train_timesteps:
         raise DiffusersDPMError(
-            f"{len(path)} steps do not fit into {num_train_timesteps} integer timesteps: ask for a larger tolerance, "
-            "or fractional=True."
+            f"{len(path)} steps do not fit into {num_train_timesteps} integer timesteps: raise the tolerance."
         )
     return [*spread([round(t) for t in path], num_train_timesteps)]
 
@@ -463,8 +457,7 @@ def _pilot(
     """(x_T, class labels or None) of the pilot images: what `DPMPipeline` starts from with these seeds."""
     if num_images < 1 or (seeds is not None and len(seeds) != num_images):
         raise DiffusersDPMError(
-            f"num_pilot_images={num_images} must be at least 1, and there is a seed for each; got "
-            f"{'none' if seeds is None else len(seeds)}."
+            f"num_pilot_images={num_images} must be at least 1, and there is a seed for each; seeds: {seeds}."
         )
     generators, shape = make_generators(generator, seeds), (num_images, *image_shape(unet))
     noise = randn_tensor(shape, generator=generators, device=unet.device, dtype=unet.dtype)

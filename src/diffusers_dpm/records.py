@@ -261,8 +261,7 @@ class ResultStore:
         changed = [name for name in names if name not in saved or saved[name] != self.settings.get(name)]
         if changed and not self.replace:
             raise DiffusersDPMError(
-                f"{self.folder} holds {self.what} of other settings ({', '.join(changed)}): repeat that call, delete "
-                "the folder, or choose another one"
+                f"{self.folder} holds {self.what} of other settings ({', '.join(changed)}): choose another folder"
             )
         return not changed
 

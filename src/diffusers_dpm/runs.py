@@ -180,20 +180,19 @@ def calibrate_run(
     classifier = None if guidance_scale is None else load_classifier(model)
     accelerator = Accelerator(cpu=cpu)
     teacher_steps = min(teacher_steps, pipeline.scheduler.config.num_train_timesteps)
-    total = network_calls({*steps}, num_images, teacher_steps, max_walks)
+    numbers: dict[str, Any] = {"num_images": num_images, "teacher_steps": teacher_steps, "max_walks": max_walks}
+    total = network_calls({*steps}, **numbers)
     with tqdm(total=total, unit="call", desc="images x timesteps") as bar:
         fitted = calibrate(
             pipeline.unet.to(accelerator.device),
             pipeline.scheduler,
             steps,
-            num_images=num_images,
-            teacher_steps=teacher_steps,
-            max_walks=max_walks,
             classifier=classifier and classifier.to(accelerator.device),
             guidance_scale=guidance_scale,
             accelerator=accelerator,
             folder=folder / "partial",
             progress=bar,
+            **numbers,
             **options,
         )
         bar.update(total - bar.n)  # a search that finds nothing better ends early
@@ -225,7 +224,6 @@ def earlier_calibration(folder: Path, pipeline: DPMPipeline) -> Calibration | No
         earlier.with_tables_of(Calibration([], **conditions, weights=weights_hash(pipeline.unet)))
     except DiffusersDPMError as error:
         raise DiffusersDPMError(
-            f"{folder} holds rows for another model ({str(error).rstrip('.')}): delete it, or choose another folder "
-            "with --output-dir"
+            f"{folder} holds rows for another model ({str(error).rstrip('.')}): delete it or pass --output-dir"
         ) from error
     return earlier

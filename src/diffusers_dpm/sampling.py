@@ -150,14 +150,11 @@ def fitted_steps(
     if calibration is None or not scheduler.available_steps:
         raise DiffusersDPMError(f"{where} has no fitted rows: 'diffusers-dpm calibrate' makes some")
     if fitted_weights(calibration) not in (None, weights_hash(unet)):
-        raise DiffusersDPMError(
-            f"{where} has rows fitted to other weights: delete them, and 'diffusers-dpm calibrate' again"
-        )
+        raise DiffusersDPMError(f"{where} has rows fitted to other weights: delete them, and repeat 'calibrate'")
     guides = {table.get("classifier") for table in calibration["tables"]} - {None}
     if classifier is not None and guides - {weights_hash(classifier)}:
         raise DiffusersDPMError(
-            f"{where} has rows fitted under guidance by another classifier: 'diffusers-dpm calibrate --guidance-scale "
-            "W' again"
+            f"{where} has rows fitted under guidance by another classifier: repeat 'diffusers-dpm calibrate'"
         )
     steps: dict[float | None, list[int]] = {scheduler.config.guidance_scale: []}
     for table in calibration["tables"]:
@@ -270,9 +267,7 @@ class SampleFolder:
     def __init__(self, folder: Path, sampler: Sampler, suffix: str = ".png"):
         channels = sampler.pipeline.unet.config.in_channels
         if suffix == ".png" and channels not in (1, 3):
-            raise DiffusersDPMError(
-                f"PNG files have 1 or 3 channels, these images have {channels}: write an .npz file"
-            )
+            raise DiffusersDPMError(f"PNG files have 1 or 3 channels, these images {channels}: write an .npz file")
         self.folder, self.sampler, self.suffix = folder, sampler, suffix
 
     def path(self, seed: int) -> Path:
