@@ -246,8 +246,7 @@ def global_batch(num_examples: int, batch_size: int, seed: int, step: int) -> li
     places = range(step * batch_size, (step + 1) * batch_size)
     parts = []
     for epoch, group in itertools.groupby(places, key=lambda place: place // num_examples):
-        within = [place % num_examples for place in group]
-        parts += epoch_order(num_examples, seed, epoch)[within[0] : within[-1] + 1].tolist()
+        parts += epoch_order(num_examples, seed, epoch)[[place % num_examples for place in group]].tolist()
     return parts
 
 
@@ -276,8 +275,7 @@ def batch_shares(options: Any, accelerator: Accelerator) -> list[slice]:
     size, rest = divmod(options.batch_size, processes * parts)
     if rest:
         raise DiffusersDPMError(
-            f"--batch-size {options.batch_size} cannot be divided evenly among "
-            f"{processes} process(es) x {parts} accumulation step(s)"
+            f"--batch-size {options.batch_size} cannot be divided evenly among {processes} process(es) x {parts} parts"
         )
     firsts = [(part * processes + accelerator.process_index) * size for part in range(parts)]
     return [slice(first, first + size) for first in firsts]
