@@ -42,9 +42,7 @@ def find_checkpoint(options: Any, run: Path) -> Path | None:
         return Path(options.resume)
     if not options.overwrite and run.exists() and (not run.is_dir() or any(run.iterdir())):
         if not options.resume:
-            raise DiffusersDPMError(
-                f"{run} is not empty; --resume continues the run in it, --overwrite deletes that run"
-            )
+            raise DiffusersDPMError(f"{run} is not empty; --resume continues the run in it, --overwrite deletes it")
         if not RunFolder(run).options.exists():
             raise DiffusersDPMError(f"{run} is not the folder of a training run")
     return last_checkpoint(run) if options.resume else None

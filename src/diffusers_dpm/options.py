@@ -6,18 +6,17 @@ The options of a command inherit from its groups.
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
 
-from diffusers_dpm.errors import DiffusersDPMError, user_error
+from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -102,12 +101,6 @@ def flag(name: str) -> str:
 def values_of(options: Any, group: type) -> dict[str, Any]:
     """The values of the options of one group, by name."""
     return {item.name: getattr(options, item.name) for item in dataclasses.fields(group)}
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """'; did you mean ...?', or nothing if no name is near."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def parse_options(

@@ -179,18 +179,13 @@ def estimate_statistics(
     store = ResultStore(folder, settings, process=processes.rank, save_every=save_every)
     with evaluation_mode(unet):
         values = measure(problem, batch_size, processes, store, NoProgress() if progress is None else progress)
-    residual, analytic = values.unbind(-1)
-    return PosteriorStatistics(
-        residual=interpolate(schedule, grid, residual.mean(dim=0).tolist()),
-        analytic=interpolate(schedule, grid, analytic.mean(dim=0).tolist()),
-        residual_error=interpolate(schedule, grid, standard_errors(residual)),
-        analytic_error=interpolate(schedule, grid, standard_errors(analytic)),
-        timesteps=grid,
-        schedule_hash=schedule.hash,
-        prediction_type=problem.prediction_type,
-        num_images=len(x0),
-        provenance=provenance(seed=seed, dtype=str(unet.dtype).removeprefix("torch."), images_available=num_available),
-    )
+    estimates = values.unbind(-1)
+    means = (estimate.mean(dim=0).tolist() for estimate in estimates)
+    lines = (*means, *map(standard_errors, estimates))
+    residual, analytic, residual_error, analytic_error = (interpolate(schedule, grid, line) for line in lines)
+    facts = provenance(seed=seed, dtype=str(unet.dtype).removeprefix("torch."), images_available=num_available)
+    origin = (grid, schedule.hash, problem.prediction_type, len(x0))
+    return PosteriorStatistics(residual, analytic, residual_error, analytic_error, *origin, facts)
 
 
 @dataclass(frozen=True)

@@ -196,9 +196,7 @@ class Record:
             return cls(**renamed)
         except TypeError as error:
             names = ", ".join(item.name for item in fields(cls))
-            raise DiffusersDPMError(
-                f"{cls.title} needs the keys {names}; got {', '.join(map(str, values))}"
-            ) from error
+            raise DiffusersDPMError(f"{cls.title} needs the keys {names}; got {', '.join(values)}") from error
 
     def save(self, path: str | Path) -> None:
         """Write JSON, from which `load` restores an equal object."""

@@ -1,6 +1,5 @@
 """Many images from seeds, kept one by one in a folder: under any scheduler, on any number of processes, resumable."""
 
-import difflib
 import inspect
 import json
 import re
@@ -22,7 +21,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffusers_dpm.calibration import fitted_weights
-from diffusers_dpm.errors import DiffusersDPMError, user_error
+from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 from diffusers_dpm.images import image_grid, to_pil, to_uint8
 from diffusers_dpm.networks import load_extra
 from diffusers_dpm.pipelines import DPMPipeline
@@ -129,8 +128,7 @@ def check_options(name: str, scheduler_class: type[SchedulerMixin], options: dic
     keys = inspect.signature(scheduler_class.__init__).parameters
     for key, value in options.items():
         if key not in keys:
-            near = difflib.get_close_matches(key, keys, n=1)
-            raise DiffusersDPMError(f"{name} has no option {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise DiffusersDPMError(f"{name} has no option {key!r}{nearest(key, keys)}")
         default = keys[key].default
         kind = next((kind for kind in KINDS if isinstance(default, kind)), None)  # bool is an int, too
         if kind is not None and value is not None and type(value) not in KINDS[kind][0]:
