@@ -62,9 +62,7 @@ class ClassifierTrainer(Trainer):
                 )
             check_labels(images, self.num_classes)
             if images.class_names != data.class_names:
-                raise DiffusersDPMError(
-                    f"the held-out data's classes are {images.class_names}, not {data.class_names}"
-                )
+                raise DiffusersDPMError(f"the held-out classes are {images.class_names}, not {data.class_names}")
         scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         return build_network(unet, data, self.num_classes, self.options), ClassifierLoss(scheduler.schedule)
 
