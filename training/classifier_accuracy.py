@@ -40,9 +40,9 @@ def accuracy_by_noise_level(
         data: held-out images with labels.
         schedule: the forward process, of T timesteps.
         num_ranges: number of ranges; no more than T are made.
-        draws: timesteps and noises for each image in each range.
+        draws: pairs of timestep and noise for each image in each range.
         batch_size: images per call of the classifier.
-        seed: of the timesteps and noises.
+        seed: of the timesteps and the noise.
 
     Returns:
         {"num_images", "draws_per_image", "seed"; "clean": measures, "all": measures, "ranges": [{"timesteps": [first,

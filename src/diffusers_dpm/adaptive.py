@@ -154,7 +154,7 @@ class Integrator:
 
     Args:
         predict: (x, node) -> (x_0, epsilon), one network call.
-        node_at: lambda -> node. Nodes are asked for between the two ends of the walk only.
+        node_at: lambda -> node. It is called between the two ends of the walk only.
         algorithm_type, solver_type: as in `singlestep_rows`.
         order: 2 for DPM-Solver-12, 3 for DPM-Solver-23.
         controller: error measure and law of the step size.
@@ -287,7 +287,7 @@ def integrate_adaptive(
     Args:
         model: (x, t) -> network output in the scheduler's prediction_type; x of x_T's shape and dtype, t a real-valued
             timestep, a tensor of shape ().
-        scheduler: its config says the schedule, algorithm_type, solver_type, prediction_type, clipping and the end.
+        scheduler: its config has the schedule, algorithm_type, solver_type, prediction_type, clipping and the end.
             It is not changed, nor does its grid matter.
         x_T: standard normal noise, shape (B, ...). Half precision is computed in float32.
         order: 2 compares orders 1 and 2 (DPM-Solver-12), 3 compares orders 2 and 3 (DPM-Solver-23).

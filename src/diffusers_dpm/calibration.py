@@ -5,8 +5,8 @@
     pipe.scheduler = calibration.scheduler(pipe.scheduler)
     pipe(num_inference_steps=5)
 
-A teacher, DPM-Solver++ in a few hundred steps, takes some noises to their images and leaves its states at all of its
-timesteps. A student of n steps walks the same noises down n of them. At each step
+A teacher, DPM-Solver++ in a few hundred steps, takes noise to images and leaves its states at all of its timesteps. A
+student of n steps walks from the same noise down n of them. At each step
 
     x_s = a x_t + sum_j b_j x0_j
 
@@ -180,7 +180,7 @@ class Network:
         batch_size: images in a network call.
         processes: share the batches.
         progress: gets the number of images of each call.
-        dtype: of what the network is given.
+        dtype: of the network's input.
     """
 
     unet: Any
@@ -379,7 +379,7 @@ def calibrate(
         batch_size: images in a network call.
         seed: of the noise.
         accelerator: an `accelerate.Accelerator` whose processes share the work, with the network on its device.
-        folder: keeps the teacher's states, teacher_steps + 1 times the size of all noises, and finished tables, from
+        folder: keeps the teacher's states, teacher_steps + 1 times the size of the noise, and finished tables, from
             which the same call goes on after an interruption; for a `torch.nn.Module`, whose weights identify it.
             Deleted when done.
         progress: gets `update(n)` for n images in a network call, at most `network_calls(...)` in all.

@@ -26,7 +26,7 @@ UNLABELLED = -1
 
 
 class DataError(DiffusersDPMError):
-    """The data cannot be used as asked. The message is one line: what is wrong, and where."""
+    """The data cannot be used with these options. The message is one line: what is wrong, and where."""
 
     def __init__(self, message: str):
         # A worker process of the DataLoader puts its traceback before the message.

@@ -248,7 +248,7 @@ class Problem:
 
 
 def standard_errors(values: torch.Tensor) -> list[float]:
-    """Of the means over the images, (N, n) -> n floats."""
+    """Those of means over the images, (N, n) -> n floats."""
     return (values.std(dim=0) / math.sqrt(len(values))).tolist()
 
 

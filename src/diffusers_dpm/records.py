@@ -330,7 +330,7 @@ class ResultStore:
         return {name: tensor[:count] for name, tensor in parts[0].items()}
 
     def load_json(self) -> dict[str, Any]:
-        """What `save_json` was given in an earlier call with these settings; {} if nothing."""
+        """The values that `save_json` wrote in an earlier call with these settings; {} if there are none."""
         if not (self.enabled and self.document.is_file()):
             return {}
         try:
