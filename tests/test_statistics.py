@@ -264,8 +264,8 @@ def test_labels_that_a_network_does_not_take_are_left_out():
         ({"images": gaussian_images(1)}, "holds 1 images; standard errors need at least 2"),
         ({"images": []}, "no images"),
         ({"num_samples": 1}, "num_samples=1 must be at least 2"),
-        ({"batch_size": 0}, "batch_size=0 at least 1"),
-        ({"seed": -1}, "seed=-1 not negative"),
+        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"timesteps": [5, 1000]}, r"timesteps must lie in 0 \.\. 999, got 0 \.\. 1000"),
         ({"timesteps": [-1]}, r"got -1 \.\. 999"),
         ({"class_labels": [0]}, "1 class_labels for 3 images"),
@@ -645,7 +645,7 @@ def test_pickles_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (MS_EPS[:500], r"has shape \(500,\); wanted are 1000 values, or 1001"),
+        (MS_EPS[:500], r"has shape \(500,\), not 1000 values or 1001"),
         (MS_EPS[None], r"shape \(1, 1000\)"),
         (-MS_EPS, "negative or not finite"),
         (np.full(1000, np.nan), "negative or not finite"),

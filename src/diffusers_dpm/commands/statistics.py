@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.options import DataSourceOptions, check_ranges
+from diffusers_dpm.options import DataSourceOptions, values_of
 
 
 TABLE_ROWS = 11
@@ -42,7 +42,7 @@ class StatisticsOptions(DataSourceOptions, EstimationOptions):
     """
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        super().__post_init__()
         if self.num_samples < 2:
             raise DiffusersDPMError(f"--num-samples must be at least 2, for standard errors, got {self.num_samples}")
         if self.timesteps is not None and self.timesteps < 2:
@@ -53,17 +53,7 @@ def run(model: str, options: StatisticsOptions) -> None:
     from diffusers_dpm.data import image_arguments
     from diffusers_dpm.runs import estimate_run
 
-    result = estimate_run(
-        model,
-        options.data,
-        num_samples=options.num_samples,
-        timesteps=options.timesteps,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        cpu=options.cpu,
-        output_dir=options.output_dir,
-        **image_arguments(options),
-    )
+    result = estimate_run(model, options.data, **values_of(options, EstimationOptions), **image_arguments(options))
     if result is not None:
         statistics, folder = result
         print(report(statistics))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import tqdm
 
+from diffusers_dpm import random_streams
 from diffusers_dpm.data import ImageDataset, describe, find_num_levels, load_data
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.likelihood.bound import (
@@ -64,6 +65,7 @@ class Task(NamedTuple):
             "images": f"{len(self.data)} images of {describe(self.data.shape)}",
             "num_levels": self.num_levels,
             "seed": self.options.seed,
+            "random_streams": random_streams.SCHEME,
             **{name: getattr(self.options, name) for name in DATA_OPTIONS},
             **more,
         }
@@ -170,7 +172,7 @@ def find_statistics(model: str, folder: str | None) -> AnalyticDPMScheduler | No
             raise DiffusersDPMError(f"no statistics in {folder}: it holds no scheduler_config.json")
         return AnalyticDPMScheduler.from_pretrained(folder)
     try:
-        return AnalyticDPMScheduler.from_pretrained(model, subfolder="analytic_dpm")
+        return AnalyticDPMScheduler.from_pretrained(model, subfolder=RunFolder.analytic_dpm.name)
     except OSError:
         return None
 
