@@ -61,10 +61,8 @@ def bootstrap(
         num_resamples: 0 gives no error.
     """
     generator = torch.Generator().manual_seed(seed)
-    values = [
-        statistic(samples[torch.randint(len(samples), (len(samples),), generator=generator)])
-        for _ in range(num_resamples)
-    ]
+    draws = (torch.randint(len(samples), (len(samples),), generator=generator) for _ in range(num_resamples))
+    values = [statistic(samples[draw]) for draw in draws]
     error = torch.tensor(values, dtype=torch.float64).std().item() if num_resamples > 1 else None
     return Score(statistic(samples), error)
 
@@ -79,9 +77,8 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor, num_resamp
         reference: (M, d); the error leaves out that it is a sample, too.
         num_resamples: of the bootstrap.
     """
-    metric = FrechetInceptionDistance(
-        feature=PrecomputedFeatures(features.shape[1]), reset_real_features=False, **ALONE
-    )
+    network = PrecomputedFeatures(features.shape[1])
+    metric = FrechetInceptionDistance(network, reset_real_features=False, **ALONE)
     metric.update(reference.double(), real=True)
 
     def distance(features: torch.Tensor) -> float:
@@ -166,16 +163,19 @@ def precision_and_recall(
     n = min(len(features), len(reference))
     if n <= num_neighbors:
         raise DiffusersDPMError(f"precision and recall need more than num_neighbors={num_neighbors} images, got {n}")
-    samples, real = (
-        part[torch.randperm(len(part), generator=generator)[:n]].double() for part in (features, reference)
-    )
+    samples, real = (subset(part, n, generator).double() for part in (features, reference))
     return on_manifold(samples, real, num_neighbors), on_manifold(real, samples, num_neighbors)
+
+
+def subset(samples: torch.Tensor, num: int, generator: torch.Generator) -> torch.Tensor:
+    """`num` of the samples, in random order."""
+    return samples[torch.randperm(len(samples), generator=generator)[:num]]
 
 
 def on_manifold(points: torch.Tensor, others: torch.Tensor, num_neighbors: int, block: int = 1024) -> Score:
     """The part of `points` that lie in one of the balls around `others`."""
-    nearest = [torch.cdist(part, others).kthvalue(num_neighbors + 1, dim=1) for part in others.split(block)]
-    radii = torch.cat([neighbours.values for neighbours in nearest])  # the nearest of all is the point itself
+    k = num_neighbors + 1  # the nearest of all is the point itself
+    radii = torch.cat([torch.cdist(part, others).kthvalue(k, dim=1).values for part in others.split(block)])
     inside = torch.cat([(torch.cdist(part, others) <= radii).any(dim=1) for part in points.split(block)])
     part = inside.double().mean().item()
     return Score(part, math.sqrt(part * (1 - part) / len(points)))
@@ -199,7 +199,7 @@ def sliced_wasserstein_distance(
     directions = torch.randn(x.shape[1], NUM_PROJECTIONS, generator=generator)
     directions /= directions.norm(dim=0)
     n = min(len(x), len(reference))
-    x, reference = (part[torch.randperm(len(part), generator=generator)[:n]] for part in (x, reference))
+    x, reference = (subset(part, n, generator) for part in (x, reference))
     quantiles = (reference @ directions).sort(dim=0).values
 
     def distance(projections: torch.Tensor) -> float:
@@ -239,14 +239,15 @@ def quality(
     }
     if inception:
         scores["Inception Score"] = inception_score(inception.logits(features), seed)
-    rows = [score_row(metric, score, len(images), extractor.name) for metric, score in scores.items()]
-    compared = min(len(images), len(theirs))
-    for metric, score in zip(
-        ("precision", "recall"), precision_and_recall(features, reference.features, seed=seed), strict=True
-    ):
-        rows.append(score_row(metric, score, compared, extractor.name))
+    num, compared = len(images), min(len(images), len(theirs))
+    precision, recall = precision_and_recall(features, reference.features, seed=seed)
     distance = sliced_wasserstein_distance(pixels, theirs, num_resamples, seed)
-    return [*rows, score_row("sliced Wasserstein distance", distance, compared, "pixels in [-1, 1]")]
+    return [
+        *(score_row(metric, score, num, extractor.name) for metric, score in scores.items()),
+        score_row("precision", precision, compared, extractor.name),
+        score_row("recall", recall, compared, extractor.name),
+        score_row("sliced Wasserstein distance", distance, compared, "pixels in [-1, 1]"),
+    ]
 
 
 def score_row(metric: str, score: Score, num_images: int, feature_extractor: str | None) -> dict[str, Any]:
