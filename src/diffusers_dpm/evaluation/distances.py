@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
@@ -44,13 +44,11 @@ class PrecomputedFeatures(nn.Module):
         super().__init__()
         self.num_features = num_features
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         return features
 
 
-def bootstrap(
-    statistic: Callable[[torch.Tensor], float], samples: torch.Tensor, num_resamples: int, seed: int = 0
-) -> Score:
+def bootstrap(statistic: Callable[[Tensor], float], samples: Tensor, num_resamples: int, seed: int = 0) -> Score:
     """The statistic of the samples, and its standard deviation over resamples with replacement.
 
     A statistic with a bias that shrinks with n, such as a Fréchet distance, has more of it on resamples; so they give
@@ -67,7 +65,7 @@ def bootstrap(
     return Score(statistic(samples), error)
 
 
-def frechet_distance(features: torch.Tensor, reference: torch.Tensor, num_resamples: int = 50, seed: int = 0) -> Score:
+def frechet_distance(features: Tensor, reference: Tensor, num_resamples: int = 50, seed: int = 0) -> Score:
     """The squared Fréchet distance of the Gaussians with the moments of two sets, in float64 (Heusel et al. 2017).
 
     |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)). Its bias is about d^2 / (4 n) + d / n for whitened features.
@@ -81,7 +79,7 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor, num_resamp
     metric = FrechetInceptionDistance(network, reset_real_features=False, **ALONE)
     metric.update(reference.double(), real=True)
 
-    def distance(features: torch.Tensor) -> float:
+    def distance(features: Tensor) -> float:
         metric.reset()
         metric.update(features, real=False)
         return metric.compute().item()
@@ -89,7 +87,7 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor, num_resamp
     return bootstrap(distance, features.double(), num_resamples, seed)
 
 
-def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Score:
+def kernel_distance(features: Tensor, reference: Tensor) -> Score:
     """Squared maximum mean discrepancy for the kernel (x y / d + 1)^3, without bias (Bińkowski et al. 2018).
 
     Over all pairs of images, where common implementations draw subsets: the same expectation with less noise. The
@@ -115,13 +113,13 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Score:
 class KernelSums(NamedTuple):
     """Sums of the rows, columns and squares of the matrix k(x_i, y_j) (N, M), or k(x_i, x_j) without its diagonal."""
 
-    rows: torch.Tensor
-    columns: torch.Tensor
-    squares: torch.Tensor
+    rows: Tensor
+    columns: Tensor
+    squares: Tensor
     of_one_set: bool
 
     @classmethod
-    def of(cls, x: torch.Tensor, y: torch.Tensor | None = None, block: int = 1024) -> "KernelSums":
+    def of(cls, x: Tensor, y: Tensor | None = None, block: int = 1024) -> "KernelSums":
         of_one_set = y is None
         y = x if y is None else y
         rows, columns, squares = [], x.new_zeros(len(y)), x.new_zeros(())
@@ -134,7 +132,7 @@ class KernelSums(NamedTuple):
             squares += kernel.square_().sum()
         return cls(torch.cat(rows), columns, squares, of_one_set)
 
-    def interaction(self) -> torch.Tensor:
+    def interaction(self) -> Tensor:
         """Variance of what the means of rows and columns leave of the matrix, without bias (Székely & Rizzo 2014)."""
         n, m, total = len(self.rows), len(self.columns), self.rows.sum()
         if self.of_one_set:
@@ -145,7 +143,7 @@ class KernelSums(NamedTuple):
 
 
 def precision_and_recall(
-    features: torch.Tensor, reference: torch.Tensor, num_neighbors: int = 3, seed: int = 0
+    features: Tensor, reference: Tensor, num_neighbors: int = 3, seed: int = 0
 ) -> tuple[Score, Score]:
     """The part of the samples on the reference's manifold, and of the reference on theirs (Kynkäänniemi et al. 2019).
 
@@ -167,12 +165,12 @@ def precision_and_recall(
     return on_manifold(samples, real, num_neighbors), on_manifold(real, samples, num_neighbors)
 
 
-def subset(samples: torch.Tensor, num: int, generator: torch.Generator) -> torch.Tensor:
+def subset(samples: Tensor, num: int, generator: torch.Generator) -> Tensor:
     """`num` of the samples, in random order."""
     return samples[torch.randperm(len(samples), generator=generator)[:num]]
 
 
-def on_manifold(points: torch.Tensor, others: torch.Tensor, num_neighbors: int, block: int = 1024) -> Score:
+def on_manifold(points: Tensor, others: Tensor, num_neighbors: int, block: int = 1024) -> Score:
     """The part of `points` that lie in one of the balls around `others`."""
     k = num_neighbors + 1  # the nearest of all is the point itself
     radii = torch.cat([torch.cdist(part, others).kthvalue(k, dim=1).values for part in others.split(block)])
@@ -181,9 +179,7 @@ def on_manifold(points: torch.Tensor, others: torch.Tensor, num_neighbors: int, 
     return Score(part, math.sqrt(part * (1 - part) / len(points)))
 
 
-def sliced_wasserstein_distance(
-    x: torch.Tensor, reference: torch.Tensor, num_resamples: int = 50, seed: int = 0
-) -> Score:
+def sliced_wasserstein_distance(x: Tensor, reference: Tensor, num_resamples: int = 50, seed: int = 0) -> Score:
     """The 2-Wasserstein distance of one-dimensional projections, RMS over 512 random directions (Rabin et al. 2011).
 
     Args:
@@ -202,13 +198,13 @@ def sliced_wasserstein_distance(
     x, reference = (subset(part, n, generator) for part in (x, reference))
     quantiles = (reference @ directions).sort(dim=0).values
 
-    def distance(projections: torch.Tensor) -> float:
+    def distance(projections: Tensor) -> float:
         return (projections.sort(dim=0).values - quantiles).double().square().mean().sqrt().item()
 
     return bootstrap(distance, x @ directions, num_resamples, seed)
 
 
-def inception_score(logits: torch.Tensor, seed: int = 0) -> Score:
+def inception_score(logits: Tensor, seed: int = 0) -> Score:
     """exp E KL(p(y | x) || p(y)), mean and standard deviation over ten splits (Salimans et al. 2016)."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)
@@ -227,7 +223,7 @@ def frechet_name(extractor: FeatureExtractor, num_images: int) -> str:
 
 
 def quality(
-    images: torch.Tensor, reference: Reference, extractor: FeatureExtractor, num_resamples: int = 50, seed: int = 0
+    images: Tensor, reference: Reference, extractor: FeatureExtractor, num_resamples: int = 50, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Rows {"metric", "value", "error", "num_images", "feature_extractor"} about uint8 images (N, C, H, W)."""
     features = extract(extractor, images)

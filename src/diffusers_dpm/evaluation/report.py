@@ -41,12 +41,11 @@ def by_eta(rows: Iterable[Row]) -> Table:
     return table if len(etas) > 1 else {}
 
 
-def value_text(column: int, row: Row) -> str:
-    return format_value(row)
-
-
 def markdown(
-    table: Table, column: str, columns: Iterable[int] = (), text: Callable[[int, Row], str] = value_text
+    table: Table,
+    column: str,
+    columns: Iterable[int] = (),
+    text: Callable[[int, Row], str] = lambda _, row: format_value(row),
 ) -> str:
     """The table in Markdown.
 
@@ -70,9 +69,7 @@ def calls_and_etas(rows: Sequence[Row]) -> list[str]:
 
 
 def report(
-    rows: Sequence[Row],
-    baselines: Sequence[Row] = (),
-    tables: Callable[[Sequence[Row]], Sequence[str]] = calls_and_etas,
+    rows: Sequence[Row], baselines: Sequence[Row] = (), tables: Callable[[Sequence[Row]], list[str]] = calls_and_etas
 ) -> str:
     """All rows as Markdown; below each table what the same measurement gives for other images, and how it was made.
 
@@ -124,8 +121,8 @@ def provenance(rows: Sequence[Row]) -> str:
     for row in rows:
         for package, number in (row.get("versions") or {}).items():
             versions[package][number] = None
-    made = [f"{package} {' and '.join(numbers)}" for package, numbers in versions.items()]
-    return f"seeds {' and '.join(seeds)}; {', '.join(made) or 'versions not recorded'}"
+    packages = [f"{package} {' and '.join(numbers)}" for package, numbers in versions.items()]
+    return f"seeds {' and '.join(seeds)}; {', '.join(packages) or 'versions not recorded'}"
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -197,9 +194,10 @@ def compare(a: Iterable[Row], b: Iterable[Row]) -> list[Difference]:
         DiffusersDPMError: the two have no measurement in common.
     """
 
+    same = ("steps", "metric", "num_images", "feature_extractor", "reference", "reference_sha256")
+
     def key(row: Row) -> tuple[Any, ...]:
-        same = ("metric", "num_images", "feature_extractor", "reference", "reference_sha256")
-        return (sampler_name(row), row["steps"], *(row.get(name) for name in same))
+        return sampler_name(row), *(row.get(name) for name in same)
 
     first, second = ({key(row): row for row in rows} for rows in (a, b))
     pairs = [(row, second[same]) for same, row in first.items() if same in second]

@@ -17,17 +17,10 @@ from diffusers_dpm.run_folder import RunFolder
 
 Row = Mapping[str, Any]  # of metrics.json; what `evaluate` measures has "calls", "seconds" and "seeds", too
 # key of a row of metrics.json -> its type; the first ones say what was measured, the last how
-METRIC_KEYS: dict[str, type | tuple[type, ...]] = {
-    "scheduler": str,
-    "options": dict,
-    "steps": int,
-    "metric": str,
-    "value": (int, float),
-    "error": (int, float, type(None)),
-    "num_images": int,
-    "feature_extractor": (str, type(None)),
-    "weights": (str, type(None)),
-    "reference": (str, type(None)),
+METRIC_KEYS: dict[str, Any] = {
+    **{"scheduler": str, "options": dict, "steps": int, "metric": str},
+    **{"value": int | float, "error": int | float | None, "num_images": int},
+    **dict.fromkeys(("feature_extractor", "weights", "reference"), str | None),
 }
 
 

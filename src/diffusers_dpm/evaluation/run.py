@@ -22,10 +22,10 @@ from diffusers_dpm.evaluation.results import Results, sampler_name
 from diffusers_dpm.likelihood.bound import evidence_lower_bound, why_unbounded
 from diffusers_dpm.networks import load_classifier, load_pipeline
 from diffusers_dpm.options import DataSourceOptions
-from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.pipelines.networks import image_shape, is_conditional
+from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.records import read_json, short_hash, weights_hash
 from diffusers_dpm.run_folder import RunFolder
+from diffusers_dpm.runs import result_folder
 
 
 BOUND = "bits per dimension, upper bound"
@@ -79,10 +79,8 @@ class Evaluation:
     cpu: bool = False
 
     def __post_init__(self) -> None:
-        if self.output_dir is None and not Path(self.model).is_dir():
-            raise DiffusersDPMError(f"{self.model} is not a folder here: say with --output-dir where the results go")
+        self.folder = result_folder(self.model, self.output_dir, ".")
         weights = self._check_weights()
-        self.folder = Path(self.output_dir or self.model)
         self.pipeline = self._load_pipeline()
         self.cells = [self._cell(text, steps) for text, steps in dict.fromkeys(self.pairs)]
         self.extractor = load_features(self.features, self.inception_weights)
@@ -92,12 +90,8 @@ class Evaluation:
             self.reference, self.held_out = self._load_data()
         self.results = Results(self.folder)
         self.unbounded: dict[str, None] = {}  # samplers
-        self.common = {
-            "weights": weights,
-            "weights_sha256": weights_hash(self.pipeline.unet),
-            "reference": self.reference.name,
-            "reference_sha256": self.reference.hash,
-        }
+        reference = {"reference": self.reference.name, "reference_sha256": self.reference.hash}
+        self.common = {"weights": weights, "weights_sha256": weights_hash(self.pipeline.unet), **reference}
 
     def _check_weights(self) -> str | None:
         """Whether the model has EMA or raw weights; None if that is unknown."""
@@ -230,16 +224,11 @@ class Evaluation:
         scheduler.set_timesteps(cell.row["steps"])
         order = torch.randperm(len(self.held_out), generator=torch.Generator().manual_seed(self.seed))
         examples = self.held_out[indices := order[:count].tolist()]
-        bound = evidence_lower_bound(
-            self.pipeline.unet.to(self.accelerator.device),
-            scheduler,
-            examples["images"],
-            class_labels=examples["labels"] if is_conditional(self.pipeline.unet) else None,
-            indices=indices,
-            num_levels=find_num_levels(self.held_out, None),
-            seed=self.seed,
-            batch_size=self.batch_size,
-        )
+        unet, num_levels = self.pipeline.unet.to(self.accelerator.device), find_num_levels(self.held_out, None)
+        labels = examples["labels"] if is_conditional(unet) else None
+        options: dict[str, Any] = {"num_levels": num_levels, "seed": self.seed, "batch_size": self.batch_size}
+        images = {"images": examples["images"], "class_labels": labels, "indices": indices}
+        bound = evidence_lower_bound(unet, scheduler, **images, **options)
         score = score_row(BOUND, Score(bound.bits_per_dim, bound.standard_error), count, None)
         self.results.add([{**identity, **score, "calls": cell.row["steps"], "seconds": None}])
 
