@@ -61,8 +61,8 @@ def run(model: str, options: SampleOptions) -> None:
     from diffusers_dpm.runs import sample_run
     from diffusers_dpm.sampling import parse_assignments, parse_seeds
 
-    seeds, scheduler_options = parse_seeds(options.seeds), parse_assignments(options.scheduler_options or [])
-    others = sample_run(model, **{**vars(options), "seeds": seeds, "scheduler_options": scheduler_options})
+    seeds, assignments = parse_seeds(options.seeds), parse_assignments(options.scheduler_options or [])
+    others = sample_run(model, **{**vars(options), "seeds": seeds, "scheduler_options": assignments})
     if others is not None:
         if others:
             print(f"kept: {len(others)} images of an interrupted call, in {others[0].parent}")
