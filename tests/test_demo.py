@@ -6,7 +6,7 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from diffusers_dpm.commands import demo
+from diffusers_dpm.commands import demo_steps as demo
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler
 from diffusers_dpm.training import build_unet
@@ -32,19 +32,50 @@ def run(tmp_path):
     return tmp_path
 
 
+class Count:
+    total = 0
+
+    def update(self, n):
+        self.total += n
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_a_picture_of_each_sampler(run):
-    samples = demo.draw(run)
-    demo.figure(samples, run / "digits.png")
-    assert {demo.file_name(name) for name in samples} == {path.name for path in run.glob("*.png")} - {"digits.png"}
-    assert {"calibrated_5_steps.png", "dpm-solver_5_steps.png", "ddpm_1000_steps.png"} < {
-        path.name for path in run.glob("*.png")
-    }
+    count = Count()
+    pictures = {name: np.asarray(picture) for name, picture in demo.draw_all(run, count).items()}
+    assert [*pictures] == ["data", *demo.SAMPLERS, "guided, 20 steps"]
+    assert count.total == 1000 + 50 + 25 + 10 + 5 + 5
     pipe = DPMPipeline.from_pretrained(run)
     pipe.scheduler = CalibratedScheduler.from_pretrained(run, subfolder="calibrated")
-    expected = demo.grid(pipe(seeds=range(100), num_inference_steps=5, output_type="np").images)
-    drawn = np.asarray(Image.open(run / "calibrated_5_steps.png"))
-    assert drawn.shape == (4 * 90, 4 * 90)
-    assert np.array_equal(drawn[::4, ::4], np.asarray(expected))
-    assert not np.array_equal(drawn, np.asarray(Image.open(run / "dpm-solver_5_steps.png")))
+    images = pipe(seeds=demo.SEEDS, num_inference_steps=5, output_type="np").images
+    drawn = pictures["calibrated, 5 steps"]
+    assert drawn.shape == (2 * 34, 20 * 34, 3)
+    expected = (images[23, :, :, 0] * 255).round()  # second row, fourth column
+    assert np.array_equal(drawn[34 + 1 : 67 : 4, 3 * 34 + 1 : 4 * 34 - 1 : 4, 0], expected)
+    assert not np.array_equal(drawn, pictures["DPM-Solver, 5 steps"])
+    assert not np.array_equal(drawn, pictures["guided, 20 steps"])
+
+
+def test_pictures_are_placed_under_each_other_whole():
+    pictures = {name: Image.new("RGB", (680, 68), colour) for name, colour in (("first", "red"), ("second", "blue"))}
+    figure = np.asarray(demo.figure(pictures))
+    for name, colour in (("first", (255, 0, 0)), ("second", (0, 0, 255))):
+        assert (figure == colour).all(axis=2).sum() == 680 * 68, name
+
+
+def test_one_progress_line_over_all_steps(tmp_path, capsys):
+    with (tmp_path / "demo.log").open("w") as log:
+        screen = demo.Screen(log)
+        for number in range(1, len(demo.SECONDS) + 1):
+            with screen.step("title", "command", total=4):
+                print("from the library")
+                screen.update(1)
+                assert screen.bar.n == pytest.approx(sum(demo.SECONDS[: number - 1]) + demo.SECONDS[number - 1] / 4)
+                screen.say("result")
+            assert screen.bar.n == pytest.approx(sum(demo.SECONDS[:number]))
+        screen.bar.close()
+    shown = capsys.readouterr()
+    assert shown.out.count("title\n   $ command\nresult\n") == len(demo.SECONDS)
+    assert f"step {len(demo.SECONDS)} of {len(demo.SECONDS)} 100%" in shown.err
+    assert (tmp_path / "demo.log").read_text() == "from the library\n" * len(demo.SECONDS)

@@ -14,7 +14,7 @@ from diffusers import UNet2DModel
 
 from diffusers_dpm.data import ImageDataset, describe
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.networks import load_pipeline
+from diffusers_dpm.networks import Progress, load_pipeline
 from diffusers_dpm.pipelines import NoisyClassifier, image_shape
 from diffusers_dpm.records import atomic_folder, remove, write_json
 from diffusers_dpm.run_folder import RunFolder
@@ -104,9 +104,11 @@ class ClassifierTrainer(Trainer):
         return [self.model_run.classifier, *self._accuracy_files(), *super()._outputs()]
 
 
-def train_classifier(pipeline_folder: str | Path, options: ClassifierTrainingOptions) -> Path:
+def train_classifier(
+    pipeline_folder: str | Path, options: ClassifierTrainingOptions, progress: Progress | None = None
+) -> Path:
     """Train as `options` say; returns the classifier's folder. Raises as `ClassifierTrainer` does."""
-    ClassifierTrainer(pipeline_folder, options).run()
+    ClassifierTrainer(pipeline_folder, options).run(progress)
     return RunFolder(pipeline_folder).classifier
 
 

@@ -14,6 +14,7 @@ from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.hub.publish import check_repo_id, publish
 from diffusers_dpm.hub.upload import PublishError, log_in
 from diffusers_dpm.images import image_grid, to_uint8
+from diffusers_dpm.networks import Progress
 from diffusers_dpm.options import values_of
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import TEMPORARY, flush_tree, move_children
@@ -45,13 +46,13 @@ class DiffusionTrainer(Trainer):
         self.conditional = options.class_conditional
         super().__init__(options, Path(options.output_dir))
 
-    def run(self) -> Path:
+    def run(self, progress: Progress | None = None) -> Path:
         """As `Trainer.run`; then publishes the run folder, if the options say so.
 
         Raises:
             PublishError: the run folder is complete; names the command that publishes it.
         """
-        run, options = super().run(), self.options
+        run, options = super().run(progress), self.options
         if options.push_to_hub is not None and not options.dry_run and self.accelerator.is_main_process:
             try:
                 publish(run, options.push_to_hub, private=options.hub_private, report=print)
@@ -121,9 +122,9 @@ def sample_grid(images: np.ndarray) -> np.ndarray:
     return image_grid(to_uint8(images), min_width=64, frame=(1, 1), blank=255)
 
 
-def train(options: TrainingOptions) -> Path:
+def train(options: TrainingOptions, progress: Progress | None = None) -> Path:
     """Train as `options` say; returns the run folder. Raises as `DiffusionTrainer` does."""
-    return DiffusionTrainer(options).run()
+    return DiffusionTrainer(options).run(progress)
 
 
 def build_network(data: ImageDataset, options: TrainingOptions) -> UNet2DModel:

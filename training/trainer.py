@@ -14,6 +14,7 @@ from accelerate.utils import set_seed, tqdm
 
 from diffusers_dpm.data import describe, load_data, load_held_out_data
 from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, user_error
+from diffusers_dpm.networks import NoProgress, Progress
 from diffusers_dpm.options import flag
 from diffusers_dpm.records import atomic_folder, read_json, remove, write_json
 from diffusers_dpm.run_folder import RunFolder
@@ -99,8 +100,11 @@ class Trainer(ABC):
     def _after_step(self, step: int) -> None:  # noqa: B027 (optional)
         """Called by all processes after each optimiser step."""
 
-    def run(self) -> Path:
+    def run(self, progress: Progress | None = None) -> Path:
         """Train; returns the run folder. With `dry_run` only prints what would happen.
+
+        Args:
+            progress: gets `update(1)` after each optimiser step.
 
         Raises:
             NonFiniteLossError: names the step and the last good checkpoint.
@@ -110,7 +114,7 @@ class Trainer(ABC):
         if not self.options.dry_run:
             self._open_run_folder()
             try:
-                self._train()
+                self._train(progress or NoProgress())
                 self._checkpoint()
                 done = self._finish() if self.accelerator.is_main_process else ""
                 self.accelerator.wait_for_everyone()
@@ -196,13 +200,14 @@ class Trainer(ABC):
         config = {name: str(value) for name, value in saved_options(self.options).items()}
         self.accelerator.init_trackers("train", config=config)
 
-    def _train(self) -> None:
+    def _train(self, progress: Progress) -> None:
         options, recent = self.options, []
         steps = training_steps(self.state, self.data, self.loss, options, conditional=self.conditional)
         with tqdm(total=options.max_train_steps, initial=self.state.step, unit="step") as bar:
             try:
                 for record in steps:
                     bar.update()
+                    progress.update(1)
                     recent.append(record)
                     if is_due(record.step, options.log_every) or record.step == options.max_train_steps:
                         bar.set_postfix_str(self._log(recent))
