@@ -60,7 +60,7 @@ def save(path: Path, values: Any) -> None:
 
 def show(path: Path, text: str, figure: Figure | None = None) -> None:
     """Print the tables, and write them and the figure beside the results."""
-    path.with_suffix(".md").records.write_text(text)
+    records.write_text(path.with_suffix(".md"), text)
     if figure is not None:
         figure.savefig(path.with_suffix(".png"), dpi=120)
     print(text)
