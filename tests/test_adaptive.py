@@ -176,7 +176,7 @@ def test_clean_data_is_one_more_call():
     torch.testing.assert_close(clean.sample, level.alpha * 0.25 * open_end.sample / total)
 
 
-def test_the_network_is_called_as_often_as_is_said_and_with_the_batch_s_dtype():
+def test_network_calls_are_counted_and_in_the_batchs_dtype():
     scheduler = scheduler_with()
     network, seen = gaussian_network(scheduler), []
 
@@ -246,7 +246,7 @@ def test_arguments_that_make_no_sense(options, config, message):
 
 
 @pytest.mark.parametrize(("lambda_min_clipped", "start"), [(-math.inf, 998), (-5.1, 930)])
-def test_the_walk_starts_at_the_noisiest_level_that_is_finite_and_not_clipped(lambda_min_clipped, start):
+def test_walk_starts_at_the_noisiest_usable_level(lambda_min_clipped, start):
     config = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     scheduler = scheduler_with(lambda_min_clipped=lambda_min_clipped, **config)
     run = integrate_adaptive(gaussian_network(scheduler), scheduler, X_T)
@@ -439,7 +439,7 @@ def test_there_is_a_seed_for_each_pilot(pipe, number, seeds):
         plan_timesteps(pipe, 0.5, number, seeds=seeds)
 
 
-def test_a_plan_of_more_steps_than_there_are_timesteps_cannot_be_rounded():
+def test_too_long_a_plan_cannot_be_rounded():
     pair = tiny_unet(), DDIMScheduler(num_train_timesteps=10, beta_end=0.9, clip_sample=False)
     plan = plan_timesteps(pair, 0.01, 1)
     assert plan.num_calls > 10

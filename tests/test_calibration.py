@@ -218,7 +218,7 @@ def test_a_row_solves_the_normal_equations_of_the_ridge_problem(ridge):
     assert (gradient.abs() / flat.norm(dim=1)).max() < 1e-10
 
 
-def test_a_strong_ridge_gives_the_prior_and_missing_factors_are_0():
+def test_strong_ridge_gives_the_prior_missing_factors_are_0():
     terms, (target,) = problem(4)
     assert fit_row([*terms], target, [0.5, -0.2], 1e14) == pytest.approx([0.5, -0.2, 0.0, 0.0], abs=1e-12)
 
@@ -304,7 +304,7 @@ def test_where_the_solver_is_exact_no_table_is_kept():
 # A mixture, solved by quantiles --------------------------------------------------------------------------------------
 
 
-def test_tables_are_better_than_solvers_and_better_with_more_steps(fitted):
+def test_tables_beat_solvers_and_improve_with_more_steps(fitted):
     assert [len(table["timesteps"]) for table in fitted.tables] == [3, 5, 8]
     assert fitted.provenance["left_out"] == []
     for table in fitted.tables:
@@ -367,7 +367,7 @@ def test_a_table_says_what_its_rows_are(fitted):
         assert table["guidance_scale"] is None
 
 
-def test_more_tries_of_timesteps_are_never_worse_on_the_searching_images():
+def test_more_walks_are_never_worse_on_the_search_images():
     unet = ExactNetwork().eval()
     teacher = solver_for(SCHEDULER)
     teacher.set_timesteps(40)
@@ -524,7 +524,7 @@ def test_a_plain_function_is_a_network():
     assert_same_tables(calibration, same)
 
 
-def test_a_module_that_does_not_say_its_precision_is_asked_for_its_weights():
+def test_precision_of_a_plain_module_is_that_of_its_weights():
     class Module(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -572,7 +572,7 @@ def test_a_conditional_network_of_latents():
     assert rms(distance) == pytest.approx(table["error"], rel=1e-3)
 
 
-def test_only_schedule_prediction_and_clipping_are_taken_from_the_scheduler():
+def test_only_schedule_prediction_and_clipping_matter():
     expected = calibrate(ExactNetwork(), SCHEDULER, (3,), **QUICK)
     for scheduler in (
         DPMSolverScheduler(algorithm_type="dpmsolver", method="singlestep", denoise_to_zero=True, solver_order=3),
@@ -784,7 +784,7 @@ def test_its_scheduler(fitted, tmp_path):
     assert fitted.scheduler(analytic).available_steps == [3, 5, 8]
 
 
-def test_its_scheduler_takes_guided_tables_if_there_are_no_others(fitted):
+def test_its_scheduler_takes_guided_tables_as_a_last_resort(fitted):
     def of(*scales):
         return replace(fitted, tables=[{**fitted.tables[0], "guidance_scale": scale} for scale in scales])
 

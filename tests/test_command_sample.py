@@ -172,7 +172,7 @@ def test_a_wrong_number_of_steps_does_not_block_the_folder(sample, capsys):
     assert json.loads((folder / "sampling.json").read_text())["settings"]["num_inference_steps"] == 5
 
 
-def test_fewer_seeds_do_not_delete_what_an_interrupted_call_has_drawn(sample, monkeypatch, capsys):
+def test_fewer_seeds_keep_what_an_interrupted_call_drew(sample, monkeypatch, capsys):
     write, calls = sampling.SampleFolder._write, []
 
     def interrupted(self, seed, image, label):

@@ -38,6 +38,7 @@ from diffusers_dpm.schedulers.scheduling_calibrated import CALIBRATION, CONDITIO
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
+subfolder_code = pytest.mark.needs("diffusers>=0.38", reason="remote code in a subfolder")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 BLOCKS = {"block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
 METRIC = {
@@ -138,6 +139,7 @@ def config(path):
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
+@subfolder_code
 def test_files(staged):
     found = {path.as_posix() for path in list_files(staged)}
     code = {"": "pipeline_dpm", "classifier/": "modeling_noisy_classifier"}
@@ -155,6 +157,7 @@ def test_files(staged):
     }
 
 
+@subfolder_code
 def test_index_names_stock_classes_only(staged):
     assert config(staged / "model_index.json") == {
         "_class_name": "DDPMPipeline",
@@ -165,6 +168,7 @@ def test_index_names_stock_classes_only(staged):
     }
 
 
+@subfolder_code
 def test_no_path_of_this_machine_is_published(run, staged):
     for path in list_files(staged):
         content = (staged / path).read_bytes()
@@ -173,6 +177,7 @@ def test_no_path_of_this_machine_is_published(run, staged):
         assert str(staged).encode() not in content, path
 
 
+@subfolder_code
 def test_weights_are_the_runs_and_their_halves(run, staged):
     full, half = load_file(run / "unet" / WEIGHTS), "diffusion_pytorch_model.fp16.safetensors"
     for name, weight in load_file(staged / "unet" / WEIGHTS).items():
@@ -185,6 +190,7 @@ def test_weights_are_the_runs_and_their_halves(run, staged):
     assert (staged / "classifier" / WEIGHTS).read_bytes() == (run / "classifier" / WEIGHTS).read_bytes()
 
 
+@subfolder_code
 def test_configs_of_the_extras_are_the_runs(run, staged):
     auto_map = {"auto_map": {"AutoModel": "modeling_noisy_classifier.NoisyClassifier"}}
     assert config(staged / "classifier/config.json") == config(run / "classifier/config.json") | auto_map
@@ -383,10 +389,12 @@ def test_a_bundle_runs(tmp_path):
 # Checks --------------------------------------------------------------------------------------------------------------
 
 
+@subfolder_code
 def test_what_was_staged_passes(run, staged):
     check(run, staged)
 
 
+@subfolder_code
 def test_one_changed_weight_is_found(run, copy):
     weights = load_file(copy / "unet" / WEIGHTS)
     weights["conv_in.weight"][0, 0, 0, 0] *= 1.001
@@ -395,6 +403,7 @@ def test_one_changed_weight_is_found(run, copy):
         check(run, copy)
 
 
+@subfolder_code
 def test_a_changed_classifier_is_found(run, copy):
     weights = load_file(copy / "classifier" / WEIGHTS)
     weights["conv_in.weight"][0, 0, 0, 0] += 0.01
@@ -570,6 +579,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
+@subfolder_code
 def test_dry_run(run, tmp_path, monkeypatch, capsys, no_network):
     monkeypatch.setattr(
         checks, "check_without_package", lambda folder, results: None

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 import torch
 
 from diffusers_dpm.calibration import solver_for
@@ -19,6 +20,7 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 # Those that make rows for any timesteps, and for a walk that begins in mid-grid; the others have tables of rows.
 PLANNING = tuple(c for c in ALL_SCHEDULERS if c is not CalibratedScheduler)
 COUNTS = (1, 2, 3, 4, 5, 7, 10, 20, 50)
+LAPLACE = pytest.param("laplace", marks=pytest.mark.needs("diffusers>=0.37", reason="DDPM with laplace betas"))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

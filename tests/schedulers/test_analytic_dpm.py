@@ -277,7 +277,7 @@ FRACTIONS = st.floats(0, 1)
 
 
 @given(lambda_t=LAMBDAS, gap=st.floats(0.05, 9), eta=FRACTIONS, ms_eps=st.lists(FRACTIONS, min_size=2, max_size=2))
-def test_the_variance_has_its_bounds_and_rises_with_the_statistics(lambda_t, gap, eta, ms_eps):
+def test_variance_is_bounded_and_rises_with_the_statistics(lambda_t, gap, eta, ms_eps):
     """lam^2 + (sqrt(b_t / A) - sqrt(b_s - lam^2))^2 (1 - ms_eps), written from alpha-bar, is the same number."""
     t, s = at_lambda(lambda_t), at_lambda(min(lambda_t + gap, 9.0))
     scheduler = AnalyticDPMScheduler(forward_process="ddim", eta=eta)
@@ -339,7 +339,7 @@ def assert_same_walk(one, other, n, tolerance=0.0):
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("n", [1, 2, 10, 100])
-def test_without_posterior_variance_it_is_ddpm_and_ddim_bit_for_bit(spacing, n):
+def test_without_statistics_it_is_ddpm_and_ddim_bit_for_bit(spacing, n):
     zero = {"timestep_spacing": spacing, **NO_CAP}
     for ours in (
         AnalyticDPMScheduler(missing_statistics="lower_bound", **zero),
@@ -636,7 +636,7 @@ def test_golden_split_where_the_estimate_is_negative(first_bad, n, optimal, top,
 
 
 @pytest.mark.parametrize("first_bad", [0, 100, 500])
-def test_an_estimate_that_is_negative_too_early_has_no_optimal_path(first_bad):
+def test_negative_estimates_have_no_optimal_path(first_bad):
     values = [0.1] * first_bad + [-0.1] * (1000 - first_bad)
     scheduler = given_statistics(AnalyticDPMScheduler(timestep_spacing="optimal"), values)
     with pytest.raises(ValueError, match=f"negative from timestep {first_bad} of 1000 on"):
@@ -722,7 +722,7 @@ def test_statistics_that_do_not_fit_are_refused(change, message):
     assert scheduler.statistics is None
 
 
-def test_statistics_of_another_schedule_are_found_out_after_a_swap():
+def test_statistics_of_another_schedule_fail_after_a_swap():
     config = dict(working(AnalyticDPMScheduler).config)
     scheduler = AnalyticDPMScheduler.from_config(config, beta_end=0.03)
     with pytest.raises(ValueError, match="another noise schedule"):

@@ -72,7 +72,7 @@ def test_the_guidance_scale_chooses_the_tables():
         CalibratedScheduler.from_config(scheduler.config, guidance_scale=3).set_timesteps(2)
 
 
-def test_other_numbers_of_steps_are_refused_with_those_that_there_are():
+def test_other_numbers_of_steps_are_refused_with_a_list():
     scheduler = calibrated([table(), table([999, 70], [[0.2, 0.5], [0.1, 0.9]])])
     message = r"for 3 steps: the calibration has rows for 2, 4 steps without guidance.*diffusers-dpm calibrate RUN"
     with pytest.raises(ValueError, match=message):
@@ -139,7 +139,7 @@ def test_how_x0_is_clipped_matters_only_if_it_is(switch, key, value):
     "change",
     [{"beta_end": 0.03}, {"prediction_type": "sample"}, {"clip_sample": True}, {"thresholding": True}],
 )
-def test_a_config_that_the_tables_are_not_for_is_found_out_after_a_swap(change):
+def test_tables_of_another_config_are_refused_after_a_swap(change):
     swapped = CalibratedScheduler.from_config(calibrated().config, **change)
     with pytest.raises(ValueError, match="the rows were fitted for"):
         swapped.set_timesteps(4)

@@ -328,7 +328,7 @@ def test_learned_variances_at_different_timesteps():
         assert torch.equal(got[i], expected)
 
 
-def test_images_at_the_last_timestep_get_no_noise_beside_others_that_do():
+def test_no_noise_at_the_last_timestep_in_a_mixed_batch():
     scheduler = ready(DDPMScheduler)
     got = scheduler.step(noise(*SHAPE), torch.tensor([0, 900, 0, 900]), noise(*SHAPE), generator=seeded())
     still = (got.prev_sample == got.pred_original_sample).flatten(1).all(1)
@@ -383,7 +383,7 @@ def test_noise_depends_on_the_generator_alone(scheduler_class, options):
 
 @pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_variance_channels_are_ignored_where_no_variance_is_learned(scheduler_class, channels):
+def test_variance_channels_are_ignored_unless_learned(scheduler_class, channels):
     x = noise(2, channels, 4, 4)
     plain, _ = walk(ready(scheduler_class), network, x, seeded())
     doubled, _ = walk(ready(scheduler_class), network_with_variance, x, seeded())
@@ -442,6 +442,6 @@ def test_ddim_eta_must_lie_between_0_and_1(eta):
 
 
 @pytest.mark.parametrize("eta", [1, 1.0])
-def test_ddim_eta_in_diffusers_position_is_not_taken_for_a_generator(eta):
+def test_ddim_eta_by_position_is_not_taken_for_a_generator(eta):
     with pytest.raises(TypeError, match="generator"):
         ready(DDIMScheduler).step(noise(*SHAPE), 600, noise(*SHAPE), eta)

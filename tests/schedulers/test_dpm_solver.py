@@ -406,7 +406,7 @@ def test_the_exact_grids_with_fractional_timesteps(flag):
     assert widths == pytest.approx([widths[0]] * 11, rel=1e-3)
 
 
-def test_the_beta_grid_has_the_quantiles_of_the_beta_distribution():
+def test_beta_grid_has_quantiles_of_the_beta_distribution():
     from scipy.stats import beta
 
     scheduler = DPMSolverScheduler(fractional_timesteps=True, use_beta_sigmas=True)

@@ -36,7 +36,7 @@ def misses(scheduler, data):
         *((DDIMScheduler, {"eta": eta}, SINGLE_POINT) for eta in (0.0, 0.3, 1.0)),
     ],
 )
-def test_marginals_are_exact_after_every_step_where_theory_says_so(scheduler_class, options, data, spacing):
+def test_marginals_are_exact_where_theory_says_so(scheduler_class, options, data, spacing):
     """Ho et al. 2020, section 3.2: the two variances are the best ones for a single point and for N(0, I)."""
     scheduler = scheduler_class(timestep_spacing=spacing, **options)
     for n in (1, 2, 5, 10, 100, 1000):

@@ -93,7 +93,7 @@ def test_save_and_load(scheduler_class, config, tmp_path):
 @pytest.mark.parametrize("scheduler_class", TWINS)
 @pytest.mark.parametrize("config", [{}, SHARED, {"clip_sample": False}])
 @pytest.mark.usefixtures("silent")
-def test_the_file_of_each_library_loads_in_the_other_without_a_word(scheduler_class, config, tmp_path):
+def test_each_librarys_file_loads_silently_in_the_other(scheduler_class, config, tmp_path):
     stock_class = getattr(diffusers, scheduler_class.__name__)
     ours, stock = scheduler_class(**config), stock_class(**config)
     loaded = through_json(ours, stock_class, tmp_path / "ours")

@@ -240,7 +240,7 @@ def test_dpm_solver_refuses_what_it_cannot_honour(source, config, message, tmp_p
         DPMSolverScheduler.from_pretrained(tmp_path)
 
 
-def test_unipc_in_epsilon_form_becomes_dpm_solver_in_epsilon_form(tmp_path):
+def test_unipc_in_epsilon_form_becomes_dpm_solver(tmp_path):
     for predict_x0, expected in ((True, "dpmsolver++"), (False, "dpmsolver")):
         other = diffusers.UniPCMultistepScheduler(predict_x0=predict_x0)
         other.save_pretrained(tmp_path)
