@@ -13,6 +13,8 @@ from accelerate.state import AcceleratorState, GradientState
 from hypothesis import settings
 from packaging.requirements import Requirement
 
+from tests.models import save_run
+
 
 settings.register_profile("quick", max_examples=50, deadline=None)
 settings.register_profile("thorough", max_examples=2000, deadline=None)
@@ -90,3 +92,10 @@ def modules_cache(tmp_path, monkeypatch):
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "diffusers_modules"]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with a tiny network of grey 8x8 images and 20 timesteps."""
+    save_run(tmp_path / "run")
+    return tmp_path / "run"

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
@@ -21,10 +20,9 @@ from diffusers_dpm.evaluation.features import Reference, load_features, to_bytes
 from diffusers_dpm.evaluation.results import Results, metric_tables, read_metrics
 from diffusers_dpm.evaluation.run import describe_source, shuffled_pixels, split_options
 from diffusers_dpm.likelihood.bound import evidence_lower_bound
-from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler
-from diffusers_dpm.training import build_unet
-from diffusers_dpm.training.unet_presets import ddpm_unet
+from tests.models import save_features
 
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -37,23 +35,14 @@ def main(arguments):
 
 
 @pytest.fixture
-def run(tmp_path):
-    torch.manual_seed(0)
-    unet = build_unet(ddpm_unet((8, 16), layers=1, attention=(), groups=4), (1, 8, 8), paper_init=False)
-    pipeline = DPMPipeline(unet=unet, scheduler=DDPMScheduler(num_train_timesteps=T, beta_end=0.3))
-    pipeline.save_pretrained(tmp_path / "run")
-    (tmp_path / "run" / "training_options.json").write_text(json.dumps({"ema": True}))
-    return tmp_path / "run"
+def run(run):
+    (run / "training_options.json").write_text(json.dumps({"ema": True}))
+    return run
 
 
 @pytest.fixture
 def features(tmp_path):
-    torch.manual_seed(1)
-    blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "norm_num_groups": 4}
-    classifier = NoisyClassifier(10, sample_size=8, in_channels=1, layers_per_block=1, **blocks)
-    classifier.save_pretrained(tmp_path / "features")
-    (tmp_path / "features" / "features.json").write_text("{}")
-    return tmp_path / "features"
+    return save_features(tmp_path / "features")
 
 
 @pytest.fixture

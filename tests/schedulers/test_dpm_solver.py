@@ -250,7 +250,7 @@ def test_a_batch_may_say_its_one_timestep_for_each_image(options):
     for i, t in enumerate(scheduler.timesteps):
         x = scheduler.step(network(x, t), t.expand(3), x, generator).prev_sample
         assert torch.equal(x, full[i])
-    with pytest.raises(ValueError, match="2 timesteps for a batch of 3 images"):
+    with pytest.raises(ValueError, match=r"2 timesteps.* 3 "):
         scheduler.step(x, scheduler.timesteps[0].expand(2), x)
 
 
@@ -260,7 +260,7 @@ def test_beginning_behind_the_last_step_is_a_walk_of_no_steps(options):
     scheduler.set_begin_index(len(GRID))
     assert torch.equal(*(walk(s, network, noise(2, 6), seeded())[0] for s in (scheduler, ready(**options))))
     for begin in (-1, len(GRID) + 1):
-        with pytest.raises(ValueError, match=rf"begin_index={begin} must lie in 0 \.\. {len(GRID)}"):
+        with pytest.raises(ValueError, match=rf"begin_index={begin} .*{len(GRID)}"):
             scheduler.set_begin_index(begin)
 
 

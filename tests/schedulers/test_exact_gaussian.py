@@ -79,10 +79,8 @@ def test_ddim_trajectories_converge_to_the_exact_flow():
     data, counts, errors = Gaussian(0.7, 0.25), (40, 80, 160, 320), []
     scheduler = DDIMScheduler(timestep_spacing="logsnr", clip_sample=False, set_alpha_to_one=False, **FINE)
     network = data.network(scheduler.schedule)
-    top, bottom = scheduler.schedule[3999], scheduler.schedule[0]
     start = noise(20, 1)
-    scaled = (start - top.alpha * data.mean) / math.sqrt(data.total(top))
-    exact = bottom.alpha * data.mean + scaled * math.sqrt(data.total(bottom))
+    exact = data.flow(start, scheduler.schedule[3999], scheduler.schedule[0])
     for n in counts:
         scheduler.set_timesteps(n)
         x = start

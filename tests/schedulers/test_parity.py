@@ -13,6 +13,7 @@ import torch
 
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.schedulers.plan import dynamic_threshold
+from tests.models import tiny_unet
 
 from .helpers import (
     LAPLACE,
@@ -141,18 +142,7 @@ def test_zero_terminal_snr_agrees_with_diffusers(prediction_type):
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-4)])
 def test_a_real_unet(name, dtype, tolerance):
     """Untrained, it amplifies rounding a thousandfold: 4e-14 at float64 and 2e-5 at float32 were measured."""
-    torch.manual_seed(0)
-    unet = diffusers.UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
-    unet.eval().to(dtype)
+    unet = tiny_unet().to(dtype)
     ours, stock = pair(name, {})
     if dtype == torch.float32:  # as users meet it, with the stock tables
         stock = type(stock)()

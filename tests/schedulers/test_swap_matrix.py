@@ -14,13 +14,12 @@ from diffusers import (
     DDPMPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, DDIMScheduler, DPMSolverScheduler
+from tests.models import tiny_conditional_unet, tiny_unet
 
 from .helpers import PLANNING, network, noise, seeded, walk, with_statistics
 
@@ -56,15 +55,7 @@ def quiet(pipe):
 
 @pytest.fixture(scope="module")
 def unet():
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=2,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    ).eval()
+    return tiny_unet(3, block_out_channels=(4, 8), norm_num_groups=2)
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +73,7 @@ def latent_parts():
         eos_token_id=2,
     )
     return {
-        "unet": UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(4, 8),
-            layers_per_block=1,
-            norm_num_groups=2,
-            cross_attention_dim=8,
-            attention_head_dim=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        ).eval(),
+        "unet": tiny_conditional_unet(),
         "vae": AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4,
             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2).eval(),
         "text_encoder": CLIPTextModel(text).eval(),
