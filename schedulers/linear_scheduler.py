@@ -339,13 +339,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         """`step`, with noise that is drawn if there is none."""
         x = sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
         output, variance = self.split_output(output, x)
-        if isinstance(timestep, Tensor) and timestep.numel() > 1:
-            rows = [self._locate(t) for t in timestep.tolist()]
-            if len(rows) != len(x):
-                raise ValueError(f"{len(rows)} timesteps for a batch of {len(x)} images.")
-            rows = rows if len({*rows}) > 1 else rows[:1]
-        else:
-            rows = [self._locate(timestep)]
+        rows = self._rows(timestep, len(x))
         history = self._history
         if self._has_state and rows[0] != (history.entry if history.last is None else history.last + 1):
             self._enter(rows[0])
@@ -355,6 +349,15 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         result = apply(rows, output, variance, x, noise)
         prev_sample, x0 = result if x is sample else (tensor.to(sample.dtype) for tensor in result)
         return LinearSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
+
+    def _rows(self, timestep: int | Tensor, num_images: int) -> list[int]:
+        """The row of all images, or of each if they differ."""
+        if not isinstance(timestep, Tensor) or timestep.numel() == 1:
+            return [self._locate(timestep)]
+        rows = [self._locate(t) for t in timestep.tolist()]
+        if len(rows) != num_images:
+            raise ValueError(f"{len(rows)} timesteps for a batch of {num_images} images.")
+        return rows if len({*rows}) > 1 else rows[:1]
 
     @property
     def _has_state(self) -> bool:

@@ -12,8 +12,8 @@ FLOORS = (
     "commands",
     "training",
     "evaluation hub likelihood runs",
-    "posterior_statistics calibration adaptive sampling",
-    "networks run_folder data records random_streams options errors lazy",
+    "posterior_statistics calibration calibration_inputs adaptive sampling",
+    "networks run_folder data image_batches images records processes random_streams options errors lazy",
     "pipelines schedulers",
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import re
 import shutil
 from collections.abc import Callable
@@ -10,17 +9,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import ModelMixin
-from diffusers.utils import make_image_grid
 from packaging.version import Version
-from PIL import Image, ImageOps
+from PIL import Image
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.results import read_baselines, read_metrics
 from diffusers_dpm.hub.card import check_recipe, load_facts, render_card
 from diffusers_dpm.hub.remote_code import write_code
+from diffusers_dpm.images import image_grid, to_pil, to_uint8
 from diffusers_dpm.networks import load_pipeline, quiet
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import read_json, weights_hash, write_json
@@ -194,10 +192,5 @@ def draw_grid(pipe: DPMPipeline, steps: int) -> Image.Image:
     """One framed sample for each of `SEEDS`; small images are enlarged, of many channels three are shown."""
     scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
     drawn: Any = DPMPipeline(pipe.unet, scheduler)(seeds=SEEDS, num_inference_steps=steps, output_type="np")
-    pixels = (drawn.images * 255).round().astype(np.uint8)
-    pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., 0]
-    scale = max(1, 64 // pixels.shape[2])
-    tiles = [Image.fromarray(image).resize((scale * image.shape[1], scale * image.shape[0]), 0) for image in pixels]
-    tiles = [ImageOps.expand(tile, border=2, fill="gray") for tile in tiles]
-    columns = math.isqrt(len(tiles))
-    return make_image_grid(tiles, rows=len(tiles) // columns, cols=columns)
+    grid = image_grid(to_uint8(drawn.images), min_width=64, frame=(2, 2), frame_value=128)
+    return to_pil(grid).convert("RGB")
