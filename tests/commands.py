@@ -1,7 +1,9 @@
 """The command line in this process and in others: options as arguments, errors, help, modules that are missing."""
 
 import dataclasses
+import itertools
 import re
+from contextlib import contextmanager
 
 import pytest
 
@@ -50,6 +52,21 @@ def as_arguments(options):
         elif value is not None:
             arguments.append(f"{flag(name)}={value}")
     return arguments
+
+
+@contextmanager
+def interrupted(owner, name, call):
+    """Call number `call` (from 1) of a method raises KeyboardInterrupt, as Ctrl-C does."""
+    method, calls = getattr(owner, name), itertools.count(1)
+
+    def counted(*arguments):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return method(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, counted)
+        yield
 
 
 def last_line(capsys):

@@ -584,6 +584,7 @@ def test_finished_tables_of_other_settings_are_not_taken_over(tmp_path):
             calibrate(**given)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_get_what_one_gets(tmp_path, in_two_processes):
     in_two_processes(__file__, tmp_path)
     counter = Counter()

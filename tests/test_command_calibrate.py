@@ -217,6 +217,7 @@ def test_interrupted_and_repeated(run, capsys):
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(run, in_two_processes):
     """Bit for bit: a batch holds the same images, whoever computes it."""
     assert main(command(run)) == 0

@@ -22,6 +22,7 @@ from diffusers_dpm.evaluation.run import describe_source, shuffled_pixels, split
 from diffusers_dpm.likelihood.bound import evidence_lower_bound
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler
+from tests.commands import interrupted
 from tests.models import save_features
 
 
@@ -240,16 +241,8 @@ def test_batch_size_changes_nothing(evaluate, tmp_path, scheduler):
 
 
 def test_interrupted_in_a_cell_it_goes_on_with_its_images(evaluate, run, monkeypatch):
-    draw, calls = sampling.Sampler.draw, []
-
-    def interrupted(self, seeds):
-        calls.append(len(seeds))
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return draw(self, seeds)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sampling.Sampler, "draw", interrupted)
+    draw = sampling.Sampler.draw
+    with interrupted(sampling.Sampler, "draw", call=5):
         evaluate("--batch-size=8", steps=(3, 2), code=130)
         assert len(json.loads((run / "metrics.json").read_text())["rows"]) == len(METRICS)
         assert (run / "metrics.md").exists()

@@ -14,7 +14,7 @@ from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import weights_hash
 from diffusers_dpm.sampling import build_scheduler, parse_assignments, parse_seeds
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, DDIMScheduler, DPMSolverScheduler
-from tests.commands import help_of, last_line
+from tests.commands import help_of, interrupted, last_line
 from tests.models import fitted_scheduler, save_run, tiny_classifier, tiny_unet
 
 
@@ -73,6 +73,7 @@ def test_image_is_that_of_its_seed_in_any_batch(run, sample):
     assert sorted(path.stem for path in some.glob("*.png")) == ["000003", "000004", "000007"]
 
 
+@pytest.mark.slow
 def test_two_processes_draw_what_one_draws(run, tmp_path, in_two_processes):
     options = ["--scheduler=ddim", "--num-inference-steps=5", "--seeds=0-8", "--cpu", "--batch-size=2"]
     result = in_two_processes("diffusers_dpm.commands.main", "sample", run, *options, "--output", tmp_path / "two")
@@ -103,17 +104,8 @@ def test_existing_images_are_kept_and_missing_ones_drawn(run, sample):
     assert_same(pixels(folder, others), expected(run, others))
 
 
-def test_interrupted_it_goes_on(run, sample, monkeypatch, capsys):
-    draw, calls = sampling.Sampler.draw, []
-
-    def interrupted(self, seeds):
-        calls.append(seeds)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return draw(self, seeds)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sampling.Sampler, "draw", interrupted)
+def test_interrupted_it_goes_on(run, sample):
+    with interrupted(sampling.Sampler, "draw", call=3):
         folder = sample("--seeds=0-7", "--batch-size=2", code=130)
     assert len(list(folder.glob("*.png"))) == 4
     kept = {path: path.stat().st_mtime_ns for path in folder.glob("*.png")}
@@ -155,17 +147,8 @@ def test_a_wrong_number_of_steps_does_not_block_the_folder(sample, capsys):
     assert json.loads((folder / "sampling.json").read_text())["settings"]["num_inference_steps"] == 5
 
 
-def test_fewer_seeds_keep_what_an_interrupted_call_drew(sample, monkeypatch, capsys):
-    write, calls = sampling.SampleFolder._write, []
-
-    def interrupted(self, seed, image, label):
-        calls.append(seed)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        write(self, seed, image, label)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sampling.SampleFolder, "_write", interrupted)
+def test_fewer_seeds_keep_what_an_interrupted_call_drew(sample, capsys):
+    with interrupted(sampling.SampleFolder, "_write", call=4):
         whole = sample("--seeds=0-7", output="images.npz", code=130)
     sample("--seeds=0-1", output="images.npz")
     assert "kept: 1 images of an interrupted call" in capsys.readouterr().out

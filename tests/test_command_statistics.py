@@ -134,6 +134,7 @@ def test_interrupted_and_repeated(run, capsys):
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(run, in_two_processes):
     """Bit for bit: the four batches of 64, 64, 64 and 48 pairs are the same, whoever computes them."""
     assert main(command(run)) == 0

@@ -72,6 +72,7 @@ def install(folder: Path, *what: str | Path) -> Path:
     return python
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wheel", "sdist", "editable"])
 def test_install_and_import_every_public_name(kind, source, distributions, tmp_path):
     (wheel,) = distributions.glob("*.whl")

@@ -539,6 +539,7 @@ except ImportError:
 """
 
 
+@pytest.mark.slow
 def test_plain_diffusers_pushes_and_loads_a_pipeline(hub, tmp_path):
     weights = tmp_path / "weights.pt"
     hub.run(PUSH, weights, token=hub.alice)

@@ -5,6 +5,7 @@ import math
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,15 @@ SPACINGS = (*STOCK_SPACINGS, "quadratic", "quad", "logsnr")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 # Those that make rows for any timesteps, and for a walk that begins in mid-grid; the others have tables of rows.
 PLANNING = tuple(c for c in ALL_SCHEDULERS if c is not CalibratedScheduler)
+STOCK = (
+    diffusers.DDPMScheduler,
+    diffusers.DDIMScheduler,
+    diffusers.PNDMScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.DPMSolverSinglestepScheduler,
+    diffusers.UniPCMultistepScheduler,
+    diffusers.DEISMultistepScheduler,
+)
 COUNTS = (1, 2, 3, 4, 5, 7, 10, 20, 50)
 LAPLACE = pytest.param("laplace", marks=pytest.mark.needs("diffusers>=0.37", reason="DDPM with laplace betas"))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -50,6 +60,20 @@ def walk(scheduler, network, x, generator=None, begin=0, **keywords):
         path.append(x)
         x0s.append(x0)
     return torch.stack(path), torch.stack(x0s)
+
+
+def checked_walk(scheduler, start):
+    """`walk` with `network`, all of it finite, in the dtype of `start`, and twice the same."""
+    paths = []
+    for _ in range(2):
+        path, x0s = walk(scheduler, network, start, seeded())
+        for tensor in (path, x0s):
+            assert tensor.shape == (len(scheduler.timesteps), *start.shape)
+            assert tensor.dtype == start.dtype
+            assert tensor.isfinite().all()
+        paths.append(path)
+    assert torch.equal(*paths)
+    return path, x0s
 
 
 def with_exact_tables(stock, schedule):

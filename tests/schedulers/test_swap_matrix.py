@@ -21,20 +21,11 @@ from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, DDIMScheduler, DPMSolverScheduler
 from tests.models import tiny_conditional_unet, tiny_unet
 
-from .helpers import PLANNING, network, noise, seeded, walk, with_statistics
+from .helpers import PLANNING, STOCK, network, noise, seeded, walk, with_statistics
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = Path(__file__).parent / "configs"
-SOURCES = (
-    diffusers.DDPMScheduler,
-    diffusers.DDIMScheduler,
-    diffusers.PNDMScheduler,
-    diffusers.DPMSolverMultistepScheduler,
-    diffusers.DPMSolverSinglestepScheduler,
-    diffusers.UniPCMultistepScheduler,
-    diffusers.DEISMultistepScheduler,
-)
 CHAIN = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
 COUNTS = [1, 2, 10, 50, pytest.param(1000, marks=pytest.mark.slow)]
 # Ours, with what stock configs do not say.
@@ -165,7 +156,7 @@ def test_image_to_image(scheduler_class, options, strength, latent_parts, tmp_pa
 # DPMSolverScheduler from the configs of others -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", STOCK)
 @pytest.mark.parametrize(
     "config",
     [
@@ -205,10 +196,10 @@ def test_dpm_solver_takes_what_the_other_config_says(source, config, tmp_path):
 @pytest.mark.parametrize(
     ("source", "config", "message"),
     [
-        (SOURCES[3], {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "use_flow_sigmas=True"),
-        (SOURCES[5], {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "use_flow_sigmas=True"),
-        (SOURCES[3], {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
-        (SOURCES[3], {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
+        (STOCK[3], {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "use_flow_sigmas=True"),
+        (STOCK[5], {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "use_flow_sigmas=True"),
+        (STOCK[3], {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
+        (STOCK[3], {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
         (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, "shift=3.0 is of flow matching"),
         (diffusers.EDMDPMSolverMultistepScheduler, {}, "sigma_data=0.5 is of EDM"),
     ],

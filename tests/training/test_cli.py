@@ -79,6 +79,7 @@ def test_a_missing_extra_is_named_in_one_line(without, tmp_path):
     assert re.fullmatch(message, result.stderr)
 
 
+@pytest.mark.slow
 def test_sampling_needs_no_extra(without, tmp_path):
     save_run(tmp_path / "run")
     options = ["--num-inference-steps=2", "--seeds=0-1", "--cpu", f"--output={tmp_path / 'images'}"]

@@ -57,6 +57,7 @@ def main(arguments):
 fails = partial(error_of, "train")
 
 
+@pytest.mark.slow
 def test_command_then_plain_diffusers(tmp_path):
     """The main job: train on the digits, load where this package cannot be imported."""
     folder = tmp_path / "run"
@@ -86,6 +87,7 @@ def losses(folder):
     return [event.value for event in events.Scalars("loss")]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, arguments, in_two_processes):
     """The same global batch on two CPU processes: the same loss and weights, to float32 rounding."""
     common = {"log_with": "tensorboard", "log_every": 1, "dropout": 0.0, "random_flip": True}
