@@ -37,10 +37,7 @@ def assert_same(first, second):
     assert first.keys() == second.keys()
     assert len(first) > 100
     for name, value in first.items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, second[name]), name
-        else:
-            assert value == second[name], name
+        assert torch.equal(value, second[name]) if torch.is_tensor(value) else value == second[name], name
 
 
 def assert_same_run(first, second, step=6):

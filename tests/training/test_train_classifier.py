@@ -31,6 +31,8 @@ from diffusers_dpm.training.unet_presets import PRESETS, ddpm_unet
 from tests.commands import SHORT_RUN, as_arguments, assert_named_once, error_of, help_of
 from tests.models import save_run, tiny_unet
 
+from .test_resume import assert_same
+
 
 TINY = ddpm_encoder((8, 16), layers=1, attention=(1,), groups=4)
 
@@ -227,18 +229,6 @@ def test_every_unet_has_a_classifier_of_sensible_size(name):
 # How it resumes
 
 
-def contents(folder):
-    """Every tensor and every number below, by relative path."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.suffix == ".safetensors":
-            found |= {f"{name}/{key}": value for key, value in load_file(path).items()}
-        elif path.name == "state.json":
-            found[name] = json.loads(path.read_text())
-    return found
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -258,11 +248,7 @@ def test_two_halves_equal_the_whole(make_pipeline, classifier_options, changes):
     shutil.copy(trainer.run_folder / "training_options.json", halves / "classifier_training")
     torch.manual_seed(12345)  # the state of the process does not matter
     train_classifier(halves, classifier_options(resume="latest", **common))
-    first, second = (contents(checkpoint_folder(folder / "classifier_training", 16)) for folder in (whole, halves))
-    assert first.keys() == second.keys()
-    assert len(first) > 100
-    for name, value in first.items():
-        assert torch.equal(value, second[name]) if torch.is_tensor(value) else value == second[name], name
+    assert_same(*(checkpoint_folder(folder / "classifier_training", 16) for folder in (whole, halves)))
     if changes.get("timestep_sampling") == "loss-second-moment":
         assert load_file(middle / "trainer_state" / "loss_history.safetensors")["counts"].min() >= 10
         assert trainer.state.loss_history.probabilities().std() > 0
