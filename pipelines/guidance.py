@@ -17,6 +17,7 @@ from .scheduler_adapter import SchedulerAdapter
 
 LogProbability = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, x0_hat) -> (B,)
 Network = Callable[[Tensor], Tensor]  # x_t -> prediction
+Prediction = tuple[Tensor, Tensor | None]  # guided, and w times the gradient where one was taken
 Scale = float | Sequence[float] | Tensor
 # prediction type -> (p, q) with network output = p x_t + q x_0, where x_t = alpha x_0 + sigma epsilon
 OUTPUTS: dict[str, Callable[[float, float], tuple[float, float]]] = {
@@ -54,9 +55,7 @@ class Guidance:
         """This guidance for the images of one call; None if it leaves all of them as they are."""
         return self
 
-    def predict(
-        self, network: Network, x_t: Tensor, t: Any, alpha: float, sigma: float
-    ) -> tuple[Tensor, Tensor | None]:
+    def predict(self, network: Network, x_t: Tensor, t: Any, alpha: float, sigma: float) -> Prediction:
         """(the guided output, w times the gradient where one was taken); see `ClassifierGuidance.__call__`."""
         raise NotImplementedError
 
@@ -111,9 +110,8 @@ class ClassifierGuidance(Guidance):
     def __post_init__(self) -> None:
         if self.prediction_type not in OUTPUTS:
             raise ValueError(f"guidance needs a prediction_type of {[*OUTPUTS]}, not {self.prediction_type!r}")
-        if torch.as_tensor(self.scale).ndim > 1:
-            shape = tuple(torch.as_tensor(self.scale).shape)
-            raise ValueError(f"guidance_scale must be one number or one per image, got shape {shape}")
+        if len(shape := torch.as_tensor(self.scale).shape) > 1:
+            raise ValueError(f"guidance_scale must be one number or one per image, got shape {tuple(shape)}")
         if self.mode not in ("score", "mean_shift"):
             raise ValueError(f'guidance_mode must be "score" or "mean_shift", got {self.mode!r}')
         if not self.interval[0] <= self.interval[1]:
@@ -153,9 +151,7 @@ class ClassifierGuidance(Guidance):
         prediction_type = scheduler.scheduler.config.get("prediction_type")
         return replace(self, log_prob=log_prob, prediction_type=prediction_type, scale=scale, clip=scheduler.clip)
 
-    def predict(
-        self, network: Network, x_t: Tensor, t: Any, alpha: float, sigma: float
-    ) -> tuple[Tensor, Tensor | None]:
+    def predict(self, network: Network, x_t: Tensor, t: Any, alpha: float, sigma: float) -> Prediction:
         """(the output, guided in mode "score"; w g, or None outside the interval and where alpha = 0)."""
         if self.through_unet:
             with torch.inference_mode(False), torch.enable_grad():
@@ -218,9 +214,9 @@ class ClassifierGuidance(Guidance):
             mean = p * x_t + q * self.clip(self._x0(output, x_t, alpha, sigma))
         if gradient is not None:
             mean = mean + q * sigma**2 / alpha * gradient
-        if gradient is not None and self.clip is not None and self.clip_order != "before":
-            clipped = p * x_t + q * self.clip(self._x0(mean, x_t, alpha, sigma))
-            mean = torch.where(self._scale_of(mean) != 0, clipped, mean)
+            if self.clip is not None and self.clip_order != "before":
+                clipped = p * x_t + q * self.clip(self._x0(mean, x_t, alpha, sigma))
+                mean = torch.where(self._scale_of(mean) != 0, clipped, mean)
         return torch.cat([mean, variance], dim=1) if variance.shape[1] else mean
 
     def _x0(self, output: Tensor, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
@@ -232,26 +228,18 @@ class ClassifierGuidance(Guidance):
         return torch.as_tensor(self.scale).to(images).view(-1, *(1,) * (images.ndim - 1))
 
 
-# Keywords of `DPMPipeline` -> fields of the `ClassifierGuidance` that they describe.
-SHORTCUTS = {
-    "cond_fn": "log_prob",
-    "guidance_scale": "scale",
-    "guidance_mode": "mode",
-    "guidance_interval": "interval",
-    "clip_order": "clip_order",
-    "max_gradient_norm": "max_gradient_norm",
-    "guidance_through_unet": "through_unet",
-}
+def choose_guidance(guidance: Guidance | None, **shortcuts: Any) -> Guidance | None:
+    """`guidance`, or the `ClassifierGuidance` that the pipeline's shortcuts describe; None if there is neither.
 
-
-def choose_guidance(guidance: Guidance | None, *shortcuts: Any) -> Guidance | None:
-    """`guidance`, or the `ClassifierGuidance` that the pipeline's shortcuts describe; None if there is neither."""
-    options = {name: value for name, value in zip(SHORTCUTS, shortcuts, strict=True) if value is not None}
-    if guidance is None and options:
-        return ClassifierGuidance(**{SHORTCUTS[name]: value for name, value in options.items()})
-    if options:
+    A shortcut with its default asks for nothing.
+    """
+    defaults = {"guidance_mode": "score", "clip_order": "after", "guidance_through_unet": False}
+    options = {name: value for name, value in shortcuts.items() if value is not None}
+    options = {name: value for name, value in options.items() if name not in defaults or value != defaults[name]}
+    if guidance is not None and options:
         raise ValueError(f"pass either guidance or {', '.join(options)}, not both")
-    return guidance
+    fields = {name.replace("cond_fn", "log_prob").removeprefix("guidance_"): options[name] for name in options}
+    return ClassifierGuidance(**fields) if fields else guidance
 
 
 def check_classifier(classifier: Any, unet: Any, latents: Tensor, labels: Tensor) -> None:
@@ -282,9 +270,8 @@ def label_log_probability(classifier: Any, labels: Tensor, device: torch.device)
         output = classifier(x_t.to(getattr(classifier, "dtype", x_t.dtype)), t)
         logits = getattr(output, "logits", output).to(x_t.dtype)
         if logits.ndim != 2 or len(logits) != len(labels) or logits.shape[1] <= highest:
-            raise ValueError(
-                f"the classifier returned logits {tuple(logits.shape)} for {len(labels)} images, labels to {highest}"
-            )
+            images = f"{len(labels)} images, labels to {highest}"
+            raise ValueError(f"the classifier returned logits {tuple(logits.shape)} for {images}")
         return logits.log_softmax(dim=1).gather(1, labels)[:, 0]
 
     return log_prob
@@ -292,8 +279,7 @@ def label_log_probability(classifier: Any, labels: Tensor, device: torch.device)
 
 def check_finite(finite: list[tuple[int, Tensor]], timesteps: Tensor) -> None:
     """`finite` holds (step, flag) of each gradient; read after the loop, which so never waits for the device."""
-    broken = [i for i, flag in finite if not flag]
-    if broken:
+    if broken := [i for i, flag in finite if not flag]:
         raise ValueError(
             f"the guidance gradient is not finite from step_index {broken[0]} on (timestep "
             f"{timesteps[broken[0]].item()}): use a lower guidance_scale, or networks in float32 or bfloat16"

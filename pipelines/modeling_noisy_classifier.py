@@ -15,7 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.unets.unet_2d_blocks import UNetMidBlock2D, get_down_block
 from diffusers.utils import BaseOutput
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 
@@ -32,7 +32,7 @@ class NoisyClassifierOutput(BaseOutput):
         logits: (B, num_classes), in the network's precision; their log-softmax is log p(y | x_t).
     """
 
-    logits: torch.Tensor
+    logits: Tensor
 
 
 class NoisyClassifier(ModelMixin, ConfigMixin):
@@ -136,8 +136,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         return {name: i for i, name in enumerate(self.class_names)}
 
     def forward(
-        self, sample: torch.Tensor, timestep: torch.Tensor | float, return_dict: bool = True
-    ) -> NoisyClassifierOutput | tuple[torch.Tensor]:
+        self, sample: Tensor, timestep: Tensor | float, return_dict: bool = True
+    ) -> NoisyClassifierOutput | tuple[Tensor]:
         """The logits of noisy images.
 
         Args:
@@ -190,7 +190,6 @@ def down_blocks(config: Any, time_channels: int) -> nn.ModuleList:
             out_channels=width,
             add_downsample=i < len(widths) - 1,
             attention_head_dim=config.attention_head_dim or width,
-            resnet_groups=config.norm_num_groups,
             downsample_padding=config.downsample_padding,
             downsample_type=config.downsample_type,
             **resnet_options(config, time_channels),
@@ -206,7 +205,6 @@ def mid_block(config: Any, time_channels: int) -> UNetMidBlock2D:
         in_channels=width,
         output_scale_factor=config.mid_block_scale_factor,
         attention_head_dim=config.attention_head_dim or width,
-        resnet_groups=config.norm_num_groups,
         attn_groups=config.attn_norm_num_groups,
         add_attention=config.add_attention,
         **resnet_options(config, time_channels),
@@ -215,8 +213,9 @@ def mid_block(config: Any, time_channels: int) -> UNetMidBlock2D:
 
 def resnet_options(config: Any, time_channels: int) -> dict[str, Any]:
     """What all blocks share."""
-    options = {"temb_channels": time_channels, "dropout": config.dropout, "resnet_eps": config.norm_eps}
-    return {**options, "resnet_act_fn": config.act_fn, "resnet_time_scale_shift": config.resnet_time_scale_shift}
+    norm = {"resnet_groups": config.norm_num_groups, "resnet_eps": config.norm_eps}
+    norm |= {"resnet_time_scale_shift": config.resnet_time_scale_shift}
+    return {"temb_channels": time_channels, "dropout": config.dropout, "resnet_act_fn": config.act_fn, **norm}
 
 
 def checked_names(id2label: Mapping[Any, str], num_classes: int) -> dict[str, str]:
@@ -244,7 +243,7 @@ class AdaptiveHead(nn.Module):
         self.norm = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
         self.out = zero_linear(channels, config.num_classes)
 
-    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, features: list[Tensor]) -> Tensor:
         return self.out(silu(self.norm(features[-1])).mean(dim=(2, 3)))
 
 
@@ -262,9 +261,7 @@ class AttentionHead(nn.Module):
             raise ValueError(f"pool 'attention' needs sides divisible by {scale}, got {self.size[0]}x{self.size[1]}")
         self.head_dim = config.attention_head_dim or channels
         if channels % self.head_dim:
-            raise ValueError(
-                f"attention_head_dim {self.head_dim} must divide the last of block_out_channels, {channels}"
-            )
+            raise ValueError(f"attention_head_dim {self.head_dim} must divide the last block_out_channels, {channels}")
         tokens = 1 + self.size[0] * self.size[1] // scale**2
         self.norm = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
         self.positions = nn.Parameter(torch.randn(tokens, channels) / channels**0.5)
@@ -273,7 +270,7 @@ class AttentionHead(nn.Module):
         self.value = nn.Linear(channels, channels)
         self.out = zero_linear(channels, config.num_classes)
 
-    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, features: list[Tensor]) -> Tensor:
         size = tuple(features[0].shape[2:])
         if size != self.size:
             raise ValueError(f"pool 'attention' was made for images of {self.size}, got {size}")
@@ -295,7 +292,7 @@ class SpatialHead(nn.Module):
         self.hidden = nn.Linear(joined, SPATIAL_HIDDEN)
         self.out = zero_linear(SPATIAL_HIDDEN, config.num_classes)
 
-    def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
+    def forward(self, features: list[Tensor]) -> Tensor:
         joined = torch.cat([feature.mean(dim=(2, 3)) for feature in features], dim=1)
         return self.out(self.hidden(joined).relu())
 

@@ -26,9 +26,7 @@ def image_shape(unet: Any, default: Sequence[int] | None = None) -> tuple[int, i
     config = getattr(unet, "config", {})
     size = config.get("sample_size") or default
     if size is None:
-        raise ValueError(
-            "the network's config has no sample_size: give the shape of the images, or noise to start from"
-        )
+        raise ValueError("the network's config has no sample_size: give the images' shape, or noise to start from")
     return config["in_channels"], *image_size(size)
 
 

@@ -105,12 +105,12 @@ class DPMPipeline(DiffusionPipeline):
         class_labels: int | Sequence[int] | Tensor | None = None,
         guidance: Guidance | None = None,
         guidance_scale: float | Sequence[float] | Tensor | None = None,
-        guidance_mode: str | None = None,
+        guidance_mode: str = "score",
         guidance_interval: tuple[float, float] | None = None,
-        clip_order: str | None = None,
+        clip_order: str = "after",
         max_gradient_norm: float | None = None,
         cond_fn: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
-        guidance_through_unet: bool | None = None,
+        guidance_through_unet: bool = False,
         seeds: Iterable[int] | None = None,
         latents: Tensor | None = None,
         eta: float | None = None,
@@ -157,8 +157,10 @@ class DPMPipeline(DiffusionPipeline):
         tensor_inputs = tuple(callback_on_step_end_tensor_inputs)
         self._check_output(output_type, return_trajectory, tensor_inputs)
         after_step = partial(self._after_step, callback_on_step_end, tensor_inputs)
-        shortcuts = (cond_fn, guidance_scale, guidance_mode, guidance_interval, clip_order, max_gradient_norm)
-        guidance = choose_guidance(guidance, *shortcuts, guidance_through_unet)
+        shortcuts = {"cond_fn": cond_fn, "guidance_scale": guidance_scale, "guidance_mode": guidance_mode}
+        bounds = {"guidance_interval": guidance_interval, "max_gradient_norm": max_gradient_norm}
+        clips = {"clip_order": clip_order, "guidance_through_unet": guidance_through_unet}
+        guidance = choose_guidance(guidance, **shortcuts, **clips, **bounds)
         generator = make_generators(generator, seeds)
         labels = None if class_labels is None else torch.as_tensor(class_labels)
         scale = None if guidance is None else torch.as_tensor(guidance.scale)
@@ -172,10 +174,9 @@ class DPMPipeline(DiffusionPipeline):
         guidance = self._bind_guidance(guidance, scheduler, latents, labels)
         if guidance is not None and guidance.clip_order == "before":
             scheduler = scheduler.without_clipping()
+        steps = (scheduler, guidance, step_arguments, after_step, int(return_trajectory))
         with evaluation_mode(self.unet, self.classifier):
-            latents, trajectory = self._denoise(
-                latents, labels, scheduler, guidance, step_arguments, after_step, int(return_trajectory)
-            )
+            latents, trajectory = self._denoise(latents, labels, *steps)
         images = self._to_images(latents, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
@@ -225,9 +226,8 @@ class DPMPipeline(DiffusionPipeline):
         """The U-Net's output in the precision of its input, with the channels that the scheduler can use."""
         output = self.unet(model_input.to(self.unet.dtype), **conditioning).sample.to(model_input.dtype)
         channels = model_input.shape[1]
-        if output.shape[1] == 2 * channels and not scheduler.takes_learned_variance:
-            output = output[:, :channels]
-        return output
+        cut = output.shape[1] == 2 * channels and not scheduler.takes_learned_variance
+        return output[:, :channels] if cut else output
 
     def _prepare_latents(self, latents: Tensor | None, batch_size: int, generator: Generators) -> Tensor:
         """x_T: (B, C, H, W) at the scheduler's initial noise level. Needs its timesteps set, which fix that level."""
@@ -261,10 +261,8 @@ class DPMPipeline(DiffusionPipeline):
             labels = drawn if labels is None else labels
         elif labels is not None:
             if self.classifier is None or (guidance is not None and not guidance.uses_classifier):
-                raise ValueError(
-                    "class_labels were given, but the U-Net is unconditional (no num_class_embeds) and no classifier "
-                    "is used"
-                )
+                reason = "the U-Net is unconditional (no num_class_embeds) and no classifier is used"
+                raise ValueError(f"class_labels were given, but {reason}")
             num_classes, lowest = getattr(self.classifier, "config", {}).get("num_classes") or math.inf, -1
         return None if labels is None else checked_labels(labels, lowest, num_classes)
 
@@ -304,8 +302,7 @@ class DPMPipeline(DiffusionPipeline):
 
     def _to_images(self, latents: Tensor, output_type: str) -> Tensor | np.ndarray | list[Image.Image]:
         """[-1, 1] to [0, 1], clamped, in the form asked for."""
-        broken = (~latents.isfinite()).flatten(1).any(dim=1).sum().item()
-        if broken:
+        if broken := (~latents.isfinite()).flatten(1).any(dim=1).sum().item():
             logger.warning(
                 "%d of %d images hold non-finite values after %d steps of %s",
                 *(broken, len(latents), len(self.scheduler.timesteps), type(self.scheduler).__name__),
@@ -331,22 +328,21 @@ class DPMPipeline(DiffusionPipeline):
     def to_json_string(self) -> str:
         """The model index, in names that plain diffusers knows: any other would make a repository nobody can load."""
         written = json.loads(super().to_json_string())
-        names = {
-            "_class_name": "DDPMPipeline",
-            "_diffusers_version": written["_diffusers_version"],
-            "scheduler": ["diffusers", adapt(self.scheduler).stock_class.__name__],
-            "unet": written["unet"],
-        }
-        return json.dumps(names, indent=2, sort_keys=True) + "\n"
+        scheduler = ["diffusers", adapt(self.scheduler).stock_class.__name__]
+        kept = {key: written[key] for key in ("_diffusers_version", "unet")}
+        return to_json({**kept, "_class_name": "DDPMPipeline", "scheduler": scheduler})
 
     def to_json_file(self, json_file_path: str | Path) -> None:
         """The same as a file, telling plain diffusers not to download the classifier's weights that lie beside it."""
         folder = Path(json_file_path).parent
-        weights = sorted(folder.glob("classifier/diffusion_pytorch_model*"))
         names = json.loads(self.to_json_string())
-        if weights:
+        if weights := sorted(folder.glob("classifier/diffusion_pytorch_model*")):
             names["_ignore_files"] = [path.relative_to(folder).as_posix() for path in weights]
-        Path(json_file_path).write_text(json.dumps(names, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        Path(json_file_path).write_text(to_json(names), encoding="utf-8")
+
+
+def to_json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
 @lru_cache
@@ -355,9 +351,7 @@ def warn_once(message: str, *values: str) -> None:
     logger.warning(message, *values)
 
 
-def make_generators(
-    generator: torch.Generator | Sequence[torch.Generator] | None, seeds: Iterable[int] | None
-) -> Generators:
+def make_generators(generator: Generators | Sequence[torch.Generator], seeds: Iterable[int] | None) -> Generators:
     """`generator`, or one CPU generator per seed: CPU noise is the same whatever the device."""
     if seeds is None:
         return list(generator) if isinstance(generator, Sequence) else generator

@@ -33,13 +33,12 @@ class SchedulerAdapter:
     """
 
     takes_learned_variance = True
-    has_fitted_rows = False
 
     def __init__(self, scheduler: Any):
         self.scheduler = scheduler
-        self.name = type(scheduler).__name__
-        ddpm = ("DDPMScheduler", "DDPMParallelScheduler")
-        self.is_ddpm = any(base.__name__ in ddpm for base in type(scheduler).__mro__)
+        self.name, bases = type(scheduler).__name__, {base.__name__ for base in type(scheduler).__mro__}
+        self.is_ddpm = bool(bases & {"DDPMScheduler", "DDPMParallelScheduler"})
+        self.has_fitted_rows = hasattr(scheduler, "available_steps")
 
     # The grid and the step ---------------------------------------------------------------------------------------
 
@@ -108,10 +107,9 @@ class SchedulerAdapter:
         scheduler, own, twin = self.scheduler, type(self.scheduler), self.stock_class
         if own is twin:
             return scheduler
-        stock_keys = inspect.signature(twin.__init__).parameters
-        config = {key: value for key, value in scheduler.config.items() if key in stock_keys}
-        parameters = inspect.signature(own.__init__).parameters
-        defaults = {key: parameter.default for key, parameter in parameters.items() if key not in stock_keys}
+        keys, own_keys = (inspect.signature(each.__init__).parameters for each in (twin, own))
+        config = {key: value for key, value in scheduler.config.items() if key in keys}
+        defaults = {key: parameter.default for key, parameter in own_keys.items() if key not in keys}
         lost = [key for key, default in defaults.items() if scheduler.config.get(key, default) != default]
         tables = {"AnalyticDPMScheduler": ["its statistics"], "CalibratedScheduler": ["its fitted rows"]}
         lost += tables.get(own.__name__, [])
@@ -131,10 +129,6 @@ class SchedulerAdapter:
 
 class OwnScheduler(SchedulerAdapter):
     """A scheduler of diffusers-dpm: its noise schedule and its rows hold the answers."""
-
-    def __init__(self, scheduler: Any):
-        super().__init__(scheduler)
-        self.has_fitted_rows = hasattr(scheduler, "available_steps")
 
     def noise_level(self, i: int, t: Tensor) -> tuple[float, float]:
         return self.scheduler.schedule.level(t.item())[:2]

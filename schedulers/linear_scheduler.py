@@ -340,8 +340,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         x = sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
         output, variance = self.split_output(output, x)
         rows = self._rows(timestep, len(x))
-        history = self._history
-        if self._has_state and rows[0] != (history.entry if history.last is None else history.last + 1):
+        if self._has_state and rows[0] != self._history.next:
             self._enter(rows[0])
         if noise is None and any(self.updates[i].noise for i in rows):
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)

@@ -179,3 +179,8 @@ class History(NamedTuple):
     anchor: Tensor | None = None
     x0s: Tensors = ()
     epsilons: Tensors = ()
+
+    @property
+    def next(self) -> int:
+        """The row that continues the loop."""
+        return self.entry if self.last is None else self.last + 1

@@ -31,7 +31,8 @@ def imports(path):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield f"diffusers_dpm.{room_of(path)}" if node.level else node.module
+            module = f"diffusers_dpm.{room_of(path)}" if node.level else node.module
+            yield from (f"{module}.{name.name}" for name in node.names)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

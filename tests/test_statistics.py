@@ -215,7 +215,7 @@ def test_labels_that_a_network_does_not_take_are_left_out():
         ({"images": []}, "no images"),
         ({"num_samples": 1}, "num_samples=1 "),
         ({"batch_size": 0}, "batch_size=0 "),
-        ({"seed": -1}, "seed=-1 not negative"),
+        ({"seed": -1}, "seed=-1 "),
         ({"timesteps": [5, 1000]}, r"timesteps .*0 \.\. 999, .*0 \.\. 1000"),
         ({"timesteps": [-1]}, r"-1 \.\. 999"),
         ({"class_labels": [0]}, "1 class_labels .*3 "),

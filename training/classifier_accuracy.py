@@ -1,6 +1,6 @@
 """How well a classifier of noisy images does at each noise level: accuracy, cross-entropy, calibration."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from diffusers_dpm.data import ImageDataset
+from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.random_streams import Stream, torch_generator
 from diffusers_dpm.schedulers import VPNoiseSchedule
 
@@ -39,9 +40,9 @@ def accuracy_by_noise_level(
         data: held-out images with labels.
         schedule: the forward process, of T timesteps.
         num_ranges: number of ranges; no more than T are made.
-        draws: timesteps and noises for each image in each range.
+        draws: pairs of timestep and noise for each image in each range.
         batch_size: images per call of the classifier.
-        seed: of the timesteps and noises.
+        seed: of the timesteps and the noise.
 
     Returns:
         {"num_images", "draws_per_image", "seed"; "clean": measures, "all": measures, "ranges": [{"timesteps": [first,
@@ -53,29 +54,29 @@ def accuracy_by_noise_level(
     clean: list[torch.Tensor] = []
     noisy: list[list[torch.Tensor]] = [[] for _ in ranges]
     labels: list[torch.Tensor] = []
-    was_training = classifier.training
-    classifier.eval()
-    for indices in batches(len(data), batch_size):
-        batch = data[indices]
-        x0 = batch["images"].to(device)
-        generators = [torch_generator(seed, Stream.EVALUATION, i) for i in indices]
-        clean.append(classifier(x0, 0).logits.float().cpu())
-        labels.append(batch["labels"])
-        for (low, high), found in zip(ranges, noisy, strict=True):
-            for _ in range(draws):
-                x_t, t = noised(x0, schedule, low, high, generators)
-                found.append(classifier(x_t, t).logits.float().cpu())
-    classifier.train(was_training)
+    starts = tqdm(range(0, len(data), batch_size), desc="held-out accuracy", unit="batch", leave=False)
+    with evaluation_mode(classifier):
+        for start in starts:
+            indices = list(range(start, min(start + batch_size, len(data))))
+            batch = data[indices]
+            x0 = batch["images"].to(device)
+            generators = [torch_generator(seed, Stream.EVALUATION, i) for i in indices]
+            clean.append(classifier(x0, 0).logits.float().cpu())
+            labels.append(batch["labels"])
+            for (low, high), logits in zip(ranges, noisy, strict=True):
+                for _ in range(draws):
+                    x_t, t = noised(x0, schedule, low, high, generators)
+                    logits.append(classifier(x_t, t).logits.float().cpu())
     repeated = torch.cat([part.repeat(draws) for part in labels])
     return {
         "num_images": len(data),
         "draws_per_image": draws,
         "seed": seed,
         "clean": measures(torch.cat(clean), torch.cat(labels)),
-        "all": measures(torch.cat([logits for found in noisy for logits in found]), repeated.repeat(len(ranges))),
+        "all": measures(torch.cat([part for logits in noisy for part in logits]), repeated.repeat(len(ranges))),
         "ranges": [
-            {"timesteps": [low, high - 1], **measures(torch.cat(found), repeated)}
-            for (low, high), found in zip(ranges, noisy, strict=True)
+            {"timesteps": [low, high - 1], **measures(torch.cat(logits), repeated)}
+            for (low, high), logits in zip(ranges, noisy, strict=True)
         ],
     }
 
@@ -96,22 +97,14 @@ def equal_ranges(num_timesteps: int, num_ranges: int) -> list[tuple[int, int]]:
     return list(pairwise(num_timesteps * i // num_ranges for i in range(num_ranges + 1)))
 
 
-def batches(num_examples: int, batch_size: int) -> Iterator[list[int]]:
-    """All indices in order, with a progress bar."""
-    starts = tqdm(range(0, num_examples, batch_size), desc="held-out accuracy", unit="batch", leave=False)
-    return (list(range(start, min(start + batch_size, num_examples))) for start in starts)
-
-
 def measures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """Accuracy, cross-entropy and expected calibration error of logits (N, K) for labels (N,), summed in float64."""
-    logits = logits.double()
-    calibration_error = multiclass_calibration_error(
-        logits.softmax(dim=1), labels, num_classes=logits.shape[1], n_bins=CALIBRATION_BINS
-    )
+    logits, num_classes = logits.double(), logits.shape[1]
+    error = multiclass_calibration_error(logits.softmax(dim=1), labels, num_classes, n_bins=CALIBRATION_BINS)
     return {
         "accuracy": (logits.argmax(dim=1) == labels).double().mean().item(),
         "cross_entropy": cross_entropy(logits, labels).item(),
-        "calibration_error": calibration_error.item(),
+        "calibration_error": error.item(),
     }
 
 

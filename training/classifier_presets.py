@@ -8,7 +8,7 @@ from diffusers import UNet2DModel
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.pipelines.modeling_noisy_classifier import NoisyClassifier
-from diffusers_dpm.training.unet_presets import check_demands, ddpm_unet
+from diffusers_dpm.training.unet_presets import check_demands, ddpm_unet, image_keys
 
 
 def ddpm_encoder(block_out_channels: Sequence[int], layers: int, attention: Sequence[int], groups: int = 32) -> dict:
@@ -41,9 +41,7 @@ def build_classifier(
     Raises:
         ValueError: the config has a key that the class does not know, or the classifier does not fit the images.
     """
-    channels, height, width = shape
-    size = height if height == width else (height, width)
-    required = {"num_classes": num_classes, "in_channels": channels, "sample_size": size}
+    required = {"num_classes": num_classes, **image_keys(shape)}
     changes = {key: value for key, value in changes.items() if value is not None}
     if isinstance(config, UNet2DModel):
         with user_error("NoisyClassifier"):

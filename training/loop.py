@@ -9,7 +9,7 @@ import copy
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -24,11 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from diffusers_dpm.data import ImageDataset
 from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError
-from diffusers_dpm.random_streams import (
-    Stream,
-    torch_generator,
-    torch_seed,
-)
+from diffusers_dpm.random_streams import Stream, torch_generator, torch_seed
 from diffusers_dpm.records import read_json, write_json, write_tensors
 from diffusers_dpm.schedulers import VPNoiseSchedule
 from diffusers_dpm.training.augmentation import random_crop, random_flip, random_shift
@@ -36,18 +32,11 @@ from diffusers_dpm.training.loss_history import LossHistory
 
 
 class Loss(Protocol):
-    """Per-example loss (B,) of a network on noised images: `DenoisingLoss`, `ClassifierLoss`."""
+    """Per-example loss (B,) from (network, x_0, t, noise, class_labels or None): `DenoisingLoss`, `ClassifierLoss`."""
 
     schedule: VPNoiseSchedule
 
-    def __call__(
-        self,
-        model: Callable[..., Any],
-        x0: torch.Tensor,
-        t: torch.Tensor,
-        noise: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -118,10 +107,8 @@ class MovingAverage:
     def decay_at(self, update: int) -> float:
         """Decay of an update, counted from 1: the first takes over the weights as they are."""
         options, step = self.options, update - 1
-        if step < 1:
-            return 0.0
-        if not options.ema_warmup:
-            return options.ema_decay
+        if step < 1 or not options.ema_warmup:
+            return 0.0 if step < 1 else options.ema_decay
         return max(0.0, min(1 - (1 + step / options.ema_inv_gamma) ** -options.ema_power, options.ema_decay))
 
     @torch.no_grad()
@@ -212,11 +199,8 @@ class TrainingState:
         folder.mkdir()
         names = [name for name, _ in self.model.named_parameters()]
         optimizer = self.optimizer.state_dict()
-        moments = {
-            f"{names[i]}/{key}": value.contiguous()
-            for i, row in optimizer["state"].items()
-            for key, value in row.items()
-        }
+        rows = [(names[i], row) for i, row in optimizer["state"].items()]
+        moments = {f"{name}/{key}": value.contiguous() for name, row in rows for key, value in row.items()}
         write_tensors(folder / "model.safetensors", self.model.state_dict())
         write_tensors(folder / "optimizer.safetensors", moments)
         if self.loss_history is not None:
@@ -262,19 +246,18 @@ def global_batch(num_examples: int, batch_size: int, seed: int, step: int) -> li
     places = range(step * batch_size, (step + 1) * batch_size)
     parts = []
     for epoch, group in itertools.groupby(places, key=lambda place: place // num_examples):
-        within = [place % num_examples for place in group]
-        parts += epoch_order(num_examples, seed, epoch)[within[0] : within[-1] + 1].tolist()
+        parts += epoch_order(num_examples, seed, epoch)[[place % num_examples for place in group]].tolist()
     return parts
 
 
+@dataclass
 class MicroBatches(Sampler[list[int]]):
     """Index lists for one process, micro-batch by micro-batch, from optimiser step `start` on, without end."""
 
-    def __init__(self, num_examples: int, options: Any, start: int, shares: Sequence[slice]):
-        self.num_examples = num_examples
-        self.options = options
-        self.start = start
-        self.shares = shares
+    num_examples: int
+    options: Any
+    start: int
+    shares: Sequence[slice]
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in itertools.count(self.start):
@@ -292,8 +275,7 @@ def batch_shares(options: Any, accelerator: Accelerator) -> list[slice]:
     size, rest = divmod(options.batch_size, processes * parts)
     if rest:
         raise DiffusersDPMError(
-            f"--batch-size {options.batch_size} cannot be divided evenly among "
-            f"{processes} process(es) x {parts} accumulation step(s)"
+            f"--batch-size {options.batch_size} cannot be divided evenly among {processes} process(es) x {parts} parts"
         )
     firsts = [(part * processes + accelerator.process_index) * size for part in range(parts)]
     return [slice(first, first + size) for first in firsts]
@@ -340,23 +322,22 @@ def draw_step(
     """
     size = options.batch_size
     generator = torch_generator(options.seed, Stream.NOISE, step, device=device)
+    source: dict[str, Any] = {"generator": generator, "device": device}
     weights = torch.ones(size, device=device)
     if options.timestep_sampling == "uniform":
-        timesteps = torch.randint(num_timesteps, (size,), generator=generator, device=device)
+        timesteps = torch.randint(num_timesteps, (size,), **source)
     else:
         # One timestep from each of B equal parts of the range; shuffled, so that no process gets only low noise.
-        places = torch.randperm(size, generator=generator, device=device) + torch.rand(
-            size, generator=generator, device=device
-        )
+        places = torch.randperm(size, **source) + torch.rand(size, **source)
         timesteps = (places * (num_timesteps / size)).long().clamp_(max=num_timesteps - 1)
         if probabilities is not None:  # the range is then that of the distribution function
             probabilities = probabilities.to(device, torch.float32)
             timesteps = torch.searchsorted(probabilities.cumsum(0), places / size, right=True)
             timesteps.clamp_(max=num_timesteps - 1)
             weights = 1 / (num_timesteps * probabilities[timesteps])
-    noise = torch.randn((size, *shape), generator=generator, device=device)
-    flip, coin = torch.rand((2, size), generator=generator, device=device)
-    shift, crop = torch.rand((size, 5), generator=generator, device=device).split([2, 3], dim=1)
+    noise = torch.randn((size, *shape), **source)
+    flip, coin = torch.rand((2, size), **source)
+    shift, crop = torch.rand((size, 5), **source).split([2, 3], dim=1)
     return Draws(timesteps, weights, noise, flip < 0.5, coin, shift, crop)
 
 
@@ -383,13 +364,19 @@ def training_steps(
     accelerator = state.accelerator
     num_timesteps = len(loss.schedule)
     shares = batch_shares(options, accelerator)
-    batches = load_batches(data, options, state.step, shares, accelerator.device)
+    loader = DataLoader(
+        data,
+        sampler=MicroBatches(len(data), options, state.step, shares),
+        batch_size=None,  # the sampler yields batches
+        num_workers=0 if data.in_memory else options.dataloader_num_workers,  # they only decode
+        pin_memory=accelerator.device.type == "cuda",
+    )
+    batches = iter(loader)
     state.network.train()
     record = None
     while state.step < options.max_train_steps:
         started = time.perf_counter()
-        history = state.loss_history
-        probabilities = None if history is None else history.probabilities()
+        probabilities = None if state.loss_history is None else state.loss_history.probabilities()
         draws = draw_step(options, state.step, data.shape, num_timesteps, accelerator.device, probabilities)
         sums, part_losses = torch.zeros(2, 4, device=accelerator.device), []
         for part, share in enumerate(shares):
@@ -401,8 +388,8 @@ def training_steps(
                 accelerator.backward((losses * drawn.weights).mean() / len(shares))
             part_losses.append(losses.detach())
             sums += sums_by_quartile(losses.detach(), drawn, num_timesteps)
-        if history is not None:
-            history.update(draws.timesteps, gather_parts(part_losses, accelerator))
+        if state.loss_history is not None:
+            state.loss_history.update(draws.timesteps, gather_parts(part_losses, accelerator))
         learning_rate = state.lr_scheduler.get_last_lr()[0]
         gradient_norm = state.update(options.max_grad_norm)
         if record is not None:
@@ -419,20 +406,6 @@ def training_steps(
         yield record
     if record is not None:
         record.check_finite()
-
-
-def load_batches(
-    data: ImageDataset, options: Any, start: int, shares: Sequence[slice], device: torch.device
-) -> Iterator[dict[str, torch.Tensor]]:
-    """This process's micro-batches from optimiser step `start` on; worker processes only decode what is not cached."""
-    loader = DataLoader(
-        data,
-        sampler=MicroBatches(len(data), options, start, shares),
-        batch_size=None,  # the sampler yields batches
-        num_workers=0 if data.in_memory else options.dataloader_num_workers,
-        pin_memory=device.type == "cuda",
-    )
-    return iter(loader)
 
 
 def prepare(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy, huber_loss, l1_loss, mse_loss
 
 from diffusers_dpm.errors import DiffusersDPMError
@@ -16,7 +17,7 @@ from diffusers_dpm.training.options import LossType, PredictionType, Weighting
 
 # Squared error on the target divided by squared error on epsilon, inverted: at a fixed x_t,
 # |x0 - x0'|^2 = |eps - eps'|^2 / SNR and |v - v'|^2 = |eps - eps'|^2 (1 + SNR) / SNR.
-EPSILON_ERROR: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+EPSILON_ERROR: dict[str, Callable[[Tensor], Tensor]] = {
     "epsilon": torch.ones_like,
     "sample": lambda snr: snr,
     "v_prediction": lambda snr: snr / (1 + snr),
@@ -30,7 +31,7 @@ def loss_weights(
     min_snr_gamma: float = 5.0,
     p2_gamma: float = 1.0,
     p2_k: float = 1.0,
-) -> torch.Tensor:
+) -> Tensor:
     """The factor of the per-example loss at every training timestep, float64 of shape (T,).
 
     Written for the epsilon loss, and carried over so that every target minimises the same error in x_0:
@@ -68,8 +69,8 @@ class DenoisingLoss:
         prediction_type: the target, "epsilon" (the noise), "sample" (x_0) or "v_prediction".
         loss_type: "l2"; "l1" (estimates the conditional median, so samples no longer follow the data); or "huber".
         weighting: "none", "simple", "min_snr" or "p2", see `loss_weights`.
-        min_snr_gamma, p2_gamma, p2_k: their parameters.
         huber_delta: where "huber" turns from quadratic to linear.
+        parameters: min_snr_gamma, p2_gamma and p2_k of `loss_weights`.
 
     Raises:
         ValueError: an unknown name; epsilon prediction on a schedule that ends in pure noise, where x_t tells nothing
@@ -82,13 +83,11 @@ class DenoisingLoss:
         prediction_type: PredictionType = "epsilon",
         loss_type: LossType = "l2",
         weighting: Weighting = "none",
-        min_snr_gamma: float = 5.0,
-        p2_gamma: float = 1.0,
-        p2_k: float = 1.0,
         huber_delta: float = 1.0,
+        **parameters: float,
     ):
-        weights = loss_weights(schedule, prediction_type, weighting, min_snr_gamma, p2_gamma, p2_k)
-        distances: dict[str, Callable[..., torch.Tensor]] = {
+        weights = loss_weights(schedule, prediction_type, weighting, **parameters)
+        distances: dict[str, Callable[..., Tensor]] = {
             "l2": mse_loss,
             "l1": l1_loss,
             "huber": lambda output, target, reduction: huber_loss(output, target, reduction, huber_delta),
@@ -103,13 +102,8 @@ class DenoisingLoss:
         self.weights = weights.float()
 
     def __call__(
-        self,
-        model: Callable[..., Any],
-        x0: torch.Tensor,
-        t: torch.Tensor,
-        noise: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, model: Callable[..., Any], x0: Tensor, t: Tensor, noise: Tensor, class_labels: Tensor | None = None
+    ) -> Tensor:
         """Weighted loss per example: mean over all dimensions but the first, shape (B,), float32.
 
         Args:
@@ -144,13 +138,8 @@ class ClassifierLoss:
         self.schedule = schedule
 
     def __call__(
-        self,
-        model: Callable[..., Any],
-        x0: torch.Tensor,
-        t: torch.Tensor,
-        noise: torch.Tensor,
-        class_labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, model: Callable[..., Any], x0: Tensor, t: Tensor, noise: Tensor, class_labels: Tensor | None = None
+    ) -> Tensor:
         """Cross-entropy per example, shape (B,), float32.
 
         Args:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from diffusers_dpm.options import DataSourceOptions, check_ranges
+from diffusers_dpm.options import DataSourceOptions
 
 
 PresetName = Literal["digits-8x8", "28x28", "cifar10-small", "cifar10-ddpm", "64x64"]
@@ -208,15 +208,7 @@ class RunFolderOptions:
     """run folder"""
 
     output_dir: str
-    """run folder, which becomes the trained pipeline"""
-
-
-@dataclass(kw_only=True)
-class FeatureFolderOptions(RunFolderOptions):
-    """run folder"""
-
-    output_dir: str
-    """folder of the features"""
+    """folder of the run, which becomes the trained pipeline or features"""
 
 
 @dataclass(kw_only=True)
@@ -299,12 +291,11 @@ class TrainingOptions(
         DiffusersDPMError: a number is out of range.
     """
 
-    # Disabled: augmentation would leak into the samples.
+    # Disabled: augmentation would leak into the samples, and a diffusion model has no accuracy.
     random_shift: ClassVar[int] = 0
     random_crop: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
+    eval_data: ClassVar[None] = None
+    eval_split: ClassVar[None] = None
 
 
 @dataclass(kw_only=True)
@@ -322,14 +313,11 @@ class ClassifierTrainingOptions(
 
     class_dropout_prob: ClassVar[float] = 0.0  # every image keeps its label
 
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
 
 @dataclass(kw_only=True)
 class FeatureTrainingOptions(
     DataOptions,
-    FeatureFolderOptions,
+    RunFolderOptions,
     FeatureOptions,
     AugmentationOptions,
     FeatureOptimizationOptions,
@@ -341,6 +329,3 @@ class FeatureTrainingOptions(
     """Options of `diffusers-dpm train-features`; raises as `TrainingOptions`."""
 
     class_dropout_prob: ClassVar[float] = 0.0
-
-    def __post_init__(self) -> None:
-        check_ranges(self)

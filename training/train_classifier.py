@@ -12,19 +12,14 @@ from typing import Any
 
 from diffusers import UNet2DModel
 
-from diffusers_dpm.data import ImageDataset, describe, load_data, load_held_out_data
+from diffusers_dpm.data import ImageDataset, describe
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.networks import load_pipeline
-from diffusers_dpm.pipelines import NoisyClassifier
-from diffusers_dpm.pipelines.networks import image_shape
+from diffusers_dpm.pipelines import NoisyClassifier, image_shape
 from diffusers_dpm.records import atomic_folder, remove, write_json
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import DDPMScheduler
-from diffusers_dpm.training.classifier_accuracy import (
-    accuracy_by_noise_level,
-    accuracy_table,
-    plot_accuracy,
-)
+from diffusers_dpm.training.classifier_accuracy import accuracy_by_noise_level, accuracy_table, plot_accuracy
 from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS, build_classifier
 from diffusers_dpm.training.loss import ClassifierLoss
 from diffusers_dpm.training.options import ClassifierTrainingOptions
@@ -39,15 +34,9 @@ class ClassifierTrainer(Trainer):
         pipeline_folder: its scheduler gives the noise levels, its U-Net the shape of the images.
         options: what to train, on what and how.
 
-    Attributes:
-        eval_data: what accuracy is measured on at the end; None if the options name nothing.
-
     Raises:
         DiffusersDPMError: as `Trainer`; no pipeline in the folder; images, labels or class names that do not fit.
     """
-
-    weights = "classifier/diffusion_pytorch_model.safetensors"
-    conditional = True
 
     def __init__(self, pipeline_folder: str | Path, options: ClassifierTrainingOptions):
         self.folder = Path(pipeline_folder)
@@ -58,22 +47,22 @@ class ClassifierTrainer(Trainer):
         if self.model_run.classifier.exists() and not run_folder.exists() and not options.overwrite:
             raise DiffusersDPMError(f"{self.model_run.classifier} exists already; --overwrite replaces it")
         self.pipeline = load_pipeline(str(self.folder))
+        self.command = f"train-classifier {self.folder}"
         super().__init__(options, run_folder)
-
-    def _load_data(self) -> ImageDataset:
-        self.eval_data = load_held_out_data(self.options)
-        return load_data(self.options, require_labels=True)
 
     def _build(self) -> tuple[NoisyClassifier, ClassifierLoss]:
         data, unet = self.data, self.pipeline.unet
         self.num_classes = self.options.num_classes or data.num_classes
         for images in (data, self.eval_data or data):
-            check_shape(images, unet)
+            shape = image_shape(unet, images.shape[1:])
+            if images.shape != shape:
+                raise DiffusersDPMError(
+                    f"the pipeline's U-Net is for {describe(shape)}, the data is {describe(images.shape)}; "
+                    "--resolution and --channels convert it"
+                )
             check_labels(images, self.num_classes)
             if images.class_names != data.class_names:
-                raise DiffusersDPMError(
-                    f"the held-out data's classes are {images.class_names}, not {data.class_names}"
-                )
+                raise DiffusersDPMError(f"the held-out classes are {images.class_names}, not {data.class_names}")
         scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         return build_network(unet, data, self.num_classes, self.options), ClassifierLoss(scheduler.schedule)
 
@@ -87,29 +76,20 @@ class ClassifierTrainer(Trainer):
         unmeasured = ["no --eval-split or --eval-data: held-out accuracy will not be measured"]
         return super()._warnings() + ([] if self.eval_data else unmeasured)
 
-    def _save_model(self, folder: Path) -> None:
-        self.model.save_pretrained(RunFolder(folder).classifier)
-
     def _finish(self) -> str:
         """Write the classifier and its held-out accuracy beside the pipeline."""
-        if self.accelerator.is_main_process:
-            with atomic_folder(self.model_run.classifier) as folder:
-                self.model.save_pretrained(folder)
-            for path in self._accuracy_files():  # of an earlier classifier
-                remove(path)
-            if self.eval_data is not None:
-                self._measure(self.eval_data)
-        self.accelerator.wait_for_everyone()
+        with atomic_folder(self.model_run.classifier) as folder:
+            self.model.save_pretrained(folder)
+        for path in self._accuracy_files():  # of an earlier classifier
+            remove(path)
+        if self.eval_data is not None:
+            self._measure(self.eval_data)
         return f"the classifier is {self.model_run.classifier}"
 
     def _measure(self, data: ImageDataset) -> None:
         options = self.options
         result = accuracy_by_noise_level(
-            self.model,
-            data,
-            self.loss.schedule,
-            draws=options.eval_draws,
-            batch_size=options.batch_size,
+            self.model, data, self.loss.schedule, draws=options.eval_draws, batch_size=options.batch_size
         )
         source = {"data": options.eval_data or options.data, "split": options.eval_split or options.split}
         record, picture = self._accuracy_files()
@@ -121,11 +101,7 @@ class ClassifierTrainer(Trainer):
         return [self.model_run.classifier_accuracy, self.model_run.classifier_plot]
 
     def _outputs(self) -> list[Path]:
-        training = [self.files.checkpoints, self.files.logs, self.files.options]
-        return [self.model_run.classifier, *self._accuracy_files(), *training]
-
-    def _resume_command(self) -> str:
-        return f"diffusers-dpm train-classifier {self.folder} {self.files.options} --resume"
+        return [self.model_run.classifier, *self._accuracy_files(), *super()._outputs()]
 
 
 def train_classifier(pipeline_folder: str | Path, options: ClassifierTrainingOptions) -> Path:
@@ -152,16 +128,6 @@ def build_network(
     return build_classifier(
         config, data.shape, num_classes, id2label=id2label, pool=options.pool, dropout=options.dropout
     )
-
-
-def check_shape(data: ImageDataset, unet: UNet2DModel) -> None:
-    """Raise DiffusersDPMError for images of another shape than the U-Net's."""
-    shape = image_shape(unet, data.shape[1:])
-    if data.shape != shape:
-        raise DiffusersDPMError(
-            f"the pipeline's U-Net is for {describe(shape)}, the data is {describe(data.shape)}; "
-            "--resolution and --channels convert it"
-        )
 
 
 def check_labels(data: ImageDataset, num_classes: int) -> None:

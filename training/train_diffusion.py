@@ -9,16 +9,17 @@ from diffusers import UNet2DModel
 from huggingface_hub import HfApi
 from PIL import Image
 
-from diffusers_dpm.data import ImageDataset, load_data
+from diffusers_dpm.data import ImageDataset
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.hub.publish import check_repo_id, publish
 from diffusers_dpm.hub.upload import PublishError, log_in
 from diffusers_dpm.images import image_grid, to_uint8
+from diffusers_dpm.options import values_of
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import TEMPORARY, flush_tree, move_children
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.training.loss import DenoisingLoss
-from diffusers_dpm.training.options import TrainingOptions
+from diffusers_dpm.training.options import LossOptions, NoiseScheduleOptions, TrainingOptions
 from diffusers_dpm.training.trainer import Trainer, is_due
 from diffusers_dpm.training.unet_presets import PRESETS, build_unet, choose_preset, read_config
 
@@ -34,6 +35,7 @@ class DiffusionTrainer(Trainer):
     """
 
     weights = "unet/diffusion_pytorch_model.safetensors"
+    command = "train"
 
     def __init__(self, options: TrainingOptions):
         if options.push_to_hub is not None:  # refused now, and not when the training is over
@@ -59,34 +61,30 @@ class DiffusionTrainer(Trainer):
                 raise PublishError(f"{error}; the run is kept, publish it with: {shlex.join(again)}") from error
         return run
 
-    def _load_data(self) -> ImageDataset:
-        return load_data(self.options, require_labels=self.options.class_conditional)
-
     def _build(self) -> tuple[UNet2DModel, DenoisingLoss]:
-        self.scheduler = build_scheduler(self.options)
-        return build_network(self.data, self.options), build_loss(self.scheduler, self.options)
-
-    def _pipeline(self) -> DPMPipeline:
-        return DPMPipeline(unet=self.model, scheduler=self.scheduler)
+        options = self.options
+        with user_error("noise schedule"):
+            self.scheduler = DDPMScheduler(
+                **values_of(options, NoiseScheduleOptions),
+                # A process that ends in pure noise must be sampled from its very last timestep.
+                timestep_spacing="trailing" if options.rescale_betas_zero_snr else "leading",
+            )
+        loss = DenoisingLoss(self.scheduler.schedule, options.prediction_type, **values_of(options, LossOptions))
+        return build_network(self.data, options), loss
 
     def _save_model(self, folder: Path) -> None:
-        self._pipeline().save_pretrained(folder)
+        DPMPipeline(unet=self.model, scheduler=self.scheduler).save_pretrained(folder)
 
     def _finish(self) -> str:
         """Make the run folder itself the trained pipeline."""
-        if self.accelerator.is_main_process:
-            temporary = self.run_folder / f"{TEMPORARY}pipeline"
-            self._save_model(temporary)
-            flush_tree(temporary)
-            move_children(temporary, self.run_folder)
-        self.accelerator.wait_for_everyone()
+        temporary = self.run_folder / f"{TEMPORARY}pipeline"
+        self._save_model(temporary)
+        flush_tree(temporary)
+        move_children(temporary, self.run_folder)
         return f"the pipeline is {self.run_folder}"
 
     def _outputs(self) -> list[Path]:
         return self.files.contents()
-
-    def _resume_command(self) -> str:
-        return f"diffusers-dpm train {self.files.options} --resume"
 
     def _after_step(self, step: int) -> None:
         if is_due(step, self.options.sample_every):
@@ -109,16 +107,13 @@ class DiffusionTrainer(Trainer):
 
     def _draw(self, unet: UNet2DModel) -> np.ndarray:
         """(N, H, W, C) samples in [0, 1], in evaluation mode, one after the other through the classes."""
-        options, labels = self.options, None
-        if options.class_conditional:
-            labels = [i % self.data.num_classes for i in range(options.num_samples)]
+        options, seeds = self.options, range(self.options.num_samples)
+        labels = [i % self.data.num_classes for i in seeds] if options.class_conditional else None
         pipeline = DPMPipeline(unet=unet, scheduler=DDIMScheduler.from_config(self.scheduler.config))
         pipeline.set_progress_bar_config(disable=True)
         steps = min(options.sample_steps, options.num_train_timesteps)
-        drawn: Any = pipeline(
-            seeds=range(options.num_samples), class_labels=labels, num_inference_steps=steps, output_type="np"
-        )
-        return drawn.images
+        output: Any = pipeline(seeds=seeds, class_labels=labels, num_inference_steps=steps, output_type="np")
+        return output.images
 
 
 def sample_grid(images: np.ndarray) -> np.ndarray:
@@ -131,36 +126,6 @@ def train(options: TrainingOptions) -> Path:
     return DiffusionTrainer(options).run()
 
 
-def build_scheduler(options: TrainingOptions) -> DDPMScheduler:
-    """The sampler that is saved with the model; it holds the forward process of the training."""
-    with user_error("noise schedule"):
-        return DDPMScheduler(
-            num_train_timesteps=options.num_train_timesteps,
-            beta_start=options.beta_start,
-            beta_end=options.beta_end,
-            beta_schedule=options.beta_schedule,
-            variance_type=options.variance_type,
-            clip_sample=options.clip_sample,
-            prediction_type=options.prediction_type,
-            # A process that ends in pure noise must be sampled from its very last timestep.
-            timestep_spacing="trailing" if options.rescale_betas_zero_snr else "leading",
-            rescale_betas_zero_snr=options.rescale_betas_zero_snr,
-        )
-
-
-def build_loss(scheduler: DDPMScheduler, options: TrainingOptions) -> DenoisingLoss:
-    return DenoisingLoss(
-        scheduler.schedule,
-        prediction_type=options.prediction_type,
-        loss_type=options.loss_type,
-        weighting=options.weighting,
-        min_snr_gamma=options.min_snr_gamma,
-        p2_gamma=options.p2_gamma,
-        p2_k=options.p2_k,
-        huber_delta=options.huber_delta,
-    )
-
-
 def build_network(data: ImageDataset, options: TrainingOptions) -> UNet2DModel:
     """The network for the data, from the options' preset or config file."""
     if options.preset and options.unet_config:
@@ -171,13 +136,6 @@ def build_network(data: ImageDataset, options: TrainingOptions) -> UNet2DModel:
         config = read_config(options.unet_config, "UNet2DModel")
     else:
         _, config = PRESETS[options.preset or choose_preset((data.shape[1], data.shape[2]))]
-    num_classes = None
-    if options.class_conditional:
-        num_classes = data.num_classes + (options.class_dropout_prob > 0)
-    return build_unet(
-        config,
-        data.shape,
-        num_class_embeds=num_classes,
-        dropout=options.dropout,
-        paper_init=options.init == "papers",
-    )
+    num_classes = data.num_classes + (options.class_dropout_prob > 0) if options.class_conditional else None
+    paper_init = options.init == "papers"
+    return build_unet(config, data.shape, num_class_embeds=num_classes, dropout=options.dropout, paper_init=paper_init)

@@ -13,12 +13,10 @@ from typing import Any
 
 import torch
 
-from diffusers_dpm.data import ImageDataset, load_data, load_held_out_data
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.features import FEATURES_FILE
 from diffusers_dpm.pipelines import NoisyClassifier
 from diffusers_dpm.records import atomic_folder, move_children, weights_hash, write_json
-from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import VPNoiseSchedule
 from diffusers_dpm.training.classifier_accuracy import accuracy_by_noise_level
 from diffusers_dpm.training.classifier_presets import build_classifier, ddpm_encoder
@@ -35,15 +33,11 @@ CLEAN_SCHEDULE = VPNoiseSchedule(torch.tensor([1e-10]))
 class FeatureTrainer(Trainer):
     """The training of a classifier of clean images.
 
-    Attributes:
-        eval_data: what accuracy is measured on at the end; None if the options name nothing.
-
     Raises:
         DiffusersDPMError: as `Trainer`; labels that are missing or do not fit.
     """
 
-    weights = "classifier/diffusion_pytorch_model.safetensors"
-    conditional = True
+    command = "train-features"
 
     def __init__(self, options: FeatureTrainingOptions):
         self.folder = Path(options.output_dir)
@@ -51,10 +45,6 @@ class FeatureTrainer(Trainer):
         if self.folder.exists() and not run_folder.exists() and any(self.folder.iterdir()):
             raise DiffusersDPMError(f"{self.folder} holds other files than features: choose another --output-dir")
         super().__init__(options, run_folder)
-
-    def _load_data(self) -> ImageDataset:
-        self.eval_data = load_held_out_data(self.options)
-        return load_data(self.options, require_labels=True)
 
     def _build(self) -> tuple[NoisyClassifier, ClassifierLoss]:
         data = self.data
@@ -65,43 +55,30 @@ class FeatureTrainer(Trainer):
         config = features_config(data.shape, self.options.num_features)
         return build_classifier(config, data.shape, data.num_classes), ClassifierLoss(CLEAN_SCHEDULE)
 
-    def _save_model(self, folder: Path) -> None:
-        self.model.save_pretrained(RunFolder(folder).classifier)
-
     def _finish(self) -> str:
         """Write the classifier and its record."""
-        accuracy = self._accuracy()
-        if self.accelerator.is_main_process:
-            options = self.options
-            about = {
-                "trained_on": {"data": options.data, "split": options.split, "images": "clean"},
-                "num_features": options.num_features,
-                "sha256": weights_hash(self.model),
-                "held_out_accuracy": accuracy,
-            }
-            staged = self.folder / "training" / "model"
-            with atomic_folder(staged) as folder:
-                self.model.save_pretrained(folder)
-                write_json(folder / FEATURES_FILE, about)
-            move_children(staged, self.folder)
-        self.accelerator.wait_for_everyone()
+        options, accuracy = self.options, None
+        if self.eval_data is not None:
+            schedule, batch_size = self.loss.schedule, options.batch_size
+            result = accuracy_by_noise_level(self.model, self.eval_data, schedule, draws=1, batch_size=batch_size)
+            accuracy = result["clean"]["accuracy"]
+        about = {
+            "trained_on": {"data": options.data, "split": options.split, "images": "clean"},
+            "num_features": options.num_features,
+            "sha256": weights_hash(self.model),
+            "held_out_accuracy": accuracy,
+        }
+        staged = self.run_folder / "model"
+        with atomic_folder(staged) as folder:
+            self.model.save_pretrained(folder)
+            write_json(folder / FEATURES_FILE, about)
+        move_children(staged, self.folder)
         shown = "" if accuracy is None else f", accuracy on held-out images {accuracy:.1%}"
         return f"the features are in {self.folder}{shown}"
 
-    def _accuracy(self) -> float | None:
-        if self.eval_data is None:
-            return None
-        schedule, batch_size = self.loss.schedule, self.options.batch_size
-        result = accuracy_by_noise_level(self.model, self.eval_data, schedule, draws=1, batch_size=batch_size)
-        return result["clean"]["accuracy"]
-
     def _outputs(self) -> list[Path]:
-        training = [self.files.checkpoints, self.files.logs, self.files.options]
         model = ("config.json", "diffusion_pytorch_model.safetensors", FEATURES_FILE)
-        return [*(self.folder / name for name in model), *training]
-
-    def _resume_command(self) -> str:
-        return f"diffusers-dpm train-features {self.files.options} --resume"
+        return [*(self.folder / name for name in model), *super()._outputs()]
 
 
 def features_config(shape: Sequence[int], num_features: int) -> dict[str, Any]:
@@ -115,6 +92,5 @@ def features_config(shape: Sequence[int], num_features: int) -> dict[str, Any]:
 
 def train_features(options: FeatureTrainingOptions) -> Path:
     """Train as `options` say; returns the output folder. Raises as `FeatureTrainer` does."""
-    trainer = FeatureTrainer(options)
-    trainer.run()
-    return trainer.folder
+    FeatureTrainer(options).run()
+    return Path(options.output_dir)

@@ -12,27 +12,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 
-from diffusers_dpm.data import ImageDataset, describe
+from diffusers_dpm.data import describe, load_data, load_held_out_data
 from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, user_error
 from diffusers_dpm.options import flag
 from diffusers_dpm.records import atomic_folder, read_json, remove, write_json
 from diffusers_dpm.run_folder import RunFolder
-from diffusers_dpm.training.checkpoints import (
-    checkpoint_folder,
-    list_checkpoints,
-    prune_checkpoints,
-    remove_incomplete,
-)
-from diffusers_dpm.training.loop import (
-    Loss,
-    StepRecord,
-    TrainingState,
-    batch_shares,
-    training_steps,
-)
+from diffusers_dpm.training import checkpoints
+from diffusers_dpm.training.loop import Loss, StepRecord, TrainingState, batch_shares, training_steps
 
 
-TRAINER_STATE = "trainer_state"  # of a checkpoint
 # Options of the invocation, not of the run; not saved.
 CALL_OPTIONS = frozenset({"resume", "overwrite", "dry_run", "push_to_hub", "hub_private"})
 
@@ -58,17 +46,19 @@ class Trainer(ABC):
 
     Attributes:
         data, loss, state: what is trained on, towards, and trained.
+        eval_data: what accuracy is measured on at the end; None if the options name nothing.
 
     Raises:
         DiffusersDPMError: options that contradict each other, the data, the run folder or the checkpoint to resume.
     """
 
-    conditional: bool  # whether the loss gets the labels
-    weights: ClassVar[str]  # where a checkpoint holds the averaged weights
+    conditional: bool = True  # whether the loss gets the labels
+    weights: ClassVar[str] = "classifier/diffusion_pytorch_model.safetensors"  # the averaged ones, in a checkpoint
+    command: str  # that starts such a run: subcommand and operands
 
     def __init__(self, options: Any, run_folder: Path):
         self.run_folder, self.files = run_folder, RunFolder(run_folder)
-        checkpoint = find_checkpoint(options, run_folder)
+        checkpoint = checkpoints.find_checkpoint(options, run_folder)
         if options.log_with == "tensorboard":
             import_module("tensorboard")  # now: accelerate would only warn that it is missing
         with user_error("accelerate"):
@@ -82,7 +72,8 @@ class Trainer(ABC):
         batch_shares(options, self.accelerator)
         set_seed(options.seed)
         with self.accelerator.main_process_first():  # which fills the cache of `datasets`
-            self.data = self._load_data()
+            self.data = load_data(self.options, require_labels=self.conditional)
+            self.eval_data = load_held_out_data(self.options)
         model, self.loss = self._build()
         self.state = TrainingState(model, self.options, self.accelerator, len(self.loss.schedule))
         self.checkpointed_step: int | None = None
@@ -90,28 +81,20 @@ class Trainer(ABC):
             self._load(checkpoint)
 
     @abstractmethod
-    def _load_data(self) -> ImageDataset:
-        """What to train on."""
-
-    @abstractmethod
     def _build(self) -> tuple[torch.nn.Module, Loss]:
         """The network for `self.data`, and its loss."""
 
-    @abstractmethod
     def _save_model(self, folder: Path) -> None:
         """Write the model into `folder`, its averaged weights as `self.weights`."""
+        self.model.save_pretrained((folder / self.weights).parent)
 
     @abstractmethod
     def _finish(self) -> str:
-        """Leave what the run is for; called by all processes at the end. Returns a line about it."""
+        """Leave what the run is for; called by the main process at the end. Returns a line about it."""
 
-    @abstractmethod
     def _outputs(self) -> list[Path]:
         """All that the run writes, and what was made from its model: what `--overwrite` deletes."""
-
-    @abstractmethod
-    def _resume_command(self) -> str:
-        """The command that resumes the run with all of its options."""
+        return [self.files.checkpoints, self.files.logs, self.files.options]
 
     def _after_step(self, step: int) -> None:  # noqa: B027 (optional)
         """Called by all processes after each optimiser step."""
@@ -129,7 +112,8 @@ class Trainer(ABC):
             try:
                 self._train()
                 self._checkpoint()
-                done = self._finish()
+                done = self._finish() if self.accelerator.is_main_process else ""
+                self.accelerator.wait_for_everyone()
             finally:
                 self.state.release_network()
                 self.accelerator.end_training()
@@ -145,8 +129,8 @@ class Trainer(ABC):
         start = f", from step {self.state.step:,}" if self.state.step else ""
         # float32: the model, and in a checkpoint also the raw weights and AdamW's two moments
         model, checkpoint = 4 * parameters / 1e6, 16 * parameters / 1e6
-        kept = 1 + (options.max_train_steps - 1) // options.checkpoint_every if options.checkpoint_every else 1
-        kept = min(kept, options.checkpoints_total_limit or kept)
+        num = 1 + (options.max_train_steps - 1) // options.checkpoint_every if options.checkpoint_every else 1
+        num = min(num, options.checkpoints_total_limit or num)
         lines = {
             "data": f"{len(data):,} images, {describe(data.shape)}{classes}",
             "network": f"{parameters:,} parameters",
@@ -154,7 +138,7 @@ class Trainer(ABC):
             f"{images / len(data):,.1f} epochs{start}",
             "device": f"{accelerator.device}, processes {accelerator.num_processes}, accumulation steps "
             f"{options.gradient_accumulation_steps}, mixed precision {accelerator.mixed_precision}",
-            "disk": f"{model + kept * checkpoint:,.1f} MB: model {model:,.1f} MB, {kept} x checkpoint "
+            "disk": f"{model + num * checkpoint:,.1f} MB: model {model:,.1f} MB, {num} x checkpoint "
             f"{checkpoint:,.1f} MB; the log and pictures beside",
             "run folder": str(self.run_folder),
         }
@@ -167,8 +151,7 @@ class Trainer(ABC):
             horizon = 1 / (1 - self.state.ema.decay_at(options.max_train_steps))
             if horizon > options.max_train_steps:
                 warnings.append(
-                    f"the EMA averages over {horizon:,.0f} steps, more than the run has: it will still hold early "
-                    "weights; lower --ema-decay or leave --ema-warmup on"
+                    f"the EMA averages over {horizon:,.0f} steps, more than the run has; lower --ema-decay"
                 )
         if options.random_flip and any(name in Path(options.data).name.lower() for name in ("digit", "mnist")):
             warnings.append("--random-flip mirrors the digits too")
@@ -178,14 +161,19 @@ class Trainer(ABC):
 
     def _load(self, checkpoint: Path) -> None:
         """Take over a checkpoint, after checking that it is of the same run."""
-        folder = checkpoint / TRAINER_STATE
+        folder = checkpoint / checkpoints.TRAINER_STATE
         saved = read_json(RunFolder(folder).options)
-        self._check_unchanged(saved["options"], checkpoint)
+        may_change = MAY_CHANGE | ({"max_train_steps"} if self.options.lr_scheduler == "constant" else set())
+        for name, value in saved_options(self.options).items():
+            earlier = saved["options"].get(name)
+            if name not in may_change and earlier != value:
+                raise DiffusersDPMError(
+                    f"{flag(name)} was {earlier} and now is {value}: a resumed run keeps it ({checkpoint}; "
+                    f"'diffusers-dpm {self.command} {self.files.options} --resume' keeps all options)"
+                )
         for name, value in self._facts().items():
             if saved.get(name) != value:
-                raise DiffusersDPMError(
-                    f"{checkpoint} was trained with the {name} {saved.get(name)}, now it is {value}"
-                )
+                raise DiffusersDPMError(f"{checkpoint} was trained with the {name} {saved.get(name)}, now {value}")
         self.state.load(folder, checkpoint / self.weights)
         self.checkpointed_step = self.state.step
         if self.state.step > self.options.max_train_steps:
@@ -195,16 +183,6 @@ class Trainer(ABC):
         """What the weights depend on beside the options, as JSON."""
         return {"data": f"{len(self.data)} images of {describe(self.data.shape)}"}
 
-    def _check_unchanged(self, saved: dict[str, Any], checkpoint: Path) -> None:
-        """Raise DiffusersDPMError for the first option that would make the resumed run another one."""
-        may_change = MAY_CHANGE | ({"max_train_steps"} if self.options.lr_scheduler == "constant" else set())
-        for name, value in saved_options(self.options).items():
-            if name not in may_change and saved.get(name) != value:
-                raise DiffusersDPMError(
-                    f"{flag(name)} was {saved.get(name)} and now is {value}: a resumed run keeps it ({checkpoint}; "
-                    f"'{self._resume_command()}' keeps all options)"
-                )
-
     def _open_run_folder(self) -> None:
         self.accelerator.wait_for_everyone()  # all have looked at the folder before it changes
         if self.accelerator.is_main_process:
@@ -212,7 +190,7 @@ class Trainer(ABC):
                 for path in self._outputs():
                     remove(path)
             self.run_folder.mkdir(parents=True, exist_ok=True)
-            remove_incomplete(self.run_folder)
+            checkpoints.remove_incomplete(self.run_folder)
             write_json(self.files.options, saved_options(self.options))
         self.accelerator.wait_for_everyone()
         config = {name: str(value) for name, value in saved_options(self.options).items()}
@@ -234,11 +212,9 @@ class Trainer(ABC):
                         record.check_finite()
                         self._checkpoint()
             except NonFiniteLossError as error:
-                raise NonFiniteLossError(f"{error}; {self._last_good()}") from error
-
-    def _last_good(self) -> str:
-        checkpoints = list_checkpoints(self.run_folder)
-        return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "there is no checkpoint yet"
+                good = checkpoints.last_checkpoint(self.run_folder)
+                hint = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+                raise NonFiniteLossError(f"{error}; {hint}") from error
 
     def _log(self, records: list[StepRecord]) -> str:
         """Log the means of the steps since the last call; returns the progress bar's text."""
@@ -254,10 +230,9 @@ class Trainer(ABC):
         }
         if last.ema_decay is not None:
             values["ema_decay"] = last.ema_decay
-        for i, losses in enumerate(by_quartile):
-            known = [loss for loss in losses if not math.isnan(loss)]
-            if known:
-                values[f"loss_by_timestep/quartile_{i + 1}"] = fmean(known)
+        for i, losses in enumerate(by_quartile, 1):
+            if numbers := [loss for loss in losses if not math.isnan(loss)]:
+                values[f"loss_by_timestep/quartile_{i}"] = fmean(numbers)
         self.accelerator.log(values, step=last.step)
         return f"loss {values['loss']:.4f}, {values['images_per_second']:,.0f} images/s"
 
@@ -265,12 +240,12 @@ class Trainer(ABC):
         """Save the step's model and trainer state, then delete what is beyond the limit."""
         step = self.state.step
         if self.accelerator.is_main_process and step != self.checkpointed_step:
-            with atomic_folder(checkpoint_folder(self.run_folder, step)) as folder:
+            with atomic_folder(checkpoints.checkpoint_folder(self.run_folder, step)) as folder:
                 self._save_model(folder)
-                self.state.save(folder / TRAINER_STATE)
+                self.state.save(folder / checkpoints.TRAINER_STATE)
                 about = {"options": saved_options(self.options), **self._facts()}
-                write_json(RunFolder(folder / TRAINER_STATE).options, about)
-            prune_checkpoints(self.run_folder, self.options.checkpoints_total_limit)
+                write_json(RunFolder(folder / checkpoints.TRAINER_STATE).options, about)
+            checkpoints.prune_checkpoints(self.run_folder, self.options.checkpoints_total_limit)
         self.checkpointed_step = step
         self.accelerator.wait_for_everyone()
 
@@ -278,27 +253,6 @@ class Trainer(ABC):
     def model(self) -> Any:
         """What gets saved, a diffusers model: the averaged network, or the raw one without EMA."""
         return self.state.ema_model or self.state.model
-
-
-def find_checkpoint(options: Any, run: Path) -> Path | None:
-    """The checkpoint to resume, or None to start at step 0.
-
-    Raises:
-        DiffusersDPMError: the run folder is in use and the options do not say what to do with it; no such checkpoint.
-    """
-    if options.resume and options.overwrite:
-        raise DiffusersDPMError("pass either --resume or --overwrite, not both")
-    if options.resume and options.resume != "latest":
-        if not (Path(options.resume) / TRAINER_STATE).is_dir():
-            raise DiffusersDPMError(f"{options.resume} is not a checkpoint")
-        return Path(options.resume)
-    in_use = run.exists() and (not run.is_dir() or any(run.iterdir()))
-    if in_use and options.resume and not RunFolder(run).options.exists():
-        raise DiffusersDPMError(f"{run} is not the folder of a training run")
-    if in_use and not options.resume and not options.overwrite:
-        raise DiffusersDPMError(f"{run} is not empty; --resume continues the run in it, --overwrite deletes that run")
-    checkpoints = list_checkpoints(run) if options.resume else []
-    return checkpoints[-1] if checkpoints else None
 
 
 def saved_options(options: Any) -> dict[str, Any]:

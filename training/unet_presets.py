@@ -1,6 +1,5 @@
 """U-Nets for the usual image sizes, and the initialisation of the papers."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from diffusers import UNet2DModel
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
+from diffusers_dpm.records import read_json
 
 
 def ddpm_unet(block_out_channels: Sequence[int], layers: int, attention: Sequence[int], groups: int = 32) -> dict:
@@ -64,21 +64,24 @@ def read_config(path: str | Path, class_name: str) -> dict[str, Any]:
     """
     path = Path(path)
     path = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise DiffusersDPMError(f"cannot read the config {path}: {error}") from error
-    if not isinstance(config, dict) or config.get("_class_name", class_name) != class_name:
+    config = read_json(path)
+    if config.get("_class_name", class_name) != class_name:
         raise DiffusersDPMError(f"{path} is not the config of a {class_name}")
     return {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def image_keys(shape: Sequence[int]) -> dict[str, Any]:
+    """The keys of a network's config that images of `shape` (C, H, W) determine."""
+    channels, height, width = shape
+    return {"in_channels": channels, "sample_size": height if height == width else (height, width)}
 
 
 def check_demands(config: dict[str, Any], required: dict[str, Any]) -> None:
     """Raise ValueError for a key to which `config` gives another value than the data requires."""
     for key, value in required.items():
-        given = config.get(key)
-        if given is not None and (tuple(given) if isinstance(given, list) else given) != value:
-            raise DiffusersDPMError(f"the config has {key} {given}, the data needs {value}")
+        own = config.get(key)
+        if own is not None and (tuple(own) if isinstance(own, list) else own) != value:
+            raise DiffusersDPMError(f"the config has {key} {own}, the data needs {value}")
 
 
 def build_unet(
@@ -102,14 +105,11 @@ def build_unet(
         ValueError: the network does not fit the images.
     """
     channels, height, width = shape
-    size = height if height == width else (height, width)
-    required = {"in_channels": channels, "out_channels": channels, "sample_size": size}
+    required = {**image_keys(shape), "out_channels": channels}
     check_demands(config, required)
-    config = {**config, **required, "num_class_embeds": num_class_embeds}
-    if dropout is not None:
-        config["dropout"] = dropout
+    changes = {} if dropout is None else {"dropout": dropout}
     with user_error("UNet2DModel", TypeError):
-        unet = UNet2DModel(**config)
+        unet = UNet2DModel(**{**config, **changes, **required, "num_class_embeds": num_class_embeds})
     halvings = len(unet.config.block_out_channels) - 1
     if height % 2**halvings or width % 2**halvings:
         raise DiffusersDPMError(

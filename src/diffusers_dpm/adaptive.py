@@ -1,10 +1,10 @@
 """Adaptive step sizes for DPM-Solver, and plans: an adaptive run frozen into an ordinary schedule.
 
 DPM-Solver-12 and -23 (Lu et al. 2022a, https://arxiv.org/abs/2206.00927, appendix C) make each step twice, with a
-singlestep solver of the wanted order and, from the same network calls, with one of an order less. The difference
+singlestep solver of their order and, from the same network calls, with one of an order less. The difference
 estimates the error, by which a controller accepts or rejects the step and chooses the length of the next.
 
-That decision is made for a batch as a whole, and it does not fit a list of timesteps known in advance. So
+That decision is for a batch as a whole, and it does not fit a list of timesteps that is set in advance. So
 
     plan = plan_timesteps(pipe, tolerance=0.05)         # one adaptive run, on pilot noise
     plan.save("plan.json")
@@ -18,25 +18,25 @@ In the second form the plan is part of the scheduler's config, so `save_pretrain
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.pipelines.networks import evaluation_mode, image_shape
+from diffusers_dpm.pipelines import evaluation_mode, image_shape
 from diffusers_dpm.pipelines.pipeline_dpm import draw_labels, make_generators
 from diffusers_dpm.records import Record, provenance
+from diffusers_dpm.schedulers import CLEAN, DPMSolverScheduler, Level
 from diffusers_dpm.schedulers.dpm_solver_rows import first_order, singlestep_rows
-from diffusers_dpm.schedulers.noise_schedule import CLEAN, Level
-from diffusers_dpm.schedulers.plan import Update
-from diffusers_dpm.schedulers.scheduling_dpm_solver import ALGORITHM_TYPES, SOLVER_TYPES, DPMSolverScheduler
+from diffusers_dpm.schedulers.scheduling_dpm_solver import ALGORITHM_TYPES, SOLVER_TYPES
 from diffusers_dpm.schedulers.timestep_grids import spread
 
 
 ATOL = 0.0078  # 2 / 256: one grey level of an image in [-1, 1]
 RTOL = 0.05
-Predicted = tuple[torch.Tensor, torch.Tensor]  # (x_0, epsilon)
+Predicted = tuple[Tensor, Tensor]  # (x_0, epsilon)
 
 
 class Node(NamedTuple):
@@ -45,18 +45,11 @@ class Node(NamedTuple):
     t: float
     level: Level
 
+    def __str__(self) -> str:
+        return f"timestep {self.t:.6g} (lambda {self.level.lambda_:.4g})"
+
 
 # Controllers ---------------------------------------------------------------------------------------------------------
-
-
-class Controller(Protocol):
-    """Measures the error of a step in units of the tolerance, and judges it."""
-
-    def measure(self, step: "Step", atol: float, rtol: float) -> float:
-        """The error of a step; not finite if the step is not."""
-
-    def judge(self, error: float, accepted: Sequence[float], order: int) -> tuple[bool, float]:
-        """(whether the step is accepted, factor for the next step's length); `accepted` holds the earlier errors."""
 
 
 class Step(NamedTuple):
@@ -67,14 +60,12 @@ class Step(NamedTuple):
 
     s: Level
     t: Level
-    previous: torch.Tensor
-    lower: torch.Tensor
-    higher: torch.Tensor
+    previous: Tensor
+    lower: Tensor
+    higher: Tensor
 
 
-def scaled_error(
-    lower: torch.Tensor, higher: torch.Tensor, previous: torch.Tensor, atol: float, rtol: float
-) -> torch.Tensor:
+def scaled_error(lower: Tensor, higher: Tensor, previous: Tensor, atol: float, rtol: float) -> Tensor:
     """Elementwise (higher - lower) / max(atol, rtol max(|lower|, |previous|)); Lu et al. 2022a, appendix C."""
     return (higher - lower) / (rtol * torch.maximum(lower.abs(), previous.abs())).clamp_min(atol)
 
@@ -89,10 +80,12 @@ class ReferenceController:
     safety: float = 0.9
 
     def measure(self, step: Step, atol: float, rtol: float) -> float:
+        """The error of a step in units of the tolerance; not finite if the step is not."""
         error = scaled_error(step.lower, step.higher, step.previous, atol, rtol)
         return error.reshape(len(error), -1).square().mean(dim=1).sqrt().max().item()
 
     def judge(self, error: float, accepted: Sequence[float], order: int) -> tuple[bool, float]:
+        """(whether the step is accepted, factor for the next step's length); `accepted` holds the earlier errors."""
         return error <= 1, self.safety * max(error, 1e-30) ** (-1 / order)
 
 
@@ -123,6 +116,7 @@ class PIDController:
         return factor >= self.accept, factor
 
 
+Controller = ReferenceController | PIDController
 CONTROLLERS: dict[str, Controller] = {"reference": ReferenceController(), "pid": PIDController()}
 
 
@@ -135,7 +129,7 @@ class AdaptiveResult:
 
     Attributes:
         sample: x at the end, of x_T's shape and dtype.
-        num_calls: network calls made. The reference code also repeats the call at the start of a rejected step: it
+        num_calls: network calls. The reference code also repeats the call at the start of a rejected step: it
             makes `num_calls + num_rejected`.
         num_accepted, num_rejected: steps.
         timesteps: of the calls on the accepted path, descending; `sum(orders)` of them.
@@ -144,7 +138,7 @@ class AdaptiveResult:
         end: timestep at which the path ends; None for clean data.
     """
 
-    sample: torch.Tensor
+    sample: Tensor
     num_calls: int
     num_accepted: int
     num_rejected: int
@@ -154,19 +148,13 @@ class AdaptiveResult:
     end: float | None
 
 
-def combine(row: Update, x: torch.Tensor, predictions: Sequence[Predicted]) -> torch.Tensor:
-    """`row` applied to the x at which its block starts; predictions newest first."""
-    x0s, epsilons = zip(*predictions, strict=True)
-    return row.apply(x, x0s, epsilons)
-
-
 @dataclass
 class Integrator:
     """The adaptive loop, for any noise schedule that can say the time of a lambda.
 
     Args:
         predict: (x, node) -> (x_0, epsilon), one network call.
-        node_at: lambda -> node. Nodes are asked for between the two ends of the walk only.
+        node_at: lambda -> node. It is called between the two ends of the walk only.
         algorithm_type, solver_type: as in `singlestep_rows`.
         order: 2 for DPM-Solver-12, 3 for DPM-Solver-23.
         controller: error measure and law of the step size.
@@ -175,9 +163,12 @@ class Integrator:
         min_step: smallest step, in lambda, that the controller may ask for.
         max_calls: largest number of network calls.
         resolution: times closer than this are the same.
+
+    Raises:
+        DiffusersDPMError: an order or a number out of range.
     """
 
-    predict: Callable[[torch.Tensor, Node], Predicted]
+    predict: Callable[[Tensor, Node], Predicted]
     node_at: Callable[[float], Node]
     algorithm_type: str
     solver_type: str
@@ -190,7 +181,14 @@ class Integrator:
     max_calls: int = 1000
     resolution: float = 1e-5
 
-    def __call__(self, x: torch.Tensor, start: float, end: float, to_clean: bool) -> AdaptiveResult:
+    def __post_init__(self) -> None:
+        if self.order not in (2, 3):
+            raise DiffusersDPMError(f"order={self.order}: adaptive steps compare two orders, 1 and 2 or 2 and 3.")
+        for name in ("atol", "rtol", "h_init", "min_step"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise DiffusersDPMError(f"{name}={getattr(self, name)} must be positive.")
+
+    def __call__(self, x: Tensor, start: float, end: float, to_clean: bool) -> AdaptiveResult:
         """x from lambda `start` to lambda `end`, and on to clean data by one step of first order if `to_clean`.
 
         Raises:
@@ -204,8 +202,7 @@ class Integrator:
         calls = rejected = 0
         h, previous, opening = self.h_init, x, None
         while abs(here.t - last.t) > self.resolution:
-            self._check_calls(calls + self.order - (opening is not None) + to_clean, here, h)
-            self._check_length(h, here)
+            self._check(here, h, calls + self.order - (opening is not None) + to_clean)
             h = min(h, last.level.lambda_ - here.level.lambda_)
             nodes = [here, *(self.node_at(here.level.lambda_ + h * j / self.order) for j in range(1, self.order + 1))]
             if opening is None:
@@ -214,7 +211,11 @@ class Integrator:
             lower, higher = self._trial(x, nodes, opening)
             calls += self.order - 1
             step = Step(here.level, nodes[-1].level, previous, lower, higher)
-            error = self._measure(step, here)
+            error = self.controller.measure(step, self.atol, self.rtol)
+            if not math.isfinite(error):
+                raise RuntimeError(
+                    f"the error estimate is {error} at {here}: check the network, its precision and prediction_type."
+                )
             accepted, factor = self.controller.judge(error, errors, self.order)
             h *= factor
             if accepted:
@@ -225,7 +226,8 @@ class Integrator:
             else:
                 rejected += 1
         if to_clean:
-            x = combine(first_order(self.algorithm_type, here.level, CLEAN), x, (self.predict(x, here),))
+            x0, epsilon = self.predict(x, here)
+            x = first_order(self.algorithm_type, here.level, CLEAN).apply(x, (x0,), (epsilon,))
             path.append(here)
             orders.append(1)
         return AdaptiveResult(
@@ -239,74 +241,42 @@ class Integrator:
             end=None if to_clean else here.t,
         )
 
-    def _trial(self, x: torch.Tensor, nodes: list[Node], opening: Predicted) -> tuple[torch.Tensor, torch.Tensor]:
+    def _trial(self, x: Tensor, nodes: list[Node], opening: Predicted) -> tuple[Tensor, Tensor]:
         """(solution of one order less, solution) at nodes[-1] from x at nodes[0], where the network said `opening`."""
         levels = [node.level for node in nodes]
         *stages, final = singlestep_rows(self.algorithm_type, self.solver_type, levels)
         lower = singlestep_rows(self.algorithm_type, self.solver_type, [*levels[:-2], levels[-1]])[-1]
-        predictions = [opening]
+        x0s: tuple[Tensor, ...] = opening[:1]
+        epsilons: tuple[Tensor, ...] = opening[1:]
         for row, node in zip(stages, nodes[1:-1], strict=True):
-            predictions.insert(0, self.predict(combine(row, x, predictions), node))
-        return combine(lower, x, predictions[1:]), combine(final, x, predictions)
+            x0, epsilon = self.predict(row.apply(x, x0s, epsilons), node)
+            x0s, epsilons = (x0, *x0s), (epsilon, *epsilons)
+        return lower.apply(x, x0s[1:], epsilons[1:]), final.apply(x, x0s, epsilons)
 
-    def _measure(self, step: Step, here: Node) -> float:
-        error = self.controller.measure(step, self.atol, self.rtol)
-        if not math.isfinite(error):
+    def _check(self, here: Node, h: float, calls: int) -> None:
+        """Raise RuntimeError for more than `max_calls` calls, or a step shorter than `min_step`."""
+        if calls > self.max_calls:
             raise RuntimeError(
-                f"the error estimate is {error} at timestep {here.t:.6g} (lambda {here.level.lambda_:.4g}): the "
-                "network returned a value that is not finite, or x has overflowed. Check the network, its precision "
-                "and prediction_type."
+                f"max_calls={self.max_calls} network calls were not enough: reached {here} with steps of {h:.3g} in "
+                f"lambda. Raise max_calls, or atol={self.atol:g} and rtol={self.rtol:g}."
             )
-        return error
-
-    def _check_calls(self, needed: int, here: Node, h: float) -> None:
-        if needed > self.max_calls:
-            raise RuntimeError(
-                f"max_calls={self.max_calls} network calls were not enough: reached timestep {here.t:.6g} (lambda "
-                f"{here.level.lambda_:.4g}) with steps of {h:.3g} in lambda. Raise max_calls, or atol={self.atol:g} "
-                f"and rtol={self.rtol:g}."
-            )
-
-    def _check_length(self, h: float, here: Node) -> None:
         if h < self.min_step:
             raise RuntimeError(
-                f"the tolerances atol={self.atol:g}, rtol={self.rtol:g} cannot be met: at timestep {here.t:.6g} "
-                f"(lambda {here.level.lambda_:.4g}) they ask for a step of {h:.3g} in lambda, below "
-                f"min_step={self.min_step:g}. Raise the tolerances, compute in float64, or lower min_step."
+                f"atol={self.atol:g}, rtol={self.rtol:g} cannot be met: at {here} they ask for a step of {h:.3g} in "
+                f"lambda, below min_step={self.min_step:g}. Raise them, compute in float64, or lower min_step."
             )
-
-
-# The scheduler's problem ---------------------------------------------------------------------------------------------
-
-
-def predictor(model: Callable, scheduler: DPMSolverScheduler, dtype: torch.dtype) -> Callable[..., Predicted]:
-    """`Integrator.predict` for a network: converts, clips and thresholds as the scheduler's `step` does.
-
-    The network is given x in `dtype` and the timestep as a floating-point tensor of shape ().
-    """
-
-    def predict(x: torch.Tensor, node: Node) -> Predicted:
-        output = model(x.to(dtype), torch.tensor(node.t, dtype=x.dtype, device=x.device))
-        output = output.to(x.dtype, copy=True)  # the network may write to its own buffer again
-        return scheduler.predict(output, x, node.level)
-
-    return predict
 
 
 @torch.no_grad()
 def integrate_adaptive(
-    model: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    model: Callable[[Tensor, Tensor], Tensor],
     scheduler: DPMSolverScheduler,
-    x_T: torch.Tensor,
+    x_T: Tensor,
     *,
     order: int = 3,
-    atol: float = ATOL,
-    rtol: float = RTOL,
     controller: str | Controller = "reference",
-    h_init: float = 0.05,
-    min_step: float = 1e-4,
-    max_calls: int = 1000,
     end: float = 0.0,
+    **limits: Any,
 ) -> AdaptiveResult:
     """Solve the probability-flow ODE from noise with steps chosen by their error (DPM-Solver-12 and -23).
 
@@ -317,16 +287,14 @@ def integrate_adaptive(
     Args:
         model: (x, t) -> network output in the scheduler's prediction_type; x of x_T's shape and dtype, t a real-valued
             timestep, a tensor of shape ().
-        scheduler: its config says the schedule, algorithm_type, solver_type, prediction_type, clipping and the end.
+        scheduler: its config has the schedule, algorithm_type, solver_type, prediction_type, clipping and the end.
             It is not changed, nor does its grid matter.
         x_T: standard normal noise, shape (B, ...). Half precision is computed in float32.
         order: 2 compares orders 1 and 2 (DPM-Solver-12), 3 compares orders 2 and 3 (DPM-Solver-23).
-        atol, rtol: tolerance of one step, in units of x and relative to |x|.
         controller: "reference" (Lu et al. 2022a), "pid" (k-diffusion), or one of their classes with other numbers.
-        h_init: first step, in lambda = log(alpha / sigma).
-        min_step: smallest step, in lambda.
-        max_calls: largest number of network calls.
         end: real-valued timestep at which the adaptive steps end, at least 0.
+        limits: atol=0.0078 and rtol=0.05, the tolerance of one step, in units of x and relative to |x|; h_init=0.05
+            and min_step=1e-4, the first and the smallest step in lambda = log(alpha / sigma); max_calls=1000.
 
     Raises:
         ValueError: an argument out of range, or an SDE's algorithm_type.
@@ -335,51 +303,39 @@ def integrate_adaptive(
     scheduler = type(scheduler).from_config(scheduler.config)  # one whose grid may encode does not clip
     config, schedule = scheduler.config, scheduler.schedule
     start = int((schedule.lambda_ > config.lambda_min_clipped).sum()) - 1
-    _check_arguments(scheduler, start, order, end, atol=atol, rtol=rtol, h_init=h_init, min_step=min_step)
-    if isinstance(controller, str):
-        if controller not in CONTROLLERS:
-            raise DiffusersDPMError(f"controller={controller!r} is unknown; choose one of {', '.join(CONTROLLERS)}.")
-        controller = CONTROLLERS[controller]
+    if not 0 <= end < start:
+        raise DiffusersDPMError(f"end={end} must lie in [0, {start}), below the timestep at which the walk starts.")
+    if config.algorithm_type.startswith("sde"):
+        raise DiffusersDPMError(
+            f"algorithm_type={config.algorithm_type!r} adds noise, an error to the controller: use 'dpmsolver++'."
+        )
+    if isinstance(controller, str) and controller not in CONTROLLERS:
+        raise DiffusersDPMError(f"controller={controller!r} is unknown; choose one of {', '.join(CONTROLLERS)}.")
 
     def node_at(lambda_: float) -> Node:
         t = schedule.timestep_of(torch.tensor(lambda_, dtype=torch.float64)).item()
         return Node(t, schedule.level(t))
 
+    def predict(x: Tensor, node: Node) -> Predicted:
+        """Converts, clips and thresholds as the scheduler's `step` does."""
+        output = model(x.to(x_T.dtype), torch.tensor(node.t, dtype=x.dtype, device=x.device))
+        output = output.to(x.dtype, copy=True)  # the network may write to its own buffer again
+        return scheduler.predict(output, x, node.level)
+
     integrator = Integrator(
-        predict=predictor(model, scheduler, x_T.dtype),
-        node_at=node_at,
-        algorithm_type=ALGORITHM_TYPES[config.algorithm_type],
-        solver_type=SOLVER_TYPES[config.solver_type],
-        order=order,
-        controller=controller,
-        atol=atol,
-        rtol=rtol,
-        h_init=h_init,
-        min_step=min_step,
-        max_calls=max_calls,
+        predict,
+        node_at,
+        ALGORITHM_TYPES[config.algorithm_type],
+        SOLVER_TYPES[config.solver_type],
+        order,
+        CONTROLLERS[controller] if isinstance(controller, str) else controller,
         resolution=1e-5 * len(schedule),  # 1e-5 of the time axis, as in the reference
+        **limits,
     )
     x = x_T if x_T.dtype in (torch.float32, torch.float64) else x_T.float()
     to_clean = config.final_sigmas_type == "zero" or config.denoise_to_zero
     result = integrator(x, schedule[start].lambda_, schedule.level(end).lambda_, to_clean)
     return replace(result, sample=result.sample.to(x_T.dtype))
-
-
-def _check_arguments(scheduler: DPMSolverScheduler, start: int, order: int, end: float, **positive: float) -> None:
-    if order not in (2, 3):
-        raise DiffusersDPMError(
-            f"order={order}: adaptive steps compare two orders; choose 2 (1 and 2) or 3 (2 and 3)."
-        )
-    if not 0 <= end < start:
-        raise DiffusersDPMError(f"end={end} must lie in [0, {start}), below the timestep at which the walk starts.")
-    for name, value in positive.items():
-        if not 0 < value < math.inf:
-            raise DiffusersDPMError(f"{name}={value} must be positive.")
-    if scheduler.config.algorithm_type.startswith("sde"):
-        raise DiffusersDPMError(
-            f"algorithm_type={scheduler.config.algorithm_type!r} adds noise, which the estimate would take for "
-            "an error; use 'dpmsolver' or 'dpmsolver++'."
-        )
 
 
 # Plans ---------------------------------------------------------------------------------------------------------------
@@ -390,13 +346,13 @@ class StepPlan(Record):
     """An adaptive run, frozen: what `DPMSolverScheduler.set_timesteps(plan=...)` walks.
 
     Attributes:
-        schedule_hash: of the alphas_cumprod of the schedule that it was made for.
-        algorithm_type, solver_type: of the scheduler that it was made for.
+        schedule_hash: of the alphas_cumprod of the scheduler's schedule.
+        algorithm_type, solver_type: of the scheduler.
         timesteps: of all network calls, strictly descending; integers, or float32 values.
         orders: of the singlestep blocks into which the calls are divided.
         end: timestep at which the walk ends; None for clean data.
         tolerance: relative tolerance of the run.
-        provenance: how the plan was made; for people, nothing depends on it.
+        provenance: of the plan; for people, nothing depends on it.
     """
 
     title: ClassVar[str] = "step plan"
@@ -417,12 +373,8 @@ class StepPlan(Record):
 
     def scheduler(self, scheduler: Any) -> DPMSolverScheduler:
         """A scheduler with the config of `scheduler` that walks the plan when it is asked for `num_calls` steps."""
-        return DPMSolverScheduler.from_config(
-            scheduler.config,
-            algorithm_type=self.algorithm_type,
-            solver_type=self.solver_type,
-            step_plan=self.to_dict(),
-        )
+        forms = {"algorithm_type": self.algorithm_type, "solver_type": self.solver_type}
+        return DPMSolverScheduler.from_config(scheduler.config, step_plan=self.to_dict(), **forms)
 
 
 def plan_timesteps(
@@ -433,7 +385,7 @@ def plan_timesteps(
     order: int = 3,
     seeds: Iterable[int] | None = None,
     generator: torch.Generator | None = None,
-    class_labels: Sequence[int] | torch.Tensor | None = None,
+    class_labels: Sequence[int] | Tensor | None = None,
     network_kwargs: Mapping[str, Any] | None = None,
     fractional: bool = True,
     **options: Any,
@@ -441,8 +393,8 @@ def plan_timesteps(
     """Run `integrate_adaptive` once on pilot noise and freeze the steps that it accepted.
 
     Args:
-        pipeline: anything with `unet` and `scheduler`, or the pair (unet, scheduler). A scheduler other than
-            `DPMSolverScheduler` is replaced by one made from its config.
+        pipeline: anything with `unet` and `scheduler`, or the pair (unet, scheduler). The config of a scheduler other
+            than `DPMSolverScheduler` makes one.
         tolerance: rtol; atol follows in the reference's proportion, 0.0078 to 0.05, unless it is among the options.
         num_pilot_images: number of pilot images, whose worst error counts.
         order: as in `integrate_adaptive`.
@@ -450,7 +402,7 @@ def plan_timesteps(
         generator: instead of seeds.
         class_labels: one for each pilot image; by default drawn uniformly, for a class-conditional network.
         network_kwargs: further arguments of the network, such as encoder_hidden_states for each pilot image.
-        fractional: False rounds the timesteps to integers, for networks that know no others; the steps are then no
+        fractional: False rounds the timesteps to integers, for networks that take no others; the steps are then no
             longer exactly those whose error was measured.
         options: further arguments of `integrate_adaptive`.
 
@@ -460,25 +412,27 @@ def plan_timesteps(
     unet, scheduler = pipeline if isinstance(pipeline, tuple) else (pipeline.unet, pipeline.scheduler)
     if not isinstance(scheduler, DPMSolverScheduler):
         scheduler = DPMSolverScheduler.from_config(scheduler.config)
-    if generator is None:
-        seeds = range(num_pilot_images) if seeds is None else list(seeds)
+    if seeds is None and generator is None:
+        seeds = range(num_pilot_images)
+    seeds = seeds if seeds is None else list(seeds)
     noise, labels = _pilot(unet, num_pilot_images, seeds, generator, class_labels)
     conditioning = {**(network_kwargs or {}), **({} if labels is None else {"class_labels": labels.to(noise.device)})}
     options = {"rtol": tolerance, "atol": tolerance * ATOL / RTOL, "order": order, **options}
     with evaluation_mode(unet):
         result = integrate_adaptive(lambda x, t: unet(x, t, **conditioning).sample, scheduler, noise, **options)
-    timesteps, end = _network_timesteps(result.timesteps, result.end, len(scheduler.schedule), fractional)
+    path = [*result.timesteps, *([] if result.end is None else [result.end])]
+    path = _network_timesteps(path, len(scheduler.schedule), fractional)
     return StepPlan(
         schedule_hash=scheduler.schedule.hash,
         algorithm_type=ALGORITHM_TYPES[scheduler.config.algorithm_type],
         solver_type=SOLVER_TYPES[scheduler.config.solver_type],
-        timesteps=timesteps,
+        timesteps=path[: len(result.timesteps)],
         orders=result.orders,
-        end=end,
+        end=None if result.end is None else path[-1],
         tolerance=tolerance,
         provenance=provenance(
             pilot_images=num_pilot_images,
-            seeds=None if seeds is None else list(seeds),
+            seeds=seeds,
             calls=result.num_calls,
             rejected=result.num_rejected,
             options={key: repr(value) for key, value in options.items()},
@@ -486,39 +440,26 @@ def plan_timesteps(
     )
 
 
-def _network_timesteps(
-    timesteps: list[float], end: float | None, num_train_timesteps: int, fractional: bool
-) -> tuple[list[float], float | None]:
-    """(timesteps of the network calls, the end): float32 values, or distinct integers."""
-    path = timesteps if end is None else [*timesteps, end]
+def _network_timesteps(path: list[float], num_train_timesteps: int, fractional: bool) -> list[float]:
+    """The timesteps as float32 values, or as distinct integers."""
     if fractional:
-        path = torch.tensor(path, dtype=torch.float32).tolist()
-    else:
-        if len(path) > num_train_timesteps:
-            raise DiffusersDPMError(
-                f"{len(path)} steps do not fit into {num_train_timesteps} integer timesteps: ask for a larger "
-                "tolerance, or fractional=True."
-            )
-        path = [*spread([round(t) for t in path], num_train_timesteps)]
-    return (path, None) if end is None else (path[:-1], path[-1])
+        return torch.tensor(path, dtype=torch.float32).tolist()
+    if len(path) > num_train_timesteps:
+        raise DiffusersDPMError(
+            f"{len(path)} steps do not fit into {num_train_timesteps} integer timesteps: raise the tolerance."
+        )
+    return [*spread([round(t) for t in path], num_train_timesteps)]
 
 
 def _pilot(
-    unet: Any,
-    num_images: int,
-    seeds: Iterable[int] | None,
-    generator: torch.Generator | None,
-    class_labels: Sequence[int] | torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    unet: Any, num_images: int, seeds: list[int] | None, generator: torch.Generator | None, class_labels: Any
+) -> tuple[Tensor, Tensor | None]:
     """(x_T, class labels or None) of the pilot images: what `DPMPipeline` starts from with these seeds."""
-    seeds = None if seeds is None else list(seeds)
     if num_images < 1 or (seeds is not None and len(seeds) != num_images):
-        given = "none" if seeds is None else len(seeds)
         raise DiffusersDPMError(
-            f"num_pilot_images={num_images} must be at least 1, and there is a seed for each; got {given}."
+            f"num_pilot_images={num_images} must be at least 1, and there is a seed for each; seeds: {seeds}."
         )
-    generators = make_generators(generator, seeds)
-    shape = (num_images, *image_shape(unet))
+    generators, shape = make_generators(generator, seeds), (num_images, *image_shape(unet))
     noise = randn_tensor(shape, generator=generators, device=unet.device, dtype=unet.dtype)
     num_classes = unet.config.get("num_class_embeds")
     if class_labels is not None:

@@ -5,8 +5,8 @@
     pipe.scheduler = calibration.scheduler(pipe.scheduler)
     pipe(num_inference_steps=5)
 
-A teacher, DPM-Solver++ in a few hundred steps, takes some noises to their images and leaves its states at all of its
-timesteps. A student of n steps walks the same noises down n of them. At each step
+A teacher, DPM-Solver++ in a few hundred steps, takes noise to images and leaves its states at all of its timesteps. A
+student of n steps walks from the same noise down n of them. At each step
 
     x_s = a x_t + sum_j b_j x0_j
 
@@ -31,27 +31,16 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from torch import Tensor
 
-from diffusers_dpm.calibration_inputs import (
-    arguments_for,
-    fingerprints,
-    guidance_for,
-    initial_noise,
-    labels_for,
-    on_tensors,
-    placement,
-    weights_of,
-)
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm import calibration_inputs as inputs
+from diffusers_dpm.errors import DiffusersDPMError, check_at_least
 from diffusers_dpm.networks import NoProgress, Progress, noise_schedule_of
-from diffusers_dpm.pipelines.guidance import ClassifierGuidance
-from diffusers_dpm.pipelines.networks import evaluation_mode
+from diffusers_dpm.pipelines import ClassifierGuidance, evaluation_mode
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import Record, ResultStore, provenance
-from diffusers_dpm.schedulers.noise_schedule import Level
-from diffusers_dpm.schedulers.plan import Update
-from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS, CalibratedScheduler
-from diffusers_dpm.schedulers.scheduling_dpm_solver import DPMSolverScheduler
+from diffusers_dpm.schedulers import CalibratedScheduler, DPMSolverScheduler, Level, Update
+from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
 
 
 STEPS = (4, 5, 6, 8, 10, 15, 20)
@@ -62,7 +51,8 @@ SOLVERS: tuple[dict[str, Any], ...] = tuple(
     {"timestep_spacing": spacing, "solver_order": order}
     for spacing, order in product((*STARTS, "trailing", FITTED), (1, 2, 3))
 )
-Tensors = tuple[torch.Tensor, ...]
+Tensors = tuple[Tensor, ...]
+Table = dict[str, Any]  # see `Calibration.tables`
 Solvers = Callable[..., DPMSolverScheduler]  # `solver_for` of one scheduler, cached by its options
 NO_TENSORS: Tensors = ()
 MAX_HISTORY = 4
@@ -85,7 +75,7 @@ class Calibration(Record):
         prediction_type, clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: of
             the scheduler that they were fitted for.
         weights: SHA-256 of the network's weights; None if unknown.
-        provenance: how they were made; for people, nothing depends on it.
+        provenance: of the tables; for people, nothing depends on it.
 
     Raises:
         DiffusersDPMError: tables without the keys that sampling needs.
@@ -93,7 +83,7 @@ class Calibration(Record):
 
     title: ClassVar[str] = "calibration"
 
-    tables: list[dict[str, Any]]
+    tables: list[Table]
     schedule_hash: str
     prediction_type: str
     clip_sample: bool
@@ -126,9 +116,8 @@ class Calibration(Record):
         """
         scales = [table["guidance_scale"] for table in self.tables]
         options = {"guidance_scale": None if None in scales or not scales else min(scales), **options}
-        if (
-            scheduler.config.get("timestep_spacing") not in CalibratedScheduler.spacings
-        ):  # AnalyticDPMScheduler has more
+        # AnalyticDPMScheduler has more.
+        if scheduler.config.get("timestep_spacing") not in CalibratedScheduler.spacings:
             options = {"timestep_spacing": "linspace", **options}
         calibrated = CalibratedScheduler.from_config(scheduler.config, **options)
         calibrated.set_calibration(self)
@@ -169,16 +158,14 @@ class Walk(NamedTuple):
     Attributes:
         places: of its timesteps among the teacher's.
         rows: one for each.
-        states: (x, predictions before, newest first) in which each row found it.
-        predictions: what the network said there.
+        states: (x, predictions, newest first) to which each row applies.
         distances: RMS distance of each image to the teacher's, (B,).
     """
 
     places: list[int]
     rows: list[Update]
-    states: list[tuple[torch.Tensor, Tensors]]
-    predictions: list[torch.Tensor]
-    distances: torch.Tensor
+    states: list[tuple[Tensor, Tensors]]
+    distances: Tensor
 
 
 @dataclass
@@ -193,7 +180,7 @@ class Network:
         batch_size: images in a network call.
         processes: share the batches.
         progress: gets the number of images of each call.
-        dtype: of what the network is given.
+        dtype: of the network's input.
     """
 
     unet: Any
@@ -205,7 +192,7 @@ class Network:
     progress: Progress = field(default_factory=NoProgress)
     dtype: torch.dtype = torch.float32
 
-    def __call__(self, x: torch.Tensor, t: int, level: Level, first: int = 0) -> torch.Tensor:
+    def __call__(self, x: Tensor, t: int, level: Level, first: int = 0) -> Tensor:
         """x_0 of images `first`, first + 1, ... from their x_t, (B, C, H, W)."""
         total = torch.zeros_like(x)
         for number, start in enumerate(range(0, len(x), self.batch_size)):
@@ -218,8 +205,8 @@ class Network:
             raise DiffusersDPMError(f"the network's predictions are not finite at timestep {t}.")
         return total
 
-    def _predict(self, x: torch.Tensor, t: int, level: Level, first: int) -> torch.Tensor:
-        own = on_tensors(lambda rows: rows[first : first + len(x)], self.arguments)
+    def _predict(self, x: Tensor, t: int, level: Level, first: int) -> Tensor:
+        own = inputs.on_tensors(lambda rows: rows[first : first + len(x)], self.arguments)
         output = self.unet(x.to(self.dtype), torch.tensor(t, device=x.device), **own)
         output, _ = self.scheduler.split_output(getattr(output, "sample", output), x)
         if self.guidance is not None:
@@ -238,22 +225,16 @@ class Student:
         num_images: of each.
     """
 
-    def __init__(self, network: Network, teacher: DPMSolverScheduler, states: torch.Tensor, num_images: int):
+    def __init__(self, network: Network, teacher: DPMSolverScheduler, states: Tensor, num_images: int):
         self.network, self.states, self.num_images = network, states, num_images
         self.timesteps: list[int] = teacher.timesteps.tolist()
         self.levels = teacher.levels
         self.solvers = {order: DPMSolverScheduler.from_config(teacher.config, solver_order=order) for order in (1, 2)}
 
-    def distances(self, x: torch.Tensor, first: int = 0) -> torch.Tensor:
+    def distances(self, x: Tensor, first: int = 0) -> Tensor:
         """RMS over the pixels of images `first`, first + 1, ..., to the teacher's."""
         distances = (x - self.states[-1, first : first + len(x)]).double().square().flatten(1).mean(dim=1).sqrt()
         return torch.tensor(self.network.processes.first(distances.tolist()), dtype=torch.float64)
-
-    def priors(self, places: Sequence[int], history: int) -> list[list[float]]:
-        """The rows of DPM-Solver++, of second order if the history allows, for these timesteps: [sample, x0, ...]."""
-        solver = self.solvers[min(history, 2)]
-        solver.set_timesteps(timesteps=[self.timesteps[place] for place in places])
-        return [[row.sample, *row.x0] for row in solver.updates]
 
     def fit(
         self,
@@ -272,31 +253,29 @@ class Student:
             earlier: a walk with the same history and ridge, whose first steps are taken over as far as they agree.
             num_images: walked; by default those of fitting and searching.
         """
-        num_images = num_images or 2 * self.num_images
-        same = 0
+        num_images, same = num_images or 2 * self.num_images, 0
         if earlier is not None and len(earlier.distances) == num_images:
             same = next((i for i, pair in enumerate(zip(earlier.places, places, strict=True)) if len({*pair}) > 1), 0)
         rows: list[Update] = []
-        states: list[tuple[torch.Tensor, Tensors]] = []
-        predictions: list[torch.Tensor] = []
+        states: list[tuple[Tensor, Tensors]] = []
         x, x0s = self.states[0, :num_images], NO_TENSORS
-        priors = self.priors(places, history)
+        solver = self.solvers[min(history, 2)]
+        solver.set_timesteps(timesteps=[self.timesteps[place] for place in places])
         for i, place in enumerate(places):
             if earlier is not None and i < same:
-                (x, x0s), x0 = earlier.states[i], earlier.predictions[i]
+                x, x0s = earlier.states[i]
             else:
-                x0 = self.network(x, self.timesteps[place], self.levels[place])
+                x0s = (self.network(x, self.timesteps[place], self.levels[place]), *x0s)[:history]
             states.append((x, x0s))
-            predictions.append(x0)
-            x0s = (x0, *x0s)[:history]
             target = self.states[places[i + 1] if i + 1 < len(places) else -1]
             terms = [term[: self.num_images] for term in (x, *x0s)]
-            factors = self.network.processes.first(fit_row(terms, target[: self.num_images], priors[i], ridge))
-            rows.append(Update(sample=factors[0], x0=tuple(factors[1:])))
+            prior = [solver.updates[i].sample, *solver.updates[i].x0]
+            sample, *factors = self.network.processes.first(fit_row(terms, target[: self.num_images], prior, ridge))
+            rows.append(Update(sample=sample, x0=tuple(factors)))
             x = rows[-1].apply(x, x0s)
-        return Walk(list(places), rows, states, predictions, self.distances(x))
+        return Walk(list(places), rows, states, self.distances(x))
 
-    def follow(self, solver: DPMSolverScheduler) -> torch.Tensor:
+    def follow(self, solver: DPMSolverScheduler) -> Tensor:
         """Distances of the images for the report under a multistep solver in x_0 form whose timesteps are set."""
         first = 2 * self.num_images
         x, x0s = self.states[0, first:], NO_TENSORS
@@ -336,7 +315,7 @@ class Student:
         return walk
 
 
-def fit_row(terms: Sequence[torch.Tensor], target: torch.Tensor, prior: Sequence[float], ridge: float) -> list[float]:
+def fit_row(terms: Sequence[Tensor], target: Tensor, prior: Sequence[float], ridge: float) -> list[float]:
     """The factors w that minimise |target - sum_j w_j terms_j|^2 + ridge sum_j |terms_j|^2 (w_j - prior_j)^2.
 
     Args:
@@ -367,7 +346,7 @@ def calibrate(
     num_images: int = 48,
     teacher_steps: int = 200,
     max_walks: int = 60,
-    class_labels: Sequence[int] | torch.Tensor | None = None,
+    class_labels: Sequence[int] | Tensor | None = None,
     classifier: Any = None,
     guidance_scale: float | None = None,
     network_kwargs: Mapping[str, Any] | None = None,
@@ -393,16 +372,16 @@ def calibrate(
         class_labels: (3 num_images,), or fewer, which are repeated; for a class-conditional network or `classifier`.
             Default: drawn by the seed.
         classifier: guides, as in `DPMPipeline`.
-        guidance_scale: of the classifier, and given with it.
+        guidance_scale: of the classifier; both or neither.
         network_kwargs: further arguments of the network, such as encoder_hidden_states; tensors, in dicts and lists
             too, hold a row for each of the 3 num_images images, or fewer, which are repeated.
         sample_shape: (C, H, W), if the network's config does not say.
         batch_size: images in a network call.
         seed: of the noise.
         accelerator: an `accelerate.Accelerator` whose processes share the work, with the network on its device.
-        folder: keeps the teacher's states, teacher_steps + 1 times the size of all noises, and finished tables, from
-            which the same call goes on after an interruption; for a `torch.nn.Module`, which is known again by its
-            weights. Deleted when done.
+        folder: keeps the teacher's states, teacher_steps + 1 times the size of the noise, and finished tables, from
+            which the same call goes on after an interruption; for a `torch.nn.Module`, whose weights identify it.
+            Deleted when done.
         progress: gets `update(n)` for n images in a network call, at most `network_calls(...)` in all.
 
     Raises:
@@ -411,29 +390,25 @@ def calibrate(
     """
     steps, seed = sorted({*steps}), int(seed)
     teacher_steps = min(teacher_steps, len(noise_schedule_of(scheduler)))
-    check_numbers(steps, teacher_steps, num_images=num_images, batch_size=batch_size, seed=seed, max_walks=max_walks)
+    check_steps(steps, teacher_steps)
+    check_at_least(1, num_images=num_images, batch_size=batch_size)
+    check_at_least(0, seed=seed, max_walks=max_walks)
     if folder is not None and not isinstance(unet, torch.nn.Module):
-        raise DiffusersDPMError("folder needs a torch.nn.Module: a function cannot be known again in a later call.")
+        raise DiffusersDPMError("folder needs a torch.nn.Module: nothing identifies a function in a later call.")
     scale = None if guidance_scale is None else float(guidance_scale)
     teacher = solver_for(scheduler, timestep_spacing="quadratic")
     teacher.set_timesteps(teacher_steps)
-    noise = initial_noise(unet, sample_shape, 3 * num_images, seed)
-    labels = labels_for(unet, classifier, class_labels, len(noise), seed)
-    arguments = arguments_for(unet, network_kwargs, labels, noise)
-    guidance = guidance_for(classifier, scale, unet, noise, labels, teacher.config.prediction_type)
+    noise = inputs.initial_noise(unet, sample_shape, 3 * num_images, seed)
+    labels = inputs.labels_for(unet, classifier, class_labels, len(noise), seed)
+    arguments = inputs.arguments_for(unet, network_kwargs, labels, noise)
+    guidance = inputs.guidance_for(classifier, scale, unet, noise, labels, teacher.config.prediction_type)
     processes, progress = Processes(accelerator), NoProgress() if progress is None else progress
-    network = Network(unet, teacher, arguments, guidance, batch_size, processes, progress, placement(unet)[1])
-    conditions = {"schedule_hash": teacher.schedule.hash, **{key: teacher.config[key] for key in CONDITIONS}}
-    guide = {"guidance_scale": scale, "classifier": weights_of(classifier)}
-    facts: dict[str, Any] = {
-        **guide,
-        "seed": seed,
-        "num_images": num_images,
-        "teacher_steps": teacher_steps,
-        "max_walks": max_walks,
-        "dtype": str(network.dtype).removeprefix("torch."),
-    }
-    settings = {**conditions, **facts, "weights": weights_of(unet), **fingerprints(noise, labels, arguments)}
+    network = Network(unet, teacher, arguments, guidance, batch_size, processes, progress, inputs.placement(unet)[1])
+    conditions = conditions_of(teacher)
+    guide = {"guidance_scale": scale, "classifier": inputs.weights_of(classifier)}
+    numbers = {"seed": seed, "num_images": num_images, "teacher_steps": teacher_steps, "max_walks": max_walks}
+    facts: dict[str, Any] = {**guide, **numbers, "dtype": str(network.dtype).removeprefix("torch.")}
+    settings = {**conditions, **facts, **inputs.fingerprints(unet, noise, labels, arguments)}
     store = ResultStore(folder, settings, process=processes.rank)
     with evaluation_mode(*(part for part in (unet, classifier) if isinstance(part, torch.nn.Module))):
         saved = store.load_json()
@@ -447,27 +422,14 @@ def calibrate(
     return Calibration(tables=better, **conditions, weights=settings["weights"], provenance=provenance(**facts))
 
 
-def check_numbers(
-    steps: Sequence[int], teacher_steps: int, *, num_images: int, batch_size: int, seed: int, max_walks: int
-) -> None:
-    """Raise DiffusersDPMError for a number that is out of range."""
+def check_steps(steps: Sequence[int], teacher_steps: int) -> None:
     if not steps or steps[0] < 1 or 2 * steps[-1] > teacher_steps:
         raise DiffusersDPMError(f"steps must lie in 1 .. teacher_steps / 2 = {teacher_steps // 2}, got {steps}.")
-    if num_images < 1 or batch_size < 1 or seed < 0 or max_walks < 0:
-        raise DiffusersDPMError(
-            f"num_images={num_images} and batch_size={batch_size} must be at least 1, seed={seed} and "
-            f"max_walks={max_walks} not negative."
-        )
 
 
 def fit_tables(
-    student: Student,
-    scheduler: Any,
-    steps: Iterable[int],
-    max_walks: int,
-    tables: dict[str, dict[str, Any]],
-    store: ResultStore,
-) -> list[dict[str, Any]]:
+    student: Student, scheduler: Any, steps: list[int], max_walks: int, tables: dict[str, Table], store: ResultStore
+) -> list[Table]:
     """`best_table` for each number of steps that is not in `tables` yet; new ones are added, and stored."""
     solvers = cache(partial(solver_for, scheduler))
     for n in steps:
@@ -478,7 +440,7 @@ def fit_tables(
     return [tables[str(n)] for n in steps]
 
 
-def best_table(student: Student, solvers: Solvers, num_steps: int, max_walks: int) -> dict[str, Any]:
+def best_table(student: Student, solvers: Solvers, num_steps: int, max_walks: int) -> Table:
     """The table of `num_steps` steps, and what it is compared with; see `Calibration.tables`."""
     starts = set()
     for spacing in STARTS:
@@ -503,25 +465,24 @@ def best_table(student: Student, solvers: Solvers, num_steps: int, max_walks: in
     }
 
 
-def best_solver(student: Student, solvers: Solvers, timesteps: list[int]) -> tuple[dict[str, Any], torch.Tensor]:
+def best_solver(student: Student, solvers: Solvers, timesteps: list[int]) -> tuple[dict[str, Any], Tensor]:
     """(options, distances) of the one of `SOLVERS` that comes nearest, in as many steps, on the report's own images.
 
     So the comparison favours the solvers: nothing of a table is chosen on these images.
     """
     tried = []
     for options in SOLVERS:
-        spacing, order = options["timestep_spacing"], options["solver_order"]
-        if spacing == FITTED:
-            solver = solvers(solver_order=order)
+        if options["timestep_spacing"] == FITTED:
+            solver = solvers(solver_order=options["solver_order"])
             solver.set_timesteps(timesteps=timesteps)
         else:
-            solver = solvers(timestep_spacing=spacing, solver_order=order)
+            solver = solvers(**options)
             solver.set_timesteps(len(timesteps))
         tried.append((options, student.follow(solver)))
     return min(tried, key=lambda pair: pair[1].mean().item())
 
 
-def errors(rms: str, mean: str, distances: torch.Tensor) -> dict[str, float]:
+def errors(rms: str, mean: str, distances: Tensor) -> dict[str, float]:
     return {rms: distances.square().mean().sqrt().item(), mean: distances.mean().item()}
 
 
@@ -532,9 +493,12 @@ def solver_for(scheduler: Any, **options: Any) -> DPMSolverScheduler:
     return DPMSolverScheduler.from_config({key: config[key] for key in keys}, **options)
 
 
-def teacher_states(
-    network: Network, teacher: DPMSolverScheduler, noise: torch.Tensor, store: ResultStore
-) -> torch.Tensor:
+def conditions_of(solver: DPMSolverScheduler) -> dict[str, Any]:
+    """What tables depend on: the fields of `Calibration` from `schedule_hash` to `sample_max_value`."""
+    return {"schedule_hash": solver.schedule.hash, **{key: solver.config[key] for key in CONDITIONS}}
+
+
+def teacher_states(network: Network, teacher: DPMSolverScheduler, noise: Tensor, store: ResultStore) -> Tensor:
     """x at each of the teacher's levels, (timesteps + 1, images, C, H, W)."""
     states, processes = store.load_values((len(teacher.levels), *noise.shape), noise.dtype), network.processes
     processes.wait()  # until all have read what is written next

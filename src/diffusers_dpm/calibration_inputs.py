@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.pipelines.guidance import ClassifierGuidance, check_classifier, label_log_probability
@@ -13,7 +14,7 @@ from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.records import fingerprint, weights_hash
 
 
-def initial_noise(unet: Any, sample_shape: Sequence[int] | None, num_images: int, seed: int) -> torch.Tensor:
+def initial_noise(unet: Any, sample_shape: Sequence[int] | None, num_images: int, seed: int) -> Tensor:
     """x_T, (num_images, C, H, W), on the network's device, in its precision but at least float32."""
     shape = image_shape(unet) if sample_shape is None else sample_shape
     noise = torch.stack([normal(shape, seed, Stream.CALIBRATION, image) for image in range(num_images)])
@@ -22,25 +23,21 @@ def initial_noise(unet: Any, sample_shape: Sequence[int] | None, num_images: int
 
 
 def placement(unet: Any) -> tuple[torch.device, torch.dtype]:
-    """Device and type of the weights; a function without weights is given float32 on the CPU."""
+    """Device and type of the weights; a function without weights gets float32 on the CPU."""
     weights = next(unet.parameters(), torch.zeros(())) if isinstance(unet, torch.nn.Module) else torch.zeros(())
     return getattr(unet, "device", weights.device), getattr(unet, "dtype", weights.dtype)
 
 
 def labels_for(
-    unet: Any, classifier: Any, class_labels: Sequence[int] | torch.Tensor | None, num_images: int, seed: int
-) -> torch.Tensor | None:
+    unet: Any, classifier: Any, class_labels: Sequence[int] | Tensor | None, num_images: int, seed: int
+) -> Tensor | None:
     """A label for each image, on the CPU; None if neither network nor classifier has classes."""
-    if classifier is None and not is_conditional(unet):
+    network, key = (unet, "num_class_embeds") if is_conditional(unet) else (classifier, "num_classes")
+    if network is None:
         if class_labels is not None:
-            raise DiffusersDPMError(
-                "class_labels were given, but the network is unconditional and there is no classifier."
-            )
+            raise DiffusersDPMError("class_labels for a network that is unconditional, without a classifier.")
         return None
-    if is_conditional(unet):
-        num_classes = unet.config.get("num_class_embeds")
-    else:
-        num_classes = getattr(classifier, "config", {}).get("num_classes")
+    num_classes = getattr(network, "config", {}).get(key)
     if class_labels is None:
         if num_classes is None:
             raise DiffusersDPMError("no config has the number of classes: give class_labels.")
@@ -53,7 +50,7 @@ def labels_for(
 
 
 def arguments_for(
-    unet: Any, network_kwargs: Mapping[str, Any] | None, labels: torch.Tensor | None, noise: torch.Tensor
+    unet: Any, network_kwargs: Mapping[str, Any] | None, labels: Tensor | None, noise: Tensor
 ) -> dict[str, Any]:
     """The arguments of the network for all images: tensors have a row for each, on the device of `noise`."""
     arguments = on_tensors(lambda rows: repeated(rows, len(noise), noise.device), {**(network_kwargs or {})})
@@ -65,12 +62,7 @@ def arguments_for(
 
 
 def guidance_for(
-    classifier: Any,
-    scale: float | None,
-    unet: Any,
-    noise: torch.Tensor,
-    labels: torch.Tensor | None,
-    prediction_type: str,
+    classifier: Any, scale: float | None, unet: Any, noise: Tensor, labels: Tensor | None, prediction_type: str
 ) -> Callable[[int, int], ClassifierGuidance] | None:
     """`Network.guidance` by a classifier; None without a scale.
 
@@ -83,16 +75,14 @@ def guidance_for(
         return None
     check_classifier(classifier, unet, noise, labels)
 
-    def guidance(start: int, end: int) -> ClassifierGuidance:
-        log_prob = label_log_probability(classifier, labels[start:end], noise.device)
-        return ClassifierGuidance(log_prob, prediction_type, scale)
-
-    return guidance
+    return lambda start, end: ClassifierGuidance(
+        label_log_probability(classifier, labels[start:end], noise.device), prediction_type, scale
+    )
 
 
-def on_tensors(function: Callable[[torch.Tensor], Any], values: Any) -> Any:
+def on_tensors(function: Callable[[Tensor], Any], values: Any) -> Any:
     """The function's result in place of each tensor in dicts, lists and tuples; anything else as it is."""
-    if isinstance(values, torch.Tensor):
+    if isinstance(values, Tensor):
         return function(values)
     if isinstance(values, dict):
         return {key: on_tensors(function, value) for key, value in values.items()}
@@ -101,7 +91,7 @@ def on_tensors(function: Callable[[torch.Tensor], Any], values: Any) -> Any:
     return values
 
 
-def repeated(values: torch.Tensor, num_images: int, device: Any = None) -> torch.Tensor:
+def repeated(values: Tensor, num_images: int, device: Any = None) -> Tensor:
     """`num_images` rows: those of `values`, repeated cyclically."""
     if not values.ndim or not len(values):
         raise DiffusersDPMError(
@@ -115,13 +105,13 @@ def weights_of(network: Any) -> str | None:
     return weights_hash(network) if isinstance(network, torch.nn.Module) else None
 
 
-def fingerprints(noise: torch.Tensor, labels: torch.Tensor | None, arguments: Any) -> dict[str, str]:
-    """What identifies the inputs: a hash of all tensors, and the arguments with shapes in the place of tensors."""
+def fingerprints(unet: Any, noise: Tensor, labels: Tensor | None, arguments: Any) -> dict[str, str | None]:
+    """What identifies the inputs: hashes of weights and tensors, the arguments with shapes in the place of tensors."""
     tensors = [noise] if labels is None else [noise, labels]
 
-    def collected(tensor: torch.Tensor) -> list[int]:
+    def collected(tensor: Tensor) -> list[int]:
         tensors.append(tensor)
         return list(tensor.shape)
 
     shapes = on_tensors(collected, arguments)
-    return {"inputs": fingerprint(tensors), "network_kwargs": repr(shapes)}
+    return {"weights": weights_of(unet), "inputs": fingerprint(tensors), "network_kwargs": repr(shapes)}

@@ -26,7 +26,7 @@ UNLABELLED = -1
 
 
 class DataError(DiffusersDPMError):
-    """The data cannot be used as asked. The message is one line: what is wrong, and where."""
+    """The data cannot be used with these options. The message is one line: what is wrong, and where."""
 
     def __init__(self, message: str):
         # A worker process of the DataLoader puts its traceback before the message.
@@ -85,17 +85,13 @@ class ImageDataset(Dataset):
     ):
         if source.num_images == 0:
             raise DataError("the data holds no images")
-        self.source = source
-        self.resolution = resolution
-        self.channels = channels
+        self.source, self.resolution, self.channels = source, resolution, channels
         first = self._convert(0)
-        self.shape = channels_height_width(first)
+        self.shape: tuple[int, int, int] = first.shape
         labels = [UNLABELLED] * len(self) if source.labels is None else source.labels
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.class_names = source.class_names
-        self.num_classes = 0
-        if source.labels is not None:
-            self.num_classes = len(source.class_names or ()) or int(self.labels.max()) + 1
+        self.num_classes = len(source.class_names or ()) or int(self.labels.max()) + 1  # 0 without labels
         self._pixels: torch.Tensor | None = None
         if first.nbytes * len(self) <= cache_bytes:
             with ThreadPoolExecutor() as pool:  # PIL decodes outside the interpreter lock
@@ -126,7 +122,7 @@ class ImageDataset(Dataset):
         image = self._convert(index)
         if image.shape != self.shape:
             what = ("channels", "--channels N") if len(image) != self.shape[0] else ("sizes", "--resolution H W")
-            first, other = describe(self.shape), describe(channels_height_width(image))
+            first, other = describe(self.shape), describe(image.shape)
             raise DataError(
                 f"images of mixed {what[0]}: {first} ({self.source.name(0)}), {other} ({self.source.name(index)}); "
                 f"pass {what[1]}"
@@ -140,11 +136,6 @@ class ImageDataset(Dataset):
         if self.resolution is not None:
             image = crop_and_resize(image, self.resolution)
         return image if image.dtype == np.uint8 else to_unit_range(image, name)
-
-
-def channels_height_width(image: np.ndarray) -> tuple[int, int, int]:
-    channels, height, width = image.shape
-    return channels, height, width
 
 
 def describe(shape: Sequence[int]) -> str:
@@ -183,7 +174,7 @@ def load_images(
     .npy files hold (H, W), (C, H, W) or (H, W, C) each, or one file holds them all.
 
     Raises:
-        DataError: one line on what is wrong with the data or the names given.
+        DataError: one line on what is wrong with the data or with these names.
     """
     path = Path(data)
     if str(data) == "digits":
@@ -222,14 +213,15 @@ def read_npy(path: Path, channels: int | None) -> ImageSource:
         stack = load_npy(files[0])
         if stack.ndim == 4 or (stack.ndim == 3 and min(stack.shape[0], stack.shape[2]) > 4):
             return ImageSource(len(stack), lambda i: channels_first(stack[i], channels, f"{files[0]}[{i}]"))
-    folders = sorted({file.parent.name for file in files if file.parent != path})
-    labels = [folders.index(file.parent.name) for file in files] if all(f.parent != path for f in files) else None
+    in_folders = path.is_dir() and all(file.parent != path for file in files)
+    folders = [file.parent.name for file in files] if in_folders else []
+    classes = sorted({*folders})
     return ImageSource(
         len(files),
         lambda i: channels_first(load_npy(files[i]), channels, str(files[i])),
         name=lambda i: str(files[i]),
-        labels=labels if path.is_dir() else None,
-        class_names=folders if labels and path.is_dir() else None,
+        labels=[classes.index(folder) for folder in folders] or None,
+        class_names=classes or None,
         no_labels="put the .npy files of each class into a folder of its name",
     )
 
@@ -298,11 +290,8 @@ def read_columns(dataset: Any, image_column: str | None, label_column: str | Non
     def name(i: int) -> str:
         return file(i)["path"] or f"image {i}"
 
-    def read(i: int) -> np.ndarray:
-        return decode(file(i), name(i))
-
     why = f"{'no' if not classes else 'more than one'} label column found; pass --label-column: {columns}"
-    return ImageSource(len(dataset), read, name=name, labels=labels, class_names=names, no_labels=why)
+    return ImageSource(len(dataset), lambda i: decode(file(i), name(i)), name, 255, labels, names, why)
 
 
 def columns_of(dataset: Any, kind: type) -> list[str]:
@@ -327,8 +316,7 @@ def decode(file: dict[str, Any], name: str) -> np.ndarray:
         with Image.open(BytesIO(file["bytes"]) if file["bytes"] else file["path"]) as image:
             pixels = ImageOps.exif_transpose(image)
             if pixels.mode.startswith("I"):
-                array = np.asarray(pixels)
-                return array.astype(np.uint16)[None]
+                return np.asarray(pixels).astype(np.uint16)[None]
             if pixels.mode not in ("L", "RGB", "RGBA"):
                 pixels = pixels.convert("L" if pixels.mode in ("1", "LA") else "RGB")
             return channels_first(np.asarray(pixels), len(pixels.getbands()), name)
@@ -339,17 +327,17 @@ def decode(file: dict[str, Any], name: str) -> np.ndarray:
 def convert_channels(image: np.ndarray, channels: int | None, name: str) -> np.ndarray:
     """(C, H, W) to `channels` channels, in its own precision; None keeps them, but for alpha."""
     stored = len(image)
-    wanted = channels or (3 if stored == 4 and image.dtype == np.uint8 else stored)
-    if stored == wanted:
+    target = channels or (3 if stored == 4 and image.dtype == np.uint8 else stored)
+    if stored == target:
         return image
-    if stored == 4 and wanted < 4:
-        return convert_channels(image[:3], wanted, name)
+    if stored == 4 and target < 4:
+        return convert_channels(image[:3], target, name)
     if stored == 1:
-        return np.repeat(image, wanted, axis=0)
-    if stored == 3 and wanted == 1:
+        return np.repeat(image, target, axis=0)
+    if stored == 3 and target == 1:
         grey = np.tensordot([0.299, 0.587, 0.114], image, axes=1)[None]  # ITU-R 601 luma, as PIL's mode L
         return round_to(grey, image.dtype)
-    raise DataError(f"{name} has {stored} channels, which cannot become {wanted}")
+    raise DataError(f"{name} has {stored} channels, which cannot become {target}")
 
 
 def crop_and_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -402,14 +390,14 @@ def describe_data(data: str) -> str:
     return LOCAL_DATA if Path(data).exists() else data
 
 
-def find_num_levels(data: ImageDataset, given: int | None) -> int:
-    """The number of values of a pixel, from the type that the images are stored in.
+def find_num_levels(data: ImageDataset, num_levels: int | None) -> int:
+    """The number of values of a pixel: `num_levels`, or from the type that the images are stored in.
 
     Raises:
         DataError: they are stored in floating point, which does not determine it.
     """
-    if given is not None:
-        return given
+    if num_levels is not None:
+        return num_levels
     dtype = data.source.read(0).dtype
     if dtype == "uint8":
         return data.source.levels + 1
@@ -435,7 +423,7 @@ def load_data(
     options: Any, *, require_labels: bool, data: str | None = None, split: str | None = None
 ) -> ImageDataset:
     """The data that `DataSourceOptions` name; `data` and `split` replace theirs."""
-    arguments = {**image_arguments(options), **({"split": split} if split else {})}
+    arguments = {**image_arguments(options), "split": split or options.split}
     return load_images(data or options.data, require_labels=require_labels, **arguments)
 
 

@@ -1,6 +1,7 @@
 """Errors that the commands show as one line, and what turns another error into one."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -13,6 +14,19 @@ class DiffusersDPMError(ValueError):
 
 class NonFiniteLossError(FloatingPointError):
     """The loss or its gradient is infinite or not a number; the weights are lost."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """'; did you mean ...?', or nothing if no name is near."""
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def check_at_least(least: float, **numbers: float) -> None:
+    """Raise DiffusersDPMError for a number below `least`."""
+    for name, value in numbers.items():
+        if value < least:
+            raise DiffusersDPMError(f"{name}={value} must be at least {least}.")
 
 
 @contextmanager

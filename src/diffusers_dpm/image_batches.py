@@ -26,7 +26,9 @@ def choose_images(
     if len(indices) < 2:
         raise DiffusersDPMError(f"the data holds {num} images; standard errors need at least 2.")
     if whole is None:
-        images, labels = joined([as_batch(*images_and_labels(data[i])) for i in indices])
+        items = [images_and_labels(data[i]) for i in indices]
+        batches = [(image[None], None if label is None else torch.as_tensor(label)[None]) for image, label in items]
+        images, labels = joined(batches)
     else:
         images, labels = whole[0][order], None if whole[1] is None else whole[1][order]
     if class_labels is not None:
@@ -53,12 +55,8 @@ def images_and_labels(item: Any) -> tuple[torch.Tensor, Any]:
     return torch.as_tensor(images), labels[0] if labels else None
 
 
-def as_batch(image: torch.Tensor, label: Any) -> Images:
-    """A batch of one."""
-    return image[None], None if label is None else torch.as_tensor(label)[None]
-
-
-def joined(batches: Sequence[Images]) -> Images:
+def joined(batches: Sequence[tuple[torch.Tensor, Any]]) -> Images:
+    """One batch of many."""
     if not batches:
         raise DiffusersDPMError("the data holds no images.")
     labels = None if batches[0][1] is None else torch.cat([torch.as_tensor(label) for _, label in batches])

@@ -2,17 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
-from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
-from diffusers_dpm.pipelines.networks import image_shape, is_conditional
-from diffusers_dpm.run_folder import RunFolder
-from diffusers_dpm.schedulers.noise_schedule import VPNoiseSchedule
-from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
+from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier, image_shape, is_conditional
+from diffusers_dpm.run_folder import EXTRAS, RunFolder
+from diffusers_dpm.schedulers import AnalyticDPMScheduler, VPNoiseSchedule
 
 
 class Progress(Protocol):
@@ -42,21 +41,24 @@ def load_pipeline(model: str) -> DPMPipeline:
         raise DiffusersDPMError(
             f"{model} holds no {run.index.name}: it is not a pipeline, or its training has not finished"
         )
+    with user_error(f"cannot load {model}", OSError), quiet():
+        return DPMPipeline.from_pretrained(model)
+
+
+def load_extra(model: str, name: str) -> Any:
+    """One of `EXTRAS`, beside a model's pipeline. Raises DiffusersDPMError, naming the command that makes it."""
+    extra = EXTRAS[name]
     try:
-        with user_error(f"cannot load {model}"), quiet():
-            return DPMPipeline.from_pretrained(model)
-    except OSError as error:
-        raise DiffusersDPMError(f"cannot load {model}: {' '.join(str(error).split())}") from error
+        return extra.cls.from_pretrained(model, subfolder=name)
+    except (OSError, ValueError) as error:
+        if (Path(model) / name / extra.cls.config_name).exists():
+            raise DiffusersDPMError(f"{model}/{name} cannot be read ({error})") from error
+        raise DiffusersDPMError(f"{model} has no {name}: 'diffusers-dpm {extra.command} {model}' makes it") from error
 
 
 def load_classifier(model: str) -> NoisyClassifier:
     """The classifier beside a model. Raises DiffusersDPMError if there is none."""
-    try:
-        return NoisyClassifier.from_pretrained(model, subfolder=RunFolder(model).classifier.name)
-    except (OSError, ValueError) as error:
-        raise DiffusersDPMError(
-            f"guidance needs a classifier: 'diffusers-dpm train-classifier {model}' makes it"
-        ) from error
+    return load_extra(model, RunFolder.classifier.name)
 
 
 @contextmanager

@@ -6,18 +6,17 @@ The options of a command inherit from its groups.
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import itertools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 import yaml
 
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -41,6 +40,9 @@ class DataSourceOptions:
     """1 for grey, 3 for RGB, another number, or auto: as stored"""
     cache_gigabytes: float = 1.0
     """decoded data up to this size stays in memory"""
+
+    def __post_init__(self) -> None:
+        check_ranges(self)
 
 
 # Options (several names in a string), the test of a value or of each of a list's, and what an error asks for.
@@ -96,10 +98,9 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """'; did you mean ...?', or nothing if no name is near."""
-    near = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def values_of(options: Any, group: type) -> dict[str, Any]:
+    """The values of the options of one group, by name."""
+    return {item.name: getattr(options, item.name) for item in dataclasses.fields(group)}
 
 
 def parse_options(
@@ -145,10 +146,8 @@ def option_groups(options: type) -> list[Any]:
 
 def read_options_file(path: Path, items: Sequence[dataclasses.Field[Any]]) -> list[str]:
     """The file's options as command-line arguments, so that both are checked by the same rules."""
-    try:
+    with user_error(f"cannot read options from {path}", OSError, yaml.YAMLError):
         values = yaml.safe_load(path.read_text())  # JSON is YAML
-    except (OSError, yaml.YAMLError) as error:
-        raise DiffusersDPMError(f"cannot read options from {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise DiffusersDPMError(f"{path} must hold one 'option: value' per line")
     names, arguments = [item.name for item in items], []

@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, check_at_least
 from diffusers_dpm.image_batches import choose_images
 from diffusers_dpm.networks import NoProgress, Progress, checked_labels, network_output, noise_schedule_of
 from diffusers_dpm.pipelines.networks import evaluation_mode
@@ -52,7 +53,7 @@ class PosteriorStatistics(Record):
         schedule_hash: of the noise schedule.
         prediction_type: of the network.
         num_images: how many images were averaged over; None if unknown.
-        provenance: how the statistics were made; for people, nothing depends on it.
+        provenance: of the statistics; for people, nothing depends on it.
 
     Raises:
         ValueError: no estimate at all, or lists of different lengths.
@@ -167,44 +168,29 @@ def estimate_statistics(
     """
     schedule = noise_schedule_of(scheduler)
     grid = computed_timesteps(timesteps, len(schedule))
-    if num_samples < 2 or batch_size < 1 or seed < 0:
-        raise DiffusersDPMError(
-            f"num_samples={num_samples} must be at least 2, batch_size={batch_size} at least 1, and seed={seed} not "
-            "negative."
-        )
+    check_at_least(2, num_samples=num_samples)
+    check_at_least(1, batch_size=batch_size)
+    check_at_least(0, seed=seed)
     (x0, labels), indices, num_available = choose_images(images, class_labels, num_samples, seed)
-    problem = Problem(
-        unet=unet,
-        schedule=schedule,
-        prediction_type=scheduler.config.prediction_type,
-        timesteps=grid,
-        images=x0,
-        labels=checked_labels(unet, x0, labels),
-        indices=indices,
-        seed=seed,
-    )
+    labels = checked_labels(unet, x0, labels)
+    problem = Problem(unet, schedule, scheduler.config.prediction_type, grid, x0, labels, indices, seed)
     processes = Processes(accelerator)
     settings = {} if folder is None else problem.settings()
     store = ResultStore(folder, settings, process=processes.rank, save_every=save_every)
     with evaluation_mode(unet):
         values = measure(problem, batch_size, processes, store, NoProgress() if progress is None else progress)
-    residual, analytic = values.unbind(-1)
-    return PosteriorStatistics(
-        residual=interpolate(schedule, grid, residual.mean(dim=0).tolist()),
-        analytic=interpolate(schedule, grid, analytic.mean(dim=0).tolist()),
-        residual_error=interpolate(schedule, grid, standard_errors(residual)),
-        analytic_error=interpolate(schedule, grid, standard_errors(analytic)),
-        timesteps=grid,
-        schedule_hash=schedule.hash,
-        prediction_type=problem.prediction_type,
-        num_images=len(x0),
-        provenance=provenance(seed=seed, dtype=str(unet.dtype).removeprefix("torch."), images_available=num_available),
-    )
+    estimates = values.unbind(-1)
+    means = (estimate.mean(dim=0).tolist() for estimate in estimates)
+    lines = (*means, *map(standard_errors, estimates))
+    residual, analytic, residual_error, analytic_error = (interpolate(schedule, grid, line) for line in lines)
+    facts = provenance(seed=seed, dtype=str(unet.dtype).removeprefix("torch."), images_available=num_available)
+    origin = (grid, schedule.hash, problem.prediction_type, len(x0))
+    return PosteriorStatistics(residual, analytic, residual_error, analytic_error, *origin, facts)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What is measured: N images at n timesteps.
+    """What to measure: N images at n timesteps.
 
     Attributes:
         unet, schedule, prediction_type: the network and its process.
@@ -224,22 +210,29 @@ class Problem:
     seed: int
 
     def evaluate(self, pairs: Sequence[Pair]) -> torch.Tensor:
-        """`posterior_variances` of some pairs, (len(pairs), 2), on the network's device."""
-        rows, device = [row for row, _ in pairs], self.unet.device
-        timesteps = [self.timesteps[place] for _, place in pairs]
-        noise = [
-            normal(self.images.shape[1:], self.seed, Stream.STATISTICS, self.indices[row], t)
-            for row, t in zip(rows, timesteps, strict=True)
-        ]
-        return posterior_variances(
-            self.unet,
-            self.schedule,
-            self.prediction_type,
-            self.images[rows].to(device, torch.float64),
-            torch.stack(noise).to(device, torch.float64),
-            torch.tensor(timesteps, device=device),
-            None if self.labels is None else self.labels[rows].to(device),
-        )
+        """The contribution of each pair to (residual, analytic): float64 (len(pairs), 2), on the network's device.
+
+        Where alpha is 0, k_t is infinite and epsilon_hat says nothing. There the analytic value is the difference of
+        the second moments, |x_0|^2 - |x_0_hat|^2, whose mean is C_t for an exact network at any noise level.
+        """
+
+        def mean_square(x: torch.Tensor) -> torch.Tensor:
+            return x.square().flatten(1).mean(dim=1)
+
+        places = [(row, self.timesteps[place]) for row, place in pairs]
+        keys = [(self.seed, Stream.STATISTICS, self.indices[row], t) for row, t in places]
+        noise = torch.stack([normal(self.images.shape[1:], *key) for key in keys])
+        rows, device = [row for row, _ in places], self.unet.device
+        x0, t = self.images[rows].to(device, torch.float64), torch.tensor([t for _, t in places], device=device)
+        alpha, sigma = self.schedule.at(t, x0)
+        x_t = alpha * x0 + sigma * noise.to(device, torch.float64)
+        output = network_output(self.unet, x_t, t, None if self.labels is None else self.labels[rows].to(device))
+        conversion = PREDICTIONS[self.prediction_type](alpha, sigma)
+        x0_hat, epsilon_hat = (affine(factors, x_t, output) for factors in conversion)
+        alpha, sigma = alpha.flatten(), sigma.flatten()
+        published = (sigma / alpha) ** 2 * (1 - mean_square(epsilon_hat))
+        analytic = torch.where(alpha > 0, published, mean_square(x0) - mean_square(x0_hat))
+        return torch.stack([mean_square(x0 - x0_hat), analytic], dim=1)
 
     def settings(self) -> dict[str, Any]:
         """All that the values depend on, as JSON."""
@@ -254,42 +247,8 @@ class Problem:
         }
 
 
-def posterior_variances(
-    unet: Any,
-    schedule: VPNoiseSchedule,
-    prediction_type: str,
-    x0: torch.Tensor,
-    noise: torch.Tensor,
-    t: torch.Tensor,
-    class_labels: torch.Tensor | None,
-) -> torch.Tensor:
-    """The contribution of each (image, noise, timestep) to (residual, analytic): float64 (B, 2), on the device.
-
-    Where alpha is 0, k_t is infinite and epsilon_hat says nothing. There the analytic value is the difference of the
-    second moments, |x_0|^2 - |x_0_hat|^2, whose mean is C_t for an exact network at any noise level.
-
-    Args:
-        x0, noise: float64 (B, C, H, W).
-        t: (B,).
-        class_labels: (B,) or None.
-    """
-
-    def mean_square(x: torch.Tensor) -> torch.Tensor:
-        return x.square().flatten(1).mean(dim=1)
-
-    alpha, sigma = schedule.at(t, x0)
-    x_t = alpha * x0 + sigma * noise
-    output = network_output(unet, x_t, t, class_labels)
-    conversion = PREDICTIONS[prediction_type](alpha, sigma)
-    x0_hat, epsilon_hat = (affine(factors, x_t, output) for factors in conversion)
-    alpha, sigma = alpha.flatten(), sigma.flatten()
-    published = (sigma / alpha) ** 2 * (1 - mean_square(epsilon_hat))
-    analytic = torch.where(alpha > 0, published, mean_square(x0) - mean_square(x0_hat))
-    return torch.stack([mean_square(x0 - x0_hat), analytic], dim=1)
-
-
 def standard_errors(values: torch.Tensor) -> list[float]:
-    """Of the means over the images, (N, n) -> n floats."""
+    """Those of means over the images, (N, n) -> n floats."""
     return (values.std(dim=0) / math.sqrt(len(values))).tolist()
 
 
@@ -343,13 +302,11 @@ def measure(
 
 def one_late(items: Iterator[tuple[int, torch.Tensor]]) -> Iterator[tuple[int, torch.Tensor]]:
     """Each item once the next is begun: the noise of a batch is drawn while the device computes the one before."""
-    previous = None
-    for item in items:
+    previous = next(items, None)
+    for item in chain(items, [None]):
         if previous is not None:
             yield previous
         previous = item
-    if previous is not None:
-        yield previous
 
 
 def merged(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -367,26 +324,23 @@ def import_ms_eps(
 ) -> PosteriorStatistics:
     """Statistics from a vector of E|epsilon_hat|^2 / d, the form in which those of Bao et al. are distributed.
 
-    The result has the analytic estimate alone: a residual cannot be had from it. Errors are unknown.
+    The result has the analytic estimate alone, without errors: a residual cannot be had from it.
 
     Args:
         path: .npy, .npz, .safetensors (one array, or the one named ms_eps) or .json (a list, or a dict with ms_eps) of
             T values, or T + 1 of which the first means nothing. Any other file is taken for one of `torch.save`.
         schedule: that the statistics are of; the file does not say.
         prediction_type: of the network; the file does not say.
-        num_images: that were averaged over, if known.
+        num_images: over which they are averaged, if the source says.
         allow_pickle: read files of `torch.save`, which can run any code: only from sources that you trust.
 
     Raises:
         ValueError: the file cannot be read, or is a pickle without `allow_pickle`; a wrong number of values, negative
             ones or some not finite; a schedule that ends in pure noise, where ms_eps says nothing.
     """
-    values = read_vector(Path(path), allow_pickle)
-    num = len(schedule)
+    values, num = read_vector(Path(path), allow_pickle), len(schedule)
     if values.shape not in ((num,), (num + 1,)):
-        raise DiffusersDPMError(
-            f"{path} has shape {values.shape}; wanted are {num} values, or {num + 1} with a dummy first."
-        )
+        raise DiffusersDPMError(f"{path} has shape {values.shape}, not {num} values or {num + 1} with a dummy first.")
     values = values[-num:]
     if not (np.isfinite(values) & (values >= 0)).all():
         raise DiffusersDPMError(f"{path} holds values that are negative or not finite: mean squares are not.")
@@ -416,14 +370,13 @@ def read_vector(path: Path, allow_pickle: bool) -> np.ndarray:
     }
     if path.suffix not in readers and not allow_pickle:
         raise DiffusersDPMError(
-            f"{path} is none of {', '.join(readers)}. If it is a file of torch.save from a source that you trust, "
-            "pass allow_pickle=True: reading it can run any code."
+            f"{path} is none of {', '.join(readers)}; for a torch.save file that you trust pass allow_pickle=True."
         )
     try:
-        found = readers.get(path.suffix, read_pickle)(path)
-        if isinstance(found, Mapping):
-            found = found["ms_eps"] if "ms_eps" in found or len(found) != 1 else next(iter(found.values()))
-        return np.asarray(found, dtype=np.float64)
+        values = readers.get(path.suffix, read_pickle)(path)
+        if isinstance(values, Mapping):
+            values = values["ms_eps"] if "ms_eps" in values or len(values) != 1 else next(iter(values.values()))
+        return np.asarray(values, dtype=np.float64)
     except KeyError as error:
         raise DiffusersDPMError(f"{path} holds several arrays and none is named ms_eps.") from error
     except Exception as error:  # a damaged file fails in as many ways as there are formats

@@ -12,6 +12,9 @@ import numpy as np
 import torch
 
 
+SCHEME = "SeedSequence"  # saved with partial results: another scheme gives other numbers for the same key
+
+
 class Stream(IntEnum):
     """What random numbers are for: those of different streams are independent.
 

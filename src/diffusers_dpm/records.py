@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, user_error
 
 
 Tensors = dict[str, torch.Tensor]
@@ -67,10 +67,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         DiffusersDPMError: the file cannot be read or holds no object.
     """
-    try:
+    with user_error(f"cannot read {path}", OSError):
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DiffusersDPMError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise DiffusersDPMError(f"{path} must hold a JSON object")
     return values
@@ -198,9 +196,7 @@ class Record:
             return cls(**renamed)
         except TypeError as error:
             names = ", ".join(item.name for item in fields(cls))
-            raise DiffusersDPMError(
-                f"{cls.title} needs the keys {names}; got {', '.join(map(str, values))}"
-            ) from error
+            raise DiffusersDPMError(f"{cls.title} needs the keys {names}; got {', '.join(values)}") from error
 
     def save(self, path: str | Path) -> None:
         """Write JSON, from which `load` restores an equal object."""
@@ -263,8 +259,7 @@ class ResultStore:
         changed = [name for name in names if name not in saved or saved[name] != self.settings.get(name)]
         if changed and not self.replace:
             raise DiffusersDPMError(
-                f"{self.folder} holds {self.what} of other settings ({', '.join(changed)}): repeat that call, delete "
-                "the folder, or choose another one"
+                f"{self.folder} holds {self.what} of other settings ({', '.join(changed)}): choose another folder"
             )
         return not changed
 
@@ -335,7 +330,7 @@ class ResultStore:
         return {name: tensor[:count] for name, tensor in parts[0].items()}
 
     def load_json(self) -> dict[str, Any]:
-        """What `save_json` was given in an earlier call with these settings; {} if nothing."""
+        """The values that `save_json` wrote in an earlier call with these settings; {} if there are none."""
         if not (self.enabled and self.document.is_file()):
             return {}
         try:

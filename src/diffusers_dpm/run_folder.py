@@ -1,7 +1,7 @@
 """What lies where in a run folder."""
 
 from pathlib import Path
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 from diffusers_dpm.pipelines import NoisyClassifier
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler
@@ -16,19 +16,13 @@ class Extra(NamedTuple):
 
 
 class Part:
-    """A file or folder of a run, as an attribute of `RunFolder`."""
+    """A file or folder of a run: its path as an attribute of a `RunFolder`, its name as one of the class."""
 
     def __init__(self, name: str, extra: Extra | None = None):
-        self.name, self.stem, self.extra = name, Path(name).stem, extra
+        self.name, self.extra = name, extra
 
-    @overload
-    def __get__(self, run: None, owner: type) -> "Part": ...
-
-    @overload
-    def __get__(self, run: "RunFolder", owner: type) -> Path: ...
-
-    def __get__(self, run: "RunFolder | None", owner: type) -> "Path | Part":
-        return self if run is None else run.path / self.name
+    def __get__(self, run: "RunFolder | None", owner: type) -> Path:
+        return Path(self.name) if run is None else run.path / self.name
 
 
 class RunFolder:
@@ -77,5 +71,4 @@ class RunFolder:
 
 
 PARTS = [part for part in vars(RunFolder).values() if isinstance(part, Part)]
-OPTIONS_FILE = RunFolder.options.name
 EXTRAS = {part.name: part.extra for part in PARTS if part.extra is not None}

@@ -12,16 +12,15 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 
-from diffusers_dpm.calibration import STEPS, Calibration, calibrate, network_calls, solver_for
+from diffusers_dpm.calibration import STEPS, Calibration, calibrate, conditions_of, network_calls, solver_for
 from diffusers_dpm.data import load_images
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.networks import load_classifier, load_pipeline, noise_schedule_of
-from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.pipelines.networks import is_conditional
+from diffusers_dpm.pipelines import DPMPipeline, is_conditional
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
 from diffusers_dpm.records import weights_hash
+from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.sampling import Sampler, build_scheduler, save_images
-from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
 from diffusers_dpm.schedulers.timestep_grids import Grid, even
 
 
@@ -101,7 +100,7 @@ def estimate_run(
     Raises:
         DiffusersDPMError: the model, the data or the arguments cannot be used.
     """
-    folder = result_folder(model, output_dir, "analytic_dpm")
+    folder = result_folder(model, output_dir, RunFolder.analytic_dpm.name)
     pipeline = load_pipeline(model)
     unet, scheduler = pipeline.unet, pipeline.scheduler
     schedule = noise_schedule_of(scheduler)
@@ -152,20 +151,20 @@ def calibrate_run(
     teacher_steps: int = 200,
     max_walks: int = 60,
     guidance_scale: float | None = None,
-    batch_size: int = 64,
-    seed: int = 0,
     cpu: bool = False,
     output_dir: str | Path | None = None,
+    **options: Any,
 ) -> Fit | None:
     """Fit rows to a model; writes scheduler_config.json and calibration.json, with the rows that are there already.
 
     Args:
         model: run folder or Hub id.
         steps: numbers of steps; by default `calibration.STEPS`.
-        num_images, max_walks, guidance_scale, batch_size, seed: as `calibrate`.
+        num_images, max_walks, guidance_scale: as `calibrate`.
         teacher_steps: as `calibrate`; at most the model's number of timesteps.
         cpu: use the CPU even if there is an accelerator.
         output_dir: folder of the result; by default `calibrated` in the run folder.
+        options: batch_size and seed, as `calibrate`.
 
     Returns:
         The rows; None on all processes but the first.
@@ -174,29 +173,27 @@ def calibrate_run(
         DiffusersDPMError: the model or the arguments cannot be used, the folder holds rows of another model, or no
             rows are better than those of DPM-Solver.
     """
-    folder = result_folder(model, output_dir, "calibrated")
+    folder = result_folder(model, output_dir, RunFolder.calibrated.name)
     steps = list(steps or STEPS)
     pipeline = load_pipeline(model)
     earlier = earlier_calibration(folder, pipeline)
     classifier = None if guidance_scale is None else load_classifier(model)
     accelerator = Accelerator(cpu=cpu)
     teacher_steps = min(teacher_steps, pipeline.scheduler.config.num_train_timesteps)
-    total = network_calls({*steps}, num_images, teacher_steps, max_walks)
+    numbers: dict[str, Any] = {"num_images": num_images, "teacher_steps": teacher_steps, "max_walks": max_walks}
+    total = network_calls({*steps}, **numbers)
     with tqdm(total=total, unit="call", desc="images x timesteps") as bar:
         fitted = calibrate(
             pipeline.unet.to(accelerator.device),
             pipeline.scheduler,
             steps,
-            num_images=num_images,
-            teacher_steps=teacher_steps,
-            max_walks=max_walks,
             classifier=classifier and classifier.to(accelerator.device),
             guidance_scale=guidance_scale,
-            batch_size=batch_size,
-            seed=seed,
             accelerator=accelerator,
             folder=folder / "partial",
             progress=bar,
+            **numbers,
+            **options,
         )
         bar.update(total - bar.n)  # a search that finds nothing better ends early
     if not accelerator.is_main_process:
@@ -222,14 +219,11 @@ def earlier_calibration(folder: Path, pipeline: DPMPipeline) -> Calibration | No
     if not (folder / "calibration.json").is_file():
         return None
     earlier = Calibration.load(folder / "calibration.json")
-    solver = solver_for(pipeline.scheduler)
-    conditions = {key: solver.config[key] for key in CONDITIONS}
-    empty = Calibration([], solver.schedule.hash, **conditions, weights=weights_hash(pipeline.unet))
+    conditions = conditions_of(solver_for(pipeline.scheduler))
     try:
-        earlier.with_tables_of(empty)
+        earlier.with_tables_of(Calibration([], **conditions, weights=weights_hash(pipeline.unet)))
     except DiffusersDPMError as error:
         raise DiffusersDPMError(
-            f"{folder} holds rows for another model ({str(error).rstrip('.')}): delete it, or choose another folder "
-            "with --output-dir"
+            f"{folder} holds rows for another model ({str(error).rstrip('.')}): delete it or pass --output-dir"
         ) from error
     return earlier

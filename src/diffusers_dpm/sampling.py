@@ -1,6 +1,5 @@
 """Many images from seeds, kept one by one in a folder: under any scheduler, on any number of processes, resumable."""
 
-import difflib
 import inspect
 import json
 import re
@@ -22,8 +21,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffusers_dpm.calibration import fitted_weights
-from diffusers_dpm.errors import DiffusersDPMError, user_error
+from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 from diffusers_dpm.images import image_grid, to_pil, to_uint8
+from diffusers_dpm.networks import load_extra
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import ResultStore, atomic_file, short_hash, weights_hash
 from diffusers_dpm.run_folder import EXTRAS
@@ -87,10 +87,8 @@ def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
 def parse_value(text: str) -> Any:
     """JSON, Python's True, False and None, or else the text itself."""
     words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
     try:
-        return json.loads(text)
+        return words[text.lower()] if text.lower() in words else json.loads(text)
     except json.JSONDecodeError:
         return text
 
@@ -116,28 +114,13 @@ def build_scheduler(
     config = pipeline.scheduler.config
     subfolder = next((key for key, extra in EXTRAS.items() if extra.cls is scheduler_class), None)
     if subfolder is not None:
-        saved = load_beside(model, subfolder)
+        saved = load_extra(model, subfolder)
         config = saved.config
         if scheduler_class is CalibratedScheduler:
             steps = fitted_steps(saved, pipeline.unet, f"{model}/{subfolder}", pipeline.classifier)
             options = {"guidance_scale": guidance_scale, **options} if guidance_scale in steps else options
-    try:
+    with user_error(name, AttributeError, NotImplementedError, RuntimeError, TypeError):  # diffusers raises all
         return scheduler_class.from_config(config, **options)
-    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # diffusers raises all
-        raise DiffusersDPMError(f"{name}: {error}") from error
-
-
-def load_beside(model: str, subfolder: str) -> Any:
-    """The scheduler beside a model's pipeline. Raises DiffusersDPMError, naming the command that makes it."""
-    extra = EXTRAS[subfolder]
-    try:
-        return extra.cls.from_pretrained(model, subfolder=subfolder)
-    except OSError as error:
-        if (Path(model) / subfolder / extra.cls.config_name).exists():
-            raise DiffusersDPMError(f"{model}/{subfolder} cannot be read ({error})") from error
-        raise DiffusersDPMError(
-            f"{model} has no {subfolder}: 'diffusers-dpm {extra.command} {model}' makes it"
-        ) from error
 
 
 def check_options(name: str, scheduler_class: type[SchedulerMixin], options: dict[str, Any]) -> None:
@@ -145,8 +128,7 @@ def check_options(name: str, scheduler_class: type[SchedulerMixin], options: dic
     keys = inspect.signature(scheduler_class.__init__).parameters
     for key, value in options.items():
         if key not in keys:
-            near = difflib.get_close_matches(key, keys, n=1)
-            raise DiffusersDPMError(f"{name} has no option {key!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise DiffusersDPMError(f"{name} has no option {key!r}{nearest(key, keys)}")
         default = keys[key].default
         kind = next((kind for kind in KINDS if isinstance(default, kind)), None)  # bool is an int, too
         if kind is not None and value is not None and type(value) not in KINDS[kind][0]:
@@ -154,29 +136,23 @@ def check_options(name: str, scheduler_class: type[SchedulerMixin], options: dic
 
 
 def fitted_steps(
-    scheduler: CalibratedScheduler,
-    unet: torch.nn.Module,
-    where: str | Path,
-    classifier: torch.nn.Module | None = None,
+    scheduler: CalibratedScheduler, unet: torch.nn.Module, where: str | Path, classifier: torch.nn.Module | None = None
 ) -> dict[float | None, list[int]]:
     """Guidance scale (None: without) -> the numbers of steps that there are rows for. The config's own scale is first.
 
     Raises:
         ValueError: there are no rows of that scale, or they say that they were fitted to another network, or under
-            guidance by another classifier than the one given; names `where` they are.
+            guidance by another classifier; names `where` they are.
     """
     calibration = scheduler.calibration
     if calibration is None or not scheduler.available_steps:
         raise DiffusersDPMError(f"{where} has no fitted rows: 'diffusers-dpm calibrate' makes some")
     if fitted_weights(calibration) not in (None, weights_hash(unet)):
-        raise DiffusersDPMError(
-            f"{where} has rows fitted to other weights: delete them, and 'diffusers-dpm calibrate' again"
-        )
+        raise DiffusersDPMError(f"{where} has rows fitted to other weights: delete them, and repeat 'calibrate'")
     guides = {table.get("classifier") for table in calibration["tables"]} - {None}
     if classifier is not None and guides - {weights_hash(classifier)}:
         raise DiffusersDPMError(
-            f"{where} has rows fitted under guidance by another classifier: 'diffusers-dpm calibrate --guidance-scale "
-            "W' again"
+            f"{where} has rows fitted under guidance by another classifier: repeat 'diffusers-dpm calibrate'"
         )
     steps: dict[float | None, list[int]] = {scheduler.config.guidance_scale: []}
     for table in calibration["tables"]:
@@ -238,29 +214,21 @@ class Sampler:
             ValueError: as the pipeline; an image that is not finite.
         """
         labels = self.class_labels and [self.class_labels[seed % len(self.class_labels)] for seed in seeds]
-        calls = 0
-
-        def count(*_: Any) -> None:
-            nonlocal calls
-            calls += 1
-
-        name, handle = scheduler_name(self.pipeline.scheduler), self.pipeline.unet.register_forward_hook(count)
-        try:
-            with user_error(name):
-                output: Any = self.pipeline(
-                    seeds=seeds,
-                    num_inference_steps=self.num_inference_steps,
-                    class_labels=None if labels is None else list(labels),
-                    guidance_scale=self.guidance_scale,
-                    output_type="np",
-                )
-        finally:
-            handle.remove()
+        calls: list[None] = []
+        name = scheduler_name(self.pipeline.scheduler)
+        with self.pipeline.unet.register_forward_hook(lambda *_: calls.append(None)), user_error(name):
+            output: Any = self.pipeline(
+                seeds=seeds,
+                num_inference_steps=self.num_inference_steps,
+                class_labels=labels,
+                guidance_scale=self.guidance_scale,
+                output_type="np",
+            )
         broken = len(seeds) - int(np.isfinite(output.images).all(axis=(1, 2, 3)).sum())
         if broken:
             raise DiffusersDPMError(f"{name}: {broken} of {len(seeds)} images are not finite")
         drawn = None if output.class_labels is None else output.class_labels.tolist()
-        return to_uint8(output.images), drawn, calls
+        return to_uint8(output.images), drawn, len(calls)
 
 
 def carried_hash(scheduler: Any, num_inference_steps: int | None) -> str | None:
@@ -297,12 +265,8 @@ class SampleFolder:
     def __init__(self, folder: Path, sampler: Sampler, suffix: str = ".png"):
         channels = sampler.pipeline.unet.config.in_channels
         if suffix == ".png" and channels not in (1, 3):
-            raise DiffusersDPMError(
-                f"PNG files have 1 or 3 channels, these images have {channels}: write an .npz file"
-            )
-        self.folder = folder
-        self.sampler = sampler
-        self.suffix = suffix
+            raise DiffusersDPMError(f"PNG files have 1 or 3 channels, these images {channels}: write an .npz file")
+        self.folder, self.sampler, self.suffix = folder, sampler, suffix
 
     def path(self, seed: int) -> Path:
         return self.folder / f"{seed:06d}{self.suffix}"
@@ -398,11 +362,7 @@ class SampleFolder:
 
 
 def save_images(
-    sampler: Sampler,
-    seeds: Sequence[int],
-    output: str | Path,
-    batch_size: int = 64,
-    accelerator: Accelerator | None = None,
+    sampler: Sampler, seeds: Sequence[int], output: str | Path, batch_size: int, accelerator: Accelerator
 ) -> list[Path]:
     """Draw the images of the seeds into a folder of PNG files, or one .npz or .png file. An interrupted call goes on.
 
@@ -417,8 +377,7 @@ def save_images(
     Raises:
         DiffusersDPMError: as `SampleFolder.fill`; the file exists.
     """
-    output, accelerator = Path(output), accelerator or Accelerator()
-    kind = output.suffix.lower()
+    output, kind = Path(output), Path(output).suffix.lower()
     packed = kind in (".npz", ".png")
     if packed and output.exists():
         raise DiffusersDPMError(f"{output} exists already")

@@ -399,6 +399,12 @@ def test_guidance_without_a_guide_is_an_error(make_pipe, arguments):
         path(make_pipe(DDIMScheduler(), num_class_embeds=3), class_labels=0, **arguments)
 
 
+def test_shortcuts_with_their_defaults_ask_for_nothing(make_pipe):
+    defaults = {"guidance_mode": "score", "clip_order": "after", "guidance_through_unet": False}
+    pipe = make_pipe(DDIMScheduler())
+    assert torch.equal(path(pipe, seeds=[0], **defaults), path(pipe, seeds=[0]))
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

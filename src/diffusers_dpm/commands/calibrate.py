@@ -37,9 +37,8 @@ class CalibrateOptions:
     def __post_init__(self) -> None:
         check_ranges(self)
         if self.guidance_scale is not None and not self.guidance_scale > 0:
-            raise DiffusersDPMError(
-                f"--guidance-scale must be positive, got {self.guidance_scale}; leave it out for no guidance"
-            )
+            scale = self.guidance_scale
+            raise DiffusersDPMError(f"--guidance-scale must be positive, got {scale}; leave it out for no guidance")
 
 
 def run(model: str, options: CalibrateOptions) -> None:
@@ -62,15 +61,11 @@ def report(calibration: Any, scheduler: Any) -> str:
     ]
     for table in calibration.tables:
         error, solver, scale = table["mean_error"], table["solver_mean_error"], table["guidance_scale"]
-        shown = "none" if scale is None else f"{scale:g}"
-        defect = largest_defect(calibration.scheduler(scheduler, guidance_scale=scale), len(table["timesteps"]))
-        lines.append(
-            f"{len(table['timesteps']):>6}{shown:>10}{error:>10.4f}{solver:>12.4f}{error / solver:>8.2f}{defect:>9.2g}"
-        )
-    lines.append(
-        "defect: the largest of `Update.defect`, 0 for derived rows; fitted rows compensate for errors of predictions"
-    )
-    return "\n".join(lines)
+        steps, shown = len(table["timesteps"]), "none" if scale is None else f"{scale:g}"
+        defect = largest_defect(calibration.scheduler(scheduler, guidance_scale=scale), steps)
+        lines.append(f"{steps:>6}{shown:>10}{error:>10.4f}{solver:>12.4f}{error / solver:>8.2f}{defect:>9.2g}")
+    about = "the largest of `Update.defect`, 0 for derived rows; fitted rows compensate for errors of predictions"
+    return "\n".join([*lines, f"defect: {about}"])
 
 
 def largest_defect(scheduler: Any, num_inference_steps: int) -> float:

@@ -94,31 +94,28 @@ class LikelihoodOptions(ImageOptions, EvaluationOptions, BoundOptions, ODEOption
 
 
 def run(model: str, options: LikelihoodOptions) -> None:
-    from diffusers_dpm.likelihood.run import open_task
+    from diffusers_dpm.likelihood import run as likelihood
     from diffusers_dpm.run_folder import RunFolder
 
-    task = open_task(model, options)
-    {"elbo": run_bounds, "ode": run_ode}[options.method](task)
+    task = likelihood.open_task(model, options)
+    if options.method == "elbo":
+        print_bounds(task, [likelihood.bound_row(*pair) for pair in likelihood.measure_bounds(task)])
+    else:
+        print_ode(task, likelihood.measure_ode(task))
     print(f"written to {RunFolder(task.folder).likelihood}")
 
 
-def run_bounds(task: Any) -> None:
-    """Measure, and print a table."""
-    from diffusers_dpm.likelihood.run import bound_row, measure_bounds
-
-    bounds = measure_bounds(task)
+def print_bounds(task: Any, rows: list[dict[str, Any]]) -> None:
+    """A table."""
     print(f"upper bounds of -log2 p per dimension, {len(task.indices)} images, {task.num_levels} levels")
     print(f"{'spacing':<12}{'steps':>6}  {'variance':<10}{'bits/dim':>10}{'+-':>9}{'prior':>10}{'decoder':>9}")
-    for pair in bounds:
-        spacing, steps, variance, bits, error, prior, decoder = bound_row(*pair).values()
+    for row in rows:
+        spacing, steps, variance, bits, error, prior, decoder = row.values()
         print(f"{spacing:<12}{steps:>6}  {variance:<10}{bits:>10.4f}{error:>9.4f}{prior:>10.5f}{decoder:>9.4f}")
 
 
-def run_ode(task: Any) -> None:
-    """Integrate, and print the result."""
-    from diffusers_dpm.likelihood.run import measure_ode
-
-    likelihood = measure_ode(task)
+def print_ode(task: Any, likelihood: Any) -> None:
+    """An `ODELikelihood` in words."""
     print(
         f"-log2 p per dimension under the ODE, an estimate from {len(task.indices)} images, {task.num_levels} levels, "
         f"{task.options.dequantization} dequantisation\n{likelihood.bits_per_dim:.4f} +- "

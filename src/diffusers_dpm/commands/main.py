@@ -57,9 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     be reached. 130: interrupted. Each but 0 is one line on stderr, after a traceback with `--debug`; any other
     exception is a defect and passes through.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    words = sys.argv[1:] if argv is None else argv
+    debug, arguments = "--debug" in words, [word for word in words if word != "--debug"]
     if not arguments or arguments[0].startswith("-"):
         return show_help(arguments)
     name, *rest = arguments

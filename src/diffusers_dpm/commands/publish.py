@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Literal
 
 
@@ -31,5 +30,5 @@ class PublishOptions:
 def run(folder: str, repo_id: str, options: PublishOptions) -> None:
     from diffusers_dpm.hub.publish import publish
 
-    arguments = {**vars(options)}
-    publish(Path(folder), repo_id, facts=arguments.pop("card"), report=partial(print, flush=True), **arguments)
+    choices = {"facts" if name == "card" else name: value for name, value in vars(options).items()}
+    publish(folder, repo_id, report=partial(print, flush=True), **choices)

@@ -61,19 +61,8 @@ def run(model: str, options: SampleOptions) -> None:
     from diffusers_dpm.runs import sample_run
     from diffusers_dpm.sampling import parse_assignments, parse_seeds
 
-    seeds = parse_seeds(options.seeds)
-    others = sample_run(
-        model,
-        seeds,
-        options.output,
-        scheduler=options.scheduler,
-        scheduler_options=parse_assignments(options.scheduler_options or []),
-        num_inference_steps=options.num_inference_steps,
-        class_labels=options.class_labels,
-        guidance_scale=options.guidance_scale,
-        batch_size=options.batch_size,
-        cpu=options.cpu,
-    )
+    seeds, assignments = parse_seeds(options.seeds), parse_assignments(options.scheduler_options or [])
+    others = sample_run(model, **{**vars(options), "seeds": seeds, "scheduler_options": assignments})
     if others is not None:
         if others:
             print(f"kept: {len(others)} images of an interrupted call, in {others[0].parent}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.options import DataSourceOptions, check_ranges
+from diffusers_dpm.options import DataSourceOptions, values_of
 
 
 TABLE_ROWS = 11
@@ -42,7 +42,7 @@ class StatisticsOptions(DataSourceOptions, EstimationOptions):
     """
 
     def __post_init__(self) -> None:
-        check_ranges(self)
+        super().__post_init__()
         if self.num_samples < 2:
             raise DiffusersDPMError(f"--num-samples must be at least 2, for standard errors, got {self.num_samples}")
         if self.timesteps is not None and self.timesteps < 2:
@@ -53,17 +53,7 @@ def run(model: str, options: StatisticsOptions) -> None:
     from diffusers_dpm.data import image_arguments
     from diffusers_dpm.runs import estimate_run
 
-    result = estimate_run(
-        model,
-        options.data,
-        num_samples=options.num_samples,
-        timesteps=options.timesteps,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        cpu=options.cpu,
-        output_dir=options.output_dir,
-        **image_arguments(options),
-    )
+    result = estimate_run(model, options.data, **values_of(options, EstimationOptions), **image_arguments(options))
     if result is not None:
         statistics, folder = result
         print(report(statistics))
@@ -72,24 +62,18 @@ def run(model: str, options: StatisticsOptions) -> None:
 
 def report(statistics: Any) -> str:
     """A table of C_t at some timesteps, and the Monte-Carlo error, of `PosteriorStatistics`."""
-    residual, residual_error, analytic, analytic_error = (
-        np.array([values[t] for t in statistics.timesteps])
-        for values in (
-            *(statistics.residual, statistics.residual_error),
-            *(statistics.analytic, statistics.analytic_error),
-        )
-    )
+    names = ("residual", "residual_error", "analytic", "analytic_error")
+    columns = [np.array([getattr(statistics, name)[t] for t in statistics.timesteps]) for name in names]
+    residual, residual_error, analytic, analytic_error = columns
     num = len(statistics.timesteps)
     lines = [
         f"C_t, the mean posterior variance, from {statistics.num_images} images at {num} timesteps",
         f"{'t':>6}{'residual':>14}{'+-':>12}{'analytic':>14}{'+-':>12}",
     ]
     for place in np.unique(np.linspace(0, num - 1, min(TABLE_ROWS, num)).round().astype(int)):
-        values = "".join(
-            f"{value[place]:>14.5g}{error[place]:>12.2g}"
-            for value, error in ((residual, residual_error), (analytic, analytic_error))
-        )
-        lines.append(f"{statistics.timesteps[place]:>6}{values}")
+        value, error, other, other_error = (column[place] for column in columns)
+        numbers = f"{value:>14.5g}{error:>12.2g}{other:>14.5g}{other_error:>12.2g}"
+        lines.append(f"{statistics.timesteps[place]:>6}{numbers}")
     relative = residual_error / residual
     lost = int((analytic_error > np.abs(analytic)).sum())
     lines.append(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.inception import InceptionScore
 
@@ -44,13 +44,11 @@ class PrecomputedFeatures(nn.Module):
         super().__init__()
         self.num_features = num_features
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         return features
 
 
-def bootstrap(
-    statistic: Callable[[torch.Tensor], float], samples: torch.Tensor, num_resamples: int, seed: int = 0
-) -> Score:
+def bootstrap(statistic: Callable[[Tensor], float], samples: Tensor, num_resamples: int, seed: int = 0) -> Score:
     """The statistic of the samples, and its standard deviation over resamples with replacement.
 
     A statistic with a bias that shrinks with n, such as a Fréchet distance, has more of it on resamples; so they give
@@ -61,15 +59,13 @@ def bootstrap(
         num_resamples: 0 gives no error.
     """
     generator = torch.Generator().manual_seed(seed)
-    values = [
-        statistic(samples[torch.randint(len(samples), (len(samples),), generator=generator)])
-        for _ in range(num_resamples)
-    ]
+    draws = (torch.randint(len(samples), (len(samples),), generator=generator) for _ in range(num_resamples))
+    values = [statistic(samples[draw]) for draw in draws]
     error = torch.tensor(values, dtype=torch.float64).std().item() if num_resamples > 1 else None
     return Score(statistic(samples), error)
 
 
-def frechet_distance(features: torch.Tensor, reference: torch.Tensor, num_resamples: int = 50, seed: int = 0) -> Score:
+def frechet_distance(features: Tensor, reference: Tensor, num_resamples: int = 50, seed: int = 0) -> Score:
     """The squared Fréchet distance of the Gaussians with the moments of two sets, in float64 (Heusel et al. 2017).
 
     |mu_1 - mu_2|^2 + tr(S_1 + S_2 - 2 (S_1 S_2)^(1/2)). Its bias is about d^2 / (4 n) + d / n for whitened features.
@@ -79,12 +75,11 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor, num_resamp
         reference: (M, d); the error leaves out that it is a sample, too.
         num_resamples: of the bootstrap.
     """
-    metric = FrechetInceptionDistance(
-        feature=PrecomputedFeatures(features.shape[1]), reset_real_features=False, **ALONE
-    )
+    network = PrecomputedFeatures(features.shape[1])
+    metric = FrechetInceptionDistance(network, reset_real_features=False, **ALONE)
     metric.update(reference.double(), real=True)
 
-    def distance(features: torch.Tensor) -> float:
+    def distance(features: Tensor) -> float:
         metric.reset()
         metric.update(features, real=False)
         return metric.compute().item()
@@ -92,7 +87,7 @@ def frechet_distance(features: torch.Tensor, reference: torch.Tensor, num_resamp
     return bootstrap(distance, features.double(), num_resamples, seed)
 
 
-def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Score:
+def kernel_distance(features: Tensor, reference: Tensor) -> Score:
     """Squared maximum mean discrepancy for the kernel (x y / d + 1)^3, without bias (Bińkowski et al. 2018).
 
     Over all pairs of images, where common implementations draw subsets: the same expectation with less noise. The
@@ -118,13 +113,13 @@ def kernel_distance(features: torch.Tensor, reference: torch.Tensor) -> Score:
 class KernelSums(NamedTuple):
     """Sums of the rows, columns and squares of the matrix k(x_i, y_j) (N, M), or k(x_i, x_j) without its diagonal."""
 
-    rows: torch.Tensor
-    columns: torch.Tensor
-    squares: torch.Tensor
+    rows: Tensor
+    columns: Tensor
+    squares: Tensor
     of_one_set: bool
 
     @classmethod
-    def of(cls, x: torch.Tensor, y: torch.Tensor | None = None, block: int = 1024) -> "KernelSums":
+    def of(cls, x: Tensor, y: Tensor | None = None, block: int = 1024) -> "KernelSums":
         of_one_set = y is None
         y = x if y is None else y
         rows, columns, squares = [], x.new_zeros(len(y)), x.new_zeros(())
@@ -137,7 +132,7 @@ class KernelSums(NamedTuple):
             squares += kernel.square_().sum()
         return cls(torch.cat(rows), columns, squares, of_one_set)
 
-    def interaction(self) -> torch.Tensor:
+    def interaction(self) -> Tensor:
         """Variance of what the means of rows and columns leave of the matrix, without bias (Székely & Rizzo 2014)."""
         n, m, total = len(self.rows), len(self.columns), self.rows.sum()
         if self.of_one_set:
@@ -148,7 +143,7 @@ class KernelSums(NamedTuple):
 
 
 def precision_and_recall(
-    features: torch.Tensor, reference: torch.Tensor, num_neighbors: int = 3, seed: int = 0
+    features: Tensor, reference: Tensor, num_neighbors: int = 3, seed: int = 0
 ) -> tuple[Score, Score]:
     """The part of the samples on the reference's manifold, and of the reference on theirs (Kynkäänniemi et al. 2019).
 
@@ -166,24 +161,25 @@ def precision_and_recall(
     n = min(len(features), len(reference))
     if n <= num_neighbors:
         raise DiffusersDPMError(f"precision and recall need more than num_neighbors={num_neighbors} images, got {n}")
-    samples, real = (
-        part[torch.randperm(len(part), generator=generator)[:n]].double() for part in (features, reference)
-    )
+    samples, real = (subset(part, n, generator).double() for part in (features, reference))
     return on_manifold(samples, real, num_neighbors), on_manifold(real, samples, num_neighbors)
 
 
-def on_manifold(points: torch.Tensor, others: torch.Tensor, num_neighbors: int, block: int = 1024) -> Score:
+def subset(samples: Tensor, num: int, generator: torch.Generator) -> Tensor:
+    """`num` of the samples, in random order."""
+    return samples[torch.randperm(len(samples), generator=generator)[:num]]
+
+
+def on_manifold(points: Tensor, others: Tensor, num_neighbors: int, block: int = 1024) -> Score:
     """The part of `points` that lie in one of the balls around `others`."""
-    nearest = [torch.cdist(part, others).kthvalue(num_neighbors + 1, dim=1) for part in others.split(block)]
-    radii = torch.cat([neighbours.values for neighbours in nearest])  # the nearest of all is the point itself
+    k = num_neighbors + 1  # the nearest of all is the point itself
+    radii = torch.cat([torch.cdist(part, others).kthvalue(k, dim=1).values for part in others.split(block)])
     inside = torch.cat([(torch.cdist(part, others) <= radii).any(dim=1) for part in points.split(block)])
     part = inside.double().mean().item()
     return Score(part, math.sqrt(part * (1 - part) / len(points)))
 
 
-def sliced_wasserstein_distance(
-    x: torch.Tensor, reference: torch.Tensor, num_resamples: int = 50, seed: int = 0
-) -> Score:
+def sliced_wasserstein_distance(x: Tensor, reference: Tensor, num_resamples: int = 50, seed: int = 0) -> Score:
     """The 2-Wasserstein distance of one-dimensional projections, RMS over 512 random directions (Rabin et al. 2011).
 
     Args:
@@ -199,16 +195,16 @@ def sliced_wasserstein_distance(
     directions = torch.randn(x.shape[1], NUM_PROJECTIONS, generator=generator)
     directions /= directions.norm(dim=0)
     n = min(len(x), len(reference))
-    x, reference = (part[torch.randperm(len(part), generator=generator)[:n]] for part in (x, reference))
+    x, reference = (subset(part, n, generator) for part in (x, reference))
     quantiles = (reference @ directions).sort(dim=0).values
 
-    def distance(projections: torch.Tensor) -> float:
+    def distance(projections: Tensor) -> float:
         return (projections.sort(dim=0).values - quantiles).double().square().mean().sqrt().item()
 
     return bootstrap(distance, x @ directions, num_resamples, seed)
 
 
-def inception_score(logits: torch.Tensor, seed: int = 0) -> Score:
+def inception_score(logits: Tensor, seed: int = 0) -> Score:
     """exp E KL(p(y | x) || p(y)), mean and standard deviation over ten splits (Salimans et al. 2016)."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)
@@ -227,7 +223,7 @@ def frechet_name(extractor: FeatureExtractor, num_images: int) -> str:
 
 
 def quality(
-    images: torch.Tensor, reference: Reference, extractor: FeatureExtractor, num_resamples: int = 50, seed: int = 0
+    images: Tensor, reference: Reference, extractor: FeatureExtractor, num_resamples: int = 50, seed: int = 0
 ) -> list[dict[str, Any]]:
     """Rows {"metric", "value", "error", "num_images", "feature_extractor"} about uint8 images (N, C, H, W)."""
     features = extract(extractor, images)
@@ -239,14 +235,15 @@ def quality(
     }
     if inception:
         scores["Inception Score"] = inception_score(inception.logits(features), seed)
-    rows = [score_row(metric, score, len(images), extractor.name) for metric, score in scores.items()]
-    compared = min(len(images), len(theirs))
-    for metric, score in zip(
-        ("precision", "recall"), precision_and_recall(features, reference.features, seed=seed), strict=True
-    ):
-        rows.append(score_row(metric, score, compared, extractor.name))
+    num, compared = len(images), min(len(images), len(theirs))
+    precision, recall = precision_and_recall(features, reference.features, seed=seed)
     distance = sliced_wasserstein_distance(pixels, theirs, num_resamples, seed)
-    return [*rows, score_row("sliced Wasserstein distance", distance, compared, "pixels in [-1, 1]")]
+    return [
+        *(score_row(metric, score, num, extractor.name) for metric, score in scores.items()),
+        score_row("precision", precision, compared, extractor.name),
+        score_row("recall", recall, compared, extractor.name),
+        score_row("sliced Wasserstein distance", distance, compared, "pixels in [-1, 1]"),
+    ]
 
 
 def score_row(metric: str, score: Score, num_images: int, feature_extractor: str | None) -> dict[str, Any]:

@@ -1,19 +1,18 @@
 """Features of images, and the images that samples are compared with."""
 
-import os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.pipelines import NoisyClassifier
-from diffusers_dpm.records import fingerprint, read_json
+from diffusers_dpm.records import fingerprint, read_json, write_tensors
 
 
 FEATURES_FILE = "features.json"
@@ -49,6 +48,13 @@ class ClassifierFeatures(nn.Module):
         return inputs[0]
 
 
+def to_rgb(images: torch.Tensor, name: str) -> torch.Tensor:
+    """Grey images repeated to RGB. Raises DiffusersDPMError, naming the network, for other numbers of channels."""
+    if images.shape[1] not in (1, 3):
+        raise DiffusersDPMError(f"{name} reads grey and RGB images, these have {images.shape[1]} channels")
+    return images.expand(-1, 3, -1, -1)
+
+
 class InceptionFeatures(nn.Module):
     """uint8 images (B, C, H, W) -> the 2048 pooled features of the InceptionV3 of 2015, by torch-fidelity's port.
 
@@ -67,17 +73,13 @@ class InceptionFeatures(nn.Module):
     def __init__(self, weights: str | Path | None = None):
         super().__init__()
         if find_spec("torch_fidelity") is None:
-            raise DiffusersDPMError(
-                'features of InceptionV3 need torch-fidelity: pip install "diffusers-dpm[inception]"'
-            )
-        path = find_inception_weights(weights)
-        self.network = NoTrainInceptionV3("inception-v3-compat", [str(self.num_features)], str(path))
+            raise DiffusersDPMError('InceptionV3 needs torch-fidelity: pip install "diffusers-dpm[inception]"')
+        path = str(find_inception_weights(weights))
+        self.network = NoTrainInceptionV3("inception-v3-compat", [str(self.num_features)], path)
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if images.shape[1] not in (1, 3):
-            raise DiffusersDPMError(f"InceptionV3 reads grey and RGB images, these have {images.shape[1]} channels")
-        return self.network(images.expand(-1, 3, -1, -1))
+        return self.network(to_rgb(images, "InceptionV3"))
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """Logits of the 1008 classes, without bias, as the Inception Score takes them."""
@@ -128,9 +130,7 @@ class TransformerFeatures(nn.Module):
             model, loaded = AutoModel.from_pretrained(where, output_loading_info=True)
         except (OSError, ValueError, ImportError) as error:
             reason = " ".join(str(error).split())
-            raise DiffusersDPMError(
-                f"{where} is no image model of transformers, here or on the Hub: {reason}"
-            ) from error
+            raise DiffusersDPMError(f"{where} is no image model of transformers, here or online: {reason}") from error
         finally:
             logging.set_verbosity(verbosity)
         missing = sorted(loaded["missing_keys"])
@@ -146,9 +146,7 @@ class TransformerFeatures(nn.Module):
 
     def prepare(self, images: torch.Tensor) -> torch.Tensor:
         """The network's input, float (B, 3, H', W')."""
-        if images.shape[1] not in (1, 3):
-            raise DiffusersDPMError(f"{self.name} reads grey and RGB images, these have {images.shape[1]} channels")
-        arrays = list(images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy())
+        arrays = list(to_rgb(images, type(self.network).__name__).permute(0, 2, 3, 1).cpu().numpy())
         return self.process(arrays, input_data_format="channels_last", return_tensors="pt")["pixel_values"]
 
     @torch.no_grad()
@@ -231,7 +229,5 @@ class Reference:
         else:
             features = extract(extractor, images)
             cache.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")  # other evaluations may write it, too
-            save_file({"features": features}, temporary)
-            temporary.replace(path)
+            write_tensors(path, {"features": features})
         return cls(name, images, features, digest)

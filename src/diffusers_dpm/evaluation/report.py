@@ -7,16 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.evaluation.results import (
-    Results,
-    Row,
-    format_value,
-    grouped,
-    measurement,
-    mixture_notes,
-    sampler_name,
-)
+from diffusers_dpm.evaluation.results import Results, Row, by_column, format_value, grouped, measurement, sampler_name
 from diffusers_dpm.records import write_text
+from diffusers_dpm.schedulers import CalibratedScheduler
 
 
 Table = dict[str, dict[int, Row]]  # label of a line -> column -> row
@@ -29,10 +22,7 @@ def with_calls(rows: Iterable[Row]) -> list[Row]:
 
 def by_calls(rows: Iterable[Row]) -> Table:
     """Samplers by network calls, the shape of the tables for Analytic-DPM and DPM-Solver."""
-    table: Table = defaultdict(dict)
-    for row in with_calls(rows):
-        table[sampler_name(row)][row["calls"]] = row
-    return table
+    return by_column(with_calls(rows), "calls")
 
 
 def by_eta(rows: Iterable[Row]) -> Table:
@@ -44,17 +34,18 @@ def by_eta(rows: Iterable[Row]) -> Table:
     etas = set()
     for row in rows:
         if row["scheduler"] == "DDIMScheduler":
-            others = {key: value for key, value in row["options"].items() if key != "eta"}
-            etas.add(row["options"].get("eta", 0))
-            label = ", ".join(
-                [f"\u03b7 = {row['options'].get('eta', 0):g}", *(f"{k}={v!r}" for k, v in others.items())]
-            )
+            others = {**row["options"]}
+            etas.add(eta := others.pop("eta", 0))
+            label = ", ".join([f"\u03b7 = {eta:g}", *(f"{key}={value!r}" for key, value in others.items())])
             table[label][row["steps"]] = row
     return table if len(etas) > 1 else {}
 
 
 def markdown(
-    table: Table, column: str, columns: Iterable[int] = (), text: Callable[[int, Row], str] | None = None
+    table: Table,
+    column: str,
+    columns: Iterable[int] = (),
+    text: Callable[[int, Row], str] = lambda _, row: format_value(row),
 ) -> str:
     """The table in Markdown.
 
@@ -64,7 +55,6 @@ def markdown(
         text: (column, row) -> text of a cell; default: the value and its error.
     """
     shown = sorted({*columns, *(key for cells in table.values() for key in cells)})
-    text = text or (lambda _, row: format_value(row))
     lines = ["| sampler | " + " | ".join(f"{key} {column}" for key in shown) + " |", "|---" * (1 + len(shown)) + "|"]
     for label, cells in table.items():
         texts = [text(key, cells[key]) if key in cells else "" for key in shown]
@@ -79,9 +69,7 @@ def calls_and_etas(rows: Sequence[Row]) -> list[str]:
 
 
 def report(
-    rows: Sequence[Row],
-    baselines: Sequence[Row] = (),
-    tables: Callable[[Sequence[Row]], Sequence[str]] = calls_and_etas,
+    rows: Sequence[Row], baselines: Sequence[Row] = (), tables: Callable[[Sequence[Row]], list[str]] = calls_and_etas
 ) -> str:
     """All rows as Markdown; below each table what the same measurement gives for other images, and how it was made.
 
@@ -95,10 +83,8 @@ def report(
         lines = [f"- {row['scheduler']} ({row['num_images']:,}): {format_value(row)}" for row in others]
         lines += [f"- {note}" for note in (*mixture_notes(group), provenance(group))]
         parts += [f"## {title}", *tables(group), "\n".join(dict.fromkeys(lines))]
-    if len(counted) < len(rows):
-        parts.append(
-            f"Left out, because they do not say their network calls: {len(rows) - len(counted)} measurements."
-        )
+    if silent := len(rows) - len(counted):
+        parts.append(f"Left out, because they do not say their network calls: {silent} measurements.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -114,16 +100,29 @@ def write_report(results: Results) -> list[str]:
     return [tables, f"written to {results.path}"]
 
 
-def provenance(rows: Iterable[Row]) -> str:
+def mixture_notes(rows: Iterable[Row]) -> list[str]:
+    """Notes below a table where one line mixes statistics, fitted rows or classifiers that were remade in between.
+
+    Fitted rows differ for each number of steps anyway.
+    """
+    carried = defaultdict(set)
+    for row in rows:
+        steps = row["steps"] if row["scheduler"] == CalibratedScheduler.__name__ else None
+        carried[sampler_name(row), steps].add((row.get("carried_hash"), row.get("classifier_sha256")))
+    mixed = dict.fromkeys(name for (name, _), hashes in carried.items() if len(hashes) > 1)
+    note = "its statistics, rows or classifiers are not all the same; of each cell the last is shown"
+    return [f"{name}: {note}" for name in mixed]
+
+
+def provenance(rows: Sequence[Row]) -> str:
     """Seeds and versions, all that occur."""
-    seeds: dict[str, None] = {}
+    seeds = dict.fromkeys(row.get("seeds") or "not recorded" for row in rows)
     versions: dict[str, dict[str, None]] = defaultdict(dict)
     for row in rows:
-        seeds[row.get("seeds") or "not recorded"] = None
         for package, number in (row.get("versions") or {}).items():
             versions[package][number] = None
-    made = [f"{package} {' and '.join(numbers)}" for package, numbers in versions.items()]
-    return f"seeds {' and '.join(seeds)}; {', '.join(made) or 'versions not recorded'}"
+    packages = [f"{package} {' and '.join(numbers)}" for package, numbers in versions.items()]
+    return f"seeds {' and '.join(seeds)}; {', '.join(packages) or 'versions not recorded'}"
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
@@ -133,16 +132,13 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     """
     from matplotlib.figure import Figure  # slow to import
 
-    rows = with_calls(rows)
-    if not rows:
+    groups = grouped(rows := with_calls(rows))
+    if not groups:
         return
-    groups = grouped(rows)
     axes = {"calls": "network calls", "seconds": "seconds for an image"}
     keys = [key for key in axes if any(row.get(key) is not None for row in rows)]
-    names = dict.fromkeys(map(sampler_name, rows))
-    styles = {
-        name: {"color": f"C{i % 10}", "linestyle": ["-", "--", ":"][i // 10 % 3]} for i, name in enumerate(names)
-    }
+    names = enumerate(dict.fromkeys(map(sampler_name, rows)))
+    styles = {name: {"color": f"C{i % 10}", "linestyle": ["-", "--", ":"][i // 10 % 3]} for i, name in names}
     figure = Figure(figsize=(7 + 5 * len(keys), 4 * len(groups)), layout="constrained")
     panels = figure.subplots(len(groups), len(keys), squeeze=False)
     lines: dict[str, Any] = {}
@@ -162,12 +158,9 @@ def plot_lines(axis: Any, rows: Sequence[Row], key: str, label: str, styles: Map
         return {}
     lines = {}
     for name, cells in by_calls(rows).items():
-        line = [cells[calls] for calls in sorted(cells)]
-        errors = [row["error"] or 0 for row in line]
-        values = [row["value"] for row in line]
-        lines[name] = axis.errorbar([row[key] for row in line], values, errors, marker="o", ms=4, **styles[name])
-    positive = all(row["value"] > 0 for row in rows)
-    axis.set(xlabel=label, xscale="log", yscale="log" if positive else "linear")
+        points = [(row[key], row["value"], row["error"] or 0) for _, row in sorted(cells.items())]
+        lines[name] = axis.errorbar(*zip(*points, strict=True), marker="o", ms=4, **styles[name])
+    axis.set(xlabel=label, xscale="log", yscale="log" if all(row["value"] > 0 for row in rows) else "linear")
     if key == "calls":
         calls = sorted({row[key] for row in rows})
         axis.set_xticks(calls, labels=calls)
@@ -201,27 +194,21 @@ def compare(a: Iterable[Row], b: Iterable[Row]) -> list[Difference]:
         DiffusersDPMError: the two have no measurement in common.
     """
 
+    same = ("steps", "metric", "num_images", "feature_extractor", "reference", "reference_sha256")
+
     def key(row: Row) -> tuple[Any, ...]:
-        same = ("metric", "num_images", "feature_extractor", "reference", "reference_sha256")
-        return (sampler_name(row), row["steps"], *(row.get(name) for name in same))
+        return sampler_name(row), *(row.get(name) for name in same)
 
     first, second = ({key(row): row for row in rows} for rows in (a, b))
     pairs = [(row, second[same]) for same, row in first.items() if same in second]
     if not pairs:
-        raise DiffusersDPMError(
-            "the two have no sampler, steps, metric, number of images, features and reference in common"
-        )
-    return [
-        Difference(
-            sampler_name(row),
-            row["steps"],
-            row["metric"],
-            row["value"],
-            other["value"],
-            None if None in (row["error"], other["error"]) else math.hypot(row["error"], other["error"]),
-        )
-        for row, other in pairs
-    ]
+        raise DiffusersDPMError("the two have no sampler, steps, metric, images, features and reference in common")
+    differences = []
+    for row, other in pairs:
+        error = None if None in (row["error"], other["error"]) else math.hypot(row["error"], other["error"])
+        about = (sampler_name(row), row["steps"], row["metric"])
+        differences.append(Difference(*about, row["value"], other["value"], error))
+    return differences
 
 
 def comparison(differences: Iterable[Difference], a: str = "A", b: str = "B") -> str:
@@ -230,8 +217,6 @@ def comparison(differences: Iterable[Difference], a: str = "A", b: str = "B") ->
     for item in differences:
         error = "" if item.error is None else f" \u00b1 {item.error:.2g}"
         ratio = f"{item.value / item.error:+.1f}" if item.error else ""
-        lines.append(
-            f"| {item.sampler} | {item.steps} | {item.metric} | {item.a:.4g} | {item.b:.4g} "
-            f"| {item.value:+.4g}{error} | {ratio} |"
-        )
+        values = f"{item.a:.4g} | {item.b:.4g} | {item.value:+.4g}{error} | {ratio}"
+        lines.append(f"| {item.sampler} | {item.steps} | {item.metric} | {values} |")
     return "\n".join(lines)

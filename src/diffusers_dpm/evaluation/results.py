@@ -13,22 +13,14 @@ from filelock import FileLock
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.records import read_json, versions, write_json
 from diffusers_dpm.run_folder import RunFolder
-from diffusers_dpm.schedulers import CalibratedScheduler
 
 
 Row = Mapping[str, Any]  # of metrics.json; what `evaluate` measures has "calls", "seconds" and "seeds", too
 # key of a row of metrics.json -> its type; the first ones say what was measured, the last how
-METRIC_KEYS: dict[str, type | tuple[type, ...]] = {
-    "scheduler": str,
-    "options": dict,
-    "steps": int,
-    "metric": str,
-    "value": (int, float),
-    "error": (int, float, type(None)),
-    "num_images": int,
-    "feature_extractor": (str, type(None)),
-    "weights": (str, type(None)),
-    "reference": (str, type(None)),
+METRIC_KEYS: dict[str, Any] = {
+    **{"scheduler": str, "options": dict, "steps": int, "metric": str},
+    **{"value": int | float, "error": int | float | None, "num_images": int},
+    **dict.fromkeys(("feature_extractor", "weights", "reference"), str | None),
 }
 
 
@@ -122,8 +114,26 @@ def sampler_name(row: Row) -> str:
 
 
 def metric_tables(rows: Sequence[Row], baselines: Sequence[Row] = ()) -> list[dict[str, Any]]:
-    """One table, samplers by steps, for each metric and way of measuring it."""
-    return [metric_table(title, group, baselines) for title, group in grouped(rows).items()]
+    """One table, samplers by steps, for each metric and way of measuring it; "others" are baselines measured alike."""
+    tables = []
+    for title, group in grouped(rows).items():
+        steps = sorted({row["steps"] for row in group})
+        alike = [row for row in baselines if measurement(row) == measurement(group[0])]
+        others = [f"{row['scheduler']} ({row['num_images']:,} images) {format_value(row)}" for row in alike]
+        lines = {
+            name: [format_value(cells[step]) if step in cells else "" for step in steps]
+            for name, cells in by_column(group, "steps").items()
+        }
+        tables.append({"title": title, "steps": steps, "rows": lines, "others": [*dict.fromkeys(others)]})
+    return tables
+
+
+def by_column(rows: Iterable[Row], column: str) -> dict[str, dict[int, Row]]:
+    """Samplers by "steps" or "calls"; of rows for the same cell the last counts."""
+    table: dict[str, dict[int, Row]] = defaultdict(dict)
+    for row in rows:
+        table[sampler_name(row)][row[column]] = row
+    return table
 
 
 def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -138,20 +148,6 @@ def grouped(rows: Iterable[Row]) -> dict[str, list[Row]]:
     }
 
 
-def mixture_notes(rows: Iterable[Row]) -> list[str]:
-    """Notes below a table where one line mixes statistics, fitted rows or classifiers that were remade in between.
-
-    Fitted rows differ for each number of steps anyway.
-    """
-    carried: dict[tuple[str, int | None], set[tuple[str | None, str | None]]] = defaultdict(set)
-    for row in rows:
-        steps = row["steps"] if row["scheduler"] == CalibratedScheduler.__name__ else None
-        carried[sampler_name(row), steps].add((row.get("carried_hash"), row.get("classifier_sha256")))
-    mixed = dict.fromkeys(name for (name, _), hashes in carried.items() if len(hashes) > 1)
-    note = "its statistics, rows or classifiers are not all the same; of each cell the last is shown"
-    return [f"{name}: {note}" for name in mixed]
-
-
 def table_title(row: Row) -> str:
     """What was measured and how: rows of the same title can be compared."""
     how = [f"{row['num_images']:,} images"]
@@ -160,25 +156,6 @@ def table_title(row: Row) -> str:
     how += [" ".join(filter(None, (weights, "weights", digest)))] if weights or digest else []
     how += [f"against {row['reference']}"] if row["reference"] else []
     return f"{row['metric']}: {', '.join(how)}"
-
-
-def metric_table(title: str, rows: Sequence[Row], baselines: Sequence[Row] = ()) -> dict[str, Any]:
-    """The table of one group of rows; "others" are the baselines that were measured alike."""
-    steps = sorted({row["steps"] for row in rows})
-    cells: dict[str, dict[int, str]] = defaultdict(dict)
-    for row in rows:
-        cells[sampler_name(row)][row["steps"]] = format_value(row)
-    others = [
-        f"{row['scheduler']} ({row['num_images']:,} images) {format_value(row)}"
-        for row in baselines
-        if measurement(row) == measurement(rows[0])
-    ]
-    return {
-        "title": title,
-        "steps": steps,
-        "rows": {name: [values.get(step, "") for step in steps] for name, values in cells.items()},
-        "others": [*dict.fromkeys(others)],
-    }
 
 
 def measurement(row: Row) -> tuple[str, str, str]:

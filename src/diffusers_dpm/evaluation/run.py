@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
+from diffusers_dpm import sampling
 from diffusers_dpm.data import LOCAL_DATA, ImageDataset, describe_data, find_num_levels, load_data
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.distances import Score, quality, score_row
@@ -21,18 +22,10 @@ from diffusers_dpm.evaluation.results import Results, sampler_name
 from diffusers_dpm.likelihood.bound import evidence_lower_bound, why_unbounded
 from diffusers_dpm.networks import load_classifier, load_pipeline
 from diffusers_dpm.options import DataSourceOptions
-from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.pipelines.networks import image_shape, is_conditional
+from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.records import read_json, short_hash, weights_hash
 from diffusers_dpm.run_folder import RunFolder
-from diffusers_dpm.sampling import (
-    SampleFolder,
-    Sampler,
-    build_scheduler,
-    carried_hash,
-    parse_assignments,
-    scheduler_name,
-)
+from diffusers_dpm.runs import result_folder
 
 
 BOUND = "bits per dimension, upper bound"
@@ -41,7 +34,7 @@ BOUND = "bits per dimension, upper bound"
 class Cell(NamedTuple):
     """One scheduler with one number of steps, set up; and its row, but for what is measured."""
 
-    sampler: Sampler
+    sampler: sampling.Sampler
     row: dict[str, Any]
 
 
@@ -86,10 +79,8 @@ class Evaluation:
     cpu: bool = False
 
     def __post_init__(self) -> None:
-        if self.output_dir is None and not Path(self.model).is_dir():
-            raise DiffusersDPMError(f"{self.model} is not a folder here: say with --output-dir where the results go")
+        self.folder = result_folder(self.model, self.output_dir, ".")
         weights = self._check_weights()
-        self.folder = Path(self.output_dir or self.model)
         self.pipeline = self._load_pipeline()
         self.cells = [self._cell(text, steps) for text, steps in dict.fromkeys(self.pairs)]
         self.extractor = load_features(self.features, self.inception_weights)
@@ -99,12 +90,8 @@ class Evaluation:
             self.reference, self.held_out = self._load_data()
         self.results = Results(self.folder)
         self.unbounded: dict[str, None] = {}  # samplers
-        self.common = {
-            "weights": weights,
-            "weights_sha256": weights_hash(self.pipeline.unet),
-            "reference": self.reference.name,
-            "reference_sha256": self.reference.hash,
-        }
+        reference = {"reference": self.reference.name, "reference_sha256": self.reference.hash}
+        self.common = {"weights": weights, "weights_sha256": weights_hash(self.pipeline.unet), **reference}
 
     def _check_weights(self) -> str | None:
         """Whether the model has EMA or raw weights; None if that is unknown."""
@@ -112,9 +99,8 @@ class Evaluation:
         averaged = read_json(path).get("ema") if path.is_file() else None
         recorded = None if averaged is None else "EMA" if averaged else "raw"
         if self.weights and recorded and self.weights != recorded:
-            raise DiffusersDPMError(
-                f"--weights {self.weights}: {self.model} has {recorded} weights, according to its {path.name}"
-            )
+            conflict = f"{self.model} has {recorded} weights, according to its {path.name}"
+            raise DiffusersDPMError(f"--weights {self.weights}: {conflict}")
         return recorded or self.weights
 
     def _load_pipeline(self) -> DPMPipeline:
@@ -139,18 +125,16 @@ class Evaluation:
     def _cell(self, text: str, steps: int) -> Cell:
         """`text` is a scheduler's name and options, such as "ddim,eta=0.5"."""
         name, *assignments = split_options(text)
-        config = parse_assignments(assignments)
+        config = sampling.parse_assignments(assignments)
         pipeline = DPMPipeline(**self.pipeline.components)
-        pipeline.scheduler = build_scheduler(name, config, pipeline, self.model, self.guidance_scale)
-        guided = {"class_labels": self.class_labels, "guidance_scale": self.guidance_scale}
+        pipeline.scheduler = sampling.build_scheduler(name, config, pipeline, self.model, self.guidance_scale)
+        guided: dict[str, Any] = {"class_labels": self.class_labels, "guidance_scale": self.guidance_scale}
         shown = {**config, **{key: value for key, value in guided.items() if value is not None}}
-        row = {"scheduler": scheduler_name(pipeline.scheduler), "options": shown, "steps": steps}
-        carried = carried_hash(pipeline.scheduler, steps)
-        if carried is not None:
-            row["carried_hash"] = carried
-        if pipeline.classifier is not None:
-            row["classifier_sha256"] = weights_hash(pipeline.classifier)
-        return Cell(Sampler(pipeline, steps, self.class_labels, self.guidance_scale), row)
+        row = {"scheduler": sampling.scheduler_name(pipeline.scheduler), "options": shown, "steps": steps}
+        classifier = pipeline.classifier and weights_hash(pipeline.classifier)
+        hashes = {"carried_hash": sampling.carried_hash(pipeline.scheduler, steps), "classifier_sha256": classifier}
+        row |= {key: value for key, value in hashes.items() if value is not None}
+        return Cell(sampling.Sampler(pipeline, steps, **guided), row)
 
     def run(self, report: Callable[[str], object] = lambda text: None) -> None:
         """Measure what is not in the results yet, and write the tables.
@@ -171,10 +155,8 @@ class Evaluation:
                     failures.append(f"not measured: {title}: {error}")
         finally:
             if self.accelerator.is_main_process:
-                for text in write_report(self.results):
+                for text in (*write_report(self.results), *failures):
                     report(text)
-                for failure in failures:
-                    report(failure)
                 if self.unbounded:
                     report(f"no bound on the bits per dimension: {', '.join(self.unbounded)}")
 
@@ -188,10 +170,10 @@ class Evaluation:
         Raises:
             DiffusersDPMError: another evaluation is measuring it.
         """
-        lock = FileLock(RunFolder(self.folder).evaluation / f"{short_hash(identity)}.lock")
-        answer = ["measured"]
+        path = RunFolder(self.folder).evaluation / f"{short_hash(identity)}.lock"
+        lock, answer = FileLock(path), ["measured"]
         if self.accelerator.is_main_process:
-            Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(blocking=False)
                 self.results.read()
@@ -206,9 +188,7 @@ class Evaluation:
             yield answer == ["missing"]
         finally:
             if lock.is_locked:
-                Path(lock.lock_file).unlink(
-                    missing_ok=True
-                )  # a process that has already opened it will see the results
+                path.unlink(missing_ok=True)  # a process that has already opened it will see the results
                 lock.release()
 
     def _measure_quality(self, cell: Cell, title: str) -> None:
@@ -218,30 +198,24 @@ class Evaluation:
             if not missing:
                 return
             seeds = range(self.seed, self.seed + self.num_images)
-            images = SampleFolder(
-                RunFolder(self.folder).evaluation / f"cell-{short_hash(identity)}", cell.sampler, ".npy"
-            )
+            folder = RunFolder(self.folder).evaluation / f"cell-{short_hash(identity)}"
+            images = sampling.SampleFolder(folder, cell.sampler, ".npy")
             images.fill(seeds, self.batch_size, self.accelerator, title)
             if self.accelerator.is_main_process:
                 pixels = torch.from_numpy(images.read(seeds)).permute(0, 3, 1, 2)
                 calls, seconds = images.cost()
                 cost = {"calls": calls, "seconds": seconds, "device": str(self.accelerator.device)}
-                self.results.add(
-                    {**identity, **row, **cost}
-                    for row in quality(pixels, self.reference, self.extractor, self.num_resamples)
-                )
-                shutil.rmtree(images.folder)
+                rows = quality(pixels, self.reference, self.extractor, self.num_resamples)
+                self.results.add({**identity, **row, **cost} for row in rows)
+                shutil.rmtree(folder)
 
     def _measure_bound(self, cell: Cell) -> None:
         """The variational bound on held-out images, where the sampler has one; on the first process."""
         count, scheduler = self.likelihood_images, cell.sampler.pipeline.scheduler
         if not count or self.held_out is None or not self.accelerator.is_main_process:
             return
-        identity = {
-            **self._identity(cell, count),
-            "reference": self._data_name(str(self.held_out_split)),
-            "num_images": count,
-        }
+        reference = self._data_name(str(self.held_out_split))
+        identity = {**self._identity(cell, count), "reference": reference, "num_images": count}
         if self.results.has(identity, [BOUND]):
             return
         if why_unbounded(scheduler):
@@ -249,19 +223,12 @@ class Evaluation:
             return
         scheduler.set_timesteps(cell.row["steps"])
         order = torch.randperm(len(self.held_out), generator=torch.Generator().manual_seed(self.seed))
-        indices = order[:count].tolist()
-        examples = self.held_out[indices]
-        conditional = is_conditional(self.pipeline.unet)
-        bound = evidence_lower_bound(
-            self.pipeline.unet.to(self.accelerator.device),
-            scheduler,
-            examples["images"],
-            class_labels=examples["labels"] if conditional else None,
-            indices=indices,
-            num_levels=find_num_levels(self.held_out, None),
-            seed=self.seed,
-            batch_size=self.batch_size,
-        )
+        examples = self.held_out[indices := order[:count].tolist()]
+        unet, num_levels = self.pipeline.unet.to(self.accelerator.device), find_num_levels(self.held_out, None)
+        labels = examples["labels"] if is_conditional(unet) else None
+        options: dict[str, Any] = {"num_levels": num_levels, "seed": self.seed, "batch_size": self.batch_size}
+        images = {"images": examples["images"], "class_labels": labels, "indices": indices}
+        bound = evidence_lower_bound(unet, scheduler, **images, **options)
         score = score_row(BOUND, Score(bound.bits_per_dim, bound.standard_error), count, None)
         self.results.add([{**identity, **score, "calls": cell.row["steps"], "seconds": None}])
 
@@ -281,22 +248,21 @@ class Evaluation:
 
 def split_options(text: str) -> list[str]:
     """At the commas outside brackets: "ddim,trained_betas=[0.1,0.2]" -> ["ddim", "trained_betas=[0.1,0.2]"]."""
-    parts: list[str] = []
+    parts = [""]
     for part in text.split(","):
-        if parts and sum(map(parts[-1].count, "[{")) > sum(map(parts[-1].count, "]}")):
+        if sum(map(parts[-1].count, "[{")) > sum(map(parts[-1].count, "]}")):
             parts[-1] += f",{part}"
         else:
             parts.append(part)
-    return parts
+    return parts[1:]
 
 
 def check_shape(data: ImageDataset, pipeline: DPMPipeline) -> None:
     """Raise DiffusersDPMError for images of another number of channels or size than the model draws."""
     drawn = image_shape(pipeline.unet, data.shape[1:])
     if data.shape != drawn:
-        raise DiffusersDPMError(
-            f"the model draws images (C, H, W) of {drawn}, the data has {data.shape}; see --resolution"
-        )
+        sizes = f"the model draws images (C, H, W) of {drawn}, the data has {data.shape}"
+        raise DiffusersDPMError(f"{sizes}; see --resolution")
 
 
 def all_bytes(data: ImageDataset, block: int = 1024) -> torch.Tensor:

@@ -14,9 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from diffusers_dpm.data import describe_data
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.evaluation.results import metric_tables, sampler_name
-from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.pipelines.networks import image_shape
+from diffusers_dpm.evaluation.results import Row, metric_tables, sampler_name
+from diffusers_dpm.pipelines import DPMPipeline, image_shape
 from diffusers_dpm.run_folder import EXTRAS
 
 
@@ -66,8 +65,8 @@ def render_card(
     *,
     facts: Mapping[str, Any],
     options: Mapping[str, Any],
-    rows: Sequence[Mapping[str, Any]],
-    baselines: Sequence[Mapping[str, Any]],
+    rows: Sequence[Row],
+    baselines: Sequence[Row],
     extras: Sequence[str],
     pictures: Sequence[str],
     fitted_steps: Mapping[float | None, Sequence[int]] | None = None,
@@ -85,23 +84,16 @@ def render_card(
         pictures: file names in samples/.
         fitted_steps: guidance scale (None: without) -> numbers of steps, what the extra "calibrated" has rows for.
     """
-    config = pipe.unet.config
     title = facts.get("title") or repo_id.split("/")[1]
     channels, height, width = image_shape(pipe.unet)
     trained = recipe(facts, options)
+    network = {"parameters": f"{pipe.unet.num_parameters():,}", "num_classes": pipe.unet.config.num_class_embeds}
+    about = {"repo_id": repo_id, "title": title, "facts": facts, "recipe": trained, "scheduler": pipe.scheduler.config}
     card = ModelCard.from_template(
         card_metadata(facts, title, rows, extras),
         template_str=(files("diffusers_dpm.model_cards") / "template.md").read_text(encoding="utf-8"),
-        repo_id=repo_id,
-        title=title,
-        facts=facts,
+        **{**about, **network, "channels": channels, "shape": f"{height}x{width}"},
         data={"name": trained.get("data"), **facts.get("data", {})},
-        recipe=trained,
-        shape=f"{height}x{width}",
-        channels=channels,
-        parameters=f"{pipe.unet.num_parameters():,}",
-        scheduler=pipe.scheduler.config,
-        num_classes=config.num_class_embeds,
         extras=extras,
         fitted_steps=fitted_steps or {},
         pictures={Path(name).stem.replace("-", " "): quote(f"samples/{name}") for name in pictures},
@@ -111,14 +103,12 @@ def render_card(
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
 
 
-def card_metadata(
-    facts: Mapping[str, Any], title: str, rows: Sequence[Mapping[str, Any]], extras: Sequence[str]
-) -> ModelCardData:
+def card_metadata(facts: Mapping[str, Any], title: str, rows: Sequence[Row], extras: Sequence[str]) -> ModelCardData:
     """The front matter; results only if some were measured."""
-    data = facts.get("data", {})
+    data, task = facts.get("data", {}), "unconditional-image-generation"
     results = [
         EvalResult(
-            task_type="unconditional-image-generation",
+            task_type=task,
             dataset_type=data.get("hub_id") or row["reference"] or "unknown",
             dataset_name=row["reference"] or data.get("name") or "unknown",
             metric_type=metric_type(row["metric"]),
@@ -130,7 +120,7 @@ def card_metadata(
     return ModelCardData(
         license=facts.get("license"),
         library_name="diffusers",
-        pipeline_tag="unconditional-image-generation",
+        pipeline_tag=task,
         tags=["diffusion", "ddpm", "diffusers-dpm", *(EXTRAS[name].tag for name in extras)],
         datasets=[data["hub_id"]] if "hub_id" in data else None,
         model_name=title if results else None,

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDPMPipeline, SchedulerMixin
+from diffusers import DDPMPipeline
 
 from diffusers_dpm.hub import without_package
 from diffusers_dpm.hub.staging import VARIANTS, WEIGHTS, load_extras
 from diffusers_dpm.hub.upload import PublishError
+from diffusers_dpm.hub.without_package import draw
 from diffusers_dpm.networks import load_pipeline
-from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.pipelines.networks import image_shape, is_conditional
+from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 
 
@@ -56,19 +56,16 @@ class Loaded:
         loaded, extras = load_pipeline(str(folder)), load_extras(self.folder)
         self.pipeline = DPMPipeline(loaded.unet, adapt(loaded.scheduler).stock_twin())
         self.steps = few = min(4, self.pipeline.scheduler.config.num_train_timesteps)
-        self.classifier = extras.get("classifier")
-        self.schedulers = {
-            name: (extra, min(getattr(extra, "available_steps", None) or [few]))
-            for name, extra in extras.items()
-            if isinstance(extra, SchedulerMixin)
-        }
+        self.classifier = extras.pop("classifier", None)
+        steps = {name: min(getattr(extra, "available_steps", None) or [few]) for name, extra in extras.items()}
+        self.schedulers = {name: (extra, steps[name]) for name, extra in extras.items()}
 
     def evaluate(self) -> dict[str, np.ndarray]:
         """What each part computes from fixed seeds."""
-        unet, scheduler = self.pipeline.unet, self.pipeline.scheduler
+        unet = self.pipeline.unet
         results = {"pipeline": draw(self.pipeline, self.steps, seeds=[0])}
         if not is_conditional(unet):  # DDPMPipeline passes no labels
-            stock = DDPMPipeline(unet, scheduler)
+            stock = DDPMPipeline(unet, self.pipeline.scheduler)
             results["plain"] = draw(stock, self.steps, generator=torch.Generator().manual_seed(0))
         for name, (extra, steps) in self.schedulers.items():
             results[name] = draw(DPMPipeline(unet, extra), steps, seeds=[0])
@@ -79,20 +76,15 @@ class Loaded:
         return results
 
 
-def draw(pipe: Any, steps: int, **arguments: Any) -> np.ndarray:
-    pipe.set_progress_bar_config(disable=True)
-    return pipe(num_inference_steps=steps, output_type="np", **arguments).images
-
-
 def check_without_package(staged: Loaded, results: Mapping[str, np.ndarray]) -> None:
     """Run without_package.py on the staged folder. Raises PublishError, naming the way of loading that failed."""
     unet = staged.folder / "unet"
+    classes = {name: (type(scheduler), steps) for name, (scheduler, steps) in staged.schedulers.items()}
     task: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "steps": staged.steps,
         "schedulers": {
-            name: [Path(inspect.getfile(type(scheduler))).name, type(scheduler).__name__, steps]
-            for name, (scheduler, steps) in staged.schedulers.items()
+            name: [Path(inspect.getfile(cls)).name, cls.__name__, steps] for name, (cls, steps) in classes.items()
         },
         "variants": [name for name in VARIANTS if (unet / WEIGHTS.replace(".", f".{name}.")).is_file()],
     }

@@ -7,6 +7,7 @@ statistics, our pipeline) lies beside it, each with its code (`remote_code`).
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
@@ -24,14 +25,10 @@ def publish(
     *,
     facts: str | Path | None = None,
     variant: str | None = None,
-    private: bool = False,
-    revision: str | None = None,
-    create_pr: bool = False,
-    force: bool = False,
     dry_run: bool = False,
     staging_dir: str | Path | None = None,
-    api: HfApi | None = None,
     report: Callable[[str], object] = lambda line: None,
+    **options: Any,
 ) -> str | None:
     """Stage, check and upload a run folder; returns the address of the commit or pull request.
 
@@ -40,20 +37,20 @@ def publish(
             `run_folder.EXTRAS`, samples/*.png, metrics.json and training_options.json.
         repo_id: "organisation/name".
         facts, variant: as in `stage`.
-        private, revision, create_pr, force, api: as in `upload`.
         dry_run: stage and check only, without network and login; returns None.
         staging_dir: keep the staged folder here; default: a temporary folder.
         report: gets a line for what was left out, the table of files, and each stage that has ended well.
+        options: `private`, `revision`, `create_pr`, `force` and `api` of `upload`.
 
     Raises:
         DiffusersDPMError: the folder, the facts or the arguments cannot be used.
         PublishError: a check or the upload failed.
     """
     check_repo_id(repo_id)
-    if create_pr and revision:
+    if options.get("create_pr") and options.get("revision"):
         raise DiffusersDPMError("a pull request is always made to the main branch: give either create_pr or revision")
     if not dry_run:
-        log_in(api or HfApi())  # now, and not after minutes of checks
+        log_in(options.get("api") or HfApi())  # now, and not after minutes of checks
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(staging_dir or temporary)
         stage(run, folder, repo_id, facts=facts, variant=variant, report=report)
@@ -63,9 +60,7 @@ def publish(
         if dry_run:
             report("dry run: nothing was uploaded")
             return None
-        address = upload(
-            folder, repo_id, private=private, revision=revision, create_pr=create_pr, force=force, api=api
-        )
+        address = upload(folder, repo_id, **options)
     report(f"published, and read back unchanged: {address}")
     return address
 

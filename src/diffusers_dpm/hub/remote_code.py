@@ -61,7 +61,9 @@ def inline(path: Path, files: dict[Path, None], origins: dict[str, str]) -> list
     code = path.read_text(encoding="utf-8")
     lines, result, end = code.splitlines(), [], 0
     for node in ast.parse(code).body:
-        if not isinstance(node, ast.ImportFrom) or node.level != 1 or not node.module or not is_plain(node):
+        if not isinstance(node, ast.ImportFrom) or node.level != 1 or not node.module:
+            continue
+        if any(alias.asname for alias in node.names):
             continue
         result += lines[end : node.lineno - 1]
         end = node.end_lineno or node.lineno
@@ -70,10 +72,6 @@ def inline(path: Path, files: dict[Path, None], origins: dict[str, str]) -> list
             inlined = inline(helper, files, origins)
             result += [f"# {helper.name}:", "", *inlined, "", "", f"# The rest of {path.name}:", ""]
     return result + lines[end:]
-
-
-def is_plain(node: ast.ImportFrom) -> bool:
-    return all(alias.asname is None for alias in node.names)
 
 
 def bindings(path: Path) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Assemble the files of a Hub repository."""
 
 import copy
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -80,21 +79,16 @@ def stage(
     loaded = load_pipeline(str(run))
     pipe = DPMPipeline(unet=loaded.unet, scheduler=loaded.scheduler)
     if pipe.unet.config.sample_size is None:
-        raise DiffusersDPMError(
-            f"the U-Net's config in {run} has no sample_size: plain diffusers could not sample from it"
-        )
+        raise DiffusersDPMError(f"the U-Net's config in {run} has no sample_size, without which diffusers cannot draw")
     extras = RunFolder(run).extras()
     for name in extras:
         stage_extra(run / name, folder / name)
-    loaded_extras, fitted = load_extras(run), {}
-    if "calibrated" in extras:
-        fitted = fitted_steps(
-            loaded_extras["calibrated"], pipe.unet, run / "calibrated", loaded_extras.get("classifier")
-        )
+    parts, fitted = load_extras(run), {}
+    if "calibrated" in parts:
+        fitted = fitted_steps(parts["calibrated"], pipe.unet, run / "calibrated", parts.get("classifier"))
     pipe.save_pretrained(folder)  # after the classifier's weights, which its index tells plain diffusers to leave
     if variant:
-        rounded = copy.deepcopy(pipe.unet).to(VARIANTS[variant])
-        rounded.save_pretrained(folder / "unet", variant=variant)
+        copy.deepcopy(pipe.unet).to(VARIANTS[variant]).save_pretrained(folder / "unet", variant=variant)
     copy_config(folder / "unet" / "config.json", folder / "unet" / "config.json")
     write_code(DPMPipeline, folder)
     rows, baselines = stage_metrics(run / "metrics.json", folder / "metrics.json", weights_hash(pipe.unet), report)
@@ -128,10 +122,8 @@ def stage_extra(source: Path, target: Path) -> None:
     if saved_by != cls.__name__:
         raise DiffusersDPMError(f"{source} was saved by a class {saved_by!r} and not by {cls.__name__}")
     if Version(installed) < Version(EXTRAS_NEED):
-        raise DiffusersDPMError(
-            f"publishing {source} needs diffusers {EXTRAS_NEED} or newer, to load its code as users will; this is "
-            f"{installed}"
-        )
+        needed = f"diffusers {EXTRAS_NEED} or newer, to load its code as users will"
+        raise DiffusersDPMError(f"publishing {source} needs {needed}; this is {installed}")
     target.mkdir(parents=True)
     module = write_code(cls, target)
     if issubclass(cls, ModelMixin):
@@ -165,14 +157,11 @@ def stage_metrics(
         return [], []
     measured = read_metrics(source)
     rows = [row for row in measured if row.get("weights_sha256") in (None, weights_sha256)]
-    if len(rows) < len(measured):
-        report(
-            f"left out: {len(measured) - len(rows)} of {len(measured)} rows of {source}, which are of other weights"
-        )
+    if others := len(measured) - len(rows):
+        report(f"left out: {others} of {len(measured)} rows of {source}, which are of other weights")
     baselines = read_baselines(source)
     if rows:
-        metrics = {"rows": rows, "baselines": baselines}
-        target.write_text(json.dumps(metrics, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(target, {"rows": rows, "baselines": baselines}, indent=1)
     return rows, baselines
 
 

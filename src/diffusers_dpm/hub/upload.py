@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, errors
-from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from diffusers_dpm.errors import DiffusersDPMError
@@ -51,9 +50,7 @@ def explained(what: str) -> Iterator[None]:
     """Errors of the Hub client as `PublishError`, with what to do about them."""
     try:
         yield
-    except PublishError:
-        raise
-    except LocalTokenNotFoundError as error:
+    except errors.LocalTokenNotFoundError as error:
         raise PublishError("not logged in: run `hf auth login`, or set HF_TOKEN") from error
     except CLIENT_ERRORS as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
@@ -103,15 +100,10 @@ def upload(
                 "or propose the change with --create-pr"
             )
         else:
-            info = api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                delete_patterns="*",
-                commit_message=f"Publish with diffusers-dpm {version('diffusers-dpm')}",
-                revision=revision,
-                create_pr=create_pr,
-                parent_commit=head,
-            )
+            target: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "parent_commit": head}
+            message = f"Publish with diffusers-dpm {version('diffusers-dpm')}"
+            target |= {"repo_id": repo_id, "delete_patterns": "*", "commit_message": message}
+            info = api.upload_folder(folder_path=folder, **target)
             commit, address = info.oid, info.pr_url or info.commit_url
     verify(api, folder, repo_id, commit, address)
     return address
@@ -121,7 +113,7 @@ def open_repo(api: HfApi, repo_id: str, *, private: bool, create: bool) -> None:
     """Create the repository if it is missing; a private one is private from the start."""
     try:
         info = api.repo_info(repo_id)
-    except RepositoryNotFoundError:
+    except errors.RepositoryNotFoundError:
         if not create:
             raise
         api.create_repo(repo_id, private=private)
@@ -134,7 +126,7 @@ def open_branch(api: HfApi, repo_id: str, revision: str | None) -> str:
     """The newest commit of the branch, which is created if it is missing."""
     try:
         return str(api.repo_info(repo_id, revision=revision).sha)
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         api.create_branch(repo_id, branch=str(revision))
         return str(api.repo_info(repo_id, revision=revision).sha)
 
@@ -147,9 +139,8 @@ def remote_files(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
 
 def is_published(folder: Path, remote: dict[str, RepoFile]) -> bool:
     """Whether the repository holds the folder's files, and no others."""
-    paths = list_files(folder)
-    same_names = {path.as_posix() for path in paths} == remote.keys()
-    return same_names and all(is_content_of(folder / path, remote[path.as_posix()]) for path in paths)
+    paths = {path.as_posix(): folder / path for path in list_files(folder)}
+    return paths.keys() == remote.keys() and all(is_content_of(paths[name], remote[name]) for name in paths)
 
 
 def is_content_of(path: Path, remote: RepoFile) -> bool:
@@ -166,6 +157,4 @@ def verify(api: HfApi, folder: Path, repo_id: str, commit: str, address: str) ->
         downloaded = api.snapshot_download(repo_id, revision=commit, cache_dir=cache)
         _, damaged, missing = filecmp.cmpfiles(folder, downloaded, list_files(folder), shallow=False)
         if damaged or missing:
-            raise PublishError(
-                f"published {address}, but {[*damaged, *missing][0]} came back damaged: run the command again"
-            )
+            raise PublishError(f"published {address}, but {[*damaged, *missing][0]} came back damaged: run it again")

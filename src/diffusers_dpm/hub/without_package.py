@@ -28,38 +28,36 @@ def main(folder: str, expected_file: str, task_json: str) -> None:
         if not np.array_equal(expected[name], values):
             sys.exit("the result differs from the run folder's")
 
-    def draw(pipe: Any, steps: int = task["steps"], **arguments: Any) -> np.ndarray:
-        pipe.set_progress_bar_config(disable=True)
-        return pipe(num_inference_steps=steps, output_type="np", **arguments).images
-
-    begin("plain diffusers")
+    print("plain diffusers", flush=True)
     pipe = DiffusionPipeline.from_pretrained(folder)
     if "plain" in expected:
-        compare("plain", draw(pipe, generator=torch.Generator().manual_seed(0)))
+        compare("plain", draw(pipe, task["steps"], generator=torch.Generator().manual_seed(0)))
 
-    begin("custom_pipeline with trust_remote_code")
+    print("custom_pipeline with trust_remote_code", flush=True)
     pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline_dpm", **trust)
-    compare("pipeline", draw(pipe, seeds=[0]))
+    compare("pipeline", draw(pipe, task["steps"], seeds=[0]))
 
     if "classifier" in expected:
-        begin("the classifier with trust_remote_code")
+        print("the classifier with trust_remote_code", flush=True)
         classifier = AutoModel.from_pretrained(folder, subfolder="classifier", **trust).eval()
         with torch.no_grad():
             compare("classifier", classifier(torch.from_numpy(expected["x"]), 1).logits.numpy())
 
     for name, (file, class_name, steps) in task["schedulers"].items():
-        begin(f"{class_name} with trust_remote_code")
+        print(f"{class_name} with trust_remote_code", flush=True)
         cls = get_class_from_dynamic_module(folder, file, subfolder=name, class_name=class_name, **trust)
         pipe.scheduler = cls.from_pretrained(folder, subfolder=name)
         compare(name, draw(pipe, steps, seeds=[0]))
 
     for variant in task["variants"]:
-        begin(f"the {variant} weights")
+        print(f"the {variant} weights", flush=True)
         check_variant(folder, variant)
 
 
-def begin(way: str) -> None:
-    print(way, flush=True)
+def draw(pipe: Any, steps: int, **arguments: Any) -> np.ndarray:
+    """Images (N, H, W, C) in [0, 1]."""
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(num_inference_steps=steps, output_type="np", **arguments).images
 
 
 def check_variant(folder: str, variant: str) -> None:

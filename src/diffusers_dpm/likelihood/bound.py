@@ -204,7 +204,14 @@ def reverse_process(scheduler: Any) -> tuple[AnalyticDPMScheduler, list[Transiti
     """
     if reason := why_unbounded(scheduler):
         raise DiffusersDPMError(reason)
-    process = _analytic_twin(scheduler)
+    options: dict[str, Any] = {}  # with the reverse variance that DDPM and DDIM schedulers have
+    if is_ddim(scheduler):
+        options = {"forward_process": "ddim", "reverse_variance": "small", "eta": scheduler.config.get("eta", 0.0)}
+    elif not isinstance(scheduler, AnalyticDPMScheduler):
+        large = (scheduler.config.get("variance_type") or "").startswith("fixed_large")
+        options = {"forward_process": "ddpm", "reverse_variance": "large" if large else "small"}
+    process = copy.copy(forward_process(scheduler, **options))
+    process.set_timesteps(timesteps=scheduler.timesteps.tolist())  # whose levels a slice of a grid does not have
     variances = process.reverse_variances()
     timesteps = process.timesteps.tolist()
     transitions = []
@@ -216,19 +223,6 @@ def reverse_process(scheduler: Any) -> tuple[AnalyticDPMScheduler, list[Transiti
         clipping = 0.0 if scheduler.config.get("use_clipped_model_output") else epsilon
         transitions.append(Transition(t, s, free, variances[i], sum(row.x0) - epsilon, clipping))
     return process, transitions
-
-
-def _analytic_twin(scheduler: Any) -> AnalyticDPMScheduler:
-    """`scheduler` on the same `timesteps`, with the reverse variance that DDPM and DDIM schedulers have."""
-    options: dict[str, Any] = {}
-    if is_ddim(scheduler):
-        options = {"forward_process": "ddim", "reverse_variance": "small", "eta": scheduler.config.get("eta", 0.0)}
-    elif not isinstance(scheduler, AnalyticDPMScheduler):
-        large = (scheduler.config.get("variance_type") or "").startswith("fixed_large")
-        options = {"forward_process": "ddpm", "reverse_variance": "large" if large else "small"}
-    process = copy.copy(forward_process(scheduler, **options))
-    process.set_timesteps(timesteps=scheduler.timesteps.tolist())  # whose levels a slice of a grid does not have
-    return process
 
 
 class Term(NamedTuple):
@@ -269,13 +263,10 @@ class EvidenceLowerBound(Estimate):
     def terms(self) -> list[Term]:
         """One row per term. They sum to `bits_per_dim`; their standard errors do not add up."""
         first, last = (self.transitions[0].t, self.transitions[-1].s) if self.transitions else (None, None)
-        heads: list[tuple] = [("prior", None, first, None, None)]
-        heads += [("step", *transition[:4]) for transition in self.transitions]
-        heads += [("decoder", last, None, None, None)]
-        return [
-            Term._make((*head, term.mean().item(), standard_error(term)))
-            for head, term in zip(heads, self.per_term.T, strict=True)
-        ]
+        steps = [("step", *transition[:4]) for transition in self.transitions]
+        heads = [("prior", None, first, None, None), *steps, ("decoder", last, None, None, None)]
+        rows = zip(heads, self.per_term.T, strict=True)
+        return [Term._make((*head, term.mean().item(), standard_error(term))) for head, term in rows]
 
 
 def prior_divergence(level: Level, mean_square: torch.Tensor) -> torch.Tensor:
@@ -304,9 +295,7 @@ def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLower
     timesteps = process.timesteps.tolist()
     missing = sorted(set(timesteps) - set(errors.timesteps))
     if missing:
-        raise DiffusersDPMError(
-            f"{len(missing)} timesteps of the grid were not measured, the first of them {missing[0]}."
-        )
+        raise DiffusersDPMError(f"{len(missing)} timesteps of the grid were not measured, the first is {missing[0]}.")
     place = {t: i for i, t in enumerate(errors.timesteps)}
     nats = [
         prior_divergence(process.levels[0], errors.mean_square),

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 from torch.special import log_ndtr
 
 from diffusers_dpm.errors import DiffusersDPMError
@@ -13,7 +14,7 @@ from diffusers_dpm.schedulers.noise_schedule import VPNoiseSchedule
 CDFS = ("exact", "tanh")
 
 
-def check_levels(images: torch.Tensor, num_levels: int) -> None:
+def check_levels(images: Tensor, num_levels: int) -> None:
     """Raise DiffusersDPMError for images that are not `num_levels` equidistant values from -1 to 1."""
     if num_levels < 2:
         raise DiffusersDPMError(f"num_levels={num_levels} must be at least 2, or None for continuous data.")
@@ -26,18 +27,14 @@ def check_levels(images: torch.Tensor, num_levels: int) -> None:
         )
 
 
-def gaussian_log_density(x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor) -> torch.Tensor:
+def gaussian_log_density(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """log N(x; mean, variance), elementwise."""
     return -0.5 * ((x - mean) ** 2 / variance + torch.log(2 * math.pi * variance))
 
 
 def discretized_gaussian_log_prob(
-    x: torch.Tensor,
-    mean: torch.Tensor,
-    variance: torch.Tensor | float,
-    num_levels: int = 256,
-    cdf: str = "exact",
-) -> torch.Tensor:
+    x: Tensor, mean: Tensor, variance: Tensor | float, num_levels: int = 256, cdf: str = "exact"
+) -> Tensor:
     """Log-probability of the bin of each element of x under N(mean, variance) (Ho et al. 2020, eq. 13).
 
     Args:
@@ -71,22 +68,18 @@ def discretized_gaussian_log_prob(
     return log_high + torch.log(-torch.expm1(log_ndtr(low) - log_high))
 
 
-def _tanh_cdf(z: torch.Tensor) -> torch.Tensor:
+def _tanh_cdf(z: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3)))
 
 
-def decoder_log_prob(
-    x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, num_levels: int | None, cdf: str
-) -> torch.Tensor:
+def decoder_log_prob(x: Tensor, mean: Tensor, variance: Tensor, num_levels: int | None, cdf: str) -> Tensor:
     """`discretized_gaussian_log_prob`, or `gaussian_log_density` of continuous data (num_levels=None)."""
     if num_levels is None:
         return gaussian_log_density(x, mean, variance)
     return discretized_gaussian_log_prob(x, mean, variance, num_levels, cdf)
 
 
-def decoder_variances(
-    schedule: VPNoiseSchedule, timesteps: Sequence[int], variance: float | None = None
-) -> torch.Tensor:
+def decoder_variances(schedule: VPNoiseSchedule, timesteps: Sequence[int], variance: float | None = None) -> Tensor:
     """Variance of p(x_0 | x_t), float64 (n,): `variance`, or by the rule of Bao et al. 2022 and all code before.
 
     The rule is the posterior variance of the step 1 -> 0 where t = 0, and sigma_t^2 above.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.likelihood.decoder import check_levels, gaussian_log_density
@@ -26,9 +27,7 @@ DIVERGENCES = ("rademacher", "gaussian", "exact")
 SOLVERS = ("dopri5", "rk4")
 
 
-def dequantize(
-    images: torch.Tensor, num_levels: int, dequantization: str, uniform: torch.Tensor
-) -> tuple[torch.Tensor, float]:
+def dequantize(images: Tensor, num_levels: int, dequantization: str, uniform: Tensor) -> tuple[Tensor, float]:
     """(images with noise that fills their bins, bits per dimension to add to those of the density).
 
     Args:
@@ -62,16 +61,16 @@ class ODELikelihood(Estimate):
         num_evaluations: mean number of network calls of an integration.
     """
 
-    samples: torch.Tensor
+    samples: Tensor
     num_evaluations: float
 
     @property
-    def per_image(self) -> torch.Tensor:
+    def per_image(self) -> Tensor:
         """Bits per dimension of each image, float64 (N,)."""
         return self.samples.mean(dim=(1, 2))
 
     @property
-    def per_image_error(self) -> torch.Tensor:
+    def per_image_error(self) -> Tensor:
         """Standard error of `per_image` that passes and probes leave, float64 (N,); NaN with one of each."""
         passes = self.samples.mean(dim=2) if self.samples.shape[1] > 1 else self.samples[:, 0]
         if passes.shape[1] == 1:
@@ -87,9 +86,9 @@ class ODELikelihood(Estimate):
 def ode_log_likelihood(
     unet: Any,
     scheduler: Any,
-    images: torch.Tensor,
+    images: Tensor,
     *,
-    class_labels: torch.Tensor | None = None,
+    class_labels: Tensor | None = None,
     num_levels: int | None = 256,
     dequantization: str = "centered",
     num_passes: int = 1,
@@ -141,7 +140,7 @@ def ode_log_likelihood(
         check_levels(images, num_levels)
     probe_numbers = normal if divergence == "gaussian" else sign
 
-    def integrate(rows: Sequence[int], number: int) -> tuple[torch.Tensor, int]:
+    def integrate(rows: Sequence[int], number: int) -> tuple[Tensor, int]:
         """(bits per dimension (B, probes), network calls) of one dequantisation of some images."""
         x, labels = examples.batch(rows)
         offset, probes = 0.0, None
@@ -157,7 +156,7 @@ def ode_log_likelihood(
             progress.update(len(rows))
         return (offset - log_density / NATS_PER_BIT).cpu(), flow.num_evaluations
 
-    samples: list[torch.Tensor] = []
+    samples: list[Tensor] = []
     calls: list[int] = []
     with evaluation_mode(unet):
         for start in range(0, len(images), batch_size):
@@ -179,31 +178,24 @@ class ProbabilityFlow:
         probes: (P, B, C, ...) of unit variance; None computes every diagonal entry of the Jacobian.
     """
 
-    def __init__(
-        self,
-        unet: Any,
-        process: AnalyticDPMScheduler,
-        class_labels: torch.Tensor | None,
-        probes: torch.Tensor | None,
-    ):
+    def __init__(self, unet: Any, process: AnalyticDPMScheduler, class_labels: Tensor | None, probes: Tensor | None):
         self.unet, self.class_labels, self.probes = unet, class_labels, probes
         self.schedule, self.prediction_type = process.schedule, process.config.prediction_type
         self.num_evaluations = 0
 
     @torch.no_grad()
-    def log_density(self, x: torch.Tensor, solver: str, rtol: float, atol: float, num_steps: int) -> torch.Tensor:
+    def log_density(self, x: Tensor, solver: str, rtol: float, atol: float, num_steps: int) -> Tensor:
         """log p(x) / d in nats for x at the level of timestep 0, float64 (B, P); P is 1 without probes."""
         from torchdiffeq import odeint
 
         lowest = self.schedule[0]
         highest = self.schedule[int(self.schedule.lambda_.isfinite().sum()) - 1]  # the last one may have no signal
-        span = torch.tensor([-lowest.lambda_, -highest.lambda_], dtype=torch.float64, device=x.device)
+        ends = (-lowest.lambda_, -highest.lambda_)
+        span = torch.tensor(ends, dtype=torch.float64, device=x.device)
         gained = x.new_zeros(len(x), 1 if self.probes is None else len(self.probes))
         options: dict[str, Any] = {"norm": largest_error}
         if solver == "rk4":
-            grid = torch.linspace(
-                -lowest.lambda_, -highest.lambda_, num_steps + 1, dtype=span.dtype, device=span.device
-            )
+            grid = torch.linspace(*ends, num_steps + 1, dtype=span.dtype, device=span.device)
             options = {"grid_constructor": lambda f, y, t: grid}
         try:
             states = odeint(self, (x, gained), span, rtol=rtol, atol=atol, method=solver, options=options)
@@ -213,7 +205,7 @@ class ProbabilityFlow:
         prior = gaussian_log_density(noise, torch.zeros_like(noise), torch.ones_like(noise))
         return prior.flatten(1).mean(dim=1, keepdim=True) + gained + math.log(highest.alpha / lowest.alpha)
 
-    def __call__(self, u: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         self.num_evaluations += 1
         lambda_ = -u.cpu()
         alpha, sigma = (math.sqrt(value) for value in torch.sigmoid(torch.stack([2 * lambda_, -2 * lambda_])).tolist())
@@ -228,13 +220,13 @@ class ProbabilityFlow:
         return sigma * epsilon.detach() - sigma**2 * state[0], sigma / x[0].numel() * traces
 
 
-def probed_traces(outputs: torch.Tensor, inputs: torch.Tensor, probes: torch.Tensor) -> torch.Tensor:
+def probed_traces(outputs: Tensor, inputs: Tensor, probes: Tensor) -> Tensor:
     """v^T (d outputs / d inputs) v for each image and probe, (B, P): its mean is the trace (Hutchinson 1990)."""
     products = [torch.autograd.grad(outputs, inputs, probe, retain_graph=True)[0] * probe for probe in probes]
     return torch.stack([product.flatten(1).sum(dim=1) for product in products], dim=1)
 
 
-def exact_trace(outputs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+def exact_trace(outputs: Tensor, inputs: Tensor) -> Tensor:
     """The trace of d outputs / d inputs of each image, (B, 1), one derivative for each dimension."""
     total = inputs.new_zeros(len(inputs))
     for i, output in enumerate(outputs.flatten(1).unbind(dim=1)):
@@ -242,6 +234,6 @@ def exact_trace(outputs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
     return total[:, None]
 
 
-def largest_error(state: Sequence[torch.Tensor]) -> torch.Tensor:
+def largest_error(state: Sequence[Tensor]) -> Tensor:
     """The solver's error norm: the RMS over an image, and over its log-densities, of the worst image."""
     return torch.stack([part.flatten(1).square().mean(dim=1).sqrt().max() for part in state]).max()

@@ -45,12 +45,9 @@ class Examples:
             if values is not None and len(values) != len(images):
                 raise DiffusersDPMError(f"{len(values)} {name} for {len(images)} images.")
         if seed < 0 or batch_size < 1:
-            raise DiffusersDPMError(
-                f"seed={seed} must not be negative, and batch_size={batch_size} must be at least 1."
-            )
-        self.unet, self.images, self.class_labels = unet, images, class_labels
-        self.indices = list(range(len(images))) if indices is None else [int(i) for i in indices]
-        self.seed = seed
+            raise DiffusersDPMError(f"seed={seed} must not be negative, and batch_size={batch_size} at least 1.")
+        self.unet, self.images, self.class_labels, self.seed = unet, images, class_labels, seed
+        self.indices = [*map(int, range(len(images)) if indices is None else indices)]
 
     def batch(self, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Images as float64, and their labels."""
@@ -62,10 +59,8 @@ class Examples:
         self, numbers: Callable[..., torch.Tensor], stream: Stream, rows: Sequence[int], keys: Iterable[Sequence[int]]
     ) -> torch.Tensor:
         """Float64 random numbers of the shape of `batch(rows)`, by `normal`, `uniform` or `sign`, one key for each."""
-        shape = self.images.shape[1:]
-        parts = [
-            numbers(shape, self.seed, stream, self.indices[row], *key) for row, key in zip(rows, keys, strict=True)
-        ]
+        pairs = [(self.seed, stream, self.indices[row], *key) for row, key in zip(rows, keys, strict=True)]
+        parts = [numbers(self.images.shape[1:], *pair) for pair in pairs]
         return torch.stack(parts).to(self.unet.device, torch.float64)
 
 

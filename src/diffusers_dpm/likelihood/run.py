@@ -1,6 +1,7 @@
 """Measure the likelihood of a data set under a model, and write what was measured."""
 
 import csv
+import json
 from collections.abc import Callable, Sequence
 from itertools import groupby, product
 from pathlib import Path
@@ -9,23 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from accelerate.utils import tqdm
 
+from diffusers_dpm import random_streams
 from diffusers_dpm.data import ImageDataset, describe, find_num_levels, load_data
 from diffusers_dpm.errors import DiffusersDPMError, user_error
-from diffusers_dpm.likelihood.bound import (
-    EvidenceLowerBound,
-    PredictionErrors,
-    Term,
-    bound_from_errors,
-    measure_errors,
-    reverse_process,
-)
+from diffusers_dpm.likelihood import bound as elbo
 from diffusers_dpm.likelihood.ode import ODELikelihood, ode_log_likelihood
 from diffusers_dpm.likelihood.problem import forward_process
 from diffusers_dpm.networks import checked_labels, load_pipeline
-from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.pipelines.networks import is_conditional
+from diffusers_dpm.pipelines import DPMPipeline, is_conditional
 from diffusers_dpm.records import ResultStore, Tensors, read_json, weights_hash, write_json
 from diffusers_dpm.run_folder import RunFolder
+from diffusers_dpm.runs import result_folder
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, AnalyticDPMScheduler
 
 
@@ -33,10 +28,7 @@ from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, Analytic
 DATA_OPTIONS = ("data", "data_config", "split", "image_column", "label_column", "resolution", "channels")
 
 
-CLIPPING_KEYS = (
-    *("clip_sample", "clip_sample_range"),
-    *("thresholding", "dynamic_thresholding_ratio", "sample_max_value"),
-)
+CLIPPING = ("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value")
 
 
 # The options of the ODE, those of its result.
@@ -64,6 +56,7 @@ class Task(NamedTuple):
             "images": f"{len(self.data)} images of {describe(self.data.shape)}",
             "num_levels": self.num_levels,
             "seed": self.options.seed,
+            "random_streams": random_streams.SCHEME,
             **{name: getattr(self.options, name) for name in DATA_OPTIONS},
             **more,
         }
@@ -73,14 +66,8 @@ class Task(NamedTuple):
         indices = self.indices[rows.start : rows.stop]
         examples = self.data[indices]
         labels = examples["labels"] if is_conditional(self.pipeline.unet) else None
-        return {
-            "images": examples["images"],
-            "class_labels": labels,
-            "indices": indices,
-            "num_levels": self.num_levels,
-            "seed": self.options.seed,
-            "batch_size": self.options.batch_size,
-        }
+        options = {"num_levels": self.num_levels, "seed": self.options.seed, "batch_size": self.options.batch_size}
+        return {"images": examples["images"], "class_labels": labels, "indices": indices, **options}
 
     def measure(
         self,
@@ -108,21 +95,14 @@ class Task(NamedTuple):
             store = ResultStore(self.folder, self.settings(**settings), name=f"likelihood_{method}", replace=True)
             return store.measure_rows(len(self.indices), block, measure_rows)
 
-    def write(self, method: str, results: dict[str, Any]) -> Path:
-        """Put one method's results into likelihood.json, beside the other's; returns its path."""
+    def write(self, method: str, results: dict[str, Any]) -> None:
+        """Put one method's results into likelihood.json, beside the other's; JSON has no NaN, they become null."""
         path, options = RunFolder(self.folder).likelihood, self.options
-        about = {
-            "model": self.model,
-            "data": options.data,
-            "split": options.split,
-            "num_images": len(self.indices),
-            "indices": self.indices,
-            "num_levels": self.num_levels,
-            "seed": options.seed,
-        }
+        about = {"model": self.model, "data": options.data, "split": options.split, "num_images": len(self.indices)}
+        images = {"indices": self.indices, "num_levels": self.num_levels, "seed": options.seed}
         others = read_json(path) if path.exists() else {}
-        write_json(path, {**others, method: without_nan({**about, **results})})
-        return path
+        values = json.loads(json.dumps({**about, **images, **results}), parse_constant=lambda _: None)
+        write_json(path, {**others, method: values})
 
 
 def open_task(model: str, options: Any) -> Task:
@@ -135,8 +115,7 @@ def open_task(model: str, options: Any) -> Task:
     Raises:
         DiffusersDPMError: the model, the data or the options cannot be used.
     """
-    if options.output_dir is None and not Path(model).is_dir():
-        raise DiffusersDPMError(f"{model} is not a folder here: say with --output-dir where the results go")
+    folder = result_folder(model, options.output_dir, ".")
     pipeline = load_pipeline(model)
     data = load_data(options, require_labels=is_conditional(pipeline.unet))
     checked_labels(pipeline.unet, data[[0]]["images"], data.labels)
@@ -146,12 +125,11 @@ def open_task(model: str, options: Any) -> Task:
     except (RuntimeError, AssertionError) as error:
         raise DiffusersDPMError(f"--device {device} cannot be used: {str(error).splitlines()[0]}") from error
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed)).tolist()
-    num_images = len(data) if options.num_images is None else options.num_images
-    if num_images > len(data):
-        raise DiffusersDPMError(f"--num-images {num_images} is more than the {len(data)} images of the data")
-    folder = Path(options.output_dir or model)
+    if (options.num_images or 0) > len(data):
+        raise DiffusersDPMError(f"--num-images {options.num_images} is more than the {len(data)} images of the data")
     folder.mkdir(parents=True, exist_ok=True)
-    return Task(model, pipeline, data, order[:num_images], find_num_levels(data, options.num_levels), options, folder)
+    num_levels = find_num_levels(data, options.num_levels)
+    return Task(model, pipeline, data, order[: options.num_images], num_levels, options, folder)
 
 
 class ReverseSampler(NamedTuple):
@@ -170,7 +148,7 @@ def find_statistics(model: str, folder: str | None) -> AnalyticDPMScheduler | No
             raise DiffusersDPMError(f"no statistics in {folder}: it holds no scheduler_config.json")
         return AnalyticDPMScheduler.from_pretrained(folder)
     try:
-        return AnalyticDPMScheduler.from_pretrained(model, subfolder="analytic_dpm")
+        return AnalyticDPMScheduler.from_pretrained(model, subfolder=RunFolder.analytic_dpm.name)
     except OSError:
         return None
 
@@ -189,26 +167,25 @@ def build_samplers(task: Task) -> list[ReverseSampler]:
     if variances is None:
         variances = ["small"] if options.forward_process == "ddim" else ["small", "large"]
         variances += [] if with_statistics is None else ["residual"]
+    num_steps = sorted(set(options.num_inference_steps or [10, 25, 50, 100]))
     samplers: list[ReverseSampler] = []
     for spacing, variance in product(options.timestep_spacing or ["even"], variances):
         # The optimal trajectory is made for the variances of an estimate, whichever the sampler then uses.
         estimate = variance if variance in ESTIMATES or spacing != "optimal" else "residual"
-        group = []
+        choice = {"timestep_spacing": spacing, "reverse_variance": estimate, **process}
+        place = len(samplers)
         with user_error(f"timestep_spacing={spacing}, reverse_variance={variance}"):
-            grids = AnalyticDPMScheduler.from_config(
-                config, timestep_spacing=spacing, reverse_variance=estimate, **process
-            )
-            for num_steps in sorted(set(options.num_inference_steps or [10, 25, 50, 100]), reverse=True):
-                grids.set_timesteps(num_steps)  # the longest first: optimal trajectories share its work
+            grids = AnalyticDPMScheduler.from_config(config, **choice)
+            for steps in reversed(num_steps):  # the longest first: optimal trajectories share its work
+                grids.set_timesteps(steps)
                 scheduler = AnalyticDPMScheduler.from_config(grids.config, reverse_variance=variance)
                 scheduler.set_timesteps(timesteps=grids.timesteps)
-                reverse_process(scheduler)
-                group.append(ReverseSampler(spacing, num_steps, variance, scheduler))
-        samplers += reversed(group)
+                elbo.reverse_process(scheduler)  # checks it
+                samplers.insert(place, ReverseSampler(spacing, steps, variance, scheduler))
     return samplers
 
 
-def measure_bounds(task: Task) -> list[tuple[ReverseSampler, EvidenceLowerBound]]:
+def measure_bounds(task: Task) -> list[tuple[ReverseSampler, elbo.EvidenceLowerBound]]:
     """One pass of the network over all timesteps that any sampler visits, then all bounds.
 
     Writes likelihood.json, likelihood_terms.csv and likelihood.png. Interrupted, the same call continues.
@@ -217,23 +194,23 @@ def measure_bounds(task: Task) -> list[tuple[ReverseSampler, EvidenceLowerBound]
     timesteps = sorted({t for sampler in samplers for t in sampler.scheduler.timesteps.tolist()})
     options, scheduler = task.options, samplers[0].scheduler
     choices = {"timesteps": timesteps, "cdf": options.cdf, "decoder_variance": options.decoder_variance}
-    settings = {**choices, **{key: scheduler.config[key] for key in CLIPPING_KEYS}}
+    settings = {**choices, **{key: scheduler.config[key] for key in CLIPPING}}
 
     def measure(**batch: Any) -> Tensors:
-        errors = measure_errors(task.pipeline.unet, scheduler, **choices, **batch)
+        errors = elbo.measure_errors(task.pipeline.unet, scheduler, **choices, **batch)
         return {"moments": errors.moments, "decoder": errors.decoder, "mean_square": errors.mean_square}
 
     block = max(1, 8 * options.batch_size // len(timesteps))
     measured = task.measure("elbo", settings, measure, block, len(timesteps), unit="call", desc="images x timesteps")
-    errors = PredictionErrors(tuple(timesteps), **measured, schedule_hash=scheduler.schedule.hash)
-    bounds = [(sampler, bound_from_errors(errors, sampler.scheduler)) for sampler in samplers]
+    errors = elbo.PredictionErrors(tuple(timesteps), **measured, schedule_hash=scheduler.schedule.hash)
+    bounds = [(sampler, elbo.bound_from_errors(errors, sampler.scheduler)) for sampler in samplers]
     write_terms(RunFolder(task.folder).likelihood_terms, bounds)
     plot(RunFolder(task.folder).likelihood_plot, bounds)
     task.write("elbo", {"cdf": options.cdf, "bounds": [bound_row(*pair) for pair in bounds]})
     return bounds
 
 
-def bound_row(sampler: ReverseSampler, bound: EvidenceLowerBound) -> dict[str, Any]:
+def bound_row(sampler: ReverseSampler, bound: elbo.EvidenceLowerBound) -> dict[str, Any]:
     """A sampler's row in likelihood.json."""
     prior, *_, decoder = bound.terms()
     options = {name: value for name, value in sampler._asdict().items() if name != "scheduler"}
@@ -255,27 +232,23 @@ def measure_ode(task: Task) -> ODELikelihood:
     block, passes = task.options.batch_size, options["num_passes"]
     measured = task.measure("ode", options, measure, block, passes, unit="image", desc="images x passes")
     likelihood = ODELikelihood(measured["samples"], measured["calls"].mean().item())
-    results = {
-        "bits_per_dim": likelihood.bits_per_dim,
-        "standard_error": likelihood.standard_error,
-        "standard_error_of_one_image": likelihood.error_of_one_image,
-        "num_evaluations": likelihood.num_evaluations,
-        "per_image": likelihood.per_image.tolist(),
-    }
-    task.write("ode", {**options, **results})
+    results = {"bits_per_dim": likelihood.bits_per_dim, "standard_error": likelihood.standard_error}
+    results |= {"standard_error_of_one_image": likelihood.error_of_one_image}
+    calls = {"num_evaluations": likelihood.num_evaluations}
+    task.write("ode", {**options, **results, **calls, "per_image": likelihood.per_image.tolist()})
     return likelihood
 
 
-def write_terms(path: Path, bounds: Sequence[tuple[ReverseSampler, EvidenceLowerBound]]) -> None:
+def write_terms(path: Path, bounds: Sequence[tuple[ReverseSampler, elbo.EvidenceLowerBound]]) -> None:
     """Every term of every bound as one table."""
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["spacing", "steps", "variance", *Term._fields])
+        writer.writerow(["spacing", "steps", "variance", *elbo.Term._fields])
         for sampler, bound in bounds:
             writer.writerows([*sampler[:3], *term] for term in bound.terms())
 
 
-def plot(path: Path, bounds: Sequence[tuple[ReverseSampler, EvidenceLowerBound]]) -> None:
+def plot(path: Path, bounds: Sequence[tuple[ReverseSampler, elbo.EvidenceLowerBound]]) -> None:
     """Bounds against the number of steps, and the terms of those with the most steps."""
     from matplotlib.figure import Figure
 
@@ -295,12 +268,3 @@ def plot(path: Path, bounds: Sequence[tuple[ReverseSampler, EvidenceLowerBound]]
     for axes in (left, right):
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
-
-
-def without_nan(value: Any) -> Any:
-    """`value` with None for every NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [without_nan(item) for item in value]
-    return None if value != value else value
