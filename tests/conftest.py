@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import diffusers
@@ -10,11 +11,23 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from hypothesis import settings
+from packaging.requirements import Requirement
+
+from tests.models import save_run
 
 
 settings.register_profile("quick", max_examples=50, deadline=None)
 settings.register_profile("thorough", max_examples=2000, deadline=None)
 settings.load_profile("quick")
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers("needs"):
+        requirement = Requirement(*mark.args)
+        installed = version(requirement.name)
+        if not requirement.specifier.contains(installed, prereleases=True):
+            pytest.skip(f"needs {requirement} ({mark.kwargs['reason']}); {installed} is installed")
 
 
 @pytest.fixture
@@ -49,7 +62,9 @@ def in_two_processes(pytestconfig):
     one_thread_on_the_cpu = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
 
     def run(module, *arguments):
-        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        # At a port of their own: another worker of pytest-xdist may run such a test at the same time.
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+        launch += ["--nproc-per-node", "2"]
         result = subprocess.run(
             [*launch, *(() if Path(module).is_file() else ("-m",)), module, *map(str, arguments)],
             env={
@@ -77,3 +92,10 @@ def modules_cache(tmp_path, monkeypatch):
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "diffusers_modules"]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with a tiny network of grey 8x8 images and 20 timesteps."""
+    save_run(tmp_path / "run")
+    return tmp_path / "run"

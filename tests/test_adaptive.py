@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler
 
 from diffusers_dpm.adaptive import (
     CONTROLLERS,
@@ -19,6 +19,9 @@ from diffusers_dpm.adaptive import (
     plan_timesteps,
 )
 from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler, Level
+from tests.models import tiny_unet
+from tests.schedulers.helpers import QUARTER
+from tests.schedulers.problems import MIXTURE
 
 
 # The continuous VP-linear process (beta from 0.1 to 20) and a mixture of two Gaussians -------------------------------
@@ -26,7 +29,6 @@ from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler, Level
 START, END = -5.024978406659204, {1e-3: 4.5577149327298656, 1e-4: 5.75150979526936}
 X_T = torch.tensor([[0.3, -1.7, 1.2, -0.4], [0.9, -0.1, 0.5, -2.2]], dtype=torch.float64)
 EXACT = {(0, 0): 0.544351855886294, (0, 1): -1.455859688776237, (0, 2): 0.831771414546260, (0, 3): -0.160638869446928}
-WEIGHTS, MEANS, STDS = torch.tensor([[0.35, 0.65], [-1.0, 0.6], [0.4, 0.25]], dtype=torch.float64)
 
 
 def continuous_node(lambda_):
@@ -37,12 +39,8 @@ def continuous_node(lambda_):
 
 def mixture(x, node):
     """(x_0, epsilon) of the best network."""
-    alpha, sigma, _ = node.level
-    variance = alpha**2 * STDS**2 + sigma**2
-    offset = x[..., None] - alpha * MEANS
-    weight = torch.softmax(WEIGHTS.log() - 0.5 * variance.log() - offset**2 / (2 * variance), dim=-1)
-    epsilon = sigma * (weight * offset / variance).sum(dim=-1)
-    return (x - sigma * epsilon) / alpha, epsilon
+    epsilon = torch.from_numpy(MIXTURE.epsilon(x.flatten().numpy(), node.level)).view_as(x)
+    return (x - node.level.sigma * epsilon) / node.level.alpha, epsilon
 
 
 def solve(form, order, rtol, atol=0.0078, end=1e-3, controller=CONTROLLERS["reference"], **options):
@@ -127,23 +125,13 @@ def test_the_error_falls_with_the_tolerance(form, order, controller):
 # A scheduler's own schedule ------------------------------------------------------------------------------------------
 
 
-def gaussian_network(scheduler, std=0.5):
-    """The best network for data N(0, std^2), in the scheduler's prediction type, for real-valued timesteps."""
-
-    def network(x, t):
-        alpha, sigma, _ = scheduler.schedule.level(t.item())
-        total = (alpha * std) ** 2 + sigma**2
-        epsilon, x0 = sigma * x / total, alpha * std**2 * x / total
-        kind = scheduler.config.prediction_type
-        return {"epsilon": epsilon, "sample": x0, "v_prediction": alpha * epsilon - sigma * x0}[kind]
-
-    return network
+def gaussian_network(scheduler):
+    return QUARTER.network(scheduler.schedule, scheduler.config.prediction_type)
 
 
-def gaussian_flow(scheduler, t, std=0.5):
+def gaussian_flow(scheduler, t):
     """What the exact flow multiplies x by, from the noisiest level to timestep t."""
-    start, end = scheduler.schedule[999], scheduler.schedule.level(t)
-    return math.sqrt(((end.alpha * std) ** 2 + end.sigma**2) / ((start.alpha * std) ** 2 + start.sigma**2))
+    return QUARTER.flow(1.0, scheduler.schedule[999], scheduler.schedule.level(t))
 
 
 def scheduler_with(**config):
@@ -176,7 +164,7 @@ def test_clean_data_is_one_more_call():
     torch.testing.assert_close(clean.sample, level.alpha * 0.25 * open_end.sample / total)
 
 
-def test_the_network_is_called_as_often_as_is_said_and_with_the_batch_s_dtype():
+def test_network_calls_are_counted_and_in_the_batchs_dtype():
     scheduler = scheduler_with()
     network, seen = gaussian_network(scheduler), []
 
@@ -210,14 +198,14 @@ def test_clipping_is_that_of_step(algorithm_type, clipping):
 def test_tolerances_that_cannot_be_met():
     scheduler = scheduler_with()
     network = gaussian_network(scheduler)
-    with pytest.raises(RuntimeError, match=r"max_calls=20 .* reached timestep \d+.*Raise max_calls"):
+    with pytest.raises(RuntimeError, match=r"max_calls=20 .* timestep \d+"):
         integrate_adaptive(network, scheduler, X_T, max_calls=20)
     assert integrate_adaptive(network, scheduler, X_T, max_calls=200).num_calls <= 200
-    with pytest.raises(RuntimeError, match=r"cannot be met: at timestep .* below min_step=0.04"):
+    with pytest.raises(RuntimeError, match=r"min_step=0.04"):
         integrate_adaptive(network, scheduler, X_T, atol=1e-9, rtol=1e-9, min_step=0.04)
-    with pytest.raises(RuntimeError, match=r"below min_step=0.06"):
+    with pytest.raises(RuntimeError, match=r"min_step=0.06"):
         integrate_adaptive(network, scheduler, X_T, min_step=0.06)
-    with pytest.raises(RuntimeError, match=r"error estimate is nan at timestep 999"):
+    with pytest.raises(RuntimeError, match="nan at timestep 999"):
         integrate_adaptive(lambda x, t: x * math.nan, scheduler, X_T)
 
 
@@ -246,7 +234,7 @@ def test_arguments_that_make_no_sense(options, config, message):
 
 
 @pytest.mark.parametrize(("lambda_min_clipped", "start"), [(-math.inf, 998), (-5.1, 930)])
-def test_the_walk_starts_at_the_noisiest_level_that_is_finite_and_not_clipped(lambda_min_clipped, start):
+def test_walk_starts_at_the_noisiest_usable_level(lambda_min_clipped, start):
     config = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     scheduler = scheduler_with(lambda_min_clipped=lambda_min_clipped, **config)
     run = integrate_adaptive(gaussian_network(scheduler), scheduler, X_T)
@@ -277,25 +265,14 @@ def walk(scheduler, network, x):
 
 def frozen(run, scheduler):
     """A plan made by hand, with the timesteps in float32."""
-    template = plan_timesteps((tiny_unet(), scheduler), 0.5, 1).to_dict()
+    template = plan_timesteps((small_unet(), scheduler), 0.5, 1).to_dict()
     timesteps = torch.tensor(run.timesteps).tolist()
     return {**template, "timesteps": timesteps, "orders": run.orders, "end": run.end}
 
 
-def tiny_unet(**config):
-    torch.manual_seed(0)
-    defaults = {
-        "sample_size": 4,
-        "in_channels": 1,
-        "out_channels": 1,
-        "block_out_channels": (8, 8),
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "down_block_types": ("DownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "UpBlock2D"),
-    }
-    # Without gradients, as inside a pipeline: for weights with them torch takes other kernels, which round otherwise.
-    return UNet2DModel(**{**defaults, **config}).eval().requires_grad_(False)
+def small_unet(**config):
+    """Without gradients, as inside a pipeline: with them torch takes other kernels, which round otherwise."""
+    return tiny_unet(**{"sample_size": 4, "block_out_channels": (8, 8), **config}).requires_grad_(False)
 
 
 def pilot_noise(num, size=4):
@@ -307,7 +284,7 @@ def pilot_noise(num, size=4):
 @pytest.mark.parametrize("final_sigmas_type", ["zero", "sigma_min"])
 @torch.no_grad()
 def test_walking_a_plan_is_the_adaptive_run(algorithm_type, order, final_sigmas_type):
-    unet = tiny_unet()
+    unet = small_unet()
     scheduler = scheduler_with(algorithm_type=algorithm_type, final_sigmas_type=final_sigmas_type, solver_type="heun")
     plan = plan_timesteps((unet, scheduler), 0.05, 4, order=order)
     run = integrate_adaptive(lambda x, t: unet(x, t).sample, scheduler, pilot_noise(4), order=order)
@@ -323,7 +300,7 @@ def test_walking_a_plan_is_the_adaptive_run(algorithm_type, order, final_sigmas_
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = DDPMPipeline(tiny_unet(), DDPMScheduler(clip_sample=False))
+    pipe = DDPMPipeline(small_unet(), DDPMScheduler(clip_sample=False))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -342,7 +319,7 @@ def test_a_plan_survives_its_file(plan, tmp_path):
     scheduler.set_timesteps(plan=json.loads((tmp_path / "plan.json").read_text()))
     assert scheduler.updates == rows
     (tmp_path / "other.json").write_text('{"a": 1}')
-    with pytest.raises(ValueError, match=r"other.json holds no step plan"):
+    with pytest.raises(ValueError, match=r"other.json"):
         StepPlan.load(tmp_path / "other.json")
 
 
@@ -370,9 +347,9 @@ def test_a_stock_pipeline_walks_the_plan(pipe, plan, tmp_path):
 
 def test_a_plan_is_refused_by_another_schedule_or_solver(plan):
     for config in ({"beta_end": 0.021}, {"algorithm_type": "dpmsolver"}, {"solver_type": "heun"}):
-        with pytest.raises(ValueError, match="plan was made for"):
+        with pytest.raises(ValueError, match="plan"):
             DPMSolverScheduler(**config).set_timesteps(plan=plan)
-        with pytest.raises(ValueError, match="plan was made for"):
+        with pytest.raises(ValueError, match="plan"):
             DPMSolverScheduler(**config, step_plan=plan.to_dict())
     scheduler = DPMSolverScheduler()
     with pytest.raises(ValueError, match="give one of"):
@@ -398,7 +375,7 @@ def test_a_plan_is_refused_by_another_schedule_or_solver(plan):
     del missing["orders"]
     with pytest.raises(ValueError, match="damaged"):
         scheduler.set_timesteps(plan=missing)
-    with pytest.raises(ValueError, match=r"got 'plan\.json': StepPlan\.load reads files"):
+    with pytest.raises(ValueError, match=r"'plan\.json'.*StepPlan\.load"):
         scheduler.set_timesteps(plan="plan.json")
 
 
@@ -433,29 +410,27 @@ def test_a_rounded_plan(pipe, final_sigmas_type):
 
 @pytest.mark.parametrize(("number", "seeds"), [(0, None), (2, [1]), (2, [1, 2, 3]), (-1, None)])
 def test_there_is_a_seed_for_each_pilot(pipe, number, seeds):
-    with pytest.raises(
-        ValueError, match=f"num_pilot_images={number} must be at least 1, and there is a seed for each"
-    ):
+    with pytest.raises(ValueError, match=f"num_pilot_images={number}"):
         plan_timesteps(pipe, 0.5, number, seeds=seeds)
 
 
-def test_a_plan_of_more_steps_than_there_are_timesteps_cannot_be_rounded():
-    pair = tiny_unet(), DDIMScheduler(num_train_timesteps=10, beta_end=0.9, clip_sample=False)
+def test_too_long_a_plan_cannot_be_rounded():
+    pair = small_unet(), DDIMScheduler(num_train_timesteps=10, beta_end=0.9, clip_sample=False)
     plan = plan_timesteps(pair, 0.01, 1)
     assert plan.num_calls > 10
-    with pytest.raises(ValueError, match=f"{plan.num_calls} steps do not fit into 10 integer timesteps"):
+    with pytest.raises(ValueError, match=f"{plan.num_calls} steps.* 10 "):
         plan_timesteps(pair, 0.01, 1, fractional=False)
 
 
 def test_the_network_gets_its_further_arguments():
-    unet, seen = tiny_unet(num_class_embeds=3), []
+    unet, seen = small_unet(num_class_embeds=3), []
     unet.register_forward_pre_hook(lambda module, args, kwargs: seen.append(kwargs), with_kwargs=True)
     plan_timesteps((unet, DDIMScheduler(clip_sample=False)), 0.5, 2, network_kwargs={"return_dict": True})
     assert all(call["return_dict"] is True and len(call["class_labels"]) == 2 for call in seen)
 
 
 def test_pilots_of_a_class_conditional_network():
-    unet = tiny_unet(num_class_embeds=3, out_channels=2)
+    unet = small_unet(num_class_embeds=3, out_channels=2)
     scheduler = DDIMScheduler(clip_sample=False)
     seen = []
     unet.register_forward_pre_hook(

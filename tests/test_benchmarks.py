@@ -7,14 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from diffusers_dpm.data import load_images
-from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.posterior_statistics import estimate_statistics
-from diffusers_dpm.schedulers import DDPMScheduler
-from diffusers_dpm.training import build_unet
-from diffusers_dpm.training.unet_presets import ddpm_unet
+from tests.models import save_features, save_run, tiny_classifier
 
 
 pytestmark = pytest.mark.slow
@@ -28,20 +24,15 @@ ALONE = ("convergence", "guidance_overhead", "parity", "scheduler_overhead", "tr
 def folders(tmp_path_factory):
     """(run folder of a tiny model of the digits with classifier and statistics, folder of features)."""
     run, features = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("features")
-    torch.manual_seed(0)
-    unet = build_unet(ddpm_unet((8, 16), layers=1, attention=(), groups=4), (1, 8, 8))
-    scheduler = DDPMScheduler()
-    DPMPipeline(unet, scheduler).save_pretrained(run)
-    for folder in (run / "classifier", features):
-        blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "norm_num_groups": 4}
-        classifier = NoisyClassifier(10, sample_size=8, in_channels=1, layers_per_block=1, **blocks)
-        torch.nn.init.normal_(classifier.head.out.weight)
-        classifier.save_pretrained(folder)
-    (features / "features.json").write_text("{}")
+    pipeline = save_run(run, num_train_timesteps=1000, beta_end=0.02)
+    tiny_classifier(10).save_pretrained(run / "classifier")
+    save_features(features)
     level = {"timesteps": [0, 999], "accuracy": 0.5}
     (run / "classifier_accuracy.json").write_text(json.dumps({"clean": level, "ranges": [level]}))
-    statistics = estimate_statistics(unet, scheduler, load_images("digits", split="train"), 4, batch_size=512)
-    statistics.scheduler(scheduler).save_pretrained(run / "analytic_dpm")
+    statistics = estimate_statistics(
+        pipeline.unet, pipeline.scheduler, load_images("digits", split="train"), 4, batch_size=512
+    )
+    statistics.scheduler(pipeline.scheduler).save_pretrained(run / "analytic_dpm")
     statistics.save(run / "analytic_dpm" / "statistics.json")
     return run, features
 

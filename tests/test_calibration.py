@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,9 +13,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from diffusers_dpm import calibration
 from diffusers_dpm.calibration import (
@@ -37,78 +35,19 @@ from diffusers_dpm.schedulers import (
     AnalyticDPMScheduler,
     CalibratedScheduler,
     DDIMScheduler,
-    DDPMScheduler,
     DPMSolverScheduler,
 )
+from tests.models import LinearClassifier, MixtureNetwork, tiny_conditional_unet, tiny_unet
+from tests.schedulers.helpers import Gaussian
 from tests.schedulers.problems import MIXTURE
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class ExactNetwork(ModelMixin, ConfigMixin):
-    """The best network for images whose pixels come from a mixture of N(means[k], deviations[k]^2), of `MIXTURE`.
-
-    With `num_class_embeds` it is that of the component it is told. It computes, as its weight does, in float64.
-    """
-
-    @register_to_config
-    def __init__(
-        self,
-        weights=(0.35, 0.65),
-        means=(-1.0, 0.6),
-        deviations=(0.4, 0.25),
-        prediction_type="epsilon",
-        num_class_embeds=None,
-        learns_variance=False,
-        rescale_betas_zero_snr=False,
-        in_channels=1,
-        sample_size=4,
-    ):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
-        chain = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": rescale_betas_zero_snr}
-        self.schedule = DDPMScheduler(**chain).schedule
-        self.calls = []
-
-    def forward(self, sample, timestep, class_labels=None, **others):
-        assert not self.training
-        self.calls.append({"x": sample, "t": timestep, "class_labels": class_labels, **others})
-        weights, means, deviations = (
-            torch.tensor(self.config[key], dtype=sample.dtype).view(-1, 1, 1, 1, 1)
-            for key in ("weights", "means", "deviations")
-        )
-        alpha, sigma = self.schedule.at(timestep, sample)
-        variances = (alpha * deviations) ** 2 + sigma**2
-        centred = sample - alpha * means
-        if class_labels is None:
-            parts = (weights.log() - 0.5 * variances.log() - centred**2 / (2 * variances)).softmax(dim=0)
-        else:
-            parts = torch.nn.functional.one_hot(class_labels, len(means)).T.view(len(means), -1, 1, 1, 1)
-        epsilon = (parts * sigma * centred / variances).sum(0)
-        x0 = (parts * (means + alpha * deviations**2 / variances * centred)).sum(0)
-        output = {"epsilon": epsilon, "sample": x0, "v_prediction": alpha * epsilon - sigma * x0}[
-            self.config.prediction_type
-        ]
-        if self.config.learns_variance:
-            output = torch.cat([output, torch.full_like(output, math.nan)], dim=1)
-        return UNet2DOutput(sample=output)
+ExactNetwork = partial(MixtureNetwork, (-1.0, 0.6), (0.4, 0.25), (0.35, 0.65))  # of `MIXTURE`
 
 
 def gaussian(mean, deviation, **config):
-    return ExactNetwork(weights=(1.0,), means=(mean,), deviations=(deviation,), **config)
-
-
-class LinearClassifier(ModelMixin, ConfigMixin):
-    """Two classes; log p(1 | x) / p(0 | x) is the sum of the pixels."""
-
-    @register_to_config
-    def __init__(self, num_classes=2, in_channels=1, sample_size=4):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.tensor([[0.0, 1.0]], dtype=torch.float64))
-
-    def forward(self, sample, timestep):
-        return sample.flatten(1).sum(dim=1, keepdim=True) @ self.weight
+    return MixtureNetwork((mean,), (deviation,), **config)
 
 
 class Counter:
@@ -218,7 +157,7 @@ def test_a_row_solves_the_normal_equations_of_the_ridge_problem(ridge):
     assert (gradient.abs() / flat.norm(dim=1)).max() < 1e-10
 
 
-def test_a_strong_ridge_gives_the_prior_and_missing_factors_are_0():
+def test_strong_ridge_gives_the_prior_missing_factors_are_0():
     terms, (target,) = problem(4)
     assert fit_row([*terms], target, [0.5, -0.2], 1e14) == pytest.approx([0.5, -0.2, 0.0, 0.0], abs=1e-12)
 
@@ -235,12 +174,7 @@ def test_what_the_images_do_not_tell_stays_at_the_prior():
 
 
 MEAN, DEVIATION = 0.3, 0.5
-
-
-def moved(x, source, target):
-    """The exact solution of the ODE for N(MEAN, DEVIATION^2): the standardised x does not change."""
-    ratio = math.hypot(target.alpha * DEVIATION, target.sigma) / math.hypot(source.alpha * DEVIATION, source.sigma)
-    return target.alpha * MEAN + ratio * (x - source.alpha * MEAN)
+moved = Gaussian(MEAN, DEVIATION**2).flow
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction"])
@@ -304,7 +238,7 @@ def test_where_the_solver_is_exact_no_table_is_kept():
 # A mixture, solved by quantiles --------------------------------------------------------------------------------------
 
 
-def test_tables_are_better_than_solvers_and_better_with_more_steps(fitted):
+def test_tables_beat_solvers_and_improve_with_more_steps(fitted):
     assert [len(table["timesteps"]) for table in fitted.tables] == [3, 5, 8]
     assert fitted.provenance["left_out"] == []
     for table in fitted.tables:
@@ -367,7 +301,7 @@ def test_a_table_says_what_its_rows_are(fitted):
         assert table["guidance_scale"] is None
 
 
-def test_more_tries_of_timesteps_are_never_worse_on_the_searching_images():
+def test_more_walks_are_never_worse_on_the_search_images():
     unet = ExactNetwork().eval()
     teacher = solver_for(SCHEDULER)
     teacher.set_timesteps(40)
@@ -436,17 +370,7 @@ def test_sampling_the_reports_noises_gives_the_reported_errors(network, options,
 
 
 def test_a_real_network_in_float32():
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
+    unet = tiny_unet(block_out_channels=(8,)).train()
     calibration = calibrate(unet, SCHEDULER, (4,), num_images=4, teacher_steps=40, max_walks=2)
     noise = initial_noise(unet, None, 12, seed=0)
     assert noise.dtype == torch.float32
@@ -483,7 +407,7 @@ def test_tables_under_guidance_are_for_that_guidance(fitted):
 @pytest.mark.parametrize("labels", [None, [1, 0, 1, 1, 0, 0, 0]])
 def test_each_image_has_its_label_and_arguments_in_every_call(labels, batch_size):
     """For data N(0, 1) in both classes x stays a multiple of its noise, which tells the images apart."""
-    unet = ExactNetwork(weights=(0.5, 0.5), means=(0.0, 0.0), deviations=(1.0, 1.0), num_class_embeds=2)
+    unet = MixtureNetwork((0.0, 0.0), (1.0, 1.0), num_class_embeds=2)
     noise = initial_noise(unet, None, 24, seed=3)
     own = {"place": torch.arange(24), "scale": torch.tensor([[0.5], [2.0]]), "words": "kept as they are"}
     own["nested"] = {"places": [torch.arange(24), (torch.arange(24), "kept")], "none": None}
@@ -524,7 +448,7 @@ def test_a_plain_function_is_a_network():
     assert_same_tables(calibration, same)
 
 
-def test_a_module_that_does_not_say_its_precision_is_asked_for_its_weights():
+def test_precision_of_a_plain_module_is_that_of_its_weights():
     class Module(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -541,23 +465,12 @@ def test_a_module_that_does_not_say_its_precision_is_asked_for_its_weights():
 
 
 def test_a_conditional_network_of_latents():
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=2,
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    )
+    unet = tiny_conditional_unet()
     stock = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
     prompts = torch.randn(12, 5, 8, generator=torch.Generator().manual_seed(1))
     options = {"num_images": 4, "teacher_steps": 30, "max_walks": 0}
     calibration = calibrate(unet, stock, (3,), **options, network_kwargs={"encoder_hidden_states": prompts})
     (table,) = calibration.tables
-    unet.eval()
 
     def walk(scheduler, n):
         x = initial_noise(unet, None, 12, 0)[8:]
@@ -572,7 +485,7 @@ def test_a_conditional_network_of_latents():
     assert rms(distance) == pytest.approx(table["error"], rel=1e-3)
 
 
-def test_only_schedule_prediction_and_clipping_are_taken_from_the_scheduler():
+def test_only_schedule_prediction_and_clipping_matter():
     expected = calibrate(ExactNetwork(), SCHEDULER, (3,), **QUICK)
     for scheduler in (
         DPMSolverScheduler(algorithm_type="dpmsolver", method="singlestep", denoise_to_zero=True, solver_order=3),
@@ -654,7 +567,7 @@ def test_a_folder_of_other_settings_is_refused(change, tmp_path):
         calibrate(**given, progress=Counter(TEACHER))
     if "unet" in change:
         change["unet"].weight.fill_(1.0)  # what is compared is the weights
-    with pytest.raises(ValueError, match="partial results of other settings"):
+    with pytest.raises(ValueError, match="other settings"):
         calibrate(**{**given, **change})
 
 
@@ -663,14 +576,15 @@ def test_finished_tables_of_other_settings_are_not_taken_over(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         calibrate(**given, progress=Counter(TEACHER + 2000))
     (tmp_path / "partial-0.safetensors").unlink()
-    with pytest.raises(ValueError, match="partial results of other settings"):
+    with pytest.raises(ValueError, match="other settings"):
         calibrate(**given, seed=1)
     for text in ("", "[]", "{}"):
         (tmp_path / "partial.json").write_text(text)
-        with pytest.raises(ValueError, match=r"partial\.json is broken"):
+        with pytest.raises(ValueError, match=r"partial\.json"):
             calibrate(**given)
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_get_what_one_gets(tmp_path, in_two_processes):
     in_two_processes(__file__, tmp_path)
     counter = Counter()
@@ -703,9 +617,9 @@ def conditional(**config):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"steps": ()}, r"steps must lie in 1 \.\. teacher_steps / 2 = 20, got \[\]"),
-        ({"steps": (0, 3)}, r"got \[0, 3\]"),
-        ({"steps": (3, 21)}, r"= 20, got \[3, 21\]"),
+        ({"steps": ()}, r"steps .*20, .*\[\]"),
+        ({"steps": (0, 3)}, r"\[0, 3\]"),
+        ({"steps": (3, 21)}, r"20, .*\[3, 21\]"),
         ({"num_images": 0}, "num_images=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"seed": -1}, "seed=-1"),
@@ -715,16 +629,16 @@ def conditional(**config):
         ({"classifier": LinearClassifier(sample_size=8), "guidance_scale": 1.0}, "sample_size"),
         ({"class_labels": [0]}, "unconditional"),
         ({"unet": conditional(), "class_labels": []}, "a row for each image"),
-        ({"unet": conditional(), "class_labels": [0, 2]}, r"0 \.\. 1, got \[0, 2"),
-        ({"unet": conditional(), "class_labels": [0, -1]}, r"0 \.\. 1, got"),
+        ({"unet": conditional(), "class_labels": [0, 2]}, r"0 \.\. 1, .*\[0, 2"),
+        ({"unet": conditional(), "class_labels": [0, -1]}, r"0 \.\. 1, "),
         ({"unet": conditional(), "class_labels": [0.5]}, "integers"),
         ({"unet": conditional(), "network_kwargs": {"class_labels": torch.zeros(1).long()}}, "by themselves"),
         ({"network_kwargs": {"place": torch.tensor(1)}}, "a row for each image"),
-        ({"unet": lambda x, t: x}, "give the shape of the images"),
-        ({"unet": lambda x, t: x, "sample_shape": (1, 2, 2), "folder": "unused"}, "nothing identifies a function"),
-        ({"unet": lambda x, t: x[:, :1], "sample_shape": (3, 2, 2)}, r"model_output has shape \(24, 1, 2, 2\)"),
-        ({"unet": lambda x, t: x.repeat(1, 3, 1, 1), "sample_shape": (2, 2, 2)}, r"has shape \(24, 6, 2, 2\)"),
-        ({"unet": lambda x, t: x * math.nan, "sample_shape": (1, 2, 2)}, "not finite at timestep 999"),
+        ({"unet": lambda x, t: x}, "shape of the images"),
+        ({"unet": lambda x, t: x, "sample_shape": (1, 2, 2), "folder": "unused"}, "a function"),
+        ({"unet": lambda x, t: x[:, :1], "sample_shape": (3, 2, 2)}, r"model_output .*\(24, 1, 2, 2\)"),
+        ({"unet": lambda x, t: x.repeat(1, 3, 1, 1), "sample_shape": (2, 2, 2)}, r"\(24, 6, 2, 2\)"),
+        ({"unet": lambda x, t: x * math.nan, "sample_shape": (1, 2, 2)}, "timestep 999"),
         ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "no betas"),
     ],
 )
@@ -741,7 +655,7 @@ def test_labels_of_a_classifier_that_does_not_say_its_classes():
         return classifier
 
     options = {**QUICK, "guidance_scale": 1.0}
-    with pytest.raises(ValueError, match="give class_labels"):
+    with pytest.raises(ValueError, match="class_labels"):
         calibrate(ExactNetwork(), SCHEDULER, (3,), **options, classifier=classifier_of(num_classes=None))
     given = {"classifier": classifier_of(num_classes=None), "class_labels": [0, 1]}
     expected = calibrate(ExactNetwork(), SCHEDULER, (3,), **options, classifier=classifier_of(), class_labels=[0, 1])
@@ -765,7 +679,7 @@ def test_saving_is_exact(fitted, tmp_path):
     del table["mean_error"]
     for text in ("{}", "[]", "no JSON", json.dumps({**whole, "tables": [table]})):
         (tmp_path / "broken.json").write_text(text)
-        with pytest.raises(ValueError, match=r"broken\.json holds no calibration"):
+        with pytest.raises(ValueError, match=r"broken\.json"):
             Calibration.load(tmp_path / "broken.json")
 
 
@@ -784,7 +698,7 @@ def test_its_scheduler(fitted, tmp_path):
     assert fitted.scheduler(analytic).available_steps == [3, 5, 8]
 
 
-def test_its_scheduler_takes_guided_tables_if_there_are_no_others(fitted):
+def test_its_scheduler_takes_guided_tables_as_a_last_resort(fitted):
     def of(*scales):
         return replace(fitted, tables=[{**fitted.tables[0], "guidance_scale": scale} for scale in scales])
 
@@ -792,9 +706,7 @@ def test_its_scheduler_takes_guided_tables_if_there_are_no_others(fitted):
     for scales, taken in (((4.0, None), None), ((4.0, 2.0), 2.0), ((None,), None)):
         for scheduler in (SCHEDULER, before):
             assert of(*scales).scheduler(scheduler).config.guidance_scale == taken
-    with pytest.raises(
-        ValueError, match=r"no steps under guidance_scale=7 \(others are under guidance_scale=2, without"
-    ):
+    with pytest.raises(ValueError, match=r"guidance_scale=7 .*guidance_scale=2, "):
         of(2.0, None).scheduler(SCHEDULER, guidance_scale=7.0).set_timesteps(3)
 
 

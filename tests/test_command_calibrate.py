@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from diffusers_dpm.calibration import Calibration, calibrate, network_calls
@@ -15,8 +15,8 @@ from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
-from diffusers_dpm.training import build_unet
-from diffusers_dpm.training.unet_presets import ddpm_unet
+from tests.commands import error_of, help_of
+from tests.models import save_run, tiny_classifier
 
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -32,16 +32,9 @@ def main(arguments):
 
 @pytest.fixture
 def run(tmp_path):
-    """A random network with a classifier beside it."""
-    torch.manual_seed(1)
-    unet = build_unet(ddpm_unet((8, 16), layers=1, attention=(), groups=4), (1, 8, 8), paper_init=False)
-    DPMPipeline(
-        unet, DDPMScheduler(num_train_timesteps=T, beta_end=0.3, prediction_type="v_prediction")
-    ).save_pretrained(tmp_path / "run")
-    blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "norm_num_groups": 4}
-    classifier = NoisyClassifier(3, sample_size=8, in_channels=1, layers_per_block=1, **blocks)
-    torch.nn.init.normal_(classifier.head.out.weight, std=1)
-    classifier.save_pretrained(tmp_path / "run" / "classifier")
+    """With a classifier beside the network."""
+    save_run(tmp_path / "run", prediction_type="v_prediction")
+    tiny_classifier().save_pretrained(tmp_path / "run" / "classifier")
     return tmp_path / "run"
 
 
@@ -224,6 +217,7 @@ def test_interrupted_and_repeated(run, capsys):
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(run, in_two_processes):
     """Bit for bit: a batch holds the same images, whoever computes it."""
     assert main(command(run)) == 0
@@ -259,17 +253,11 @@ def test_what_cannot_be_used_is_told_in_one_line(run, tmp_path, capsys):
         (str(run), f"--output-dir={tmp_path / 'damaged'}"): "holds no calibration",
     }
     for arguments, message in cases.items():
-        assert main(list(arguments)) == 2, arguments
-        error = capsys.readouterr().err.strip().split("\n")[-1]
-        assert error.startswith("error: ")
-        assert message in error
+        assert message in error_of("calibrate", capsys, *arguments)
     assert not (run / "calibrated").exists()
 
 
 def test_help(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        cli(["calibrate", "--help"])
-    assert exit_.value.code == 0
-    shown = capsys.readouterr().out
+    shown = help_of("calibrate", capsys)
     assert all(name in shown for name in ("--steps", "--num-images", "--teacher-steps", "--max-walks", "RUN"))
     assert "--data" not in shown

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
@@ -21,10 +20,10 @@ from diffusers_dpm.evaluation.features import Reference, load_features, to_bytes
 from diffusers_dpm.evaluation.results import Results, metric_tables, read_metrics
 from diffusers_dpm.evaluation.run import describe_source, shuffled_pixels, split_options
 from diffusers_dpm.likelihood.bound import evidence_lower_bound
-from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler
-from diffusers_dpm.training import build_unet
-from diffusers_dpm.training.unet_presets import ddpm_unet
+from tests.commands import interrupted
+from tests.models import save_features
 
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -37,23 +36,14 @@ def main(arguments):
 
 
 @pytest.fixture
-def run(tmp_path):
-    torch.manual_seed(0)
-    unet = build_unet(ddpm_unet((8, 16), layers=1, attention=(), groups=4), (1, 8, 8), paper_init=False)
-    pipeline = DPMPipeline(unet=unet, scheduler=DDPMScheduler(num_train_timesteps=T, beta_end=0.3))
-    pipeline.save_pretrained(tmp_path / "run")
-    (tmp_path / "run" / "training_options.json").write_text(json.dumps({"ema": True}))
-    return tmp_path / "run"
+def run(run):
+    (run / "training_options.json").write_text(json.dumps({"ema": True}))
+    return run
 
 
 @pytest.fixture
 def features(tmp_path):
-    torch.manual_seed(1)
-    blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "norm_num_groups": 4}
-    classifier = NoisyClassifier(10, sample_size=8, in_channels=1, layers_per_block=1, **blocks)
-    classifier.save_pretrained(tmp_path / "features")
-    (tmp_path / "features" / "features.json").write_text("{}")
-    return tmp_path / "features"
+    return save_features(tmp_path / "features")
 
 
 @pytest.fixture
@@ -251,16 +241,8 @@ def test_batch_size_changes_nothing(evaluate, tmp_path, scheduler):
 
 
 def test_interrupted_in_a_cell_it_goes_on_with_its_images(evaluate, run, monkeypatch):
-    draw, calls = sampling.Sampler.draw, []
-
-    def interrupted(self, seeds):
-        calls.append(len(seeds))
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return draw(self, seeds)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sampling.Sampler, "draw", interrupted)
+    draw = sampling.Sampler.draw
+    with interrupted(sampling.Sampler, "draw", call=5):
         evaluate("--batch-size=8", steps=(3, 2), code=130)
         assert len(json.loads((run / "metrics.json").read_text())["rows"]) == len(METRICS)
         assert (run / "metrics.md").exists()

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -18,38 +17,16 @@ from diffusers_dpm.likelihood.ode import ode_log_likelihood
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import ResultStore
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
+from tests.commands import error_of, help_of, last_line
+from tests.models import save_run, tiny_unet
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 T = 20
 
 
-def save_run(folder, num_classes=None, channels=1):
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        in_channels=channels,
-        out_channels=channels,
-        num_class_embeds=num_classes,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    )
-    pipeline = DPMPipeline(unet=unet, scheduler=DDPMScheduler(num_train_timesteps=T, beta_end=0.3))
-    pipeline.save_pretrained(folder)
-    return pipeline
-
-
 def main(arguments):
     return cli(["likelihood", *arguments])
-
-
-@pytest.fixture
-def run(tmp_path):
-    save_run(tmp_path / "run")
-    return tmp_path / "run"
 
 
 @pytest.fixture
@@ -197,7 +174,7 @@ def test_an_interrupted_measurement_goes_on(tmp_path):
 
 def test_class_conditional_images_of_8_bits(tmp_path):
     run = tmp_path / "conditional"
-    pipeline = save_run(run, num_classes=2, channels=3)
+    pipeline = save_run(run, tiny_unet(3, num_class_embeds=2))
     values = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
     for i, image in enumerate(values):
         folder = tmp_path / "images" / "test" / ("a", "b")[i % 2]
@@ -251,9 +228,7 @@ def test_one_image_has_no_standard_error(call):
 )
 def test_bad_options(call, capsys, arguments, message):
     call("--num-inference-steps", "4", *arguments, code=2)
-    error = capsys.readouterr().err.strip().split("\n")[-1]
-    assert error.startswith("error: ")
-    assert message in error
+    assert message in last_line(capsys)
 
 
 def test_bad_models_and_data(run, tmp_path, capsys):
@@ -266,12 +241,8 @@ def test_bad_models_and_data(run, tmp_path, capsys):
         ([str(run), "--data=digits", "--split=none"], "no split 'none'"),
         ([str(run), f"--data={tmp_path / 'floats.npy'}"], "--num-levels"),
     ):
-        assert main(arguments) == 2
-        assert message in capsys.readouterr().err
+        assert message in error_of("likelihood", capsys, *arguments)
 
 
 def test_help(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["--help"])
-    assert exit_.value.code == 0
-    assert "--num-inference-steps" in capsys.readouterr().out
+    assert "--num-inference-steps" in help_of("likelihood", capsys)

@@ -19,6 +19,7 @@ from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMSchedule
 from diffusers_dpm.training.options import TrainingOptions
 from diffusers_dpm.training.train_diffusion import train
 from diffusers_dpm.training.unet_presets import ddpm_unet
+from tests.commands import error_of, help_of
 
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -133,6 +134,7 @@ def test_interrupted_and_repeated(run, capsys):
     assert not partial.exists()
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(run, in_two_processes):
     """Bit for bit: the four batches of 64, 64, 64 and 48 pairs are the same, whoever computes them."""
     assert main(command(run)) == 0
@@ -172,18 +174,12 @@ def test_what_cannot_be_used_is_told_in_one_line(run, unlabelled, tmp_path, caps
         (str(run), "--data=digits", "--resolution=16"): "images have shape (1, 16, 16), the network's have (1, 8, 8)",
     }
     for arguments, message in cases.items():
-        assert main(list(arguments)) == 2, arguments
-        error = capsys.readouterr().err.strip().split("\n")[-1]
-        assert error.startswith("error: ")
-        assert message in error
+        assert message in error_of("statistics", capsys, *arguments)
     assert not (run / "analytic_dpm").exists()
 
 
 def test_help(capsys):
-    with pytest.raises(SystemExit) as exit_:
-        cli(["statistics", "--help"])
-    assert exit_.value.code == 0
-    shown = capsys.readouterr().out
+    shown = help_of("statistics", capsys)
     assert all(name in shown for name in ("--data", "--num-samples", "--timesteps", "--output-dir", "RUN"))
     assert "--cache-gigabytes" in shown
     assert not any(text in shown for text in ("--random-flip", "--dataloader-num-workers", "to train on"))

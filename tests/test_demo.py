@@ -2,33 +2,23 @@
 
 import numpy as np
 import pytest
-import torch
-from diffusers import DDPMScheduler
 from PIL import Image
 
 from diffusers_dpm.commands import demo_steps as demo
-from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler
-from diffusers_dpm.training import build_unet
-from diffusers_dpm.training.unet_presets import ddpm_unet
-
-from .test_hub_staging import fitted_scheduler
+from tests.models import fitted_scheduler, save_run, tiny_classifier, tiny_unet
 
 
 @pytest.fixture
 def run(tmp_path):
-    torch.manual_seed(0)
-    unet = build_unet(ddpm_unet((8, 8), layers=1, attention=(), groups=4), (1, 8, 8), paper_init=False)
-    scheduler = DDPMScheduler()
-    DPMPipeline(unet, scheduler).save_pretrained(tmp_path)
-    blocks = {"block_out_channels": (8,), "down_block_types": ("DownBlock2D",), "norm_num_groups": 4}
-    NoisyClassifier(10, sample_size=8, in_channels=1, layers_per_block=1, **blocks).save_pretrained(
-        tmp_path / "classifier"
-    )
+    unet = tiny_unet(block_out_channels=(8, 8))
+    scheduler = save_run(tmp_path, unet, num_train_timesteps=1000, beta_end=0.02).scheduler
+    tiny_classifier(10, std=0).save_pretrained(tmp_path / "classifier")
     analytic = AnalyticDPMScheduler.from_config(scheduler.config)
     analytic.set_statistics({"residual": [0.5] * 1000, "schedule_hash": analytic.schedule.hash})
     analytic.save_pretrained(tmp_path / "analytic_dpm")
-    fitted_scheduler(scheduler, (5, 10)).save_pretrained(tmp_path / "calibrated")
+    fitted_scheduler(scheduler, (None, 5), (None, 10)).save_pretrained(tmp_path / "calibrated")
     return tmp_path
 
 

@@ -44,11 +44,8 @@ from diffusers_dpm.evaluation.features import (
 )
 from diffusers_dpm.evaluation.report import by_calls, by_eta, compare, comparison, markdown, plot, report
 from diffusers_dpm.evaluation.results import metric_tables
-from diffusers_dpm.pipelines import NoisyClassifier
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.models import tiny_classifier
+from tests.schedulers.helpers import noise as normal
 
 
 def standardised(*shape, seed=0):
@@ -60,12 +57,7 @@ def standardised(*shape, seed=0):
 
 @pytest.fixture
 def classifier():
-    torch.manual_seed(0)
-    config = {"block_out_channels": (8, 16), "norm_num_groups": 4, "layers_per_block": 1}
-    blocks = ("DownBlock2D", "DownBlock2D")
-    model = NoisyClassifier(3, sample_size=8, in_channels=1, down_block_types=blocks, **config)
-    torch.nn.init.normal_(model.head.out.weight)
-    return model
+    return tiny_classifier(block_out_channels=(8, 16))
 
 
 # Distances
@@ -134,7 +126,7 @@ def test_kernel_distance_in_blocks_and_of_any_order():
     value, error = kernel_distance(x, y)
     assert value == pytest.approx(exact.item(), rel=1e-9)
     assert kernel_distance(x.flip(0), y.flip(0)) == (pytest.approx(value, rel=1e-9), pytest.approx(error, rel=1e-9))
-    with pytest.raises(ValueError, match="at least 4 images, got 3"):
+    with pytest.raises(ValueError, match=r" 4 images.* 3"):
         kernel_distance(x[:3], y)
 
 
@@ -165,7 +157,7 @@ def test_samples_of_one_cluster_in_two_are_precise_and_miss_half():
     precision, recall = precision_and_recall(one, torch.cat([two[:500], normal(500, 2, seed=2)]))
     assert precision.value > 0.95
     assert recall.value == pytest.approx(0.5, abs=0.02)
-    with pytest.raises(ValueError, match="more than num_neighbors=3 images, got 3"):
+    with pytest.raises(ValueError, match=r"num_neighbors=3 .* 3"):
         precision_and_recall(one[:3], two)
 
 
@@ -244,9 +236,9 @@ def test_inception_weights_are_fetched_once(tmp_path, monkeypatch):
     assert path == tmp_path / "hub" / "checkpoints" / "weights.pth"
     (tmp_path / "weights.pth").unlink()
     assert find_inception_weights(url=url).read_bytes() == b"1"
-    with pytest.raises(ValueError, match=r"could not be fetched from file:.*other\.pth"):
+    with pytest.raises(ValueError, match=r"file:.*other\.pth"):
         find_inception_weights(url=(tmp_path / "other.pth").as_uri())
-    with pytest.raises(ValueError, match=r"no weights of InceptionV3 at .*mine\.pth: weights\.pth is among"):
+    with pytest.raises(ValueError, match=r"InceptionV3 .*mine\.pth.*weights\.pth"):
         find_inception_weights(tmp_path / "mine.pth", url)
 
 
@@ -281,7 +273,7 @@ def test_features_of_a_vision_transformer(vit):
     torch.testing.assert_close(extractor(grey), extractor(grey.repeat(1, 3, 1, 1)))
     enlarged = extractor(torch.full((1, 1, 3, 3), 77, dtype=torch.uint8))
     torch.testing.assert_close(enlarged, extractor(torch.full((1, 1, 12, 12), 77, dtype=torch.uint8)))
-    with pytest.raises(ValueError, match="grey and RGB images, these have 2 channels"):
+    with pytest.raises(ValueError, match="2 channels"):
         extractor(images[:, :2])
 
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 import torch
-from diffusers import UNet2DModel
 from torch.distributions import Normal, kl_divergence
 
 from diffusers_dpm import random_streams
@@ -18,47 +17,13 @@ from diffusers_dpm.likelihood.ode import dequantize, exact_trace, largest_error,
 from diffusers_dpm.random_streams import Stream
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
+from tests.models import GaussianNetwork, MixtureNetwork, tiny_unet
+from tests.schedulers.helpers import Gaussian, noise, seeded, with_statistics
 
 
 LOG2 = math.log(2)
 VARIANCE = 0.25  # of the Gaussian data
 ENTROPY = 0.5 * math.log(2 * math.pi * math.e * VARIANCE)
-
-
-class ExactNetwork(torch.nn.Module):
-    """The best network for data N(mean, covariance), (C, H, W) flattened; at real-valued timesteps too."""
-
-    device = torch.device("cpu")
-
-    def __init__(self, schedule, covariance, mean=0.0, prediction_type="epsilon", dtype=torch.float64, channels=1):
-        super().__init__()
-        self.schedule, self.covariance, self.mean = schedule, covariance, mean
-        self.prediction_type, self.dtype, self.channels = prediction_type, dtype, channels
-
-    def forward(self, x, t, class_labels=None):
-        assert x.dtype == self.dtype
-        flat = x.double().flatten(1)
-        output = torch.empty_like(flat)
-        for time in t.unique():
-            output[t == time] = self.predict(flat[t == time], self.schedule.level(time.item()))
-        output = output.view(x.shape).to(x.dtype)
-        return SimpleNamespace(sample=torch.cat([output] + [torch.full_like(x, 7.0)] * (self.channels - 1), dim=1))
-
-    def predict(self, x, level):
-        total = level.alpha**2 * self.covariance + level.sigma**2 * torch.eye(x.shape[1], dtype=torch.float64)
-        score = torch.linalg.solve(total, (x - level.alpha * self.mean).T).T
-        epsilon, x0 = level.sigma * score, self.mean + level.alpha * score @ self.covariance
-        v = level.alpha * epsilon - level.sigma * x0
-        return {"epsilon": epsilon, "sample": x0, "v_prediction": v}[self.prediction_type]
-
-
-class WhiteNetwork(ExactNetwork):
-    """The same for the covariance v I, fast."""
-
-    def forward(self, x, t, class_labels=None):
-        alpha, sigma = self.schedule.at(t, x)
-        centred = (x - alpha * self.mean) / (alpha**2 * self.covariance + sigma**2)
-        return SimpleNamespace(sample=sigma * centred)
 
 
 class Contrived(torch.nn.Module):
@@ -68,10 +33,6 @@ class Contrived(torch.nn.Module):
 
     def forward(self, x, t, class_labels=None):
         return SimpleNamespace(sample=torch.sin(1.7 * x + 0.003 * t.view(-1, 1, 1, 1)) + 0.2 * x.flip(-1))
-
-
-def normal(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def grey_images(count, shape=(1, 4, 4), num_levels=256, seed=0):
@@ -86,10 +47,7 @@ def posterior_variances(schedule, variance=VARIANCE):
 
 def analytic(reverse_variance="residual", variance=VARIANCE, **options):
     scheduler = AnalyticDPMScheduler(reverse_variance=reverse_variance, clip_sample=False, **options)
-    values = posterior_variances(scheduler.schedule, variance)
-    statistics = {"residual": values, "analytic": values, "schedule_hash": scheduler.schedule.hash}
-    scheduler.set_statistics(statistics)
-    return scheduler
+    return with_statistics(scheduler, Gaussian(0.0, variance))
 
 
 def expected_errors(schedule, decoder_variance=None, variance=VARIANCE):
@@ -219,8 +177,8 @@ def test_optimal_variances_with_a_small_eta():
 def test_measured_bound_agrees_with_the_closed_form(reverse_variance):
     scheduler = analytic(reverse_variance)
     scheduler.set_timesteps(10)
-    network = WhiteNetwork(scheduler.schedule, VARIANCE)
-    images = math.sqrt(VARIANCE) * normal(200, 1, 16, 16)
+    network = MixtureNetwork().eval()
+    images = math.sqrt(VARIANCE) * noise(200, 1, 16, 16)
     bound = evidence_lower_bound(network, scheduler, images, num_levels=None)
     expected = bound_from_errors(expected_errors(scheduler.schedule), scheduler)
     assert abs(bound.bits_per_dim - expected.bits_per_dim) < 4 * bound.standard_error
@@ -275,10 +233,6 @@ def test_steps_are_the_divergence_from_what_the_sampler_draws(name):
         q, p = Normal(true_mean, free.sqrt()), Normal(drawn[0] - std * z[0], std)
         expected = kl_divergence(q, p).flatten(1).mean(dim=1) / LOG2
         torch.testing.assert_close(bound.per_term[:, i + 1], expected, rtol=1e-5, atol=1e-9)
-
-
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def test_prior_and_decoder_terms_of_a_grid_that_ends_early():
@@ -395,8 +349,8 @@ def test_prediction_types_and_channels_agree(prediction_type):
     covariance = VARIANCE * torch.eye(4, dtype=torch.float64)
     images = grey_images(3, (1, 2, 2))
     networks = (
-        ExactNetwork(reference.schedule, covariance),
-        ExactNetwork(other.schedule, covariance, prediction_type=prediction_type, channels=2),
+        GaussianNetwork(reference.schedule, covariance),
+        GaussianNetwork(other.schedule, covariance, prediction_type=prediction_type, channels=2),
     )
     bounds = [
         evidence_lower_bound(network, scheduler, images).per_term
@@ -412,19 +366,7 @@ def test_prediction_types_and_channels_agree(prediction_type):
 
 @pytest.fixture(scope="module")
 def unet():
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=4,
-        in_channels=1,
-        out_channels=2,
-        num_class_embeds=3,
-        dropout=0.5,
-        layers_per_block=1,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    ).train()
+    return tiny_unet(attention=True, sample_size=4, out_channels=2, num_class_embeds=3, dropout=0.5).train()
 
 
 def test_a_conditional_unet_with_dropout_and_a_variance_half(unet):
@@ -542,7 +484,7 @@ def test_errors_of_another_schedule_or_grid():
 
 
 def test_a_network_that_returns_nan():
-    network = ExactNetwork(DDPMScheduler().schedule, torch.full((4, 4), math.nan).double())
+    network = GaussianNetwork(DDPMScheduler().schedule, torch.full((4, 4), math.nan).double())
     images = grey_images(1, (1, 2, 2))
     with pytest.raises(ValueError, match="not finite"):
         measure_errors(network, DDPMScheduler(), images, [0])
@@ -576,8 +518,8 @@ COVARIANCE = torch.tensor(
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
 def test_exact_likelihood_of_a_correlated_gaussian(beta_schedule, solver):
     scheduler = DDPMScheduler(beta_schedule=beta_schedule)
-    network = ExactNetwork(scheduler.schedule, COVARIANCE, mean=0.3)
-    images = normal(3, 1, 2, 2) * 0.5
+    network = GaussianNetwork(scheduler.schedule, COVARIANCE, mean=0.3)
+    images = noise(3, 1, 2, 2) * 0.5
     result = ode_log_likelihood(
         network,
         scheduler,
@@ -598,8 +540,8 @@ def test_exact_likelihood_of_a_correlated_gaussian(beta_schedule, solver):
 
 def test_zero_terminal_snr_starts_at_the_last_signal():
     scheduler = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction")
-    network = ExactNetwork(scheduler.schedule, COVARIANCE, prediction_type="v_prediction")
-    images = normal(2, 1, 2, 2) * 0.5
+    network = GaussianNetwork(scheduler.schedule, COVARIANCE, prediction_type="v_prediction")
+    images = noise(2, 1, 2, 2) * 0.5
     result = ode_log_likelihood(network, scheduler, images, num_levels=None, divergence="exact", solver="rk4")
     expected = closed_form(scheduler.schedule, images, 0.0, COVARIANCE, last=-2)
     torch.testing.assert_close(result.per_image, expected, rtol=0, atol=1e-3)
@@ -607,8 +549,8 @@ def test_zero_terminal_snr_starts_at_the_last_signal():
 
 def test_a_float32_network_is_good_to_its_rounding():
     scheduler = diffusers.DDPMScheduler()
-    network = ExactNetwork(DDPMScheduler().schedule, COVARIANCE, dtype=torch.float32)
-    images = normal(2, 1, 2, 2) * 0.5
+    network = GaussianNetwork(DDPMScheduler().schedule, COVARIANCE, dtype=torch.float32)
+    images = noise(2, 1, 2, 2) * 0.5
     result = ode_log_likelihood(network, scheduler, images, num_levels=None, divergence="exact", solver="rk4")
     torch.testing.assert_close(
         result.per_image, closed_form(network.schedule, images, 0.0, COVARIANCE), rtol=0, atol=1e-3
@@ -618,9 +560,9 @@ def test_a_float32_network_is_good_to_its_rounding():
 def test_rademacher_probes_are_exact_for_diagonal_jacobians():
     scheduler = DDPMScheduler()
     covariance = torch.diag(torch.tensor([1.0, 0.1, 0.01, 0.3], dtype=torch.float64))
-    network = ExactNetwork(scheduler.schedule, covariance)
+    network = GaussianNetwork(scheduler.schedule, covariance)
     options = {"num_levels": None, "solver": "rk4", "num_steps": 60}
-    images = normal(2, 1, 2, 2)
+    images = noise(2, 1, 2, 2)
     exact = ode_log_likelihood(network, scheduler, images, divergence="exact", **options)
     probed = ode_log_likelihood(network, scheduler, images, num_probes=3, **options)
     torch.testing.assert_close(probed.samples, exact.samples.expand(-1, -1, 3), rtol=1e-9, atol=1e-9)
@@ -630,8 +572,8 @@ def test_rademacher_probes_are_exact_for_diagonal_jacobians():
 @pytest.mark.parametrize("divergence", ["rademacher", "gaussian"])
 def test_probed_likelihood_is_unbiased_and_knows_its_error(divergence):
     scheduler = DDPMScheduler()
-    network = ExactNetwork(scheduler.schedule, COVARIANCE)
-    images = normal(4, 1, 2, 2) * 0.5
+    network = GaussianNetwork(scheduler.schedule, COVARIANCE)
+    images = noise(4, 1, 2, 2) * 0.5
     options = {"num_levels": None, "solver": "rk4", "num_steps": 12}
     exact = ode_log_likelihood(network, scheduler, images, divergence="exact", **options)
     probed = ode_log_likelihood(network, scheduler, images, divergence=divergence, num_probes=40, **options)
@@ -648,8 +590,8 @@ def test_probed_likelihood_is_unbiased_and_knows_its_error(divergence):
 
 
 def test_traces_of_a_known_jacobian():
-    matrix = normal(6, 6)
-    x = normal(5, 1, 2, 3).requires_grad_()
+    matrix = noise(6, 6)
+    x = noise(5, 1, 2, 3).requires_grad_()
     y = (torch.sin(x).flatten(1) @ matrix.T).view(x.shape)
     expected = (x.cos().flatten(1) * matrix.diagonal()).sum(dim=1)
     torch.testing.assert_close(exact_trace(y, x)[:, 0], expected)
@@ -660,7 +602,7 @@ def test_traces_of_a_known_jacobian():
 
 def test_ode_is_independent_of_batches_and_subsets():
     scheduler = DDPMScheduler()
-    network = ExactNetwork(scheduler.schedule, COVARIANCE)
+    network = GaussianNetwork(scheduler.schedule, COVARIANCE)
     images = grey_images(4, (1, 2, 2))
     for solver, tolerance in (("rk4", 1e-10), ("dopri5", 1e-3)):
         options = {"solver": solver, "num_steps": 20, "num_probes": 2, "num_passes": 2, "seed": 3}
@@ -671,8 +613,8 @@ def test_ode_is_independent_of_batches_and_subsets():
 
 def test_the_adaptive_solver_follows_its_tolerance():
     scheduler = DDPMScheduler()
-    network = ExactNetwork(scheduler.schedule, COVARIANCE)
-    images = normal(2, 1, 2, 2) * 0.5
+    network = GaussianNetwork(scheduler.schedule, COVARIANCE)
+    images = noise(2, 1, 2, 2) * 0.5
     expected = closed_form(scheduler.schedule, images, 0.0, COVARIANCE)
     results = [
         ode_log_likelihood(network, scheduler, images, num_levels=None, divergence="exact", rtol=tol, atol=tol)
@@ -693,13 +635,11 @@ def test_the_error_norm_is_of_the_worst_image():
 
 
 def test_bound_equals_the_ode_where_it_is_tight():
-    images = math.sqrt(VARIANCE) * normal(100, 1, 8, 8)
+    images = math.sqrt(VARIANCE) * noise(100, 1, 8, 8)
     scheduler = analytic("residual")
-    network = WhiteNetwork(scheduler.schedule, VARIANCE)
+    network = MixtureNetwork().eval()
     # Rademacher probes are exact here. The ODE's data is x at timestep 0, of variance 0.250075: nothing at this scale.
-    network_ode = ode_log_likelihood(
-        Interpolated(scheduler.schedule, VARIANCE), scheduler, images, num_levels=None, solver="rk4", num_steps=40
-    )
+    network_ode = ode_log_likelihood(network, scheduler, images, num_levels=None, solver="rk4", num_steps=40)
     optimal = posterior_variances(scheduler.schedule)[0]
     bits = {}
     for name in ("residual", "small", "large"):
@@ -712,12 +652,6 @@ def test_bound_equals_the_ode_where_it_is_tight():
     for name in ("small", "large"):
         gap = bits[name].per_image - network_ode.per_image
         assert gap.mean() > 8 * gap.std() / 10
-
-
-class Interpolated(WhiteNetwork):
-    def forward(self, x, t, class_labels=None):
-        level = self.schedule.level(t[0].item())
-        return SimpleNamespace(sample=level.sigma * x / (level.alpha**2 * self.covariance + level.sigma**2))
 
 
 # Dequantisation ------------------------------------------------------------------------------------------------------
@@ -751,7 +685,7 @@ def test_offsets_of_8_bits():
 def test_discrete_bits_are_those_of_the_bins():
     """White Gaussian data much wider than a bin: -log2 of the bin's probability, up to what the noise costs."""
     scheduler = DDPMScheduler()
-    network = Interpolated(scheduler.schedule, VARIANCE)
+    network = MixtureNetwork().eval()
     images = grey_images(3, (1, 2, 2), num_levels=17) * 0.5
     images = (images * 8).round() / 8
     options = {"num_levels": 17, "solver": "rk4", "num_steps": 20, "num_passes": 40}
@@ -776,6 +710,6 @@ def test_discrete_bits_are_those_of_the_bins():
 )
 def test_bad_ode_options(options, message):
     arguments = {"images": grey_images(1, (1, 2, 2)), **options}
-    network = ExactNetwork(DDPMScheduler().schedule, COVARIANCE)
+    network = GaussianNetwork(DDPMScheduler().schedule, COVARIANCE)
     with pytest.raises(ValueError, match=message):
         ode_log_likelihood(network, DDPMScheduler(), **arguments)

@@ -17,7 +17,7 @@ from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.training.options import TrainingOptions
 from diffusers_dpm.training.unet_presets import PRESETS
 
-from .test_hub_staging import METRIC, fitted_scheduler, make_run
+from .models import METRIC, fitted_scheduler, make_run
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
@@ -116,6 +116,7 @@ def run_snippets(card: str, folder: Path) -> list[dict]:
     return results
 
 
+@pytest.mark.needs("diffusers>=0.38", reason="remote code in a subfolder")
 def test_snippets_run(tmp_path):
     run = make_run(tmp_path / "run", extras=True, num_train_timesteps=100)
     card = card_of(run, tmp_path / "staged")
@@ -139,7 +140,7 @@ def test_rows_of_several_scales(tmp_path):
     """The snippet takes those of the scheduler that is published."""
     run = make_run(tmp_path / "run", num_train_timesteps=100)
     scheduler = DPMPipeline.from_pretrained(run).scheduler
-    fitted, guided = fitted_scheduler(scheduler, (7, 9), 1.5), fitted_scheduler(scheduler, (3,), None)
+    fitted, guided = (fitted_scheduler(scheduler, *tables) for tables in (((1.5, 7), (1.5, 9)), ((None, 3),)))
     both = fitted.calibration | {"tables": guided.calibration["tables"] + fitted.calibration["tables"]}
     fitted.set_calibration(both)
     fitted.save_pretrained(run / "calibrated")
@@ -272,7 +273,7 @@ def test_without_facts_the_card_says_what_was_recorded(tmp_path, monkeypatch):
 def test_facts_that_contradict_the_run(tmp_path):
     run = make_run(tmp_path / "run")
     (tmp_path / "facts.yaml").write_text(yaml.safe_dump({"training": {"batch_size": 128}}))
-    with pytest.raises(ValueError, match="facts say batch_size 128, but the run was trained with 64"):
+    with pytest.raises(ValueError, match=r"batch_size 128.* 64"):
         stage(run, tmp_path / "staged", "org/name", facts=tmp_path / "facts.yaml")
 
 

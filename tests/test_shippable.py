@@ -93,7 +93,7 @@ def test_bundles_load_alone(tmp_path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_absolute_imports_are_the_standard_library_torch_and_diffusers(path):
+def test_absolute_imports_are_stdlib_torch_and_diffusers(path):
     assert imports(path)[0] - set(sys.stdlib_module_names) <= LIBRARIES
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 
 import diffusers
 import numpy as np
@@ -9,9 +10,6 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
-from diffusers import ModelMixin
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch.utils.data import DataLoader, TensorDataset
 
 from diffusers_dpm.networks import noise_schedule_of
@@ -20,59 +18,11 @@ from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 from diffusers_dpm.schedulers.timestep_grids import Grid, even
+from tests.models import MixtureNetwork
+from tests.schedulers.helpers import Gaussian
 
 
-class ExactNetwork(ModelMixin, ConfigMixin):
-    """The best network for images whose pixels are N(means[label], variance), or +-1 if the variance is 0.
-
-    `scale` makes it wrong: the epsilon that it stands for is multiplied by it. `fail_at` interrupts that call.
-    """
-
-    @register_to_config
-    def __init__(
-        self,
-        in_channels: int = 3,
-        sample_size: int = 8,
-        num_class_embeds: int | None = None,
-        prediction_type: str = "epsilon",
-        variance: float = 0.25,
-        means: tuple = (0.0,),
-        scale: float = 1.0,
-        learns_variance: bool = False,
-        rescale_betas_zero_snr: bool = False,
-    ):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
-        self.schedule = DDPMScheduler(
-            prediction_type="v_prediction", rescale_betas_zero_snr=rescale_betas_zero_snr
-        ).schedule
-        self.calls = []
-        self.fail_at = None
-
-    def forward(self, x, t, class_labels=None):
-        assert not self.training
-        if len(self.calls) == self.fail_at:
-            raise KeyboardInterrupt
-        self.calls.append((x, t))
-        config = self.config
-        alpha, sigma = self.schedule.at(t, x)
-        if config.variance == 0:
-            x0 = torch.tanh(alpha * x / sigma**2)
-        else:
-            means = torch.tensor(config.means, dtype=x.dtype)
-            mean = means[torch.zeros_like(t) if class_labels is None else class_labels].view(-1, 1, 1, 1)
-            gain = alpha * config.variance / (alpha**2 * config.variance + sigma**2)
-            x0 = mean + gain * (x - alpha * mean)
-        epsilon = config.scale * (x - alpha * x0) / sigma
-        if config.prediction_type == "epsilon":
-            output = epsilon
-        elif config.prediction_type == "sample":
-            output = x0
-        else:
-            output = alpha * epsilon - sigma * x0
-        if config.learns_variance:
-            output = torch.cat([output, torch.full_like(output, math.nan)], dim=1)
-        return UNet2DOutput(sample=output)
+ExactNetwork = partial(MixtureNetwork, in_channels=3, sample_size=8)  # of N(0, 1/4)
 
 
 def gaussian_images(num, variance=0.25, size=8, seed=0):
@@ -81,9 +31,7 @@ def gaussian_images(num, variance=0.25, size=8, seed=0):
 
 
 def exact(schedule, t, variance=0.25):
-    """C_t = b v / (a v + b)."""
-    alpha, sigma, _ = schedule[t]
-    return sigma**2 * variance / (alpha**2 * variance + sigma**2)
+    return Gaussian(0.0, variance).posterior_variance(schedule[t])
 
 
 def z_score(statistics, name, t, expected):
@@ -183,7 +131,9 @@ def test_a_predicted_variance_is_left_out():
 def test_two_point_data():
     """x_0 = +-1: C = E[1 - tanh(alpha x_t / sigma^2)^2], by quadrature."""
     images = torch.randn(200, 3, 8, 8, generator=torch.Generator().manual_seed(0)).sign()
-    statistics = estimate_statistics(ExactNetwork(variance=0.0), SCHEDULER, images, timesteps=SOME)
+    statistics = estimate_statistics(
+        ExactNetwork(means=(-1.0, 1.0), deviations=(0.0, 0.0)), SCHEDULER, images, timesteps=SOME
+    )
     z = np.linspace(-10, 10, 20001)
     density = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
     for t in (499, 666, 888, 999):
@@ -237,7 +187,7 @@ def two_classes(num=60):
 
 def test_class_conditional_networks_get_the_true_labels():
     images, labels = two_classes()
-    network = ExactNetwork(num_class_embeds=2, means=(0.9, -0.6), variance=0.01)
+    network = ExactNetwork(num_class_embeds=2, means=(0.9, -0.6), deviations=(0.1, 0.1))
     first = estimate_statistics(network, SCHEDULER, images, class_labels=labels, timesteps=SOME, num_samples=40)
     for t in SOME:
         assert abs(z_score(first, "residual", t, exact(SCHEDULER.schedule, t, 0.01))) < 4
@@ -260,19 +210,19 @@ def test_labels_that_a_network_does_not_take_are_left_out():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"images": gaussian_images(3, size=4)}, r"images have shape \(3, 4, 4\), the network's have \(3, 8, 8\)"),
-        ({"images": gaussian_images(1)}, "holds 1 images; standard errors need at least 2"),
+        ({"images": gaussian_images(3, size=4)}, r"\(3, 4, 4\).*\(3, 8, 8\)"),
+        ({"images": gaussian_images(1)}, " 1 images.* 2"),
         ({"images": []}, "no images"),
-        ({"num_samples": 1}, "num_samples=1 must be at least 2"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
-        ({"seed": -1}, "seed=-1 must be at least 0"),
-        ({"timesteps": [5, 1000]}, r"timesteps must lie in 0 \.\. 999, got 0 \.\. 1000"),
-        ({"timesteps": [-1]}, r"got -1 \.\. 999"),
-        ({"class_labels": [0]}, "1 class_labels for 3 images"),
+        ({"num_samples": 1}, "num_samples=1 "),
+        ({"batch_size": 0}, "batch_size=0 "),
+        ({"seed": -1}, "seed=-1 "),
+        ({"timesteps": [5, 1000]}, r"timesteps .*0 \.\. 999, .*0 \.\. 1000"),
+        ({"timesteps": [-1]}, r"-1 \.\. 999"),
+        ({"class_labels": [0]}, "1 class_labels .*3 "),
         ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "has no betas"),
-        ({"unet": ExactNetwork(num_class_embeds=2)}, "needs the label of every image"),
-        ({"unet": ExactNetwork(num_class_embeds=2), "class_labels": [0, 1, -1]}, "needs the label of every image"),
-        ({"unet": ExactNetwork(num_class_embeds=2), "class_labels": [0, 1, 2]}, "go up to 2, the network has 2"),
+        ({"unet": ExactNetwork(num_class_embeds=2)}, "label"),
+        ({"unet": ExactNetwork(num_class_embeds=2), "class_labels": [0, 1, -1]}, "label"),
+        ({"unet": ExactNetwork(num_class_embeds=2), "class_labels": [0, 1, 2]}, "up to 2, .* 2"),
         ({"unet": ExactNetwork(scale=math.nan)}, "not finite"),
     ],
 )
@@ -287,7 +237,9 @@ def test_what_cannot_be_used_is_refused(arguments, message):
 
 def inputs(network):
     """{(timestep, sum of x_t's values)} of all pairs that the network saw."""
-    return {(int(t), float(x)) for xs, ts in network.calls for x, t in zip(xs.sum((1, 2, 3)), ts, strict=True)}
+    return {
+        (int(t), float(x)) for call in network.calls for x, t in zip(call["x"].sum((1, 2, 3)), call["t"], strict=True)
+    }
 
 
 def test_batches_and_subsets_leave_the_draws_as_they_are():
@@ -315,7 +267,7 @@ def test_a_random_subset_of_the_images():
     network = ExactNetwork()
     estimate_statistics(network, SCHEDULER, images, 10, timesteps=[])
     level = SCHEDULER.schedule[0]  # almost no noise: what the network sees is the image
-    seen = [float(x.mean()) for xs, ts in network.calls for x, t in zip(xs, ts, strict=True) if t == 0]
+    seen = [float(x.mean()) for call in network.calls for x, t in zip(call["x"], call["t"], strict=True) if t == 0]
     chosen = sorted({round((value / level.alpha + 1) * 99 / 2) for value in seen})
     assert len(chosen) == 10
     assert chosen[0] < 50 < chosen[-1]
@@ -449,7 +401,7 @@ def test_other_settings_do_not_resume(tmp_path):
         "dtype": {"unet": ExactNetwork().float()},
     }
     for name, change in changes.items():
-        with pytest.raises(ValueError, match=rf"other settings \(.*{name}.*\): repeat that call"):
+        with pytest.raises(ValueError, match=rf"settings \(.*{name}.*\)"):
             estimate_statistics(**{**defaults, **change}, folder=tmp_path)
     estimate_statistics(**defaults, batch_size=3, folder=tmp_path)  # the same up to rounding
     tmp_path.mkdir()
@@ -572,7 +524,7 @@ def test_its_scheduler(tmp_path, statistics):
     loaded.set_timesteps(8)
     assert loaded.updates == scheduler.updates
     assert PosteriorStatistics.from_dict(loaded.statistics) == statistics
-    with pytest.raises(ValueError, match="another noise schedule"):
+    with pytest.raises(ValueError, match="schedule"):
         statistics.scheduler(DDPMScheduler(beta_end=0.01))
 
 
@@ -645,7 +597,7 @@ def test_pickles_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (MS_EPS[:500], r"has shape \(500,\), not 1000 values or 1001"),
+        (MS_EPS[:500], r"\(500,\).* 1000 .* 1001"),
         (MS_EPS[None], r"shape \(1, 1000\)"),
         (-MS_EPS, "negative or not finite"),
         (np.full(1000, np.nan), "negative or not finite"),
@@ -659,7 +611,7 @@ def test_vectors_that_cannot_be_right(tmp_path, values, message):
 
 def test_files_that_cannot_be_read(tmp_path):
     np.savez(tmp_path / "a.npz", first=MS_EPS, second=MS_EPS)
-    with pytest.raises(ValueError, match="none is named ms_eps"):
+    with pytest.raises(ValueError, match="ms_eps"):
         import_ms_eps(tmp_path / "a.npz", SCHEDULER.schedule)
     with pytest.raises(ValueError, match="cannot read"):
         import_ms_eps(tmp_path / "missing.npy", SCHEDULER.schedule)
@@ -675,7 +627,7 @@ def test_ms_eps_needs_signal_and_the_same_schedule(tmp_path):
         import_ms_eps(tmp_path / "a.npy", silent)
     statistics = import_ms_eps(tmp_path / "a.npy", SCHEDULER.schedule, num_images=50_000)
     assert statistics.num_images == 50_000
-    with pytest.raises(ValueError, match="another noise schedule"):
+    with pytest.raises(ValueError, match="schedule"):
         statistics.ms_eps(silent)
     with pytest.raises(ValueError, match="do not have"):
         PosteriorStatistics([0.1], None, None, None, [0], SCHEDULER.schedule.hash, "epsilon").ms_eps(

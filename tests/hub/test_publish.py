@@ -5,7 +5,7 @@ import pytest
 
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.hub.upload import PublishError, log_in, upload
-from tests.test_hub_staging import make_run
+from tests.models import make_run
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content:DeprecationWarning")  # of huggingface_hub
@@ -55,7 +55,7 @@ def test_private_is_private_before_anything_is_sent(hub, folder):
 
 def test_private_is_refused_where_the_repository_is_public(hub, folder):
     hub.api().create_repo(REPO)
-    with pytest.raises(PublishError, match="exists and is public"):
+    with pytest.raises(PublishError, match="public"):
         upload(folder, REPO, private=True, api=hub.api())
     assert commits(hub) == 0
 
@@ -69,7 +69,7 @@ def test_the_same_again_makes_no_commit(hub, folder):
 def test_other_content_is_kept_unless_forced(hub, folder):
     hub.api().create_repo(REPO)
     hub.api().upload_file(path_or_fileobj=b"1", path_in_repo="theirs.txt", repo_id=REPO)
-    with pytest.raises(PublishError, match=r"holds other files \(theirs.txt, ...\).*--force.*--create-pr"):
+    with pytest.raises(PublishError, match=r"theirs.txt, .*--force.*--create-pr"):
         upload(folder, REPO, api=hub.api())
     assert hub.files(REPO) == {"theirs.txt": b"1"}
     upload(folder, REPO, force=True, api=hub.api())
@@ -114,7 +114,7 @@ def test_failed_commit_leaves_what_was_there(fault, hub, folder):
     before = contents(folder)
     (folder / "unet" / "weights.safetensors").write_bytes(b"new")
     hub.inject(COMMIT, **fault)
-    with pytest.raises(PublishError, match=f"cannot publish to {REPO}: "):
+    with pytest.raises(PublishError, match=REPO):
         upload(folder, REPO, force=True, api=hub.api())
     assert hub.files(REPO) == before
     upload(folder, REPO, force=True, api=hub.api())
@@ -151,7 +151,7 @@ def test_somebody_else_commits_in_between(hub, folder, monkeypatch):
 def test_damage_on_the_way_back_is_found(hub, folder):
     hub.inject("GET .*/resolve/.*weights", corrupt=True, times=2)
     for _ in range(2):  # the second time there is nothing to upload, and it is looked at again
-        with pytest.raises(PublishError, match=r"published http.*weights.safetensors came back damaged"):
+        with pytest.raises(PublishError, match=r"http.*weights.safetensors .*damaged"):
             upload(folder, REPO, api=hub.api())
     upload(folder, REPO, api=hub.api())
     assert commits(hub) == 1
@@ -167,7 +167,7 @@ def test_no_right_to_write(token, hub, folder):
 def test_not_logged_in(hub, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-    with pytest.raises(PublishError, match="not logged in: run `hf auth login`"):
+    with pytest.raises(PublishError, match="`hf auth login`"):
         log_in(hub.api(None))
     with pytest.raises(PublishError, match="the token is not valid"):
         log_in(hub.api("hf_wrong"))

@@ -13,7 +13,7 @@ import diffusers_dpm
 from diffusers_dpm import pipelines, schedulers, training
 from diffusers_dpm.hub.staging import stage
 from diffusers_dpm.hub.upload import upload
-from tests.test_hub_staging import make_run
+from tests.models import make_run
 
 from .conftest import Hub
 

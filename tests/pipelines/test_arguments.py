@@ -152,7 +152,7 @@ def test_labels_that_are_embeddings_are_passed_on(make_pipe):
     zero, one = (sample(pipe, seeds=[0], class_labels=value * torch.ones(1, 32)).images for value in (0, 1))
     assert torch.equal(zero, sample(plain, seeds=[0]).images)
     assert not torch.equal(zero, one)
-    with pytest.raises(ValueError, match="needs class_labels"):
+    with pytest.raises(ValueError, match="class_labels"):
         sample(pipe)
 
 
@@ -184,7 +184,7 @@ def test_images_are_x0_mapped_from_minus_one_one_to_zero_one(make_pipe):
 def test_four_channels_are_no_pil_image(make_pipe):
     pipe = make_pipe(DDIMScheduler(), in_channels=4, out_channels=4)
     assert sample(pipe, output_type="np").images.shape == (1, 8, 8, 4)
-    with pytest.raises(ValueError, match="4: use output_type"):
+    with pytest.raises(ValueError, match=r"4.* output_type"):
         sample(pipe, output_type="pil")
 
 
@@ -347,8 +347,8 @@ def test_no_graph_is_kept(make_pipe):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"class_labels": 10}, r"class_labels.* 0\.\.9, got \[10\]"),
-        ({"class_labels": [3, -1]}, r"class_labels.* 0\.\.9, got \[3, -1\]"),
+        ({"class_labels": 10}, r"class_labels.* 0\.\.9, .*\[10\]"),
+        ({"class_labels": [3, -1]}, r"class_labels.* 0\.\.9, .*\[3, -1\]"),
         ({"class_labels": [1, 2, 3], "batch_size": 2}, "2 batch_size, 3 class_labels"),
         ({"class_labels": [0.5]}, "class_labels"),
         ({"class_labels": [[1], [2]]}, "class_labels"),
@@ -359,7 +359,7 @@ def test_no_graph_is_kept(make_pipe):
         ({"seeds": [1], "generator": torch.Generator()}, "generator or seeds"),
         ({"seeds": []}, "'seeds or generators': 0"),
         ({"batch_size": 0}, "'batch_size': 0"),
-        ({"latents": torch.zeros(1, 1, 8, 8)}, r"latents must be \(B, 3, H, W\), got \(1, 1, 8, 8\)"),
+        ({"latents": torch.zeros(1, 1, 8, 8)}, r"latents .*\(B, 3, H, W\), .*\(1, 1, 8, 8\)"),
         ({"output_type": "latent"}, "output_type.*'latent'"),
         ({"num_inference_steps": 0}, "num_inference_steps.*0"),
         ({"return_trajectory": -1}, "return_trajectory.*-1"),

@@ -6,8 +6,6 @@ from itertools import pairwise
 import diffusers
 import pytest
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from diffusers_dpm.pipelines import ClassifierGuidance
@@ -19,101 +17,23 @@ from diffusers_dpm.schedulers import (
     DPMSolverScheduler,
     VPNoiseSchedule,
 )
-from tests.schedulers.helpers import working
+from tests.models import ImageMixtureClassifier, ImageMixtureNetwork
+from tests.schedulers.helpers import PREDICTION_TYPES, noise, working
 
 
 SCHEDULE = VPNoiseSchedule(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64))
-CONVERSIONS = {
-    "epsilon": lambda x0, e, a, s: e,
-    "sample": lambda x0, e, a, s: x0,
-    "v_prediction": lambda x0, e, a, s: a * e - s * x0,
-}
-
-
-def level_of(t):
-    """(alpha, sigma); between training timesteps sigma / alpha is linear, as in diffusers' real-valued timesteps."""
-    below = math.floor(t)
-    low, high = SCHEDULE[below], SCHEDULE[min(below + 1, 999)]
-    ratio = low.sigma / low.alpha + (t - below) * (high.sigma / high.alpha - low.sigma / low.alpha)
-    return 1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio)
-
-
-class MixtureUNet(ModelMixin, ConfigMixin):
-    """The exact network, and the exact classifier, of images from sum_k N(means[k], deviations[k]^2 I) / K.
-
-    `means` hold one value for each column of the image, so that x_t must be read pixel by pixel. With
-    `num_class_embeds` the network is that of the class it is told.
-    """
-
-    @register_to_config
-    def __init__(
-        self,
-        means=((-0.8, 0.1), (0.5, -0.3)),
-        deviations=(0.3, 0.2),
-        prediction_type="epsilon",
-        num_class_embeds=None,
-        in_channels=1,
-        sample_size=2,
-        zero_snr=False,
-    ):
-        super().__init__()
-        self.means = torch.tensor(means, dtype=torch.float64).view(len(means), 1, 1, 1, -1)
-        self.deviations = torch.tensor(deviations, dtype=torch.float64).view(-1, 1, 1, 1, 1)
-        self.calls = []
-
-    dtype = torch.float64
-
-    def level(self, t):
-        return (0.0, 1.0) if self.config.zero_snr and t == 999 else level_of(float(t))
-
-    def components(self, x, t):
-        """(x - mean, variance) of x_t in each class, (K, B, C, H, W)."""
-        a, s = self.level(t)
-        return x.double() - a * self.means, (a * self.deviations) ** 2 + s**2
-
-    def logits(self, x, t):
-        """log p(x_t, k) up to a constant, (B, K)."""
-        centred, variance = self.components(x, t)
-        return (-0.5 * (centred**2 / variance + variance.log())).flatten(2).sum(2).T
-
-    def forward(self, sample, timestep, class_labels=None):
-        self.calls.append((sample.requires_grad, torch.is_grad_enabled(), self.training))
-        centred, variance = self.components(sample, timestep)
-        if class_labels is None:
-            weights = self.logits(sample, timestep).softmax(1).T
-        else:
-            weights = torch.nn.functional.one_hot(class_labels, len(self.means)).T
-        a, s = self.level(timestep)
-        noise = s * (weights.view(*weights.shape, 1, 1, 1) * centred / variance).sum(0)
-        x0 = (sample - s * noise) / a if a else noise * 0 + self.means.mean(0)
-        output = CONVERSIONS[self.config.prediction_type](x0, noise, a, s)
-        return UNet2DOutput(sample=output)
-
-
-class MixtureClassifier(ModelMixin, ConfigMixin):
-    """The exact noisy classifier of `MixtureUNet`'s data; knows the timesteps at which it was called."""
-
-    @register_to_config
-    def __init__(self, num_classes=2, in_channels=1, sample_size=2):
-        super().__init__()
-        self.mixture = MixtureUNet()
-        self.weight = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
-        self.calls = []
-
-    def forward(self, sample, timestep):
-        self.calls.append(timestep.item())
-        return self.weight * self.mixture.logits(sample, timestep)
+level_of = ImageMixtureNetwork().level
 
 
 def guided_pair(make_pipe, scheduler, prediction_type="epsilon"):
     """(pipeline with a classifier, pipeline whose network is that of the class)."""
-    guided = make_pipe(scheduler, MixtureUNet(prediction_type=prediction_type))
-    guided.register_modules(classifier=MixtureClassifier())
-    return guided, make_pipe(scheduler, MixtureUNet(prediction_type=prediction_type, num_class_embeds=2))
+    guided = make_pipe(scheduler, ImageMixtureNetwork(prediction_type=prediction_type))
+    guided.register_modules(classifier=ImageMixtureClassifier())
+    return guided, make_pipe(scheduler, ImageMixtureNetwork(prediction_type=prediction_type, num_class_embeds=2))
 
 
 def latents(n, seed=0):
-    return torch.randn(n, 1, 2, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return noise(n, 1, 2, 2, seed=seed)
 
 
 def path(pipe, **arguments):
@@ -126,17 +46,17 @@ def path(pipe, **arguments):
 
 
 @pytest.mark.parametrize("t", [0, 3, 250, 600.5, 999])
-@pytest.mark.parametrize("prediction_type", list(CONVERSIONS))
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_scale_one_is_the_network_of_the_class(prediction_type, t):
     alpha, sigma = level_of(t)
     x = alpha * latents(6) * 0.4 + sigma * latents(6, seed=1)
     labels = torch.tensor([0, 1, 0, 1, 0, 1])
 
     def log_prob(x_t, t, x0_hat):
-        return MixtureUNet().logits(x_t, t).log_softmax(1)[torch.arange(6), labels]
+        return ImageMixtureNetwork().logits(x_t, t).log_softmax(1)[torch.arange(6), labels]
 
     guidance = ClassifierGuidance(log_prob, prediction_type)
-    network = MixtureUNet(prediction_type=prediction_type)
+    network = ImageMixtureNetwork(prediction_type=prediction_type)
     expected = network(x, t, labels).sample
     guided = guidance(network(x, t).sample, x, t, alpha, sigma)
     torch.testing.assert_close(guided, expected, atol=1e-9, rtol=1e-9)
@@ -325,13 +245,13 @@ def test_images_are_of_the_class_asked_for(make_pipe, scheduler):
     guided, _ = guided_pair(make_pipe, scheduler)
     labels = torch.arange(64) % 2
     x0 = path(guided, class_labels=labels, seeds=range(64), num_inference_steps=25)[-1]
-    assert (MixtureUNet().logits(x0, 0).argmax(1) == labels).float().mean() > 0.98
+    assert (ImageMixtureNetwork().logits(x0, 0).argmax(1) == labels).float().mean() > 0.98
     means = torch.stack([x0[labels == k].mean((0, 1, 2)) for k in (0, 1)])
-    torch.testing.assert_close(means, MixtureUNet().means.view(2, 2), atol=0.12, rtol=0)
+    torch.testing.assert_close(means, ImageMixtureNetwork().means.view(2, 2), atol=0.12, rtol=0)
 
 
 def test_real_valued_timesteps(make_pipe):
-    """Between training timesteps the level is the scheduler's own; MixtureUNet's there is another, by 1e-3."""
+    """Between training timesteps the level is the scheduler's own; ImageMixtureNetwork's there is another, by 1e-3."""
     scheduler = DPMSolverScheduler(**LINEAR, fractional_timesteps=True, timestep_spacing="logsnr")
     guided, conditional = guided_pair(make_pipe, scheduler)
     arguments = {"class_labels": [0, 1], "latents": latents(2)}
@@ -350,7 +270,7 @@ def tilt(x_t, t, x0_hat):
 
 
 def gaussian(mean):
-    return MixtureUNet(means=((mean, mean),), deviations=(math.sqrt(VARIANCE),))
+    return ImageMixtureNetwork(means=((mean, mean),), deviations=(math.sqrt(VARIANCE),))
 
 
 @pytest.mark.parametrize("scheduler", [OURS[0], OURS[1], OURS[5], OURS[9], STOCK[12]], ids=identity)
@@ -453,7 +373,7 @@ def test_mean_shift_agrees_with_the_score_form_in_small_steps(make_pipe):
 def test_mean_shift_by_the_variance_that_the_network_predicts(make_pipe, scheduler):
     """Pixel by pixel, exp of the interpolated log-variance (Nichol and Dhariwal 2021, eq. 15)."""
 
-    class Network(MixtureUNet):
+    class Network(ImageMixtureNetwork):
         def forward(self, sample, timestep, class_labels=None):
             mean = super().forward(sample, timestep, class_labels).sample
             return UNet2DOutput(sample=torch.cat([mean, torch.tanh(sample)], dim=1))
@@ -481,7 +401,7 @@ def test_mean_shift_by_the_variance_that_the_network_predicts(make_pipe, schedul
 
 def test_mean_shift_of_stock_ddpm_for_the_logarithmic_variance(make_pipe):
     pipes = [
-        make_pipe(library(**FREE, variance_type="fixed_small_log"), MixtureUNet())
+        make_pipe(library(**FREE, variance_type="fixed_small_log"), ImageMixtureNetwork())
         for library in (DDPMScheduler, diffusers.DDPMScheduler)
     ]
     options = {"cond_fn": tilt, "guidance_mode": "mean_shift", "guidance_scale": 4.0, "latents": latents(2)}
@@ -502,7 +422,7 @@ def test_mean_shift_of_stock_ddpm_for_the_logarithmic_variance(make_pipe):
     ids=identity,
 )
 def test_mean_shift_needs_a_variance(make_pipe, scheduler):
-    pipe = make_pipe(scheduler, MixtureUNet())
+    pipe = make_pipe(scheduler, ImageMixtureNetwork())
     with pytest.raises(ValueError, match=f"mean_shift.* {type(scheduler).__name__}"):
         path(pipe, cond_fn=tilt, guidance_mode="mean_shift")
 
@@ -525,7 +445,7 @@ SHIFT = 0.9
 @pytest.mark.parametrize("thresholding", [False, True])
 def test_clip_order(make_pipe, library, clip_order, x0_of, thresholding):
     """The x_0 of one step, where the shift w sigma^2 / alpha g is the same in every pixel."""
-    network = MixtureUNet(means=((-1.6, 0.9),), deviations=(0.5,))
+    network = ImageMixtureNetwork(means=((-1.6, 0.9),), deviations=(0.5,))
     config = {"thresholding": True, "sample_max_value": 1.2, "dynamic_thresholding_ratio": 0.9} if thresholding else {}
     scheduler = library(**LINEAR, clip_sample=not thresholding, clip_sample_range=0.8, **config)
     pipe = make_pipe(scheduler, network)
@@ -550,7 +470,7 @@ def test_clip_order(make_pipe, library, clip_order, x0_of, thresholding):
 
 def test_clipping_before_is_guided_diffusions_walk(make_pipe):
     """Clip x_0, derive epsilon again, epsilon - w sigma g, DDIM; nothing is clipped after."""
-    network = MixtureUNet(means=((-1.6, 0.9),), deviations=(0.5,))
+    network = ImageMixtureNetwork(means=((-1.6, 0.9),), deviations=(0.5,))
     pipe = make_pipe(DDIMScheduler(**LINEAR), network)
 
     def cond_fn(x_t, t, x0_hat):

@@ -3,31 +3,13 @@
 import diffusers
 import pytest
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from diffusers.configuration_utils import register_to_config
-from diffusers.utils import BaseOutput
+from diffusers import ModelMixin
 
 from diffusers_dpm.pipelines import ClassifierGuidance, Guidance, pipeline_dpm
-from diffusers_dpm.schedulers import CalibratedScheduler, DDIMScheduler, DDPMScheduler, DPMSolverScheduler
-from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
+from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler
+from tests.models import HeadClassifier, ImageMixtureClassifier, ImageMixtureNetwork, fitted_scheduler
 
-from .test_guidance import LINEAR, MixtureClassifier, MixtureUNet, guided_pair, latents, path
-
-
-class LinearClassifier(ModelMixin, ConfigMixin):
-    """Logits that are linear in x_t, as an output with `.logits`; nan below the timestep `broken_below`."""
-
-    @register_to_config
-    def __init__(self, num_classes=3, in_channels=3, sample_size=8, broken_below=-1):
-        super().__init__()
-        torch.manual_seed(0)
-        self.dropout = torch.nn.Dropout(0.5)
-        self.head = torch.nn.Linear(in_channels * sample_size**2, num_classes)
-
-    def forward(self, sample, timestep):
-        if timestep < self.config.broken_below:
-            sample = sample * torch.nan
-        return BaseOutput(logits=self.head(self.dropout(sample.flatten(1))))
+from .test_guidance import LINEAR, guided_pair, latents, path
 
 
 @pytest.fixture
@@ -39,7 +21,7 @@ def pipe(make_pipe):
 def real_pipe(make_pipe):
     """A real U-Net with three classes in the classifier only."""
     pipe = make_pipe(DDIMScheduler())
-    pipe.register_modules(classifier=LinearClassifier())
+    pipe.register_modules(classifier=HeadClassifier())
     return pipe
 
 
@@ -61,7 +43,7 @@ SOME = [
 def test_scale_zero_is_no_guidance_bit_for_bit(make_pipe, scheduler):
     pipe = make_pipe(scheduler, out_channels=6)
     unguided = path(pipe, seeds=[3, 4])
-    pipe.register_modules(classifier=LinearClassifier(broken_below=1000))
+    pipe.register_modules(classifier=HeadClassifier(broken_below=1000))
     arguments = {"seeds": [3, 4], "class_labels": [0, 2]}
     assert torch.equal(path(pipe, **arguments, guidance_scale=0), unguided)
     assert torch.equal(path(pipe, **arguments, guidance_scale=[0.0, 0.0], clip_order="before"), unguided)
@@ -87,8 +69,8 @@ def test_epsilon_belongs_to_the_clipped_x0(make_pipe, library):
 
 @pytest.mark.parametrize("scheduler", [SOME[0], SOME[2], SOME[3]], ids=lambda s: type(s).__name__)
 def test_an_image_depends_on_its_seed_label_and_scale_alone(make_pipe, scheduler):
-    pipe = make_pipe(scheduler, MixtureUNet())
-    pipe.register_modules(classifier=MixtureClassifier())
+    pipe = make_pipe(scheduler, ImageMixtureNetwork())
+    pipe.register_modules(classifier=ImageMixtureClassifier())
     arguments = {"max_gradient_norm": 2.0}
     seeds, labels, scales = [7, 8, 9, 10], [0, 1, -1, 1], [1.0, 2.5, 3.0, 0.0]
     batch = path(pipe, seeds=seeds, class_labels=labels, guidance_scale=scales, **arguments)
@@ -138,7 +120,7 @@ def test_interval(pipe):
 
 def test_gradient_norm_is_bounded_for_each_image(make_pipe):
     """The first step's x_0 moves by w sigma^2 / alpha times a gradient of norm at most 1.5."""
-    pipe = make_pipe(DDIMScheduler(**LINEAR, clip_sample=False), MixtureUNet())
+    pipe = make_pipe(DDIMScheduler(**LINEAR, clip_sample=False), ImageMixtureNetwork())
     slopes = torch.tensor([0.25, 2.0, 40.0], dtype=torch.float64)  # norms over 4 pixels: 0.5, 4, 80
 
     def cond_fn(x_t, t, x0_hat):
@@ -180,7 +162,7 @@ def test_zero_terminal_snr(make_pipe):
             ),
             "v_prediction",
         )
-        guided.unet = MixtureUNet(prediction_type="v_prediction", zero_snr=True)
+        guided.unet = ImageMixtureNetwork(prediction_type="v_prediction", rescale_betas_zero_snr=True)
         unguided = path(guided, seeds=[0], num_inference_steps=5)
         found = path(guided, seeds=[0], num_inference_steps=5, class_labels=1)
         assert guided.classifier.calls == [799, 599, 399, 199]
@@ -210,9 +192,10 @@ def test_no_graph_goes_through_the_network_unless_asked(pipe):
 
     path(pipe, class_labels=[0, 1], num_inference_steps=3)
     path(pipe, cond_fn=cond_fn, num_inference_steps=3)
-    assert pipe.unet.calls == [(False, False, False)] * 6  # (input requires a gradient, grad mode, training)
+    modes = [call["modes"] for call in pipe.unet.calls]
+    assert modes == [(False, False, False)] * 6  # (input requires a gradient, grad mode, training)
     found = path(pipe, cond_fn=cond_fn, guidance_through_unet=True, num_inference_steps=3)
-    assert pipe.unet.calls[6:] == [(True, True, False)] * 3
+    assert [call["modes"] for call in pipe.unet.calls[6:]] == [(True, True, False)] * 3
     assert not found.requires_grad
 
 
@@ -242,7 +225,7 @@ def test_gradients_are_taken_whatever_the_callers_mode(real_pipe, context):
 def test_networks_from_inference_mode(real_pipe):
     """They sample, and guide with a message of what is wrong."""
     with torch.inference_mode():
-        real_pipe.classifier = LinearClassifier()
+        real_pipe.classifier = HeadClassifier()
         real_pipe.unet = type(real_pipe.unet).from_config(real_pipe.unet.config)
     assert path(real_pipe, class_labels=[0, 1], guidance_scale=0).isfinite().all()
     with pytest.raises(ValueError, match="inference_mode"):
@@ -252,7 +235,7 @@ def test_networks_from_inference_mode(real_pipe):
 def test_half_precision_classifier(make_pipe):
     """A classifier that is sure: gradients of 1e-8 in each pixel, which float16 cannot hold, count as they should."""
     pipe = make_pipe(DDIMScheduler(clip_sample=False))
-    pipe.register_modules(classifier=LinearClassifier())
+    pipe.register_modules(classifier=HeadClassifier())
     with torch.no_grad():
         pipe.classifier.head.bias[0] = 18.0
     arguments = {"seeds": [0, 1], "num_inference_steps": 2}
@@ -284,7 +267,7 @@ def test_classifier_may_return_a_tensor_and_have_no_config(make_pipe):
     class Plain(ModelMixin):
         def __init__(self):
             super().__init__()
-            self.mixture = MixtureUNet()
+            self.mixture = ImageMixtureNetwork()
             self.weight = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
 
         def forward(self, sample, timestep):
@@ -343,7 +326,7 @@ def test_guidance_object_is_its_shortcuts_bit_for_bit(real_pipe, shortcuts, fiel
 
 def test_guidance_object_beside_its_shortcuts_is_an_error(real_pipe):
     arguments = {"class_labels": 0, "guidance": ClassifierGuidance(scale=2.0)}
-    with pytest.raises(ValueError, match="guidance or guidance_scale, clip_order"):
+    with pytest.raises(ValueError, match="guidance_scale, clip_order"):
         path(real_pipe, **arguments, guidance_scale=2.0, clip_order="both")
     with pytest.raises(ValueError, match="guidance or cond_fn"):
         path(real_pipe, **arguments, cond_fn=energy)
@@ -383,8 +366,8 @@ def test_guidance_wraps_guidance(make_pipe):
     [
         ({"guidance_scale": 2.0}, "class_labels"),
         ({"max_gradient_norm": 1.0}, "class_labels"),
-        ({"class_labels": [0, 3]}, r"class_labels.* -1\.\.2, got \[0, 3\]"),
-        ({"class_labels": -2}, r"class_labels.* -1\.\.2, got \[-2\]"),
+        ({"class_labels": [0, 3]}, r"class_labels.* -1\.\.2, .*\[0, 3\]"),
+        ({"class_labels": -2}, r"class_labels.* -1\.\.2, .*\[-2\]"),
         ({"class_labels": [0.5]}, "class_labels"),
         ({"class_labels": [0, 1], "guidance_scale": [1.0, 2.0, 3.0]}, "2 class_labels, 3 guidance_scale"),
         ({"class_labels": 0, "guidance_scale": [[1.0]]}, r"guidance_scale.*\(1, 1\)"),
@@ -395,11 +378,11 @@ def test_guidance_wraps_guidance(make_pipe):
         ({"class_labels": 0, "max_gradient_norm": 0.0}, "max_gradient_norm.*0.0"),
         ({"class_labels": 0, "guidance_through_unet": True}, "guidance_through_unet"),
         ({"class_labels": 0, "cond_fn": energy}, "class_labels.*num_class_embeds"),
-        ({"cond_fn": lambda x_t, t, x0: x_t.sum()}, r"shape \(1,\), got \(\)"),
+        ({"cond_fn": lambda x_t, t, x0: x_t.sum()}, r"\(1,\), .*\(\)"),
         ({"cond_fn": lambda x_t, t, x0: x_t.detach().flatten(1).sum(1)}, "cond_fn.*no input"),
         (
             {"class_labels": 0, "latents": torch.zeros(1, 3, 16, 16)},
-            r"sample_size=\(8, 8\), the pipeline for \(16, 16\)",
+            r"sample_size=\(8, 8\), .*\(16, 16\)",
         ),
     ],
 )
@@ -412,7 +395,7 @@ def test_contradictions_are_named(real_pipe, arguments, message):
     "arguments", [{"guidance_scale": 1.0}, {"clip_order": "both"}, {"guidance_interval": (0, 10)}]
 )
 def test_guidance_without_a_guide_is_an_error(make_pipe, arguments):
-    with pytest.raises(ValueError, match="classifier or a cond_fn"):
+    with pytest.raises(ValueError, match=r"classifier .*cond_fn"):
         path(make_pipe(DDIMScheduler(), num_class_embeds=3), class_labels=0, **arguments)
 
 
@@ -425,27 +408,22 @@ def test_shortcuts_with_their_defaults_ask_for_nothing(make_pipe):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"in_channels": 1}, "in_channels=1, the pipeline for 3"),
-        ({"num_classes": 4}, "num_classes=4, the pipeline for 3"),
-        ({"sample_size": 4}, r"sample_size=\(4, 4\), the pipeline for \(8, 8\)"),
+        ({"in_channels": 1}, "in_channels=1, .* 3"),
+        ({"num_classes": 4}, "num_classes=4, .* 3"),
+        ({"sample_size": 4}, r"sample_size=\(4, 4\), .*\(8, 8\)"),
     ],
 )
 def test_classifier_of_other_images_or_classes(make_pipe, config, message):
     pipe = make_pipe(DDIMScheduler(), num_class_embeds=3)
-    pipe.register_modules(classifier=LinearClassifier(**config))
+    pipe.register_modules(classifier=HeadClassifier(**config))
     with pytest.raises(ValueError, match=message):
         path(pipe, class_labels=0)
 
 
-def fitted_scheduler(solver, guidance_scale=None):
+def own_rows(solver, guidance_scale=None):
     """The solver's own rows, as if they had been fitted."""
-    solver.set_timesteps(3)
-    table = {"timesteps": solver.timesteps.tolist(), "guidance_scale": guidance_scale}
-    table["rows"] = [[row.sample, *row.x0] for row in solver.updates]
-    scheduler = CalibratedScheduler.from_config(solver.config, guidance_scale=guidance_scale)
-    conditions = {key: solver.config[key] for key in CONDITIONS}
-    scheduler.set_calibration({"tables": [table], "schedule_hash": solver.schedule.hash, **conditions})
-    return scheduler
+    spacing = solver.config.timestep_spacing
+    return fitted_scheduler(solver, (guidance_scale, 3), spacing=spacing, factor=1.0)
 
 
 @pytest.mark.parametrize(
@@ -462,7 +440,7 @@ def fitted_scheduler(solver, guidance_scale=None):
 )
 def test_rows_fitted_under_another_scale_are_warned_of_once(real_pipe, caplog, fitted, arguments, warned):
     solver = DPMSolverScheduler()
-    for scheduler in (solver, fitted_scheduler(solver, fitted)):
+    for scheduler in (solver, own_rows(solver, fitted)):
         pipeline_dpm.warn_once.cache_clear()
         real_pipe.scheduler = scheduler
         for _ in range(2):
@@ -473,7 +451,7 @@ def test_rows_fitted_under_another_scale_are_warned_of_once(real_pipe, caplog, f
 
 
 def test_rows_fitted_to_steps_that_clip_keep_clipping(real_pipe):
-    real_pipe.scheduler = fitted_scheduler(DPMSolverScheduler(clip_sample=True))
+    real_pipe.scheduler = own_rows(DPMSolverScheduler(clip_sample=True))
     arguments = {"class_labels": [0, 1], "num_inference_steps": 3}
     assert path(real_pipe, **arguments, clip_order="both").isfinite().all()
     with pytest.raises(ValueError, match=r"clip_order.*fitted"):
@@ -482,7 +460,7 @@ def test_rows_fitted_to_steps_that_clip_keep_clipping(real_pipe):
 
 def test_labels_that_are_embeddings_cannot_guide(make_pipe):
     pipe = make_pipe(DDIMScheduler(), class_embed_type="identity")
-    pipe.register_modules(classifier=LinearClassifier())
+    pipe.register_modules(classifier=HeadClassifier())
     with pytest.raises(ValueError, match="class_labels"):
         path(pipe, class_labels=torch.ones(1, 32))
     assert path(pipe, class_labels=torch.ones(1, 32), guidance_scale=0).isfinite().all()
@@ -490,7 +468,7 @@ def test_labels_that_are_embeddings_cannot_guide(make_pipe):
 
 def test_a_gradient_that_is_not_finite_names_its_step(make_pipe):
     pipe = make_pipe(DDIMScheduler())
-    pipe.register_modules(classifier=LinearClassifier(broken_below=300))
+    pipe.register_modules(classifier=HeadClassifier(broken_below=300))
     arguments = {"num_inference_steps": 5, "class_labels": [0, 1]}  # timesteps 800, 600, 400, 200, 0
     with pytest.raises(ValueError, match=r"step_index 3.*timestep 200"):
         path(pipe, **arguments)
@@ -500,8 +478,8 @@ def test_a_gradient_that_is_not_finite_names_its_step(make_pipe):
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (diffusers.EDMEulerScheduler(), "noise levels of EDMEulerScheduler"),
-        (diffusers.EDMDPMSolverMultistepScheduler(), "noise levels of EDMDPMSolverMultistepScheduler"),
+        (diffusers.EDMEulerScheduler(), "EDMEulerScheduler"),
+        (diffusers.EDMDPMSolverMultistepScheduler(), "EDMDPMSolverMultistepScheduler"),
         (diffusers.FlowMatchEulerDiscreteScheduler(), "prediction_type"),
         (diffusers.CMStochasticIterativeScheduler(), "prediction_type"),
         (diffusers.IPNDMScheduler(), "prediction_type"),
@@ -509,7 +487,7 @@ def test_a_gradient_that_is_not_finite_names_its_step(make_pipe):
             diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
             "not 'flow_prediction'",
         ),
-        (diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), "noise levels of UniPCMultistepScheduler"),
+        (diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), "UniPCMultistepScheduler"),
     ],
     ids=lambda value: type(value).__name__,
 )

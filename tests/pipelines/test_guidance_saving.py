@@ -9,8 +9,7 @@ import torch
 
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler
-
-from .test_guidance_arguments import LinearClassifier
+from tests.models import HeadClassifier
 
 
 # The configs of a public DDPM checkpoint of 2022 (google/ddpm-cifar10-32), with fewer channels.
@@ -83,7 +82,7 @@ def sample(pipe, **arguments):
 def test_a_stock_checkpoint_takes_a_classifier(stock_folder, warnings_of_diffusers):
     plain = DPMPipeline.from_pretrained(stock_folder)
     assert plain.classifier is None
-    classifier = LinearClassifier()
+    classifier = HeadClassifier()
     guided = DPMPipeline.from_pretrained(stock_folder, classifier=classifier)
     assert not warnings_of_diffusers()
     from_stock = DPMPipeline.from_pipe(diffusers.DDPMPipeline.from_pretrained(stock_folder), classifier=classifier)
@@ -97,7 +96,7 @@ def test_a_stock_checkpoint_takes_a_classifier(stock_folder, warnings_of_diffuse
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_a_saved_guided_pipeline_is_a_stock_repository(stock_folder, tmp_path, warnings_of_diffusers, variant):
     folder = tmp_path / "saved"
-    guided = DPMPipeline.from_pretrained(stock_folder, classifier=LinearClassifier())
+    guided = DPMPipeline.from_pretrained(stock_folder, classifier=HeadClassifier())
     guided.scheduler = DDIMScheduler.from_config(guided.scheduler.config)
     guided.save_pretrained(folder, variant=variant)
     weights = f"diffusion_pytorch_model{'.fp16' if variant else ''}.safetensors"
@@ -116,7 +115,7 @@ def test_a_saved_guided_pipeline_is_a_stock_repository(stock_folder, tmp_path, w
     plain = DPMPipeline.from_pretrained(folder, variant=variant)
     assert plain.classifier is None
     torch.testing.assert_close(sample(plain), sample(guided), atol=1e-4, rtol=0)  # diffusers' DDIM, and ours
-    classifier = LinearClassifier.from_pretrained(folder, subfolder="classifier", variant=variant)
+    classifier = HeadClassifier.from_pretrained(folder, subfolder="classifier", variant=variant)
     again = DPMPipeline.from_pretrained(folder, classifier=classifier, variant=variant)
     expected = sample(guided, class_labels=[0, 2], guidance_scale=30.0)
     images = sample(again, class_labels=[0, 2], guidance_scale=30.0)
@@ -126,7 +125,7 @@ def test_a_saved_guided_pipeline_is_a_stock_repository(stock_folder, tmp_path, w
 
 
 def test_the_index_leaves_a_classifier_beside_it_out(stock_folder):
-    LinearClassifier().save_pretrained(stock_folder / "classifier")
+    HeadClassifier().save_pretrained(stock_folder / "classifier")
     DPMPipeline.from_pretrained(stock_folder).save_pretrained(stock_folder)
     index = json.loads((stock_folder / "model_index.json").read_text())
     assert index["_ignore_files"] == ["classifier/diffusion_pytorch_model.safetensors"]

@@ -72,6 +72,7 @@ SCHEDULERS = [
 ]
 
 
+@pytest.mark.slow
 def test_saved_pipelines_load_in_plain_diffusers(make_pipe, tmp_path):
     """Without our package, trust_remote_code or warnings; and the images are those of our pipeline."""
     folders = [tmp_path / str(i) for i in range(len(SCHEDULERS))]
@@ -164,6 +165,8 @@ def test_our_scheduler_from_the_folder_of_a_pipeline(make_pipe, tmp_path):
     assert (sample(loaded) == sample(pipe)).all()
 
 
+@pytest.mark.needs("diffusers>=0.38", reason="remote code in a subfolder")
+@pytest.mark.slow
 def test_file_ships_alone_as_remote_code(make_pipe, tmp_path):
     """With the files that it imports, in a process without our package; twice, as the loader executes it anew."""
     pipe = make_pipe(DDIMScheduler(), num_class_embeds=10)

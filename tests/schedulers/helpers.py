@@ -5,12 +5,14 @@ import math
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import diffusers
 import numpy as np
+import pytest
 import torch
 
 from diffusers_dpm.calibration import solver_for
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler
-from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
+from tests.models import prediction, solver_rows
 
 
 STOCK_SPACINGS = ("leading", "linspace", "trailing")
@@ -18,7 +20,17 @@ SPACINGS = (*STOCK_SPACINGS, "quadratic", "quad", "logsnr")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 # Those that make rows for any timesteps, and for a walk that begins in mid-grid; the others have tables of rows.
 PLANNING = tuple(c for c in ALL_SCHEDULERS if c is not CalibratedScheduler)
+STOCK = (
+    diffusers.DDPMScheduler,
+    diffusers.DDIMScheduler,
+    diffusers.PNDMScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+    diffusers.DPMSolverSinglestepScheduler,
+    diffusers.UniPCMultistepScheduler,
+    diffusers.DEISMultistepScheduler,
+)
 COUNTS = (1, 2, 3, 4, 5, 7, 10, 20, 50)
+LAPLACE = pytest.param("laplace", marks=pytest.mark.needs("diffusers>=0.37", reason="DDPM with laplace betas"))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -50,6 +62,20 @@ def walk(scheduler, network, x, generator=None, begin=0, **keywords):
     return torch.stack(path), torch.stack(x0s)
 
 
+def checked_walk(scheduler, start):
+    """`walk` with `network`, all of it finite, in the dtype of `start`, and twice the same."""
+    paths = []
+    for _ in range(2):
+        path, x0s = walk(scheduler, network, start, seeded())
+        for tensor in (path, x0s):
+            assert tensor.shape == (len(scheduler.timesteps), *start.shape)
+            assert tensor.dtype == start.dtype
+            assert tensor.isfinite().all()
+        paths.append(path)
+    assert torch.equal(*paths)
+    return path, x0s
+
+
 def with_exact_tables(stock, schedule):
     """diffusers' scheduler, computing with float64 tables instead of its float32 ones."""
     stock.alphas_cumprod = schedule.alphas_cumprod
@@ -73,6 +99,11 @@ class Gaussian(NamedTuple):
         """C_t = Cov[x_0 | x_t], which does not depend on x_t."""
         return level.sigma**2 * self.variance / self.total(level)
 
+    def flow(self, x, source, target):
+        """The exact solution of the diffusion ODE: (x - alpha m) / std stays as it is."""
+        scaled = (x - source.alpha * self.mean) / math.sqrt(self.total(source))
+        return target.alpha * self.mean + scaled * math.sqrt(self.total(target))
+
     def statistics(self, schedule):
         """What `AnalyticDPMScheduler.set_statistics` takes; for an exact network both estimates are the same."""
         values = [self.posterior_variance(schedule[t]) for t in range(len(schedule))]
@@ -82,12 +113,10 @@ class Gaussian(NamedTuple):
         centred = (x - level.alpha * self.mean) / self.total(level)
         epsilon = level.sigma * centred
         x0 = self.mean + level.alpha * self.variance * centred
-        return {"epsilon": epsilon, "sample": x0, "v_prediction": level.alpha * epsilon - level.sigma * x0}[
-            prediction_type
-        ]
+        return prediction(prediction_type, x0, epsilon, level.alpha, level.sigma)
 
     def network(self, schedule, prediction_type="epsilon"):
-        return lambda x, t: self.predict(x, schedule[int(t)], prediction_type)
+        return lambda x, t: self.predict(x, schedule.level(float(t)), prediction_type)
 
     def carried(self, scheduler, start=None):
         """(mean, variance) of x after every row (without history), begun at the exact variance or at `start`."""
@@ -106,19 +135,10 @@ class Gaussian(NamedTuple):
 QUARTER = Gaussian(0.0, 0.25)
 
 
-def solver_tables(scheduler, walks=COUNTS, guidance_scale=None):
+def solver_tables(scheduler, walks=COUNTS):
     """What `set_calibration` takes: the rows of DPM-Solver++ for these numbers of steps, or timesteps."""
     solver = solver_for(scheduler, timestep_spacing=scheduler.config.timestep_spacing)
-    tables = []
-    for walk in walks:
-        if isinstance(walk, int):
-            solver.set_timesteps(min(walk, len(solver)))
-        else:
-            solver.set_timesteps(timesteps=walk)
-        rows = [[row.sample, *row.x0] for row in solver.updates]
-        tables.append({"timesteps": solver.timesteps.tolist(), "rows": rows, "guidance_scale": guidance_scale})
-    conditions = {key: scheduler.config[key] for key in CONDITIONS}
-    return {"schedule_hash": scheduler.schedule.hash, **conditions, "tables": tables}
+    return solver_rows(solver, *((None, walk) for walk in walks))
 
 
 def with_statistics(scheduler, data=QUARTER, walks=COUNTS):

@@ -277,7 +277,7 @@ FRACTIONS = st.floats(0, 1)
 
 
 @given(lambda_t=LAMBDAS, gap=st.floats(0.05, 9), eta=FRACTIONS, ms_eps=st.lists(FRACTIONS, min_size=2, max_size=2))
-def test_the_variance_has_its_bounds_and_rises_with_the_statistics(lambda_t, gap, eta, ms_eps):
+def test_variance_is_bounded_and_rises_with_the_statistics(lambda_t, gap, eta, ms_eps):
     """lam^2 + (sqrt(b_t / A) - sqrt(b_s - lam^2))^2 (1 - ms_eps), written from alpha-bar, is the same number."""
     t, s = at_lambda(lambda_t), at_lambda(min(lambda_t + gap, 9.0))
     scheduler = AnalyticDPMScheduler(forward_process="ddim", eta=eta)
@@ -339,7 +339,7 @@ def assert_same_walk(one, other, n, tolerance=0.0):
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("n", [1, 2, 10, 100])
-def test_without_posterior_variance_it_is_ddpm_and_ddim_bit_for_bit(spacing, n):
+def test_without_statistics_it_is_ddpm_and_ddim_bit_for_bit(spacing, n):
     zero = {"timestep_spacing": spacing, **NO_CAP}
     for ours in (
         AnalyticDPMScheduler(missing_statistics="lower_bound", **zero),
@@ -636,10 +636,10 @@ def test_golden_split_where_the_estimate_is_negative(first_bad, n, optimal, top,
 
 
 @pytest.mark.parametrize("first_bad", [0, 100, 500])
-def test_an_estimate_that_is_negative_too_early_has_no_optimal_path(first_bad):
+def test_negative_estimates_have_no_optimal_path(first_bad):
     values = [0.1] * first_bad + [-0.1] * (1000 - first_bad)
     scheduler = given_statistics(AnalyticDPMScheduler(timestep_spacing="optimal"), values)
-    with pytest.raises(ValueError, match=f"negative from timestep {first_bad} of 1000 on"):
+    with pytest.raises(ValueError, match=f"timestep {first_bad} of 1000"):
         scheduler.set_timesteps(10)
 
 
@@ -676,7 +676,7 @@ def test_statistics_and_options_survive_swaps_and_the_disk(library, tmp_path):
 @pytest.mark.parametrize("name", ["residual", "analytic"])
 def test_missing_statistics_are_an_error_that_names_the_remedy(name):
     scheduler = AnalyticDPMScheduler(reverse_variance=name)
-    with pytest.raises(ValueError, match=f"no '{name}' statistics.*diffusers-dpm statistics.*estimate_statistics"):
+    with pytest.raises(ValueError, match=f"'{name}'.*diffusers-dpm statistics.*estimate_statistics"):
         scheduler.set_timesteps(10)
     with pytest.raises(ValueError, match="diffusers-dpm statistics"):
         scheduler.step(noise(1, 1), 0, noise(1, 1))
@@ -684,13 +684,13 @@ def test_missing_statistics_are_an_error_that_names_the_remedy(name):
         scheduler.posterior_variance()
     other = {"residual": "analytic", "analytic": "residual"}[name]
     scheduler.set_statistics({other: [0.1] * 1000, "schedule_hash": LINEAR.hash})
-    with pytest.raises(ValueError, match=f"no '{name}' statistics"):
+    with pytest.raises(ValueError, match=f"'{name}'"):
         scheduler.set_timesteps(10)
 
 
 @pytest.mark.parametrize("options", [{}, {"missing_statistics": "lower_bound"}, {"reverse_variance": "small"}])
 def test_an_optimal_trajectory_needs_statistics(options):
-    with pytest.raises(ValueError, match="optimal trajectory needs statistics"):
+    with pytest.raises(ValueError, match=r"optimal.*statistics"):
         AnalyticDPMScheduler(timestep_spacing="optimal", **options).set_timesteps(10)
 
 
@@ -722,10 +722,10 @@ def test_statistics_that_do_not_fit_are_refused(change, message):
     assert scheduler.statistics is None
 
 
-def test_statistics_of_another_schedule_are_found_out_after_a_swap():
+def test_statistics_of_another_schedule_fail_after_a_swap():
     config = dict(working(AnalyticDPMScheduler).config)
     scheduler = AnalyticDPMScheduler.from_config(config, beta_end=0.03)
-    with pytest.raises(ValueError, match="another noise schedule"):
+    with pytest.raises(ValueError, match="schedule"):
         scheduler.set_timesteps(10)
 
 

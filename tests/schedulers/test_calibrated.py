@@ -68,16 +68,16 @@ def test_the_guidance_scale_chooses_the_tables():
         chosen.set_timesteps(2)
         assert chosen.updates[0].sample == value
         assert chosen.available_steps == ([2, 4] if scale == 2.5 else [2])
-    with pytest.raises(ValueError, match=r"for 2 steps: .* no steps under guidance_scale=3 .*=0, .*=2\.5, without"):
+    with pytest.raises(ValueError, match=r"2 steps.*guidance_scale=3 .*=0, .*=2\.5, "):
         CalibratedScheduler.from_config(scheduler.config, guidance_scale=3).set_timesteps(2)
 
 
-def test_other_numbers_of_steps_are_refused_with_those_that_there_are():
+def test_other_numbers_of_steps_are_refused_with_a_list():
     scheduler = calibrated([table(), table([999, 70], [[0.2, 0.5], [0.1, 0.9]])])
     message = r"for 3 steps: the calibration has rows for 2, 4 steps without guidance.*diffusers-dpm calibrate RUN"
     with pytest.raises(ValueError, match=message):
         scheduler.set_timesteps(3)
-    with pytest.raises(ValueError, match=r"fitted at the timesteps \[999, 70\], not at \[999, 71\]"):
+    with pytest.raises(ValueError, match=r"\[999, 70\].*\[999, 71\]"):
         scheduler.set_timesteps(timesteps=[999, 71])
     with pytest.raises(ValueError, match="for no steps"):
         CalibratedScheduler().set_timesteps(4)
@@ -91,7 +91,7 @@ def test_before_set_timesteps_there_is_no_grid():
         lambda: scheduler.previous_timestep(999),
         lambda: scheduler.set_begin_index(0),
     ):
-        with pytest.raises(ValueError, match=r"no rows for 1000 steps.* 4 steps"):
+        with pytest.raises(ValueError, match=r"1000 steps.* 4 steps"):
             call()
 
 
@@ -106,12 +106,12 @@ def test_before_set_timesteps_there_is_no_grid():
 )
 def test_tables_for_another_process_or_network_are_refused(key, value):
     scheduler = CalibratedScheduler()
-    with pytest.raises(ValueError, match=f"fitted for {key}={value!r}"):
+    with pytest.raises(ValueError, match=f"{key}={value!r}"):
         scheduler.set_calibration({**solver_tables(scheduler), key: value})
     assert scheduler.calibration is None
     missing = solver_tables(scheduler)
     del missing[key]
-    with pytest.raises(ValueError, match=f"fitted for {key}=None"):
+    with pytest.raises(ValueError, match=f"{key}=None"):
         scheduler.set_calibration(missing)
 
 
@@ -128,7 +128,7 @@ def test_how_x0_is_clipped_matters_only_if_it_is(switch, key, value):
         scheduler = CalibratedScheduler(**{switch: on})
         given = {**solver_tables(scheduler), key: value}
         if on:
-            with pytest.raises(ValueError, match=f"fitted for {key}={value}"):
+            with pytest.raises(ValueError, match=f"{key}={value}"):
                 scheduler.set_calibration(given)
         else:
             scheduler.set_calibration(given)
@@ -139,7 +139,7 @@ def test_how_x0_is_clipped_matters_only_if_it_is(switch, key, value):
     "change",
     [{"beta_end": 0.03}, {"prediction_type": "sample"}, {"clip_sample": True}, {"thresholding": True}],
 )
-def test_a_config_that_the_tables_are_not_for_is_found_out_after_a_swap(change):
+def test_tables_of_another_config_are_refused_after_a_swap(change):
     swapped = CalibratedScheduler.from_config(calibrated().config, **change)
     with pytest.raises(ValueError, match="the rows were fitted for"):
         swapped.set_timesteps(4)
@@ -266,7 +266,7 @@ def test_beginning_in_mid_grid_is_refused_each_time(rows):
             scheduler.set_begin_index(2)
         with pytest.raises(ValueError, match=message):
             scheduler.step(noise(*SHAPE), 130, noise(*SHAPE))
-    with pytest.raises(ValueError, match="all images of a batch must be at one timestep"):
+    with pytest.raises(ValueError, match="one timestep"):
         scheduler.step(noise(*SHAPE), torch.tensor([999, 640]), noise(*SHAPE))
     scheduler.set_begin_index(0)
     assert torch.equal(walk(scheduler, network, noise(*SHAPE))[0], expected)
@@ -276,7 +276,7 @@ def test_a_step_left_out_is_refused():
     scheduler = calibrated()
     scheduler.set_timesteps(4)
     scheduler.step(noise(*SHAPE), 999, noise(*SHAPE))
-    with pytest.raises(ValueError, match="to begin at step 2"):
+    with pytest.raises(ValueError, match="step 2"):
         scheduler.step(noise(*SHAPE), 130, noise(*SHAPE))
 
 

@@ -15,8 +15,9 @@ from diffusers_dpm.schedulers import (
 from .helpers import network, noise, working
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_loop_compiles_into_one_graph(scheduler_class, backend):
     """Integers as timesteps are constants of the graph; a tensor would have to be read."""
     scheduler = working(scheduler_class)

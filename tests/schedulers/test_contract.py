@@ -286,7 +286,7 @@ def test_timesteps_can_be_cut_by_the_caller(scheduler_class, options, assign):
 def test_a_timestep_off_the_grid_is_refused(scheduler_class):
     scheduler = ready(scheduler_class)
     for t in (899, 1000, -1, torch.tensor(17)):
-        with pytest.raises(ValueError, match=f"{int(t)} is not on the grid"):
+        with pytest.raises(ValueError, match=str(int(t))):
             scheduler.step(noise(*SHAPE), t, noise(*SHAPE))
 
 
@@ -328,7 +328,7 @@ def test_learned_variances_at_different_timesteps():
         assert torch.equal(got[i], expected)
 
 
-def test_images_at_the_last_timestep_get_no_noise_beside_others_that_do():
+def test_no_noise_at_the_last_timestep_in_a_mixed_batch():
     scheduler = ready(DDPMScheduler)
     got = scheduler.step(noise(*SHAPE), torch.tensor([0, 900, 0, 900]), noise(*SHAPE), generator=seeded())
     still = (got.prev_sample == got.pred_original_sample).flatten(1).all(1)
@@ -348,9 +348,9 @@ def test_mixed_timesteps_are_differentiable(scheduler_class, options):
 @pytest.mark.parametrize("scheduler_class", [DDPMScheduler, DDIMScheduler])
 def test_mixed_timesteps_must_match_the_batch(scheduler_class):
     scheduler = ready(scheduler_class)
-    with pytest.raises(ValueError, match="3 timesteps for a batch of 4"):
+    with pytest.raises(ValueError, match=r"3 timesteps.* 4"):
         scheduler.step(noise(*SHAPE), MIXED[:3], noise(*SHAPE))
-    with pytest.raises(ValueError, match="599 is not on the grid"):
+    with pytest.raises(ValueError, match="599"):
         scheduler.step(noise(*SHAPE), torch.tensor([600, 599, 600, 300]), noise(*SHAPE))
 
 
@@ -383,7 +383,7 @@ def test_noise_depends_on_the_generator_alone(scheduler_class, options):
 
 @pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_variance_channels_are_ignored_where_no_variance_is_learned(scheduler_class, channels):
+def test_variance_channels_are_ignored_unless_learned(scheduler_class, channels):
     x = noise(2, channels, 4, 4)
     plain, _ = walk(ready(scheduler_class), network, x, seeded())
     doubled, _ = walk(ready(scheduler_class), network_with_variance, x, seeded())
@@ -393,7 +393,7 @@ def test_variance_channels_are_ignored_where_no_variance_is_learned(scheduler_cl
 @pytest.mark.parametrize("shape", [(4, 9, 4, 4), (4, 1, 4, 4), (4, 3, 4), (3, 4, 4)])
 @pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
 def test_other_channel_counts_are_refused(scheduler_class, shape):
-    with pytest.raises(ValueError, match="twice the channels"):
+    with pytest.raises(ValueError, match="channels"):
         ready(scheduler_class).step(noise(*shape), 900, noise(*SHAPE))
 
 
@@ -429,7 +429,7 @@ def test_ddim_takes_the_noise_from_the_caller():
     z = torch.randn(SHAPE, generator=seeded(), dtype=x.dtype)
     given = scheduler.step(output, 600, x, eta=0.5, variance_noise=z).prev_sample
     assert torch.equal(given, scheduler.step(output, 600, x, eta=0.5, generator=seeded()).prev_sample)
-    with pytest.raises(ValueError, match="either generator or variance_noise"):
+    with pytest.raises(ValueError, match=r"generator.*variance_noise"):
         scheduler.step(output, 600, x, generator=seeded(), variance_noise=z)
 
 
@@ -442,6 +442,6 @@ def test_ddim_eta_must_lie_between_0_and_1(eta):
 
 
 @pytest.mark.parametrize("eta", [1, 1.0])
-def test_ddim_eta_in_diffusers_position_is_not_taken_for_a_generator(eta):
+def test_ddim_eta_by_position_is_not_taken_for_a_generator(eta):
     with pytest.raises(TypeError, match="generator"):
         ready(DDIMScheduler).step(noise(*SHAPE), 600, noise(*SHAPE), eta)

@@ -79,10 +79,8 @@ def test_second_order_convergence_to_the_exact_flow(sampler, prediction_type):
     data, counts, errors = Gaussian(0.7, 0.25), (21, 41, 81, 161), []
     scheduler = sampler(clip_sample=False, prediction_type=prediction_type, **FINE)
     predict = data.network(scheduler.schedule, prediction_type)
-    top, bottom = scheduler.schedule[3999], scheduler.schedule[0]
     start = noise(20, 1)
-    scaled = (start - top.alpha * data.mean) / math.sqrt(data.total(top))
-    exact = bottom.alpha * data.mean + scaled * math.sqrt(data.total(bottom))
+    exact = data.flow(start, scheduler.schedule[3999], scheduler.schedule[0])
     for n in counts:
         scheduler.set_timesteps(n)
         # The last step, to clean data, is no part of the flow: -2 is x at timestep 0.

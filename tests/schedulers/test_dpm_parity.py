@@ -235,7 +235,7 @@ def test_differs_labels_of_exponential_sigmas_are_cut_off():
     assert ours.levels[:-1] == [ours.schedule[t] for t in ours.timesteps.tolist()]
 
 
-def test_differs_lambda_min_clipped_is_ignored_by_generated_sigmas():
+def test_differs_generated_sigmas_ignore_lambda_min_clipped():
     """[6.1, 15]"""
     ours, stock = pair(MULTI, 10, beta_schedule="squaredcos_cap_v2", use_karras_sigmas=True, lambda_min_clipped=-5.1)
     assert len(set(stock.timesteps.tolist()[:4])) == 1
@@ -270,20 +270,20 @@ def test_differs_thresholding_of_the_noise_form_in_singlestep():
         path(stock, noise(2, 3, 4, 4))
 
 
-def test_differs_even_counts_of_second_order_singlestep_end_in_two_first_order_steps():
+def test_differs_even_counts_of_singlestep_end_in_first_order():
     """[6.1, 6]"""
     ours, stock = pair(SINGLE, 8, final_sigmas_type="sigma_min", lower_order_final=True)
     assert stock.order_list == [1, 2, 1, 2, 1, 2, 1, 1]
     assert [row.anchored for row in ours.updates] == [False, True] * 4
 
 
-def test_differs_third_order_midpoint_singlestep_takes_another_second_stage():
+def test_differs_second_stage_of_third_order_singlestep():
     """[6.1, 5] The error is up to twice as large there; the block's other rows are the same."""
     ours, stock = pair(SINGLE, 11, solver_order=3, algorithm_type="dpmsolver", final_sigmas_type="sigma_min")
     assert distance((ours, stock)) > 1e-3
 
 
-def test_differs_variance_channels_of_networks_without_three_colours():
+def test_differs_variance_channels_without_three_colours():
     """diffusers keeps the first three channels, whatever the sample has."""
     x = noise(2, 4, 4, 4, dtype=torch.float32)
     config = {"variance_type": "learned_range", "algorithm_type": "dpmsolver++"}
@@ -329,7 +329,7 @@ def test_differs_float64_samples_lose_their_precision():
     assert errors[1] > 1e-8
 
 
-def test_differs_singlestep_sde_does_not_converge_to_the_second_order():
+def test_differs_singlestep_sde_is_not_of_second_order():
     """[6.1, 11] Its stages draw noises that belong to no common path; ours refuses: test_dpm_solver."""
 
     def stock_error(n):

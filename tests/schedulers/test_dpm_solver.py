@@ -14,7 +14,19 @@ from hypothesis import strategies as st
 from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler
 from diffusers_dpm.schedulers.noise_schedule import BETA_SCHEDULES
 
-from .helpers import DTYPES, PREDICTION_TYPES, SPACINGS, Gaussian, network, noise, order, seeded, sources, walk
+from .helpers import (
+    DTYPES,
+    PREDICTION_TYPES,
+    SPACINGS,
+    Gaussian,
+    checked_walk,
+    network,
+    noise,
+    order,
+    seeded,
+    sources,
+    walk,
+)
 
 
 FLAGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
@@ -136,15 +148,8 @@ def test_every_legal_config_gives_a_finite_reproducible_loop(case):
     assert 0 <= timesteps[-1] <= timesteps[0] <= config["num_train_timesteps"] - 1
     assert scheduler.timesteps.dtype == (torch.float32 if config["fractional_timesteps"] else torch.int64)
     start = noise(2, 2, 3, 2, dtype=dtype)
-    kept, paths = start.clone(), []
-    for _ in range(2):
-        path, x0s = walk(scheduler, network, start, seeded())
-        for tensor in (path, x0s):
-            assert tensor.shape == (len(timesteps), 2, 2, 3, 2)
-            assert tensor.dtype == dtype
-            assert tensor.isfinite().all()
-        paths.append(path)
-    assert torch.equal(*paths)
+    kept = start.clone()
+    checked_walk(scheduler, start)
     assert torch.equal(start, kept)
     output = network(start, timesteps[0])
     given_output = output.clone()
@@ -250,7 +255,7 @@ def test_a_batch_may_say_its_one_timestep_for_each_image(options):
     for i, t in enumerate(scheduler.timesteps):
         x = scheduler.step(network(x, t), t.expand(3), x, generator).prev_sample
         assert torch.equal(x, full[i])
-    with pytest.raises(ValueError, match="2 timesteps for a batch of 3 images"):
+    with pytest.raises(ValueError, match=r"2 timesteps.* 3 "):
         scheduler.step(x, scheduler.timesteps[0].expand(2), x)
 
 
@@ -260,7 +265,7 @@ def test_beginning_behind_the_last_step_is_a_walk_of_no_steps(options):
     scheduler.set_begin_index(len(GRID))
     assert torch.equal(*(walk(s, network, noise(2, 6), seeded())[0] for s in (scheduler, ready(**options))))
     for begin in (-1, len(GRID) + 1):
-        with pytest.raises(ValueError, match=rf"begin_index={begin} must lie in 0 \.\. {len(GRID)}"):
+        with pytest.raises(ValueError, match=rf"begin_index={begin} .*{len(GRID)}"):
             scheduler.set_begin_index(begin)
 
 
@@ -406,7 +411,7 @@ def test_the_exact_grids_with_fractional_timesteps(flag):
     assert widths == pytest.approx([widths[0]] * 11, rel=1e-3)
 
 
-def test_the_beta_grid_has_the_quantiles_of_the_beta_distribution():
+def test_beta_grid_has_quantiles_of_the_beta_distribution():
     from scipy.stats import beta
 
     scheduler = DPMSolverScheduler(fractional_timesteps=True, use_beta_sigmas=True)

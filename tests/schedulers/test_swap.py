@@ -21,7 +21,7 @@ from diffusers_dpm.schedulers import (
     DPMSolverScheduler,
 )
 
-from .helpers import PLANNING, diffusers_log, network, noise, seeded, walk, with_statistics, working
+from .helpers import PLANNING, STOCK, diffusers_log, network, noise, seeded, walk, with_statistics, working
 
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -33,15 +33,6 @@ OTHER_NAMES = {
 }
 TWIN = {c: OTHER_NAMES.get(c) or getattr(diffusers, c.__name__) for c in ALL_SCHEDULERS}
 NOT_IN_TWIN = {CalibratedScheduler: {"clip_sample", "clip_sample_range"}}  # but in other stock schedulers
-STOCK = (
-    diffusers.DDPMScheduler,
-    diffusers.DDIMScheduler,
-    diffusers.PNDMScheduler,
-    diffusers.DPMSolverMultistepScheduler,
-    diffusers.DPMSolverSinglestepScheduler,
-    diffusers.DEISMultistepScheduler,
-    diffusers.UniPCMultistepScheduler,
-)
 # Far from every default, for the keys that change the forward process or the grid.
 SHARED = {
     "num_train_timesteps": 500,
@@ -93,7 +84,7 @@ def test_save_and_load(scheduler_class, config, tmp_path):
 @pytest.mark.parametrize("scheduler_class", TWINS)
 @pytest.mark.parametrize("config", [{}, SHARED, {"clip_sample": False}])
 @pytest.mark.usefixtures("silent")
-def test_the_file_of_each_library_loads_in_the_other_without_a_word(scheduler_class, config, tmp_path):
+def test_each_librarys_file_loads_silently_in_the_other(scheduler_class, config, tmp_path):
     stock_class = getattr(diffusers, scheduler_class.__name__)
     ours, stock = scheduler_class(**config), stock_class(**config)
     loaded = through_json(ours, stock_class, tmp_path / "ours")

@@ -14,28 +14,18 @@ from diffusers import (
     DDPMPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, DDIMScheduler, DPMSolverScheduler
+from tests.models import tiny_conditional_unet, tiny_unet
 
-from .helpers import PLANNING, network, noise, seeded, walk, with_statistics
+from .helpers import PLANNING, STOCK, network, noise, seeded, walk, with_statistics
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIGS = Path(__file__).parent / "configs"
-SOURCES = (
-    diffusers.DDPMScheduler,
-    diffusers.DDIMScheduler,
-    diffusers.PNDMScheduler,
-    diffusers.DPMSolverMultistepScheduler,
-    diffusers.DPMSolverSinglestepScheduler,
-    diffusers.UniPCMultistepScheduler,
-    diffusers.DEISMultistepScheduler,
-)
 CHAIN = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
 COUNTS = [1, 2, 10, 50, pytest.param(1000, marks=pytest.mark.slow)]
 # Ours, with what stock configs do not say.
@@ -56,15 +46,7 @@ def quiet(pipe):
 
 @pytest.fixture(scope="module")
 def unet():
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=2,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-    ).eval()
+    return tiny_unet(3, block_out_channels=(4, 8), norm_num_groups=2)
 
 
 @pytest.fixture(scope="module")
@@ -82,16 +64,7 @@ def latent_parts():
         eos_token_id=2,
     )
     return {
-        "unet": UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(4, 8),
-            layers_per_block=1,
-            norm_num_groups=2,
-            cross_attention_dim=8,
-            attention_head_dim=2,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        ).eval(),
+        "unet": tiny_conditional_unet(),
         "vae": AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4,
             down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2).eval(),
         "text_encoder": CLIPTextModel(text).eval(),
@@ -183,7 +156,7 @@ def test_image_to_image(scheduler_class, options, strength, latent_parts, tmp_pa
 # DPMSolverScheduler from the configs of others -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", STOCK)
 @pytest.mark.parametrize(
     "config",
     [
@@ -223,10 +196,10 @@ def test_dpm_solver_takes_what_the_other_config_says(source, config, tmp_path):
 @pytest.mark.parametrize(
     ("source", "config", "message"),
     [
-        (SOURCES[3], {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "use_flow_sigmas=True"),
-        (SOURCES[5], {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "use_flow_sigmas=True"),
-        (SOURCES[3], {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
-        (SOURCES[3], {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
+        (STOCK[3], {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "use_flow_sigmas=True"),
+        (STOCK[5], {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "use_flow_sigmas=True"),
+        (STOCK[3], {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
+        (STOCK[3], {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
         (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, "shift=3.0 is of flow matching"),
         (diffusers.EDMDPMSolverMultistepScheduler, {}, "sigma_data=0.5 is of EDM"),
     ],
@@ -240,7 +213,7 @@ def test_dpm_solver_refuses_what_it_cannot_honour(source, config, message, tmp_p
         DPMSolverScheduler.from_pretrained(tmp_path)
 
 
-def test_unipc_in_epsilon_form_becomes_dpm_solver_in_epsilon_form(tmp_path):
+def test_unipc_in_epsilon_form_becomes_dpm_solver(tmp_path):
     for predict_x0, expected in ((True, "dpmsolver++"), (False, "dpmsolver")):
         other = diffusers.UniPCMultistepScheduler(predict_x0=predict_x0)
         other.save_pretrained(tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from diffusers_dpm.training.options import TrainingOptions
 from diffusers_dpm.training.train_diffusion import DiffusionTrainer
 from diffusers_dpm.training.unet_presets import ddpm_unet
-from tests.arguments import as_arguments
+from tests.commands import SHORT_RUN, as_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -45,15 +45,9 @@ def options(tmp_path, unet_config, arrays):
             "data": arrays,
             "unet_config": unet_config,
             "output_dir": str(tmp_path / "run"),
-            "cpu": True,
-            "batch_size": 16,
-            "max_train_steps": 6,
-            "learning_rate": 1e-3,
-            "lr_warmup_steps": 2,
-            "log_with": "none",
             "sample_every": 0,
         }
-        return TrainingOptions(**{**defaults, **changes})
+        return TrainingOptions(**{**SHORT_RUN, **defaults, **changes})
 
     return make
 

@@ -1,22 +1,20 @@
 """The console command and its table of subcommands."""
 
 import importlib.metadata
-import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import get_args
 
 import pytest
-from diffusers import DDPMScheduler, UNet2DModel
 
 from diffusers_dpm.commands import compare
 from diffusers_dpm.commands.main import COMMANDS, main
 from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError
-from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.training import CLASSIFIER_PRESETS, PRESETS
 from diffusers_dpm.training.options import PresetName
+from tests.commands import EXTRA_TRAIN, HIDE
+from tests.models import save_run
 
 
 def test_help_lists_the_commands(capsys):
@@ -60,27 +58,9 @@ def without():
     return run
 
 
-HIDE = """
-import sys
-
-class Without:
-    def __init__(self, finder):
-        self.finder = finder
-
-    def __getattr__(self, name):
-        return getattr(self.finder, name)
-
-    def find_spec(self, name, path=None, target=None):
-        return None if name.split(".")[0] in sys.argv[1].split() else self.finder.find_spec(name, path, target)
-
-sys.meta_path[:] = map(Without, sys.meta_path)
-"""
-EXTRA = "datasets matplotlib sklearn tensorboard torchdiffeq torchmetrics transformers"
-
-
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "demo"])
 def test_help_needs_no_torch(without, name):
-    result = without("torch diffusers accelerate " + EXTRA, name, "--help")
+    result = without("torch diffusers accelerate " + EXTRA_TRAIN, name, "--help")
     assert result.returncode == 0, result.stderr
     assert f"usage: diffusers-dpm {' '.join([name, *COMMANDS[name].operands])}" in result.stdout
 
@@ -93,17 +73,17 @@ def test_the_package_imports_no_torch():
 
 
 def test_a_missing_extra_is_named_in_one_line(without, tmp_path):
-    result = without(EXTRA, "train", "--data=digits", f"--output-dir={tmp_path / 'run'}", "--cpu")
+    result = without(EXTRA_TRAIN, "train", "--data=digits", f"--output-dir={tmp_path / 'run'}", "--cpu")
     assert result.returncode == 1
     message = r"""error: 'diffusers-dpm train' needs \w+: pip install "diffusers-dpm\[train\]"\n"""
     assert re.fullmatch(message, result.stderr)
 
 
-def test_sampling_needs_no_extra(without, tmp_path, unet_config):
-    config = {**json.loads(Path(unet_config).read_text()), "sample_size": 8, "in_channels": 1, "out_channels": 1}
-    DPMPipeline(UNet2DModel(**config), DDPMScheduler()).save_pretrained(tmp_path / "run")
+@pytest.mark.slow
+def test_sampling_needs_no_extra(without, tmp_path):
+    save_run(tmp_path / "run")
     options = ["--num-inference-steps=2", "--seeds=0-1", "--cpu", f"--output={tmp_path / 'images'}"]
-    result = without(EXTRA, "sample", tmp_path / "run", "--scheduler=dpm-solver", *options)
+    result = without(EXTRA_TRAIN, "sample", tmp_path / "run", "--scheduler=dpm-solver", *options)
     assert result.returncode == 0, result.stderr
     assert "2 images in" in result.stdout
 

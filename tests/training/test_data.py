@@ -60,7 +60,7 @@ def test_digits_are_split_into_train_and_test():
     assert sorted(drawn["train"] + drawn["test"]) == drawn["all"]  # every digit once
     counts = torch.bincount(torch.tensor([example["labels"] for example in parts["test"]]))
     assert counts.min() >= 28  # stratified
-    with pytest.raises(DataError, match="no split 'validation'; choose one of train, test, all"):
+    with pytest.raises(DataError, match=r"'validation'.* train, test, all"):
         load_images("digits", split="validation")
 
 
@@ -89,7 +89,7 @@ def test_image_folder_without_classes(tmp_path):
     assert (data.shape, data.num_classes) == ((1, 8, 6), 0)
     assert data[0]["labels"] == -1
     torch.testing.assert_close(data[[0, 1, 2]]["images"], in_range(images))
-    with pytest.raises(DataError, match="no label column found; pass --label-column: the columns are image"):
+    with pytest.raises(DataError, match=r"--label-column.* image"):
         load_images(tmp_path / "data", require_labels=True)
 
 
@@ -140,10 +140,10 @@ def test_columns_by_name(tmp_path, table):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ({"label_column": "class"}, "no column 'class' for --label-column: the columns are picture, kind, word"),
-        ({"image_column": "image"}, "no column 'image' for --image-column: the columns are picture, kind, word"),
-        ({"image_column": "kind"}, "column 'kind' holds no images"),
-        ({"label_column": "picture"}, "must hold class names or integers"),
+        ({"label_column": "class"}, "'class' .*--label-column.* picture, kind, word"),
+        ({"image_column": "image"}, "'image' .*--image-column.* picture, kind, word"),
+        ({"image_column": "kind"}, "'kind' .*images"),
+        ({"label_column": "picture"}, "class names or integers"),
     ],
 )
 def test_wrong_columns(tmp_path, table, names, message):
@@ -200,8 +200,8 @@ def test_npy_folders_are_classes(arrays):
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (np.full((2, 3, 8, 8), 1.5, np.float32), r"values from 1.5 to 1.5; .* must lie in \[-1, 1\]"),
-        (np.full((2, 3, 8, 8), np.nan, np.float32), r"must lie in \[-1, 1\]"),
+        (np.full((2, 3, 8, 8), 1.5, np.float32), r"1.5 .*1.5.*\[-1, 1\]"),
+        (np.full((2, 3, 8, 8), np.nan, np.float32), r"\[-1, 1\]"),
         (np.zeros((2, 3, 8, 8), np.int64), "holds int64"),
         (np.zeros(7, np.float32), "not that of one image"),
     ],
@@ -214,7 +214,7 @@ def test_npy_out_of_range(tmp_path, array, message):
 
 def test_empty_folder(tmp_path):
     (tmp_path / "data" / "cat").mkdir(parents=True)
-    with pytest.raises(DataError, match=f"no images in {tmp_path / 'data'}: the folder is empty"):
+    with pytest.raises(DataError, match=f"{tmp_path / 'data'}.*empty"):
         load_images(tmp_path / "data")
 
 
@@ -229,21 +229,21 @@ def test_broken_image_is_named(tmp_path, damage):
     save_images(tmp_path / "data", pixels(4, 32, 32, 3))
     broken = tmp_path / "data" / "2.png"
     broken.write_bytes(b"no image" if damage == "not an image" else broken.read_bytes()[:400])
-    with pytest.raises(DataError, match=f"broken image {broken}: "):
+    with pytest.raises(DataError, match=str(broken)):
         load_images(tmp_path / "data")
 
 
 def test_broken_array_is_named(tmp_path):
     np.save(tmp_path / "0.npy", np.zeros((8, 8), np.uint8))
     (tmp_path / "1.npy").write_bytes(b"no array")
-    with pytest.raises(DataError, match=f"cannot read {tmp_path / '1.npy'}"):
+    with pytest.raises(DataError, match=str(tmp_path / "1.npy")):
         load_images(tmp_path)
 
 
 def test_mixed_sizes_need_a_resolution(tmp_path):
     save_images(tmp_path / "data" / "a", pixels(2, 8, 8, 3))
     save_images(tmp_path / "data" / "b", pixels(2, 10, 12, 3))
-    with pytest.raises(DataError, match=r"mixed sizes: 8x8 .*a/0.png.* 10x12 .*b/0.png.*pass --resolution H W"):
+    with pytest.raises(DataError, match=r"8x8 .*a/0.png.* 10x12 .*b/0.png.*--resolution"):
         load_images(tmp_path / "data")
     assert load_images(tmp_path / "data", resolution=[6, 4]).shape == (3, 6, 4)
     assert load_images(tmp_path / "data", resolution=[6]).shape == (3, 6, 6)
@@ -252,7 +252,7 @@ def test_mixed_sizes_need_a_resolution(tmp_path):
 def test_mixed_channels_need_a_number(tmp_path):
     save_images(tmp_path / "data" / "a", pixels(1, 8, 8))
     save_images(tmp_path / "data" / "b", pixels(1, 8, 8, 3))
-    with pytest.raises(DataError, match=r"mixed channels.*pass --channels N"):
+    with pytest.raises(DataError, match=r"channels.*--channels"):
         load_images(tmp_path / "data")
     for channels in (1, 3):
         assert load_images(tmp_path / "data", channels=channels).shape == (channels, 8, 8)

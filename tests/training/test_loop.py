@@ -212,7 +212,7 @@ def test_non_finite_loss_stops_the_run(trainer):
             if record.step == 3:
                 torch.nn.init.constant_(run.state.model.conv_in.bias, torch.nan)
 
-    with pytest.raises(NonFiniteLossError, match="the loss is nan at step 4"):
+    with pytest.raises(NonFiniteLossError, match="nan at step 4"):
         poison()
     assert seen[-1] <= 4
 
@@ -235,7 +235,7 @@ def test_what_spoils_the_weights(figures, skipped, message):
 
 
 def test_batches_that_cannot_be_divided(trainer):
-    with pytest.raises(ValueError, match=r"--batch-size 10 cannot be divided evenly among 1 process.* x 4"):
+    with pytest.raises(ValueError, match=r"--batch-size 10 .* 1 process.* x 4"):
         trainer(batch_size=10, gradient_accumulation_steps=4)
 
 

@@ -1,7 +1,7 @@
 """`train --overwrite` deletes a run with all that was made from its model, and nothing else."""
 
 from diffusers_dpm.commands.main import main as cli
-from tests.test_hub_staging import make_run
+from tests.models import make_run
 
 
 def main(arguments):

@@ -1,12 +1,12 @@
 """`diffusers-dpm train-classifier`: what it learns, what it leaves, how it resumes, what it refuses."""
 
-import dataclasses
 import gc
 import json
 import math
 import re
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.data import ImageDataset, ImageSource
-from diffusers_dpm.options import flag
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import DDPMScheduler
 from diffusers_dpm.training import ClassifierLoss, TrainingState, build_unet, training_steps
@@ -29,7 +28,10 @@ from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS, build_
 from diffusers_dpm.training.options import ClassifierTrainingOptions
 from diffusers_dpm.training.train_classifier import ClassifierTrainer, train_classifier
 from diffusers_dpm.training.unet_presets import PRESETS, ddpm_unet
-from tests.arguments import as_arguments
+from tests.commands import SHORT_RUN, as_arguments, assert_named_once, error_of, help_of
+from tests.models import save_run, tiny_unet
+
+from .test_resume import assert_same
 
 
 TINY = ddpm_encoder((8, 16), layers=1, attention=(1,), groups=4)
@@ -40,9 +42,8 @@ def make_pipeline(tmp_path):
     """A folder with a pipeline of a tiny U-Net for 8x8 grey images; keywords are the scheduler's."""
 
     def make(name="pipeline", **config) -> Path:
-        torch.manual_seed(0)
-        unet = build_unet(ddpm_unet((8, 16), layers=1, attention=(1,), groups=4), (1, 8, 8), paper_init=False)
-        DPMPipeline(unet, DDPMScheduler(**{"num_train_timesteps": 10, **config})).save_pretrained(tmp_path / name)
+        unet = tiny_unet(**ddpm_unet((8, 16), layers=1, attention=(1,), groups=4))
+        save_run(tmp_path / name, unet, **{"num_train_timesteps": 10, "beta_end": 0.02, **config})
         return tmp_path / name
 
     return make
@@ -60,17 +61,9 @@ def classifier_options(arrays, classifier_config):
     """A short run of a tiny classifier; keywords replace its options."""
 
     def make(**changes) -> ClassifierTrainingOptions:
-        defaults = {
-            "data": arrays,
-            "classifier_config": classifier_config,
-            "cpu": True,
-            "batch_size": 16,
-            "max_train_steps": 6,
-            "learning_rate": 1e-3,
-            "lr_warmup_steps": 2,
-            "log_with": "none",
-        }
-        return ClassifierTrainingOptions(**{**defaults, **changes})
+        return ClassifierTrainingOptions(
+            **{**SHORT_RUN, "data": arrays, "classifier_config": classifier_config, **changes}
+        )
 
     return make
 
@@ -89,12 +82,7 @@ def main(arguments):
     return cli(["train-classifier", *arguments])
 
 
-def fails(capsys, *arguments):
-    """The one line that the command ends with."""
-    assert main(list(arguments)) == 2
-    error = capsys.readouterr().err.strip().split("\n")[-1]
-    assert error.startswith("error: ")
-    return error
+fails = partial(error_of, "train-classifier")
 
 
 def files(folder):
@@ -147,7 +135,7 @@ def test_loss_is_the_cross_entropy_of_the_noised_image():
     logits = classifier(schedule.add_noise(x0, noise, t), t).logits
     expected = -logits.log_softmax(dim=1)[range(4), labels]
     torch.testing.assert_close(ClassifierLoss(schedule)(classifier, x0, t, noise, labels), expected)
-    with pytest.raises(ValueError, match="needs class_labels"):
+    with pytest.raises(ValueError, match="class_labels"):
         ClassifierLoss(schedule)(classifier, x0, t, noise)
 
 
@@ -241,18 +229,6 @@ def test_every_unet_has_a_classifier_of_sensible_size(name):
 # How it resumes
 
 
-def contents(folder):
-    """Every tensor and every number below, by relative path."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.suffix == ".safetensors":
-            found |= {f"{name}/{key}": value for key, value in load_file(path).items()}
-        elif path.name == "state.json":
-            found[name] = json.loads(path.read_text())
-    return found
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -272,11 +248,7 @@ def test_two_halves_equal_the_whole(make_pipeline, classifier_options, changes):
     shutil.copy(trainer.run_folder / "training_options.json", halves / "classifier_training")
     torch.manual_seed(12345)  # the state of the process does not matter
     train_classifier(halves, classifier_options(resume="latest", **common))
-    first, second = (contents(checkpoint_folder(folder / "classifier_training", 16)) for folder in (whole, halves))
-    assert first.keys() == second.keys()
-    assert len(first) > 100
-    for name, value in first.items():
-        assert torch.equal(value, second[name]) if torch.is_tensor(value) else value == second[name], name
+    assert_same(*(checkpoint_folder(folder / "classifier_training", 16) for folder in (whole, halves)))
     if changes.get("timestep_sampling") == "loss-second-moment":
         assert load_file(middle / "trainer_state" / "loss_history.safetensors")["counts"].min() >= 10
         assert trainer.state.loss_history.probabilities().std() > 0
@@ -325,7 +297,7 @@ def test_another_noise_schedule_is_refused(make_pipeline, classifier_options):
     folder = make_pipeline()
     train_classifier(folder, classifier_options())
     DDPMScheduler(num_train_timesteps=10, beta_end=0.3).save_pretrained(folder / "scheduler")
-    with pytest.raises(ValueError, match="was trained with the noise schedule 10 timesteps, alphas_cumprod"):
+    with pytest.raises(ValueError, match="10 timesteps, alphas_cumprod"):
         ClassifierTrainer(folder, classifier_options(resume="latest"))
 
 
@@ -440,7 +412,7 @@ def test_held_out_classes_are_those_of_the_training(make_pipeline, classifier_op
     """Other folder names would be other indices for the same classes."""
     shutil.copytree(arrays, tmp_path / "held_out")
     (tmp_path / "held_out" / "class_0").rename(tmp_path / "held_out" / "class_2")
-    with pytest.raises(ValueError, match=re.escape("classes are ['class_1', 'class_2'], not ['class_0', 'class_1']")):
+    with pytest.raises(ValueError, match=r"\['class_1', 'class_2'\].*\['class_0', 'class_1'\]"):
         ClassifierTrainer(make_pipeline(), classifier_options(eval_data=str(tmp_path / "held_out")))
 
 
@@ -452,18 +424,15 @@ def test_folders_that_hold_no_pipeline(tmp_path, command, capsys):
 
 
 def test_configs_that_do_not_fit(tmp_path):
-    with pytest.raises(ValueError, match="NoisyClassifier has no option up_block_types"):
+    with pytest.raises(ValueError, match=r"NoisyClassifier.* up_block_types"):
         build_classifier({**TINY, "up_block_types": ()}, (1, 8, 8), 2)
-    with pytest.raises(ValueError, match="in_channels 3, the data needs 1"):
+    with pytest.raises(ValueError, match=r"in_channels 3.* 1"):
         build_classifier({**TINY, "in_channels": 3}, (1, 8, 8), 2)
 
 
 def test_help_names_every_option_once(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    shown = capsys.readouterr().out
-    for name in (item.name for item in dataclasses.fields(ClassifierTrainingOptions)):
-        assert len(re.findall(rf"^[│ ] {flag(name)}[, \n]", shown, flags=re.MULTILINE)) == 1, name
+    shown = help_of("train-classifier", capsys)
+    assert_named_once(ClassifierTrainingOptions, shown)
     assert "usage: diffusers-dpm train-classifier RUN " in shown
 
 

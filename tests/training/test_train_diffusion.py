@@ -1,11 +1,11 @@
 """The command as a user runs it: options, run folder, samples, logs, processes."""
 
-import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_dpm.commands.main import main as cli
-from diffusers_dpm.options import flag, parse_options
+from diffusers_dpm.options import parse_options
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler
 from diffusers_dpm.training.checkpoints import checkpoint_folder, list_checkpoints
 from diffusers_dpm.training.options import TrainingOptions
 from diffusers_dpm.training.train_diffusion import sample_grid, train
+from tests.commands import assert_named_once, error_of, help_of
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
@@ -53,14 +54,10 @@ def main(arguments):
     return cli(["train", *arguments])
 
 
-def fails(capsys, *arguments, code=2):
-    """The one line that the command ends with."""
-    assert main(list(arguments)) == code
-    error = capsys.readouterr().err.strip().split("\n")[-1]
-    assert error.startswith("error: ")
-    return error
+fails = partial(error_of, "train")
 
 
+@pytest.mark.slow
 def test_command_then_plain_diffusers(tmp_path):
     """The main job: train on the digits, load where this package cannot be imported."""
     folder = tmp_path / "run"
@@ -90,6 +87,7 @@ def losses(folder):
     return [event.value for event in events.Scalars("loss")]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, arguments, in_two_processes):
     """The same global batch on two CPU processes: the same loss and weights, to float32 rounding."""
     common = {"log_with": "tensorboard", "log_every": 1, "dropout": 0.0, "random_flip": True}
@@ -304,11 +302,8 @@ def test_broken_image_ends_the_command_in_one_line(tmp_path, arguments, capsys, 
 
 
 def test_help_names_every_option_once(capsys):
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    shown = capsys.readouterr().out
-    for name in (item.name for item in dataclasses.fields(TrainingOptions)):
-        assert len(re.findall(rf"^[│ ] {flag(name)}[, \n]", shown, flags=re.MULTILINE)) == 1, name
+    shown = help_of("train", capsys)
+    assert_named_once(TrainingOptions, shown)
     for group in ("data", "model", "noise schedule", "loss", "optimisation", "EMA", "logging"):
         assert f" {group} options " in shown
     assert all(len(line) <= 119 for line in shown.split("\n"))

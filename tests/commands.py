@@ -1,0 +1,95 @@
+"""The command line in this process and in others: options as arguments, errors, help, modules that are missing."""
+
+import dataclasses
+import itertools
+import re
+from contextlib import contextmanager
+
+import pytest
+
+from diffusers_dpm.commands.main import main
+from diffusers_dpm.options import flag
+
+
+# Begins code that is run by `python -c`: the modules named in its first argument cannot be imported.
+HIDE = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split(".")[0] in sys.argv[1].split() else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+"""
+EXTRA_TRAIN = "datasets matplotlib sklearn tensorboard torchdiffeq torchmetrics transformers"
+
+
+# Options of a short training.
+SHORT_RUN = {
+    "cpu": True,
+    "batch_size": 16,
+    "max_train_steps": 6,
+    "learning_rate": 1e-3,
+    "lr_warmup_steps": 2,
+    "log_with": "none",
+}
+
+
+def as_arguments(options):
+    """--name=value for each option that is not None, --name value ... for a list, --name or --no-name for a flag."""
+    arguments = []
+    for name, value in vars(options).items():
+        if isinstance(value, bool):
+            arguments.append(flag(name) if value else flag(f"no_{name}"))
+        elif isinstance(value, list):
+            arguments += [flag(name), *map(str, value)]
+        elif value is not None:
+            arguments.append(f"{flag(name)}={value}")
+    return arguments
+
+
+@contextmanager
+def interrupted(owner, name, call):
+    """Call number `call` (from 1) of a method raises KeyboardInterrupt, as Ctrl-C does."""
+    method, calls = getattr(owner, name), itertools.count(1)
+
+    def counted(*arguments):
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        return method(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, counted)
+        yield
+
+
+def last_line(capsys):
+    """The last line on stderr, which must be an error's."""
+    line = capsys.readouterr().err.strip().split("\n")[-1]
+    assert line.startswith("error: ")
+    return line
+
+
+def error_of(command, capsys, *arguments, code=2):
+    """The line that a command ends with, which must fail."""
+    assert main([command, *arguments]) == code, arguments
+    return last_line(capsys)
+
+
+def help_of(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+def assert_named_once(options, text):
+    """Each field of the options begins one line of a help text."""
+    for field in dataclasses.fields(options):
+        assert len(re.findall(rf"^[│ ] {flag(field.name)}[, \n]", text, flags=re.MULTILINE)) == 1, field.name
