@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-SOURCES := src schedulers pipelines training tests benchmarks model_cards/render.py
-PACKAGED := $(sort $(wildcard src/diffusers_dpm/* schedulers/* pipelines/* training/* model_cards/*))
+SOURCES := src schedulers pipelines training tests benchmarks model_cards/render.py docs/site_extensions.py
+PACKAGED := $(sort $(wildcard src/diffusers_dpm/* src/diffusers_dpm/*/*.py schedulers/* pipelines/* training/* model_cards/*))
 
 # With threads that spin while they wait, two processes on two cores slow each other down tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -15,7 +15,7 @@ test unit test-slow compat-oldest compat-newest: export OMP_NUM_THREADS = 1
 OLDEST := diffusers==0.35.2 huggingface-hub==0.36.2 transformers==4.57.1 accelerate==1.10.1 datasets==4.0.0
 NEWEST := diffusers huggingface-hub transformers accelerate datasets
 
-.PHONY: help demo card test test-slow compat compat-oldest compat-newest lint types unit format clean FORCE
+.PHONY: help demo card docs test test-slow compat compat-oldest compat-newest lint types unit format clean FORCE
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "%-12s %s\n", $$1, $$2}'
@@ -26,7 +26,10 @@ demo: $(VENV)/.demo ## train, sample and reload a model of handwritten digits
 card: $(VENV)/.dev ## render model_cards/ddpm-digits.md from its facts, figures and pictures
 	$(BIN)/python model_cards/render.py model_cards/ddpm-digits.yaml
 
-test: lint types unit ## lint, types and the test suite
+docs: $(VENV)/.dev ## build the site in build/site; a broken link or reference fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+test: lint types docs unit ## lint, types, the documentation and the test suite
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check $(SOURCES)
