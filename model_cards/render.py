@@ -27,7 +27,7 @@ FITTED_STEPS: dict[float | None, list[int]] = {None: [5, 10]}  # of `make demo`
 
 def untrained_pipeline(facts: dict[str, Any]) -> tuple[DPMPipeline, dict[str, Any]]:
     """(the model of the recipe with new weights, its options as a CPU's trainer records them)."""
-    options = TrainingOptions(**facts["training"])
+    options = TrainingOptions(**facts["training"], output_dir="run")
     side, config = PRESETS[str(options.preset)]
     unet = build_unet(config, (CHANNELS[facts["data"]["shape"]], side, side))
     recorded = asdict(options) | {"mixed_precision": "no"}
