@@ -15,6 +15,7 @@ All updates from level s to level t, with h = lambda_t - lambda_s, are one formu
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import NamedTuple
 
 from .noise_schedule import Level
@@ -28,10 +29,7 @@ TAYLOR = {k: tuple(1 / math.factorial(j + k) for j in reversed(range(15))) for k
 def phi(k: int, z: float) -> float:
     """phi_1(z) = (e^z - 1) / z and phi_{k+1}(z) = (phi_k(z) - 1/k!) / z, without cancellation; phi_k(0) = 1/k!."""
     if abs(z) < 0.5:
-        total = 0.0
-        for coefficient in TAYLOR[k]:
-            total = total * z + coefficient
-        return total
+        return reduce(lambda total, coefficient: total * z + coefficient, TAYLOR[k], 0.0)
     value = math.expm1(z) / z
     for j in range(1, k):
         value = (value - 1 / math.factorial(j)) / z
@@ -70,9 +68,8 @@ def kernel(algorithm_type: str, s: Level, t: Level) -> Kernel:
         noise = t.sigma * math.sqrt(math.expm1(2 * h))
         return Kernel(t.alpha / s.alpha, -2 * t.sigma * h, h, -2 * t.sigma * math.expm1(h), noise)
     decay = -math.expm1(-2 * h)
-    return Kernel(
-        t.sigma / s.sigma * math.exp(-h), 2 * t.alpha * h, -2 * h, t.alpha * decay, t.sigma * math.sqrt(decay)
-    )
+    sample = t.sigma / s.sigma * math.exp(-h)
+    return Kernel(sample, 2 * t.alpha * h, -2 * h, t.alpha * decay, t.sigma * math.sqrt(decay))
 
 
 def first_order(algorithm_type: str, s: Level, t: Level) -> Update:

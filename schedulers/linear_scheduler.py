@@ -11,10 +11,9 @@ is the same for all of them. A new sampler writes `plan(levels)` and nothing els
 import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from .noise_schedule import CLEAN, PREDICTIONS, Level, VPNoiseSchedule, affine, betas_of, unknown
 from .plan import Clipping, History, Plan, Tensors, Update
-from .timestep_grids import SPACINGS, Grid, spread
+from .timestep_grids import SPACINGS, Grid, descends, spread
 
 
 Pair = tuple[Tensor, Tensor]
@@ -83,10 +82,20 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
 
     # Construction ------------------------------------------------------------------------------------------------
 
-    def _setup(self) -> None:
-        """Called at the end of `__init__`: checks the config and builds the forward process."""
+    def _setup(self, **choices: Iterable[object]) -> None:
+        """Called by `__init__`: checks the config and builds the forward process.
+
+        Args:
+            choices: for keys of the subclass, the values that they may have.
+
+        Raises:
+            ValueError: a value that is none of its key's choices, or out of range.
+        """
         config = self.config
-        self._check_choices({"prediction_type": PREDICTIONS, "timestep_spacing": self.spacings})
+        choices = {**choices, "prediction_type": PREDICTIONS, "timestep_spacing": self.spacings}
+        for key, values in choices.items():
+            if config[key] not in values:
+                raise ValueError(unknown(key, config[key], values))
         if config.thresholding and not 0 < config.dynamic_thresholding_ratio <= 1:
             raise ValueError(f"dynamic_thresholding_ratio={config.dynamic_thresholding_ratio} must lie in (0, 1].")
         if config.clip_sample and not config.clip_sample_range > 0:
@@ -96,8 +105,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         self.schedule = VPNoiseSchedule(betas_of(config))
         if self.schedule.alpha[-1] == 0 and config.prediction_type == "epsilon":
             raise ValueError(
-                "prediction_type='epsilon' cannot be used with zero terminal SNR (rescale_betas_zero_snr=True): "
-                "x_0 is undefined where alpha is 0. Use a network of prediction_type 'v_prediction' or 'sample'."
+                "prediction_type='epsilon' has no x_0 at zero terminal SNR, alpha=0: use 'v_prediction' or 'sample'."
             )
         # float32, as diffusers' own code expects to find them; exact values are in `schedule`.
         self.betas = self.schedule.betas.float()
@@ -106,12 +114,6 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         self.num_inference_steps: int | None = None
         self._plan = self._new_plan([], [], None)
         self._history = History([])
-
-    def _check_choices(self, choices: Mapping[str, Iterable[object]]) -> None:
-        """Raises ValueError for a config value that is none of its key's choices."""
-        for key, values in choices.items():
-            if self.config[key] not in values:
-                raise ValueError(unknown(key, self.config[key], values))
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -138,10 +140,8 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         """The config as JSON; own keys at their default are left out, so that diffusers' class reads it silently."""
         config = json.loads(super().to_json_string())
         defaults = signature(type(self).__init__).parameters
-        for key in self.own_keys:
-            if key in config and config[key] == defaults[key].default:
-                del config[key]
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+        entries = {k: v for k, v in config.items() if k not in self.own_keys or v != defaults[k].default}
+        return json.dumps(entries, indent=2, sort_keys=True) + "\n"
 
     def __len__(self) -> int:
         return len(self.schedule)
@@ -181,7 +181,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         Raises:
             ValueError: both or none of the two are given, or a value is out of range or out of order.
         """
-        self._descend(self._grid(num_inference_steps, timesteps), device)
+        self._walk(self._grid(num_inference_steps, timesteps), device)
 
     def _grid(self, num_inference_steps: int | None, timesteps: Timesteps | None) -> list[Any]:
         """The descending timesteps that the arguments of `set_timesteps` ask for."""
@@ -190,28 +190,19 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         if timesteps is not None or num_inference_steps is None:
             raise ValueError("give either num_inference_steps or timesteps.")
         if not 1 <= num_inference_steps <= len(self.schedule):
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps} must lie in 1 .. num_train_timesteps={len(self.schedule)}."
-            )
+            raise ValueError(f"{num_inference_steps=} must lie in 1 .. num_train_timesteps={len(self.schedule)}.")
         return self._spaced_grid(num_inference_steps)
 
     def _explicit_grid(self, timesteps: Timesteps) -> list[Any]:
         grid, top = [int(t) for t in timesteps], len(self.schedule) - 1
-        descends = all(t > s for t, s in pairwise(grid))
-        if not grid or grid[0] > top or grid[-1] < 0 or not descends or grid != [float(t) for t in timesteps]:
-            raise ValueError(
-                f"timesteps must be strictly descending integers in 0 .. {top}; got {list(timesteps)[:8]}."
-            )
+        if not descends(grid, top) or grid != [float(t) for t in timesteps]:
+            raise ValueError(f"timesteps must be descending integers in 0 .. {top}; got {list(timesteps)[:8]}.")
         return grid
 
     def _spaced_grid(self, n: int) -> list[Any]:
-        return spread([round(t) for t in self._spaced(n)], len(self.schedule))
-
-    def _spaced(self, n: int, **options: Any) -> list[float]:
-        """n descending timesteps, spaced as the config says; rounding may make some equal."""
-        config = self.config
-        grid = Grid(self.schedule, n, len(self.schedule), steps_offset=config.steps_offset)
-        return SPACINGS[config.timestep_spacing](grid._replace(**options))
+        config, top = self.config, len(self.schedule)
+        grid = Grid(self.schedule, n, top, steps_offset=config.steps_offset, power=config.get("spacing_power", 1.0))
+        return spread([round(t) for t in SPACINGS[config.timestep_spacing](grid)], top)
 
     def _ensure_grid(self) -> None:
         if not self.updates:  # before set_timesteps is called diffusers' DDPM walks the full chain; so do we
@@ -220,7 +211,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
     def _last_level(self) -> Level:
         return CLEAN
 
-    def _default_options(self) -> Any:
+    def _options(self) -> Any:
         """`Plan.options` where nothing else is said."""
         return ()
 
@@ -228,34 +219,28 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         """Whether epsilon follows from the clipped x_0, so that the pair stays consistent, or from the network."""
         return False
 
-    def _descend(self, grid: Sequence[float], device: Device) -> None:
-        """Plan the loop from noise to images."""
-        levels = [*map(self.schedule.level, grid), self._last_level()]
-        self._follow(self._new_plan(grid, levels, device))
-
-    def _ascend(self, grid: Sequence[float], device: Device) -> None:
-        """Plan the same grid upward: the image is taken as x at timestep 0, and nothing is clipped.
+    def _walk(self, grid: Sequence[float], device: Device, encode: bool = False) -> None:
+        """Plan the loop from noise to images, or upward: the image is x at timestep 0, and nothing is clipped.
 
         Raises:
-            ValueError: the grid has no timestep above 0.
+            ValueError: `encode` on a grid that has no timestep above 0.
         """
+        if not encode:
+            levels = [*map(self.schedule.level, grid), self._last_level()]
+            return self._follow(self._new_plan(grid, levels, device))
         timesteps = sorted({0, *grid})
         if len(timesteps) == 1:
             raise ValueError("encoding needs a grid with a timestep above 0: use more steps or another spacing.")
         plan = self._new_plan(timesteps[:-1], [*map(self.schedule.level, timesteps)], device)
-        self._follow(replace(plan, clipping=Clipping()))
+        return self._follow(replace(plan, clipping=Clipping()))
 
     def _new_plan(self, timesteps: Sequence[float], levels: list[Level], device: Device) -> Plan:
         """A plan without rows, in which timesteps[i] is what the network is told at levels[i]."""
-        tensor = torch.tensor(timesteps).to(device)  # integers, or float32 between the training timesteps
-        index = {t: i for i, t in enumerate(timesteps)}
-        return Plan(tensor, index, levels, self._clipping(), self._default_options())
-
-    def _clipping(self) -> Clipping:
         config = self.config
-        if config.thresholding:
-            return Clipping(threshold=(config.dynamic_thresholding_ratio, config.sample_max_value))
-        return Clipping(clip_range=config.clip_sample_range if config.clip_sample else None)
+        threshold = (config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None
+        clipping = Clipping(threshold, config.clip_sample_range if config.clip_sample else None)
+        tensor = torch.tensor(timesteps).to(device)  # integers, or float32 between the training timesteps
+        return Plan(tensor, {t: i for i, t in enumerate(timesteps)}, levels, clipping, self._options())
 
     def _follow(self, plan: Plan) -> None:
         """Take the plan, with rows for its levels and options, and forget the last loop."""
@@ -270,10 +255,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         if not 0 <= index < len(plan.levels):
             raise ValueError(f"begin_index={index} must lie in 0 .. {len(plan.levels) - 1}.")
         if index and self.whole_loops_only:
-            raise ValueError(
-                f"the rows of {type(self).__name__} are for the whole way from noise: to begin at step {index} use "
-                "DPMSolverScheduler."
-            )
+            raise ValueError(f"rows fit the whole way from noise: to begin at step {index} use DPMSolverScheduler.")
         rows = history.rows
         if index != history.entry:
             rest = plan.levels[index:]
@@ -344,8 +326,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
             self._enter(rows[0])
         if noise is None and any(self.updates[i].noise for i in rows):
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        apply = self._apply if len(rows) == 1 else self._apply_each
-        result = apply(rows, output, variance, x, noise)
+        result = self._apply_each(rows, output, variance, x, noise)
         prev_sample, x0 = result if x is sample else (tensor.to(sample.dtype) for tensor in result)
         return LinearSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
 
@@ -362,11 +343,8 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
     def _has_state(self) -> bool:
         return self.whole_loops_only or self._plan.has_state
 
-    def _apply(
-        self, rows: list[int], output: Tensor, variance: Tensor | None, x: Tensor, noise: Tensor | None
-    ) -> Pair:
+    def _apply(self, index: int, output: Tensor, variance: Tensor | None, x: Tensor, noise: Tensor | None) -> Pair:
         """(x_s, x_0 prediction) of a batch that stands at one level, and so at one row."""
-        (index,) = rows
         row, level = self.updates[index], self.levels[index]
         x0 = self.predict_x0(output, x, level)
         x0s: Tensors = (x0,)
@@ -382,17 +360,17 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
     def _apply_each(
         self, rows: list[int], output: Tensor, variance: Tensor | None, x: Tensor, noise: Tensor | None
     ) -> Pair:
-        """`_apply` for images at different levels: each group of equals at once."""
+        """`_apply` for images that may stand at different levels: each group of equals at once."""
+        if len(rows) == 1:
+            return self._apply(rows[0], output, variance, x, noise)
         if self._has_state:
             raise ValueError(f"{type(self).__name__} keeps a history: all images of a batch must be at one timestep.")
-        groups = {index: [i for i, row in enumerate(rows) if row == index] for index in rows}
-        parts = []
-        for index, members in groups.items():
+        prev_sample, x0 = torch.empty_like(x), torch.empty_like(x)
+        for index in {*rows}:
+            members = [i for i, row in enumerate(rows) if row == index]
             some = [None if tensor is None else tensor[members] for tensor in (variance, noise)]
-            parts.append(self._apply([index], output[members], some[0], x[members], some[1]))
-        place = torch.tensor([i for members in groups.values() for i in members]).argsort().to(x.device)
-        prev_samples, x0s = zip(*parts, strict=True)
-        return torch.cat(prev_samples)[place], torch.cat(x0s)[place]
+            prev_sample[members], x0[members] = self._apply(index, output[members], some[0], x[members], some[1])
+        return prev_sample, x0
 
     def _remember(self, index: int, x0s: Tensors, epsilons: Tensors, x: Tensor) -> tuple[Tensors, Tensors, Tensor]:
         """(x_0 and epsilon predictions, newest first, and the x that opened the block), this step's included."""
@@ -434,9 +412,8 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
 
     def predict_epsilon(self, output: Tensor, x: Tensor, level: Level, x0: Tensor) -> Tensor:
         """The second of `predict`, which may have to follow from the first."""
-        if self._rederives_epsilon():
-            return affine(PREDICTIONS["sample"](level.alpha, level.sigma).epsilon, x, x0)
-        return affine(PREDICTIONS[self.config.prediction_type](level.alpha, level.sigma).epsilon, x, output)
+        name, source = ("sample", x0) if self._rederives_epsilon() else (self.config.prediction_type, output)
+        return affine(PREDICTIONS[name](level.alpha, level.sigma).epsilon, x, source)
 
     def split_output(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(prediction, variance channels or None), in x's dtype: a network may return C or 2C channels."""
@@ -446,10 +423,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         if x.ndim > 1 and output.shape[1] == 2 * x.shape[1]:
             mean, variance = output.split(x.shape[1], dim=1)
             return mean, variance
-        raise ValueError(
-            f"model_output has shape {tuple(model_output.shape)}; for a sample of shape {tuple(x.shape)} it must have "
-            "the same shape, or twice the channels if it also predicts a variance."
-        )
+        raise ValueError(f"model_output has shape {(*output.shape,)}, not {(*x.shape,)} or twice the channels.")
 
     def clip_x0(self, x0: Tensor, in_place: bool = False) -> Tensor:
         """A prediction of x_0 as `step` uses it: clipped or thresholded if the config says so, but not in encoding."""
@@ -459,8 +433,6 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
     def learned_std(log_variance: tuple[float, float], variance: Tensor | None) -> Tensor:
         """Network output -1 means the lower, 1 the upper end of the interval (Nichol and Dhariwal 2021, eq. 15)."""
         if variance is None:
-            raise ValueError(
-                "variance_type 'learned' or 'learned_range' needs a network with twice the sample's channels."
-            )
+            raise ValueError("a learned variance_type needs a network with twice the sample's channels.")
         low, high = log_variance
         return torch.exp(0.25 * (high - low) * variance + 0.25 * (high + low))

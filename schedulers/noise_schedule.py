@@ -14,7 +14,7 @@ Names, against the papers and against other code:
 import hashlib
 import math
 from collections.abc import Callable, Iterable
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -49,10 +49,7 @@ def _laplace_alpha_bar(u: float) -> float:
     return math.sqrt(1 / (1 + math.exp(-log_snr)))
 
 
-def _linspace(start: float, end: float, num: int) -> torch.Tensor:
-    return torch.linspace(start, end, num, dtype=torch.float64)
-
-
+_linspace = partial(torch.linspace, dtype=torch.float64)
 # name -> betas(num_train_timesteps, beta_start, beta_end), float64
 BETA_SCHEDULES: dict[str, Callable[[int, float, float], torch.Tensor]] = {
     "linear": lambda num, start, end: _linspace(start, end, num),
@@ -92,6 +89,12 @@ def betas_of(config: Any) -> torch.Tensor:
     return rescale_zero_terminal_snr(betas) if config.rescale_betas_zero_snr else betas
 
 
+def bracket(knots: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(left, fraction): how far each value lies on the way from knots[left] to knots[left + 1], which ascend."""
+    left = torch.searchsorted(knots, values).clamp(1, len(knots) - 1) - 1
+    return left, (values - knots[left]) / (knots[left + 1] - knots[left])
+
+
 class VPNoiseSchedule:
     """The forward process q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I) with alpha_t^2 + sigma_t^2 = 1, in float64.
 
@@ -125,17 +128,15 @@ class VPNoiseSchedule:
 
     def __getitem__(self, t: int) -> Level:
         """The level of training timestep t in 0 .. T-1; `CLEAN` is not one of them."""
-        if not 0 <= t < len(self):
-            raise IndexError(f"timestep {t} is outside 0 .. {len(self) - 1}.")
-        return self._levels[t]
+        return self.level(t)
 
     def level(self, t: float) -> Level:
         """The level of a real-valued timestep in 0 .. T-1; log alpha is linear between training timesteps."""
-        below = math.floor(t)
-        if below == t:
-            return self[below]
         if not 0 <= t <= len(self) - 1:
             raise IndexError(f"timestep {t} is outside 0 .. {len(self) - 1}.")
+        below = math.floor(t)
+        if below == t:
+            return self._levels[below]
         log_alpha = torch.lerp(self.log_alpha[below], self.log_alpha[below + 1], t - below).item()
         sigma = math.sqrt(-math.expm1(2 * log_alpha))
         return Level(math.exp(log_alpha), sigma, log_alpha - math.log(sigma))
@@ -149,9 +150,7 @@ class VPNoiseSchedule:
         minus_log_alpha = 0.5 * torch.logaddexp(torch.zeros((), dtype=torch.float64), -2 * lambda_.double())
         if len(knots) == 1:
             return torch.zeros_like(minus_log_alpha)
-        right = torch.searchsorted(knots, minus_log_alpha).clamp(1, len(knots) - 1)
-        left = right - 1
-        fraction = (minus_log_alpha - knots[left]) / (knots[right] - knots[left])
+        left, fraction = bracket(knots, minus_log_alpha)
         t = left + fraction.clamp(0, 1)
         whole = t.round()  # a step from one timestep to the same but for rounding would divide by next to nothing
         return torch.where((t - whole).abs() < 1e-6, whole, t)

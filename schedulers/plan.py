@@ -1,7 +1,7 @@
 """What a loop follows and remembers: rows of coefficients, the plan of a walk, and its history."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -45,8 +45,14 @@ class Update(NamedTuple):
             noise: z, standard normal; None leaves it out.
         """
         factors = (self.sample, *self.x0, *self.epsilon)
-        result = weighted_sum(factors, (x, *x0s[: len(self.x0)], *epsilons[: len(self.epsilon)]))
-        return result if noise is None or not self.noise else result.add_(noise, alpha=self.noise)
+        tensors = (x, *x0s[: len(self.x0)], *epsilons[: len(self.epsilon)])
+        total: Tensor | None = None
+        for factor, tensor in zip(factors, tensors, strict=True):
+            if factor:  # 0 * inf must not appear
+                total = tensor * factor if total is None else total.add_(tensor, alpha=factor)
+        if total is None:
+            raise ValueError("a row needs at least one factor that is not zero.")
+        return total if noise is None or not self.noise else total.add_(noise, alpha=self.noise)
 
     def defect(self, source: Level, target: Level) -> tuple[float, float]:
         """How far the row misses `target` when every prediction is exact: (signal error, excess variance).
@@ -77,17 +83,6 @@ def ddim_mean(t: Level, s: Level, eta: float) -> Update:
     """
     direction = s.sigma * math.sqrt(1 - eta**2 * forward_step(t, s)) if eta else s.sigma
     return Update(x0=(s.alpha,), epsilon=(direction,))
-
-
-def weighted_sum(factors: Iterable[float], tensors: Iterable[Tensor]) -> Tensor:
-    """sum of factor * tensor, leaving out zero factors (0 * inf must not appear); always a new tensor."""
-    total: Tensor | None = None
-    for factor, tensor in zip(factors, tensors, strict=True):
-        if factor:
-            total = tensor * factor if total is None else total.add_(tensor, alpha=factor)
-    if total is None:
-        raise ValueError("a row needs at least one factor that is not zero.")
-    return total
 
 
 def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:

@@ -1,7 +1,7 @@
 """Analytic-DPM (Bao, Li, Zhu and Zhang 2022, https://arxiv.org/abs/2201.06503): the optimal reverse variances."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -12,13 +12,16 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .linear_scheduler import LinearScheduler
 from .noise_schedule import Level
 from .plan import Update, ddim_mean, ddpm_mean, forward_step
-from .timestep_grids import SPACINGS, Grid
+from .timestep_grids import SPACINGS, Grid, spread
 
 
-FORWARD_PROCESSES = ("ddpm", "ddim")
 STATISTICS = "_posterior_statistics"  # config key; diffusers neither prints nor loses keys that begin like this
 ESTIMATES = ("residual", "analytic")  # entries of the statistics, and so values of reverse_variance that need them
-REVERSE_VARIANCES = (*ESTIMATES, "small", "large")
+CHOICES = {
+    "forward_process": ("ddpm", "ddim"),
+    "reverse_variance": (*ESTIMATES, "small", "large"),
+    "missing_statistics": ("error", "lower_bound"),
+}
 
 
 def signal_gain(alpha_s: Any, u: Any, free: Any, direction: Any, ratio: Any) -> Any:
@@ -121,22 +124,18 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         spacing_power: float = 2.0,
         missing_statistics: str = "error",
     ):
-        self._check_choices({"forward_process": FORWARD_PROCESSES, "reverse_variance": REVERSE_VARIANCES})
-        self._check_choices({"missing_statistics": ("error", "lower_bound")})
+        self._setup(**CHOICES)
         if not 0 <= eta <= 1:
-            raise ValueError(f"eta={eta} must lie in 0 .. 1 (the variance of DDPM).")
+            raise ValueError(f"{eta=} must lie in 0 .. 1 (the variance of DDPM).")
         if reverse_variance == "large" and forward_process != "ddpm":
             raise ValueError("reverse_variance='large' is DDPM's: it needs forward_process='ddpm'.")
         low, high = posterior_variance_range
         if low is None or low < 0 or (high is not None and high < low):
-            raise ValueError(f"posterior_variance_range={posterior_variance_range} must be [low, high] with low >= 0.")
-        if sigma_clip_steps < 0 or (sigma_clip_pixels is not None and sigma_clip_pixels < 0):
-            raise ValueError(
-                f"sigma_clip_steps={sigma_clip_steps} and sigma_clip_pixels={sigma_clip_pixels} must not be negative."
-            )
+            raise ValueError(f"{posterior_variance_range=} must be [low, high] with low >= 0.")
+        if sigma_clip_steps < 0 or (sigma_clip_pixels or 0) < 0:
+            raise ValueError(f"{sigma_clip_steps=} and {sigma_clip_pixels=} must not be negative.")
         if not spacing_power > 0:
-            raise ValueError(f"spacing_power={spacing_power} must be positive.")
-        self._setup()
+            raise ValueError(f"{spacing_power=} must be positive.")
         self._paths: dict[Any, torch.Tensor] = {}
 
     # Statistics --------------------------------------------------------------------------------------------------
@@ -162,20 +161,15 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         self._paths = {}
 
     def _check_statistics(self, statistics: Mapping[str, Any]) -> None:
-        if statistics.get("schedule_hash") != self.schedule.hash:
-            raise ValueError(
-                "the statistics were estimated for another noise schedule (schedule_hash "
-                f"{str(statistics.get('schedule_hash'))[:12]}, this scheduler has {self.schedule.hash[:12]})."
-            )
+        source, own, num = str(statistics.get("schedule_hash")), self.schedule.hash, len(self.schedule)
+        if source != own:
+            raise ValueError(f"statistics of another noise schedule: schedule_hash={source[:12]}, not {own[:12]}.")
         lists = {name: statistics[name] for name in ESTIMATES if statistics.get(name) is not None}
         if not lists:
             raise ValueError(f"the statistics hold none of the lists {', '.join(ESTIMATES)}.")
         for name, values in lists.items():
-            if len(values) != len(self.schedule):
-                raise ValueError(
-                    f"the statistics hold {len(values)} values of {name}, one is needed for each of the "
-                    f"{len(self.schedule)} training timesteps."
-                )
+            if len(values) != num:
+                raise ValueError(f"statistics hold {len(values)} values of {name} for {num} training timesteps.")
             if not all(map(math.isfinite, values)):
                 raise ValueError(f"the statistics hold values of {name} that are not finite.")
 
@@ -186,34 +180,29 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         Raises:
             ValueError: there are no statistics and no fallback was asked for, or they do not fit the schedule.
         """
-        return self._clipped(self._estimate())
-
-    def _clipped(self, posterior_variances: Iterable[float]) -> list[float]:
         low, high = self.config.posterior_variance_range
         high = math.inf if high is None else high
-        return [min(max(value, low), high) for value in posterior_variances]
+        return [min(max(value, low), high) for value in self._estimate()]
 
     def _estimate(self) -> Sequence[float]:
-        name = self.config.reverse_variance
-        name = name if name in ESTIMATES else "residual"
+        name = "analytic" if self.config.reverse_variance == "analytic" else "residual"
         statistics = self.statistics
         if statistics is None and self.config.missing_statistics == "lower_bound":
             return [0.0] * len(self.schedule)
         if statistics is None or statistics.get(name) is None:
             raise ValueError(
-                f"no {name!r} statistics of the checkpoint: run 'diffusers-dpm statistics RUN --data ...', or call "
-                "diffusers_dpm.estimate_statistics and set_statistics; or choose reverse_variance='small', or "
-                "missing_statistics='lower_bound'."
+                f"no {name!r} statistics of the checkpoint: run 'diffusers-dpm statistics RUN --data ...' or call "
+                "estimate_statistics; or choose reverse_variance='small' or missing_statistics='lower_bound'."
             )
         self._check_statistics(statistics)
         return statistics[name]
 
     # The grid ----------------------------------------------------------------------------------------------------
 
-    def _spaced(self, n: int, **options: Any) -> list[float]:
+    def _spaced_grid(self, n: int) -> list[Any]:
         if self.config.timestep_spacing == "optimal":
-            return [*reversed(self.optimal_timesteps(n))]
-        return super()._spaced(n, power=self.config.spacing_power, **options)
+            return spread(self.optimal_timesteps(n)[::-1], len(self.schedule))
+        return super()._spaced_grid(n)
 
     def optimal_timesteps(self, num_inference_steps: int) -> list[int]:
         """The ascending timesteps with the highest evidence lower bound (Bao et al., theorem 3 and section 4.1).
@@ -230,15 +219,15 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
             ValueError: there are no statistics, or too many of them are negative.
         """
         if self.statistics is None:
-            raise ValueError(
-                "an optimal trajectory needs statistics of the checkpoint: run 'diffusers-dpm statistics RUN --data "
-                "...', or call set_statistics."
-            )
+            raise ValueError("an optimal trajectory needs statistics: run 'diffusers-dpm statistics RUN --data ...'.")
         n, num = num_inference_steps, len(self.schedule)
         optimal, below, even = self._split_path(n)
         if optimal < 2:
             return [round(t) for t in reversed(SPACINGS["even"](Grid(self.schedule, n, num)))]
-        return [*path_to(self._least_cost_paths(below, optimal), optimal), *even]
+        paths = self._paths.get(below)  # at least up to paths of `optimal` nodes
+        if paths is None or len(paths) <= optimal:
+            paths = self._paths[below] = least_cost_paths(self._edge_costs()[:below, :below], optimal)
+        return [*path_to(paths, optimal), *even]
 
     def _split_path(self, n: int) -> tuple[int, int, list[int]]:
         """(nodes of the optimal part, number of timesteps it chooses from, timesteps of the even part above them).
@@ -260,13 +249,6 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         rest = min(n - optimal, tail) or 1
         return n - rest, num - tail, [round(num - tail / rest * j) - 1 for j in reversed(range(rest))]
 
-    def _least_cost_paths(self, num_nodes: int, length: int) -> torch.Tensor:
-        """`least_cost_paths` over the first `num_nodes` timesteps, at least up to paths of `length` nodes."""
-        paths = self._paths.get(num_nodes)
-        if paths is None or len(paths) <= length:
-            paths = self._paths[num_nodes] = least_cost_paths(self._edge_costs()[:num_nodes, :num_nodes], length)
-        return paths
-
     def _edge_costs(self) -> torch.Tensor:
         """(t, s) -> twice the expected KL divergence per dimension of the transition t -> s (theorem 3).
 
@@ -287,11 +269,9 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
     def transition(self, t: Level, s: Level, posterior_variance: float) -> Update:
         """The row t -> s whose noise is the reverse variance, without the cap in grey levels."""
         config, u = self.config, forward_step(t, s)
-        if config.forward_process == "ddpm":
-            eta, mean = 1.0, ddpm_mean(t, s)
-        else:
-            eta = config.eta
-            mean = ddim_mean(t, s, eta)
+        ddpm = config.forward_process == "ddpm"
+        eta = 1.0 if ddpm else config.eta
+        mean = ddpm_mean(t, s) if ddpm else ddim_mean(t, s, eta)
         free = eta * s.sigma * math.sqrt(u)  # lambda
         direction = s.sigma * math.sqrt(1 - eta**2 * u)
         gain = signal_gain(s.alpha, u, free**2, direction, t.alpha / t.sigma)
@@ -309,11 +289,10 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
 
     def _transitions(self, levels: list[Level]) -> list[Update]:
         timesteps = [*self._plan.index][1 - len(levels) :]  # those of `levels`, which may begin in mid-grid
-        posterior = [0.0] * len(timesteps)
-        if self.config.reverse_variance in ESTIMATES:
-            estimate = self._estimate()
-            posterior = self._clipped(estimate[int(t)] for t in timesteps)
-        return [self.transition(t, s, c) for (t, s), c in zip(pairwise(levels), posterior, strict=True)]
+        estimated = self.config.reverse_variance in ESTIMATES
+        posterior = self.posterior_variance() if estimated else [0.0] * len(self.schedule)
+        steps = zip(pairwise(levels), timesteps, strict=True)
+        return [self.transition(t, s, posterior[int(timestep)]) for (t, s), timestep in steps]
 
     def plan(self, levels: list[Level]) -> list[Update]:
         rows = self._transitions(levels)

@@ -103,28 +103,26 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
     def _check(self, calibration: Mapping[str, Any]) -> None:
         matters = [key for key, switch in CONDITIONS.items() if switch is None or self.config[switch]]
         for key, value in [("schedule_hash", self.schedule.hash), *((key, self.config[key]) for key in matters)]:
-            if calibration.get(key) != value:
-                raise ValueError(
-                    f"the rows were fitted for {key}={calibration.get(key)!r}, this scheduler has {value!r}."
-                )
+            source = calibration.get(key)
+            if source != value:
+                raise ValueError(f"the rows were fitted for {key}={source!r}, this scheduler has {value!r}.")
         if not calibration.get("tables"):
             raise ValueError("the calibration has no tables: none was better than DPM-Solver.")
         try:
             for table in calibration["tables"]:
-                self._check_table(table["timesteps"], table["rows"], table["guidance_scale"])
+                self._check_table(table)
         except (KeyError, TypeError) as error:
             raise ValueError(f"the calibration is damaged: {error!r}.") from error
 
-    def _check_table(
-        self, timesteps: Sequence[int], rows: Sequence[Sequence[float]], guidance_scale: float | None
-    ) -> None:
+    def _check_table(self, table: Mapping[str, Any]) -> None:
+        timesteps, rows, guidance_scale = table["timesteps"], table["rows"], table["guidance_scale"]
         super()._explicit_grid(timesteps)
         # Row i can use the i + 1 predictions made so far.
         fits = len(rows) == len(timesteps) and all(2 <= len(row) <= i + 2 for i, row in enumerate(rows))
         if not fits or not all(math.isfinite(factor) for row in rows for factor in row):
             raise ValueError("the calibration is damaged: a table needs a row of finite factors for each timestep.")
         if not (guidance_scale is None or math.isfinite(guidance_scale)):
-            raise ValueError(f"the calibration is damaged: a table has guidance_scale={guidance_scale}.")
+            raise ValueError(f"the calibration is damaged: a table has {guidance_scale=}.")
 
     def _tables(self) -> dict[int, Mapping[str, Any]]:
         """Number of steps -> table, of those for the config's guidance scale."""
@@ -141,7 +139,14 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
 
     def _spaced_grid(self, n: int) -> list[int]:
         if n not in self._tables():
-            raise ValueError(self._no_table(n))
+            scale = self.config.guidance_scale
+            steps = ", ".join(map(str, self.available_steps)) or "no"
+            others = {table["guidance_scale"] for table in (self.calibration or {}).get("tables", ())} - {scale}
+            instead = f" (others are {', '.join(sorted(map(guided, others)))})" if others else ""
+            raise ValueError(
+                f"no rows for {n} steps: the calibration has rows for {steps} steps {guided(scale)}{instead}. "
+                "'diffusers-dpm calibrate RUN --steps ...' or diffusers_dpm.calibrate fits others."
+            )
         self._check(self.config[CALIBRATION])
         return list(self._tables()[n]["timesteps"])
 
@@ -151,16 +156,6 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
         if grid != fitted:
             raise ValueError(f"the rows for {len(grid)} steps were fitted at the timesteps {fitted}, not at {grid}.")
         return grid
-
-    def _no_table(self, n: int) -> str:
-        scale = self.config.guidance_scale
-        steps = ", ".join(map(str, self.available_steps)) or "no"
-        others = {table["guidance_scale"] for table in (self.calibration or {}).get("tables", ())} - {scale}
-        instead = f" (others are {', '.join(sorted(map(guided, others)))})" if others else ""
-        return (
-            f"no rows for {n} steps: the calibration has rows for {steps} steps {guided(scale)}{instead}. "
-            "'diffusers-dpm calibrate RUN --steps ...' or diffusers_dpm.calibrate fits others."
-        )
 
     def plan(self, levels: list[Level]) -> list[Update]:
         return [Update(sample=sample, x0=tuple(x0)) for sample, *x0 in self._tables()[len(levels) - 1]["rows"]]

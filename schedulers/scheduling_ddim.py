@@ -58,9 +58,6 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
     ):
         self._setup()
 
-    def _default_options(self) -> DDIMOptions:
-        return self._options()
-
     def _options(self, eta: float = 0.0, clipped: bool | None = None, encode: bool = False) -> DDIMOptions:
         """The options in force: what a step is given, or else what the config says."""
         eta = eta or self.config.eta
@@ -86,8 +83,7 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
             ValueError: also if `encode` is asked for with eta > 0, or on a grid that has no level above timestep 0.
         """
         self._options(encode=encode)  # raises if they do not allow it
-        walk = self._ascend if encode else self._descend
-        walk(self._grid(num_inference_steps, timesteps), device)
+        self._walk(self._grid(num_inference_steps, timesteps), device, encode)
 
     def _last_level(self) -> Level:
         return CLEAN if self.config.set_alpha_to_one else self.schedule[0]

@@ -8,7 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .linear_scheduler import LinearScheduler
-from .noise_schedule import Level, unknown
+from .noise_schedule import Level
 from .plan import Update, ddpm_mean, forward_step
 
 
@@ -48,9 +48,7 @@ class DDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ):
-        if variance_type is not None and variance_type not in VARIANCE_TYPES:
-            raise ValueError(unknown("variance_type", variance_type, VARIANCE_TYPES))
-        self._setup()
+        self._setup(variance_type=(*VARIANCE_TYPES, None))
 
     def plan(self, levels: list[Level]) -> list[Update]:
         return [self.update(t, s) for t, s in pairwise(levels)]
@@ -63,8 +61,7 @@ class DDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         root = math.sqrt(forward_step(t, s))
         small, large = s.sigma * root, t.sigma * root
         variance_type = self.config.variance_type or "fixed_small"
-        if variance_type == "learned":  # the interval in which the interpolation returns the network's own value
-            return mean._replace(noise=small, log_variance=(-1.0, 1.0))
-        if variance_type == "learned_range":
-            return mean._replace(noise=small, log_variance=(2 * math.log(small), 2 * math.log(large)))
-        return mean._replace(noise=small if variance_type.startswith("fixed_small") else large)
+        # In the interval of "learned" the interpolation returns the network's own value.
+        intervals = {"learned": (-1.0, 1.0), "learned_range": (2 * math.log(small), 2 * math.log(large))}
+        noise = large if variance_type.startswith("fixed_large") else small
+        return mean._replace(noise=noise, log_variance=intervals.get(variance_type))

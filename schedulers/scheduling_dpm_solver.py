@@ -15,27 +15,22 @@ from .dpm_solver_rows import multistep_row, singlestep_rows
 from .linear_scheduler import Device, LinearScheduler, Timesteps
 from .noise_schedule import CLEAN, Level
 from .plan import Update
-from .timestep_grids import LAMBDA_SPACINGS, SPACINGS, Grid, lambda_grid, spread
+from .timestep_grids import LAMBDA_SPACINGS, SPACINGS, Grid, descends, lambda_grid, spread
 
 
 # diffusers' names, the reference code's, and those that diffusers' DPM-Solver accepts from other solvers' configs
 FORMS = ("dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++")
-ALGORITHM_TYPES = {**dict(zip(FORMS, FORMS, strict=True)), "deis": "dpmsolver++"}
-SOLVER_TYPES = {
-    **dict.fromkeys(("midpoint", "dpmsolver", "logrho", "bh1", "bh2"), "midpoint"),
-    **dict.fromkeys(("heun", "taylor"), "heun"),
-}
-METHODS = ("multistep", "singlestep", "singlestep_fixed")
+ALGORITHM_TYPES = {**{form: form for form in FORMS}, "deis": "dpmsolver++"}
+MIDPOINT = ("midpoint", "dpmsolver", "logrho", "bh1", "bh2")
+SOLVER_TYPES = {**dict.fromkeys(MIDPOINT, "midpoint"), "heun": "heun", "taylor": "heun"}
 THIRD_ORDER_RULES = {"published": 1.0, "exact": 2.0}  # factor of the second difference
 
 
-def multistep_orders(num_steps: int, solver_order: int, lower_last: int, euler_at_final: bool) -> list[int]:
+def multistep_orders(num_steps: int, solver_order: int, lower_last: int) -> list[int]:
     """Order of each step: it rises with the predictions at hand and falls over the last `lower_last` steps to 1."""
     orders = [min(solver_order, i + 1) for i in range(num_steps)]
     for left in range(1, min(lower_last, num_steps) + 1):
         orders[-left] = min(orders[-left], left)
-    if euler_at_final and orders:
-        orders[-1] = 1
     return orders
 
 
@@ -44,7 +39,7 @@ def singlestep_orders(num_calls: int, solver_order: int) -> list[int]:
     blocks, rest = divmod(num_calls, solver_order)
     if solver_order == 3 and blocks and not rest:
         return [3] * (blocks - 1) + [2, 1]
-    return [solver_order] * blocks + ([rest] if rest else [])
+    return [solver_order] * blocks + [rest] * (rest > 0)
 
 
 def last_orders(orders: Sequence[int], num_calls: int) -> list[int]:
@@ -62,11 +57,11 @@ SIGMA_FLAGS = {
     "use_lu_lambdas": "logsnr",
 }
 CHOICES = {
-    "algorithm_type": tuple(ALGORITHM_TYPES),
-    "solver_type": tuple(SOLVER_TYPES),
+    "algorithm_type": ALGORITHM_TYPES,
+    "solver_type": SOLVER_TYPES,
     "solver_order": (1, 2, 3),
-    "method": METHODS,
-    "third_order_rule": tuple(THIRD_ORDER_RULES),
+    "method": ("multistep", "singlestep", "singlestep_fixed"),
+    "third_order_rule": THIRD_ORDER_RULES,
     "final_sigmas_type": ("zero", "sigma_min"),
     "use_flow_sigmas": (False,),
     "use_dynamic_shifting": (False,),
@@ -153,27 +148,20 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         clip_sample_range: float = 1.0,
         step_plan: dict | None = None,
     ):
-        self._check_choices(CHOICES)
-        self._check_combinations()
-        self._algorithm = ALGORITHM_TYPES[algorithm_type]
-        self._setup()
+        self._setup(**CHOICES)
+        self._algorithm, self._solver_type = ALGORITHM_TYPES[algorithm_type], SOLVER_TYPES[solver_type]
+        if euler_at_final and method != "multistep":
+            raise ValueError("euler_at_final=True needs method='multistep': the blocks of the others end as they end.")
+        if sum(self.config[flag] for flag in SIGMA_FLAGS) > 1:
+            raise ValueError(f"only one of {', '.join(SIGMA_FLAGS)} can be used.")
+        if method != "multistep" and algorithm_type.startswith("sde"):
+            # The noise of the stages of a singlestep block would have to come from one Brownian path.
+            raise ValueError(f"{algorithm_type=} adds noise: it needs method='multistep', not {method!r}.")
         self._num_levels = int((self.schedule.lambda_ >= lambda_min_clipped).sum())  # what the grids may start from
         if not self._num_levels:
             raise ValueError(f"lambda_min_clipped={lambda_min_clipped} leaves no timestep.")
         if step_plan is not None:
             self._check_plan(step_plan)
-
-    def _check_combinations(self) -> None:
-        config = self.config
-        if config.euler_at_final and config.method != "multistep":
-            raise ValueError("euler_at_final=True needs method='multistep': the blocks of the others end as they end.")
-        if sum(config[flag] for flag in SIGMA_FLAGS) > 1:
-            raise ValueError(f"only one of {', '.join(SIGMA_FLAGS)} can be used.")
-        if config.method != "multistep" and config.algorithm_type.startswith("sde"):
-            raise ValueError(
-                f"algorithm_type={config.algorithm_type!r} needs method='multistep', not {config.method!r}: the noise "
-                "of the stages of a singlestep block would have to come from one Brownian path."
-            )
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -181,11 +169,6 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         if isinstance(config, dict) and config.get("predict_x0") is False and "algorithm_type" not in config:
             kwargs = {"algorithm_type": "dpmsolver", **kwargs}
         return super().from_config(config, return_unused_kwargs, **kwargs)
-
-    @property
-    def _spacing(self) -> str:
-        flags = [spacing for flag, spacing in SIGMA_FLAGS.items() if self.config[flag]]
-        return flags[0] if flags else self.config.timestep_spacing
 
     # The grid ----------------------------------------------------------------------------------------------------
 
@@ -220,17 +203,11 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         if stored is not None and num_inference_steps == len(stored["timesteps"]) and not encode:
             plan = stored
         if plan is not None:
-            self._follow_steps(plan, device)
-            return
+            return self._follow_steps(plan, device)
         if encode and self._algorithm.startswith("sde"):
             raise ValueError(f"encoding is deterministic: it cannot use algorithm_type={self._algorithm!r}.")
-        if sigmas is not None:
-            nodes = self._timesteps_of(torch.as_tensor(sigmas, dtype=torch.float64).cpu())
-            grid = self._distinct(nodes, len(self.schedule))
-        else:
-            grid = self._grid(num_inference_steps, timesteps)
-        walk = self._ascend if encode else self._descend
-        walk(grid, device)
+        grid = self._grid(num_inference_steps, timesteps) if sigmas is None else self._sigma_grid(sigmas)
+        return self._walk(grid, device, encode)
 
     def _follow_steps(self, plan: Any, device: Device) -> None:
         """Take the timesteps of a StepPlan, and its orders as `Plan.options`."""
@@ -244,62 +221,51 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
 
     def _check_plan(self, plan: Mapping[str, Any]) -> None:
         """Raises ValueError if the plan is not one for this schedule and solver."""
-        own = {
-            "schedule_hash": self.schedule.hash,
-            "algorithm_type": self._algorithm,
-            "solver_type": SOLVER_TYPES[self.config.solver_type],
-        }
-        for key, value in own.items():
+        own = (self.schedule.hash, self._algorithm, self._solver_type)
+        for key, value in zip(("schedule_hash", "algorithm_type", "solver_type"), own, strict=True):
             if plan.get(key) != value:
                 raise ValueError(f"the plan was made for {key}={plan.get(key)!r}; this scheduler has {value!r}.")
         try:
-            fits = self._fits([float(t) for t in plan["timesteps"]], list(plan["orders"]), plan["end"])
+            times, orders, end = [float(t) for t in plan["timesteps"]], [*plan["orders"]], plan["end"]
+            fits = descends(times if end is None else [*times, end], len(self.schedule) - 1)
+            fits = fits and 0 < sum(orders) == len(times) and {*orders} <= {1, 2, 3}
+            fits = fits and (end is not None or orders[-1] == 1)
         except (KeyError, TypeError, ValueError):
             fits = False
         if not fits:
             raise ValueError("the plan is damaged: its timesteps must descend, and its orders sum up to their number.")
-
-    def _fits(self, times: list[float], orders: list[int], end: float | None) -> bool:
-        """Whether a walk of these timesteps in blocks of these orders is possible."""
-        descends = all(t > s for t, s in pairwise([*times, -1.0 if end is None else end]))
-        inside = bool(times) and times[0] <= len(self.schedule) - 1 and min(times[-1], end or 0.0) >= 0
-        fits = sum(orders) == len(times) and {*orders} <= {1, 2, 3} and (end is not None or orders[-1:] == [1])
-        return inside and descends and fits
 
     def _explicit_grid(self, timesteps: Timesteps) -> list[Any]:
         """Timesteps as they were given; real-valued ones if the config allows them."""
         if not self.config.fractional_timesteps:
             return super()._explicit_grid(timesteps)
         grid = torch.tensor([float(t) for t in timesteps], dtype=torch.float32).tolist()
-        top = len(self.schedule) - 1
-        if not grid or grid[0] > top or grid[-1] < 0 or any(t <= s for t, s in pairwise(grid)):
-            raise ValueError(f"timesteps must descend strictly inside 0 .. {top}; got {grid[:8]}.")
+        if not descends(grid, len(self.schedule) - 1):
+            raise ValueError(f"timesteps must descend strictly inside 0 .. {len(self.schedule) - 1}; got {grid[:8]}.")
         return grid
 
-    def _timesteps_of(self, sigmas: torch.Tensor) -> list[float]:
-        """Real-valued timesteps of values of sigma / alpha, of which the last may be 0."""
-        lambdas = -torch.log(sigmas[:-1] if len(sigmas) and sigmas[-1] == 0 else sigmas)
+    def _sigma_grid(self, sigmas: Sequence[float] | torch.Tensor) -> list[Any]:
+        """Timesteps of values of sigma / alpha, of which the last may be 0."""
+        values = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+        lambdas = -torch.log(values[:-1] if len(values) and values[-1] == 0 else values)
         low, high = self.schedule.lambda_[-1] - 1e-6, self.schedule.lambda_[0] + 1e-6
-        inside = len(lambdas) and bool((lambdas.diff() > 0).all()) and lambdas[0] >= low and lambdas[-1] <= high
-        if not inside:
+        if not len(lambdas) or not (lambdas.diff() > 0).all() or not low <= lambdas[0] <= lambdas[-1] <= high:
             raise ValueError(
                 f"sigmas must descend strictly from at most {math.exp(-low):.6g} to at least {math.exp(-high):.6g}, "
-                f"with or without a 0 behind them; got {sigmas.tolist()[:8]}."
+                f"with or without a 0 behind them; got {values.tolist()[:8]}."
             )
-        return self.schedule.timestep_of(lambdas).tolist()
+        return self._distinct(self.schedule.timestep_of(lambdas).tolist(), len(self.schedule))
 
     def _spaced_grid(self, n: int) -> list[Any]:
-        if not self.config.denoise_to_zero or n == 1:
-            nodes = self._nodes(n, self.config.final_sigmas_type == "sigma_min")
-        else:
-            nodes = [*self._nodes(n - 1, to_zero=True), 0]
-        return self._distinct(nodes, self._num_levels)
+        if self.config.denoise_to_zero and n > 1:
+            return self._distinct([*self._nodes(n - 1, to_zero=True), 0], self._num_levels)
+        return self._distinct(self._nodes(n, self.config.final_sigmas_type == "sigma_min"), self._num_levels)
 
     def _distinct(self, nodes: list[float], num_levels: int) -> list[Any]:
         """Strictly descending timesteps below `num_levels` for the network, from real-valued ones that may repeat."""
         fractional, ceiling = self.config.fractional_timesteps, max(num_levels, len(nodes))
         grid = torch.tensor(nodes, dtype=torch.float32).tolist()  # float32 is what the network gets
-        if fractional and grid[-1] >= 0 and grid[0] <= ceiling - 1 and all(t > s for t, s in pairwise(grid)):
+        if fractional and descends(grid, ceiling - 1):
             return grid
         integers = spread([round(t) for t in nodes], ceiling)
         return [float(t) for t in integers] if fractional else integers
@@ -309,7 +275,9 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
 
         `to_zero`: the walk ends at timestep 0, which is none of them.
         """
-        config, spacing, top = self.config, self._spacing, self._num_levels
+        config, top = self.config, self._num_levels
+        flagged = (spacing for flag, spacing in SIGMA_FLAGS.items() if config[flag])
+        spacing = next(flagged, config.timestep_spacing)
         in_lambda = spacing in LAMBDA_SPACINGS
         if config.method == "singlestep_fixed":
             from_pure_noise = self.schedule.alpha[top - 1].item() == 0
@@ -325,9 +293,8 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         orders = self._block_orders(n, last_alone=not to_zero)
         inner = orders if to_zero else orders[:-1]
         edges = torch.linspace(noisiest, cleanest, len(inner) + 1, dtype=torch.float64)
-        parts = [
-            torch.lerp(a, b, torch.arange(k).double() / k) for (a, b), k in zip(pairwise(edges), inner, strict=True)
-        ]
+        blocks = zip(pairwise(edges), inner, strict=True)
+        parts = [torch.lerp(a, b, torch.arange(k).double() / k) for (a, b), k in blocks]
         return torch.cat(parts if to_zero else [*parts, edges[-1:]])
 
     def _last_level(self) -> Level:
@@ -358,7 +325,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
 
     def plan(self, levels: list[Level]) -> list[Update]:
         config, n = self.config, len(levels) - 1
-        algorithm_type, solver_type = self._algorithm, SOLVER_TYPES[config.solver_type]
+        algorithm_type, solver_type = self._algorithm, self._solver_type
         clean = levels[-1].sigma == 0
         if config.method != "multistep" or self._plan.options:
             own = last_orders(self._plan.options, n)
@@ -366,10 +333,9 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
             blocks = (levels[a : b + 1] for a, b in pairwise([0, *accumulate(orders)]))
             return [row for block in blocks for row in singlestep_rows(algorithm_type, solver_type, block)]
         lower_last = 2 if config.lower_order_final and n < 15 else 0
-        if clean and config.denoise_to_zero:
-            orders = [*multistep_orders(n - 1, config.solver_order, lower_last, config.euler_at_final), 1]
-        else:
-            orders = multistep_orders(n, config.solver_order, max(lower_last, clean), config.euler_at_final)
+        alone = clean and config.denoise_to_zero  # the last call predicts x_0
+        lower_last = max(lower_last, config.euler_at_final, clean and not alone)
+        orders = multistep_orders(n - alone, config.solver_order, lower_last) + [1] * alone
         factor = THIRD_ORDER_RULES[config.third_order_rule]
         return [
             multistep_row(algorithm_type, order, solver_type, factor, levels[i - order + 1 : i + 2])

@@ -6,12 +6,13 @@ lowest, where the walk ends, is left out (`Grid.skip`).
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 
-from .noise_schedule import VPNoiseSchedule
+from .noise_schedule import VPNoiseSchedule, bracket
 
 
 class Grid(NamedTuple):
@@ -113,11 +114,8 @@ def in_lambda(path: Callable[[torch.Tensor, float, float], torch.Tensor]) -> Spa
     """The spacing that takes lambda from path(0, noisiest, cleanest) to path(1, noisiest, cleanest)."""
 
     def spacing(grid: Grid) -> list[float]:
-        def lambdas(n: int, noisiest: float, cleanest: float) -> torch.Tensor:
-            u = torch.linspace(0, 1, n + grid.skip, dtype=torch.float64)
-            return path(u, noisiest, cleanest)[:n]
-
-        return lambda_grid(grid, lambdas)
+        u = partial(torch.linspace, 0, 1, dtype=torch.float64)
+        return lambda_grid(grid, lambda n, *ends: path(u(n + grid.skip), *ends)[:n])
 
     return spacing
 
@@ -153,33 +151,22 @@ def beta_distribution(shape: float) -> tuple[torch.Tensor, torch.Tensor]:
 def beta_quantiles(p: torch.Tensor, shape: float = 0.6) -> torch.Tensor:
     """Inverse of the distribution function of Beta(shape, shape); error below 1e-7."""
     angle, mass = beta_distribution(shape)
-    target = p * mass[-1]
-    right = torch.searchsorted(mass, target).clamp(1, len(mass) - 1)
-    left = right - 1
-    fraction = (target - mass[left]) / (mass[right] - mass[left])
-    return torch.lerp(angle[left], angle[right], fraction).sin() ** 2
+    left, fraction = bracket(mass, p * mass[-1])
+    return torch.lerp(angle[left], angle[left + 1], fraction).sin() ** 2
 
 
-INDEX_SPACINGS: dict[str, Spacing] = {
-    "leading": leading,
-    "linspace": linspace,
-    "trailing": trailing,
-    "quadratic": quadratic,
-    "quad": quad,
-    "even": even,
-    "power": power,
-}
 LAMBDA_SPACINGS: dict[str, Spacing] = {"logsnr": logsnr, "exponential": logsnr, "karras": karras, "beta": beta}
-SPACINGS = INDEX_SPACINGS | LAMBDA_SPACINGS
+INDEX_SPACINGS = (leading, linspace, trailing, quadratic, quad, even, power)
+SPACINGS: dict[str, Spacing] = {spacing.__name__: spacing for spacing in INDEX_SPACINGS} | LAMBDA_SPACINGS
+
+
+def descends(timesteps: Sequence[float], top: float) -> bool:
+    """Whether there are timesteps, strictly descending inside 0 .. top."""
+    inside = bool(timesteps) and timesteps[0] <= top and timesteps[-1] >= 0
+    return inside and all(t > s for t, s in pairwise(timesteps))
 
 
 def spread(timesteps: Sequence[int], num_train_timesteps: int) -> list[int]:
     """The timesteps made strictly descending inside 0 .. T-1: rounding makes some equal, an offset some too large."""
-    result, floor, ceiling = [*timesteps], 0, num_train_timesteps - 1
-    for i in reversed(range(len(result))):
-        result[i] = max(result[i], floor)
-        floor = result[i] + 1
-    for i in range(len(result)):
-        result[i] = min(result[i], ceiling)
-        ceiling = result[i] - 1
-    return result
+    ascending = [*accumulate(reversed(timesteps), lambda below, t: max(below + 1, t), initial=-1)][1:]
+    return [*accumulate(reversed(ascending), lambda above, t: min(above - 1, t), initial=num_train_timesteps)][1:]
