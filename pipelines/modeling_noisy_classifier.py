@@ -171,10 +171,8 @@ def check_architecture(config: Any) -> None:
     if config.pool not in HEADS:
         raise ValueError(f"pool must be one of {', '.join(HEADS)}, got {config.pool!r}")
     if len(blocks) != len(channels) or not set(blocks) <= set(DOWN_BLOCKS):
-        raise ValueError(
-            f"down_block_types must be one of {', '.join(DOWN_BLOCKS)} for each of the {len(channels)} "
-            f"block_out_channels, got {', '.join(blocks)}"
-        )
+        need = f"one of {', '.join(DOWN_BLOCKS)} for each of the {len(channels)} block_out_channels"
+        raise ValueError(f"down_block_types must be {need}, got {', '.join(blocks)}")
     if any(width % config.norm_num_groups for width in channels):
         raise ValueError(f"norm_num_groups {config.norm_num_groups} must divide all of {tuple(channels)}")
 
@@ -265,9 +263,7 @@ class AttentionHead(nn.Module):
         tokens = 1 + self.size[0] * self.size[1] // scale**2
         self.norm = nn.GroupNorm(config.norm_num_groups, channels, config.norm_eps)
         self.positions = nn.Parameter(torch.randn(tokens, channels) / channels**0.5)
-        self.query = nn.Linear(channels, channels)
-        self.key = nn.Linear(channels, channels)
-        self.value = nn.Linear(channels, channels)
+        self.query, self.key, self.value = (nn.Linear(channels, channels) for _ in range(3))
         self.out = zero_linear(channels, config.num_classes)
 
     def forward(self, features: list[Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ from .scheduler_adapter import SchedulerAdapter, adapt
 
 
 logger = logging.getLogger(__name__)
+warn_once = lru_cache(logger.warning)
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -343,12 +344,6 @@ class DPMPipeline(DiffusionPipeline):
 
 def to_json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
-
-
-@lru_cache
-def warn_once(message: str, *values: str) -> None:
-    """`logger.warning`, the first time."""
-    logger.warning(message, *values)
 
 
 def make_generators(generator: Generators | Sequence[torch.Generator], seeds: Iterable[int] | None) -> Generators:

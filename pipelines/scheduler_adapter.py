@@ -70,10 +70,8 @@ class SchedulerAdapter:
 
     def step_variance(self, i: int, t: Tensor, model_output: Tensor, sample: Tensor) -> float | Tensor:
         """Variance of the noise that the i-th step adds; (B, C, H, W) if the network predicts it."""
-        raise ValueError(
-            f'guidance_mode="mean_shift" needs steps that are Gaussian with a known variance, as those of DDPM; for '
-            f'{self.name} as configured here use "score"'
-        )
+        need = 'guidance_mode="mean_shift" needs steps that are Gaussian with a known variance, as those of DDPM'
+        raise ValueError(f'{need}; for {self.name} as configured here use "score"')
 
     # Clipping ----------------------------------------------------------------------------------------------------
 

@@ -40,11 +40,8 @@ class ClassifierFeatures(nn.Module):
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         inputs: list[torch.Tensor] = []
-        handle = self.classifier.head.out.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        try:
+        with self.classifier.head.out.register_forward_pre_hook(lambda _, args: inputs.append(args[0])):
             self.classifier(images.float() / 127.5 - 1, 0)
-        finally:
-            handle.remove()
         return inputs[0]
 
 
@@ -179,10 +176,9 @@ def load_features(where: str, inception_weights: str | None = None) -> FeatureEx
         return ClassifierFeatures(NoisyClassifier.from_pretrained(where))
     config = folder / "config.json"
     if folder.exists() and not (config.is_file() and "model_type" in read_json(config)):
-        raise DiffusersDPMError(
-            f"{where} holds no {FEATURES_FILE}, which 'diffusers-dpm train-features' writes, and no model of "
-            "transformers. A classifier for guidance will not do, it would grade its own work"
-        )
+        need = f"no {FEATURES_FILE}, which 'diffusers-dpm train-features' writes, and no model of transformers"
+        why = "A classifier for guidance will not do, it would grade its own work"
+        raise DiffusersDPMError(f"{where} holds {need}. {why}")
     return TransformerFeatures(where)
 
 

@@ -42,10 +42,7 @@ def by_eta(rows: Iterable[Row]) -> Table:
 
 
 def markdown(
-    table: Table,
-    column: str,
-    columns: Iterable[int] = (),
-    text: Callable[[int, Row], str] = lambda _, row: format_value(row),
+    table: Table, column: str, columns: Iterable[int] = (), text: Callable[[int, Row], str] | None = None
 ) -> str:
     """The table in Markdown.
 
@@ -54,6 +51,7 @@ def markdown(
         columns: to show even if they are empty.
         text: (column, row) -> text of a cell; default: the value and its error.
     """
+    text = text or (lambda _, row: format_value(row))
     shown = sorted({*columns, *(key for cells in table.values() for key in cells)})
     lines = ["| sampler | " + " | ".join(f"{key} {column}" for key in shown) + " |", "|---" * (1 + len(shown)) + "|"]
     for label, cells in table.items():
@@ -90,7 +88,7 @@ def report(
 
 def write_report(results: Results) -> list[str]:
     """Write metrics.md and metrics.png beside metrics.json; returns the tables and a line with the path."""
-    with results.locked():
+    with results.lock:
         results.read()
         if not results.rows:
             return []

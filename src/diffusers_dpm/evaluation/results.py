@@ -3,8 +3,7 @@
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +62,9 @@ class Results:
     """
 
     def __init__(self, folder: Path):
-        self.path = RunFolder(folder).metrics
-        self.lock = FileLock(RunFolder(folder).evaluation / "metrics.lock")
+        self.path, evaluation = RunFolder(folder).metrics, RunFolder(folder).evaluation
+        evaluation.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(evaluation / "metrics.lock")
         self.rows: list[dict[str, Any]] = []
         self.baselines: list[dict[str, Any]] = []
         self.read()
@@ -84,18 +84,11 @@ class Results:
     def add(self, rows: Iterable[dict[str, Any]] = (), baselines: Iterable[dict[str, Any]] = ()) -> None:
         """What the file has already stays as it is."""
         facts = {"versions": versions("torchmetrics")}
-        with self.locked():
+        with self.lock:
             self.read()
             self.rows = distinct([*self.rows, *({**row, **facts} for row in rows)])
             self.baselines = distinct([*self.baselines, *({**row, **facts} for row in baselines)])
             write_json(self.path, {"rows": self.rows, "baselines": self.baselines}, indent=1)
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """No other evaluation writes the file inside."""
-        Path(self.lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-        with self.lock:
-            yield
 
 
 def distinct(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -168,5 +161,4 @@ def format_value(row: Row) -> str:
     value, error = row["value"], row["error"]
     if not error:
         return f"{value:.4g}"
-    rounded = round(value, 1 - math.floor(math.log10(error))) + 0  # and not -0
-    return f"{rounded:g} \u00b1 {error:.2g}"
+    return f"{round(value, 1 - math.floor(math.log10(error))) + 0:g} \u00b1 {error:.2g}"  # + 0 turns -0 into 0

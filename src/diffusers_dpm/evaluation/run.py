@@ -173,7 +173,6 @@ class Evaluation:
         path = RunFolder(self.folder).evaluation / f"{short_hash(identity)}.lock"
         lock, answer = FileLock(path), ["measured"]
         if self.accelerator.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(blocking=False)
                 self.results.read()

@@ -46,8 +46,7 @@ def load_facts(path: Path) -> dict[str, Any]:
         if not isinstance(part, dict):
             raise DiffusersDPMError(f"{path}, and data and training in it, must hold 'fact: value' lines")
     for values, known in ((facts, FACTS), (facts.get("data", {}), DATA_FACTS)):
-        unknown = sorted(set(values) - known)
-        if unknown:
+        if unknown := sorted(set(values) - known):
             raise DiffusersDPMError(f"{path}: unknown fact {unknown[0]!r}; known are {', '.join(sorted(known))}")
     return facts
 

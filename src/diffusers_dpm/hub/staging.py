@@ -92,17 +92,9 @@ def stage(
     copy_config(folder / "unet" / "config.json", folder / "unet" / "config.json")
     write_code(DPMPipeline, folder)
     rows, baselines = stage_metrics(run / "metrics.json", folder / "metrics.json", weights_hash(pipe.unet), report)
-    card = render_card(
-        pipe,
-        repo_id,
-        facts=about,
-        options=options,
-        rows=rows,
-        baselines=baselines,
-        extras=extras,
-        pictures=stage_pictures(pipe, run / "samples", folder / "samples"),
-        fitted_steps=fitted,
-    )
+    pictures = stage_pictures(pipe, run / "samples", folder / "samples")
+    record: dict[str, Any] = {"facts": about, "options": options, "rows": rows, "baselines": baselines}
+    card = render_card(pipe, repo_id, **record, extras=extras, pictures=pictures, fitted_steps=fitted)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

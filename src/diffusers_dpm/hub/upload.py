@@ -95,10 +95,8 @@ def upload(
         if remote and is_published(folder, remote):
             commit, address = head, f"{api.endpoint}/{repo_id}/commit/{head}"
         elif remote and not (force or create_pr or is_new_branch):
-            raise PublishError(
-                f"{repo_id} holds other files ({', '.join([*remote][:3])}, ...): replace them with --force, "
-                "or propose the change with --create-pr"
-            )
+            files = f"{repo_id} holds other files ({', '.join([*remote][:3])}, ...)"
+            raise PublishError(f"{files}: replace them with --force, or propose the change with --create-pr")
         else:
             target: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "parent_commit": head}
             message = f"Publish with diffusers-dpm {version('diffusers-dpm')}"

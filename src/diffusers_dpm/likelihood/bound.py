@@ -31,7 +31,7 @@ from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.random_streams import Stream, normal
-from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, Level, affine
+from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
 
@@ -178,16 +178,12 @@ def why_unbounded(scheduler: Any) -> str | None:
         infinite = not config.get("eta", 0.0)
     else:
         what = f"variance_type={variance_type!r}" if adapt(scheduler).is_ddpm else "it"
+        other = "AnalyticDPMScheduler.from_config(scheduler.config, reverse_variance='small')"
         return (
-            f"{type(scheduler).__name__} has no bound, because {what} gives no scalar reverse variance: use "
-            "AnalyticDPMScheduler.from_config(scheduler.config, reverse_variance='small')."
+            f"{type(scheduler).__name__} has no bound, because {what} gives no scalar reverse variance: use {other}."
         )
-    if not infinite:
-        return None
-    return (
-        "the bound is infinite for the ddim process with eta=0, whose q(x_s | x_t, x_0) has no variance: choose "
-        "eta > 0 or forward_process='ddpm', or use ode_log_likelihood."
-    )
+    reason = "the bound is infinite for the ddim process with eta=0, whose q(x_s | x_t, x_0) has no variance"
+    return f"{reason}: choose eta > 0 or forward_process='ddpm', or use ode_log_likelihood." if infinite else None
 
 
 def is_ddim(scheduler: Any) -> bool:
@@ -213,9 +209,8 @@ def reverse_process(scheduler: Any) -> tuple[AnalyticDPMScheduler, list[Transiti
     process = copy.copy(forward_process(scheduler, **options))
     process.set_timesteps(timesteps=scheduler.timesteps.tolist())  # whose levels a slice of a grid does not have
     variances = process.reverse_variances()
-    timesteps = process.timesteps.tolist()
     transitions = []
-    for i, (t, s) in enumerate(pairwise(timesteps)):
+    for i, (t, s) in enumerate(pairwise(process.timesteps.tolist())):
         source, target, row = process.levels[i], process.levels[i + 1], process.updates[i]
         epsilon = sum(row.epsilon) * source.alpha / source.sigma  # epsilon-hat misses by this much of x_0-hat's error
         eta = process.config.eta if row.epsilon else 1.0
@@ -269,11 +264,6 @@ class EvidenceLowerBound(Estimate):
         return [Term._make((*head, term.mean().item(), standard_error(term))) for head, term in rows]
 
 
-def prior_divergence(level: Level, mean_square: torch.Tensor) -> torch.Tensor:
-    """KL(q(x_t | x_0) || N(0, I)) in nats per dimension, from the mean of x_0^2 over an image's dimensions."""
-    return 0.5 * (level.alpha**2 * (mean_square - 1) - 2 * math.log(level.sigma))
-
-
 def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLowerBound:
     """The bound of the sampler that `scheduler` is on its present grid, without calling the network.
 
@@ -293,12 +283,12 @@ def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLower
     if process.schedule.hash != errors.schedule_hash:
         raise DiffusersDPMError("the errors were measured under another noise schedule.")
     timesteps = process.timesteps.tolist()
-    missing = sorted(set(timesteps) - set(errors.timesteps))
-    if missing:
+    if missing := sorted(set(timesteps) - set(errors.timesteps)):
         raise DiffusersDPMError(f"{len(missing)} timesteps of the grid were not measured, the first is {missing[0]}.")
     place = {t: i for i, t in enumerate(errors.timesteps)}
+    first = process.levels[0]
     nats = [
-        prior_divergence(process.levels[0], errors.mean_square),
+        0.5 * (first.alpha**2 * (errors.mean_square - 1) - 2 * math.log(first.sigma)),  # KL(q(x_t | x_0) || N(0, I))
         *(transition.divergence(errors.moments[:, place[transition.t]]) for transition in transitions),
         errors.decoder[:, place[timesteps[-1]]],
     ]

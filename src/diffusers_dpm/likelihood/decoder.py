@@ -21,10 +21,9 @@ def check_levels(images: Tensor, num_levels: int) -> None:
     steps = (images.double() + 1) * (num_levels - 1) / 2
     off = (steps - steps.round()).abs().max().item()
     if off > 0.05 or images.abs().max() > 1 + 1e-3:
-        raise DiffusersDPMError(
-            f"the images do not lie on {num_levels} levels from -1 to 1 (they miss by up to {off:.2f} of a level): "
-            "give the num_levels of the data, or None for continuous data."
-        )
+        levels = f"{num_levels} levels from -1 to 1 (they miss by up to {off:.2f} of a level)"
+        advice = "give the num_levels of the data, or None for continuous data."
+        raise DiffusersDPMError(f"the images do not lie on {levels}: {advice}")
 
 
 def gaussian_log_density(x: Tensor, mean: Tensor, variance: Tensor) -> Tensor:

@@ -66,31 +66,31 @@ class Task(NamedTuple):
         indices = self.indices[rows.start : rows.stop]
         examples = self.data[indices]
         labels = examples["labels"] if is_conditional(self.pipeline.unet) else None
-        options = {"num_levels": self.num_levels, "seed": self.options.seed, "batch_size": self.options.batch_size}
-        return {"images": examples["images"], "class_labels": labels, "indices": indices, **options}
+        return {
+            "images": examples["images"],
+            "class_labels": labels,
+            "indices": indices,
+            "num_levels": self.num_levels,
+            "seed": self.options.seed,
+            "batch_size": self.options.batch_size,
+        }
 
     def measure(
-        self,
-        method: str,
-        settings: dict[str, Any],
-        measure: Callable[..., Tensors],
-        block: int,
-        calls: int,
-        **bar: str,
+        self, method: str, settings: dict[str, Any], work: Callable[..., Tensors], block: int, calls: int, **bar: str
     ) -> Tensors:
-        """`measure` of all images, `block` of them at a time; an interrupted call continues where it stopped.
+        """`work` on all images, `block` of them at a time; an interrupted call continues where it stopped.
 
         Args:
             method: the results lie in likelihood_METHOD.safetensors.
             settings: that the values depend on, beside those of `settings`.
-            measure: (arguments of `batch`, progress) -> tensors.
+            work: (arguments of `batch`, progress) -> tensors.
             calls: for each image, of the progress bar.
         """
         with tqdm(total=len(self.indices) * calls, **bar) as progress:
 
             def measure_rows(rows: range) -> Tensors:
                 progress.update(rows.start * calls - progress.n)
-                return measure(progress=progress, **self.batch(rows))
+                return work(progress=progress, **self.batch(rows))
 
             store = ResultStore(self.folder, self.settings(**settings), name=f"likelihood_{method}", replace=True)
             return store.measure_rows(len(self.indices), block, measure_rows)
@@ -213,9 +213,9 @@ def measure_bounds(task: Task) -> list[tuple[ReverseSampler, elbo.EvidenceLowerB
 def bound_row(sampler: ReverseSampler, bound: elbo.EvidenceLowerBound) -> dict[str, Any]:
     """A sampler's row in likelihood.json."""
     prior, *_, decoder = bound.terms()
-    options = {name: value for name, value in sampler._asdict().items() if name != "scheduler"}
     result = {"bits_per_dim": bound.bits_per_dim, "standard_error": bound.standard_error}
-    return {**options, **result, "prior": prior.bits_per_dim, "decoder": decoder.bits_per_dim}
+    ends = {"prior": prior.bits_per_dim, "decoder": decoder.bits_per_dim}
+    return {**dict(zip(sampler._fields, sampler[:3], strict=False)), **result, **ends}
 
 
 def measure_ode(task: Task) -> ODELikelihood:
@@ -232,10 +232,9 @@ def measure_ode(task: Task) -> ODELikelihood:
     block, passes = task.options.batch_size, options["num_passes"]
     measured = task.measure("ode", options, measure, block, passes, unit="image", desc="images x passes")
     likelihood = ODELikelihood(measured["samples"], measured["calls"].mean().item())
-    results = {"bits_per_dim": likelihood.bits_per_dim, "standard_error": likelihood.standard_error}
-    results |= {"standard_error_of_one_image": likelihood.error_of_one_image}
-    calls = {"num_evaluations": likelihood.num_evaluations}
-    task.write("ode", {**options, **results, **calls, "per_image": likelihood.per_image.tolist()})
+    options |= {name: getattr(likelihood, name) for name in ("bits_per_dim", "standard_error", "num_evaluations")}
+    images = {"standard_error_of_one_image": likelihood.error_of_one_image, "per_image": likelihood.per_image.tolist()}
+    task.write("ode", {**options, **images})
     return likelihood
 
 
