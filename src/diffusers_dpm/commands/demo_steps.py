@@ -15,11 +15,12 @@ from accelerate.utils import tqdm
 from diffusers.utils import make_image_grid
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from diffusers_dpm import DPMPipeline, NoisyClassifier, calibrate, estimate_statistics
-from diffusers_dpm.calibration import network_calls
+from diffusers_dpm.calibration import calibrate, network_calls
 from diffusers_dpm.data import load_images
 from diffusers_dpm.hub.publish import publish
 from diffusers_dpm.networks import noise_schedule_of
+from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.posterior_statistics import estimate_statistics
 from diffusers_dpm.sampling import build_scheduler
 from diffusers_dpm.schedulers.timestep_grids import Grid, even
 from diffusers_dpm.training.options import ClassifierTrainingOptions, TrainingOptions
