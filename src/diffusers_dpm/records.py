@@ -259,7 +259,8 @@ class ResultStore:
         changed = [name for name in names if name not in saved or saved[name] != self.settings.get(name)]
         if changed and not self.replace:
             raise DiffusersDPMError(
-                f"{self.folder} holds {self.what} of other settings ({', '.join(changed)}): choose another folder"
+                f"{self.folder} holds {self.what} of other settings ({', '.join(changed)}): repeat that call, delete "
+                "the folder, or choose another one"
             )
         return not changed
 

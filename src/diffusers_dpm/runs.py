@@ -224,6 +224,7 @@ def earlier_calibration(folder: Path, pipeline: DPMPipeline) -> Calibration | No
         earlier.with_tables_of(Calibration([], **conditions, weights=weights_hash(pipeline.unet)))
     except DiffusersDPMError as error:
         raise DiffusersDPMError(
-            f"{folder} holds rows for another model ({str(error).rstrip('.')}): delete it or pass --output-dir"
+            f"{folder} holds rows for another model ({str(error).rstrip('.')}): delete it, or choose another folder "
+            "with --output-dir"
         ) from error
     return earlier

@@ -265,7 +265,7 @@ class SampleFolder:
     def __init__(self, folder: Path, sampler: Sampler, suffix: str = ".png"):
         channels = sampler.pipeline.unet.config.in_channels
         if suffix == ".png" and channels not in (1, 3):
-            raise DiffusersDPMError(f"PNG files have 1 or 3 channels, these images {channels}: write an .npz file")
+            raise DiffusersDPMError(f"PNG files have 1 or 3 channels, these have {channels}: write an .npz file")
         self.folder, self.sampler, self.suffix = folder, sampler, suffix
 
     def path(self, seed: int) -> Path:
