@@ -57,7 +57,9 @@ def test_facts_are_of_the_right_kind(path):
     facts = model_card.load_facts(path)
     assert facts["name"] == path.stem
     assert {"title", "license", "data", "training"} <= set(facts)
-    TrainingOptions(**facts["training"], output_dir="run")  # raises for options that do not exist, and numbers out of range
+    TrainingOptions(
+        **facts["training"], output_dir="run"
+    )  # raises for options that do not exist, and numbers out of range
     assert facts["training"]["preset"] in PRESETS
 
 

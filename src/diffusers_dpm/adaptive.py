@@ -307,7 +307,7 @@ def integrate_adaptive(
         raise DiffusersDPMError(f"end={end} must lie in [0, {start}), below the timestep at which the walk starts.")
     if config.algorithm_type.startswith("sde"):
         raise DiffusersDPMError(
-            f"algorithm_type={config.algorithm_type!r} adds noise, an error to the controller: use 'dpmsolver++'."
+            f"algorithm_type={config.algorithm_type!r} adds noise; use 'dpmsolver' or 'dpmsolver++'."
         )
     if isinstance(controller, str) and controller not in CONTROLLERS:
         raise DiffusersDPMError(f"controller={controller!r} is unknown; choose one of {', '.join(CONTROLLERS)}.")
@@ -446,7 +446,7 @@ def _network_timesteps(path: list[float], num_train_timesteps: int, fractional: 
         return torch.tensor(path, dtype=torch.float32).tolist()
     if len(path) > num_train_timesteps:
         raise DiffusersDPMError(
-            f"{len(path)} steps do not fit into {num_train_timesteps} integer timesteps: raise the tolerance."
+            f"{len(path)} steps do not fit into {num_train_timesteps} timesteps: raise the tolerance or set fractional=True"
         )
     return [*spread([round(t) for t in path], num_train_timesteps)]
 
