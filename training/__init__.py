@@ -37,14 +37,4 @@ __all__ = [
     "training_steps",
 ]
 
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "diffusers_dpm.data": "DataError ImageDataset ImageSource load_images",
-        "diffusers_dpm.errors": "NonFiniteLossError",
-        "diffusers_dpm.training.classifier_presets": "CLASSIFIER_PRESETS build_classifier",
-        "diffusers_dpm.training.loop": "StepRecord TrainingState training_steps",
-        "diffusers_dpm.training.loss": "ClassifierLoss DenoisingLoss loss_weights",
-        "diffusers_dpm.training.unet_presets": "PRESETS build_unet init_as_papers",
-    },
-)
+__getattr__, __dir__ = lazy_names(__name__, __file__)

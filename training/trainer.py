@@ -155,7 +155,8 @@ class Trainer(ABC):
             horizon = 1 / (1 - self.state.ema.decay_at(options.max_train_steps))
             if horizon > options.max_train_steps:
                 warnings.append(
-                    f"the EMA averages over {horizon:,.0f} steps, more than the run has; lower --ema-decay or leave --ema-warmup on"
+                    f"the EMA averages over {horizon:,.0f} steps, more than the run has; lower --ema-decay or leave "
+                    "--ema-warmup on"
                 )
         if options.random_flip and any(name in Path(options.data).name.lower() for name in ("digit", "mnist")):
             warnings.append("--random-flip mirrors the digits too")

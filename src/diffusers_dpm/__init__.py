@@ -53,17 +53,4 @@ __all__ = [
     "plan_timesteps",
 ]
 
-__getattr__, __dir__ = lazy_names(
-    __name__,
-    {
-        "diffusers_dpm.adaptive": "StepPlan integrate_adaptive plan_timesteps",
-        "diffusers_dpm.calibration": "Calibration calibrate",
-        "diffusers_dpm.errors": "DiffusersDPMError",
-        "diffusers_dpm.likelihood.bound": "evidence_lower_bound",
-        "diffusers_dpm.likelihood.ode": "ode_log_likelihood",
-        "diffusers_dpm.pipelines": "ClassifierGuidance DPMPipeline NoisyClassifier",
-        "diffusers_dpm.posterior_statistics": "PosteriorStatistics estimate_statistics import_ms_eps",
-        "diffusers_dpm.schedulers": "AnalyticDPMScheduler CalibratedScheduler DDIMScheduler DDPMScheduler "
-        "DPMSolverScheduler LinearScheduler Update VPNoiseSchedule",
-    },
-)
+__getattr__, __dir__ = lazy_names(__name__, __file__)

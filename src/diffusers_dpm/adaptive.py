@@ -446,7 +446,7 @@ def _network_timesteps(path: list[float], num_train_timesteps: int, fractional: 
         return torch.tensor(path, dtype=torch.float32).tolist()
     if len(path) > num_train_timesteps:
         raise DiffusersDPMError(
-            f"{len(path)} steps do not fit into {num_train_timesteps} timesteps: raise the tolerance or set fractional=True"
+            f"{len(path)} steps exceed {num_train_timesteps} timesteps: raise the tolerance or set fractional=True"
         )
     return [*spread([round(t) for t in path], num_train_timesteps)]
 

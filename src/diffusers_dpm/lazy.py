@@ -1,20 +1,26 @@
 """Public names of a package that are imported when they are first used (PEP 562)."""
 
+import ast
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 
-def lazy_names(package: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`__getattr__` and `__dir__` of a package; its modules are attributes, too.
+
+    The names are those that the file imports for type checkers, under `if TYPE_CHECKING`: one list serves both.
 
     Args:
         package: its `__name__`.
-        homes: module -> the names that it defines, with blanks between.
+        file: its `__file__`.
     """
-    home_of = {name: module for module, names in homes.items() for name in names.split()}
+    statements = ast.walk(ast.parse(Path(file).read_text(encoding="utf-8")))
+    imports = [node for node in statements if isinstance(node, ast.ImportFrom) and node.col_offset]
+    home_of = {name.name: str(node.module) for node in imports for name in node.names}
 
     def getattribute(name: str) -> Any:
         if name in home_of:
