@@ -634,7 +634,7 @@ def conditional(**config):
         ({"unet": conditional(), "class_labels": [0.5]}, "integers"),
         ({"unet": conditional(), "network_kwargs": {"class_labels": torch.zeros(1).long()}}, "by themselves"),
         ({"network_kwargs": {"place": torch.tensor(1)}}, "a row for each image"),
-        ({"unet": lambda x, t: x}, "shape of the images"),
+        ({"unet": lambda x, t: x}, "no sample_size"),
         ({"unet": lambda x, t: x, "sample_shape": (1, 2, 2), "folder": "unused"}, "a function"),
         ({"unet": lambda x, t: x[:, :1], "sample_shape": (3, 2, 2)}, r"model_output .*\(24, 1, 2, 2\)"),
         ({"unet": lambda x, t: x.repeat(1, 3, 1, 1), "sample_shape": (2, 2, 2)}, r"\(24, 6, 2, 2\)"),
