@@ -29,7 +29,7 @@ CALLS = (4, 5, 6, 8, 10, 12, 15, 20, 25, 50, 100)
 SAMPLERS = (
     "ddpm,timestep_spacing=trailing",
     "ddim,timestep_spacing=trailing",
-    "ddim,timestep_spacing=quadratic",
+    "ddim,timestep_spacing=quad",
     "dpm-solver,timestep_spacing=quadratic",
     "dpm-solver,timestep_spacing=quadratic,solver_order=3",
     "dpm-solver,timestep_spacing=quadratic,solver_order=3,method=singlestep",
