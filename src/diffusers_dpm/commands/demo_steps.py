@@ -21,11 +21,13 @@ from diffusers_dpm.hub.publish import publish
 from diffusers_dpm.networks import noise_schedule_of
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.posterior_statistics import estimate_statistics
+from diffusers_dpm.records import write_json
 from diffusers_dpm.sampling import build_scheduler
 from diffusers_dpm.schedulers.timestep_grids import Grid, even
 from diffusers_dpm.training.options import ClassifierTrainingOptions, TrainingOptions
 from diffusers_dpm.training.train_classifier import train_classifier
 from diffusers_dpm.training.train_diffusion import train
+from diffusers_dpm.training.unet_presets import ddpm_unet
 
 
 # What the demo changes in the published model's recipe: half the steps of a network half as expensive.
