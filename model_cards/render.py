@@ -2,7 +2,7 @@
 
     python model_cards/render.py model_cards/ddpm-digits.yaml
 
-It reads NAME.yaml, NAME.metrics.json and samples/, and writes NAME.md. The figures are of one run of `make demo`.
+It reads NAME.yaml, NAME.metrics.json and samples/, and writes NAME.md. The figures are of one run of that recipe.
 `publish` never reads them: another training gives other weights, of which they would be untrue. To measure anew, run
 `diffusers-dpm evaluate RUN` with the options in the figures, and keep RUN's metrics.json as NAME.metrics.json.
 """
@@ -22,7 +22,7 @@ from diffusers_dpm.training.unet_presets import PRESETS, build_unet
 
 
 CHANNELS = {"8x8 greyscale, 17 grey levels": 1, "32x32 RGB": 3}
-FITTED_STEPS: dict[float | None, list[int]] = {None: [5, 10]}  # of `make demo`
+FITTED_STEPS: dict[float | None, list[int]] = {None: [5, 10]}  # as published
 
 
 def untrained_pipeline(facts: dict[str, Any]) -> tuple[DPMPipeline, dict[str, Any]]:
