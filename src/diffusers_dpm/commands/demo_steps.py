@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import torch
 import yaml
 from accelerate.utils import tqdm
-from diffusers.utils import make_image_grid
+from diffusers.utils import logging, make_image_grid
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from diffusers_dpm.calibration import calibrate, network_calls
@@ -40,6 +40,7 @@ NUM_SAMPLES, TIMESTEPS = 64, 50
 CALIBRATION: dict[str, Any] = {"num_images": 24, "max_walks": 10, "teacher_steps": 60}
 COLUMNS, SEEDS, NAME = 20, range(40), "your-name/ddpm-digits"
 QUADRATIC = {"timestep_spacing": "quadratic"}
+SOLVER = {"scheduler": "dpm-solver", "scheduler_options": "timestep_spacing=quadratic"}
 SAMPLERS = {  # title: the scheduler's name, its options, steps
     "DDPM, 1000 steps": ("ddpm", {}, 1000),
     "DDIM, 50 steps": ("ddim", {"timestep_spacing": "trailing"}, 50),
@@ -68,6 +69,7 @@ def tell(run: Path, max_train_steps: int | None = None) -> None:
     card = files("diffusers_dpm.model_cards") / "ddpm-digits.yaml"
     recipe = yaml.safe_load(card.read_text(encoding="utf-8"))["training"] | SHORT
     recipe["max_train_steps"] = max_train_steps or recipe["max_train_steps"]
+    logging.disable_progress_bar()  # of loading: there is one line of progress
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "unet_config.json", UNET)
     recipe |= {"preset": None, "unet_config": str(run / "unet_config.json")}
@@ -118,7 +120,7 @@ def train_networks(screen: Screen, run: Path, recipe: dict[str, Any]) -> None:
     with screen.step("train a U-Net on 1,500 handwritten digits of 8x8 pixels", line, recipe["max_train_steps"]):
         train(TrainingOptions(**recipe, output_dir=str(run), overwrite=True), screen)
 
-    line = command("sample", run, scheduler="dpm-solver", num_inference_steps=10, seeds="0-39", output="first.png")
+    line = command("sample", run, **SOLVER, num_inference_steps=10, seeds="0-39", output=run / "first.png")
     with screen.step("draw a first picture", line):
         draw(run, "dpm-solver", QUADRATIC, 10).save(run / "first.png")
         screen.say(f"   look at {run / 'first.png'}")
@@ -138,18 +140,21 @@ def fit_samplers(screen: Screen, run: Path) -> None:
     with screen.step("estimate the posterior variances of Analytic-DPM", line, NUM_SAMPLES * TIMESTEPS):
         statistics = estimate_statistics(unet, scheduler, images, NUM_SAMPLES, timesteps=grid, progress=screen)
         statistics.scheduler(scheduler, timestep_spacing="linspace").save_pretrained(run / "analytic_dpm")
+        statistics.save(run / "analytic_dpm" / "statistics.json")
 
     line = command("calibrate", run, steps="5 10", **CALIBRATION)
     with screen.step("fit rows of coefficients for 5 and 10 steps", line, network_calls((5, 10), **CALIBRATION)):
         calibration = calibrate(unet, scheduler, (5, 10), progress=screen, **CALIBRATION)
         calibration.scheduler(scheduler).save_pretrained(run / "calibrated")
+        calibration.save(run / "calibrated" / "calibration.json")
         for table in calibration.tables:
             error, other = table["mean_error"], table["solver_mean_error"]
             screen.say(f"   {len(table['rows'])} steps: error {error:.3f}, {other:.3f} with the best DPM-Solver")
 
 
 def draw_and_check(screen: Screen, run: Path) -> None:
-    line = command("sample", run, scheduler="dpm-solver", guidance_scale=4, seeds="0-39", output="guided.png")
+    guided = {"class_labels": "0 1 2 3 4 5 6 7 8 9", "guidance_scale": 4, "num_inference_steps": 20}
+    line = command("sample", run, **SOLVER, **guided, seeds="0-39", output="guided.png")
     with screen.step("draw the same seeds with every sampler", line, sum(steps for _, _, steps in SAMPLERS.values())):
         figure(draw_all(run, screen)).save(run / "digits.png")
         screen.say(f"   look at {run / 'digits.png'}")
