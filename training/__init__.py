@@ -10,31 +10,22 @@ from diffusers_dpm.lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from diffusers_dpm.data import DataError, ImageDataset, ImageSource, load_images
-    from diffusers_dpm.errors import NonFiniteLossError
-    from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS, build_classifier
-    from diffusers_dpm.training.loop import StepRecord, TrainingState, training_steps
-    from diffusers_dpm.training.loss import ClassifierLoss, DenoisingLoss, loss_weights
-    from diffusers_dpm.training.unet_presets import PRESETS, build_unet, init_as_papers
+    from diffusers_dpm.data import DataError as DataError
+    from diffusers_dpm.data import ImageDataset as ImageDataset
+    from diffusers_dpm.data import ImageSource as ImageSource
+    from diffusers_dpm.data import load_images as load_images
+    from diffusers_dpm.errors import NonFiniteLossError as NonFiniteLossError
+    from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS as CLASSIFIER_PRESETS
+    from diffusers_dpm.training.classifier_presets import build_classifier as build_classifier
+    from diffusers_dpm.training.loop import StepRecord as StepRecord
+    from diffusers_dpm.training.loop import TrainingState as TrainingState
+    from diffusers_dpm.training.loop import training_steps as training_steps
+    from diffusers_dpm.training.loss import ClassifierLoss as ClassifierLoss
+    from diffusers_dpm.training.loss import DenoisingLoss as DenoisingLoss
+    from diffusers_dpm.training.loss import loss_weights as loss_weights
+    from diffusers_dpm.training.unet_presets import PRESETS as PRESETS
+    from diffusers_dpm.training.unet_presets import build_unet as build_unet
+    from diffusers_dpm.training.unet_presets import init_as_papers as init_as_papers
 
 
-__all__ = [
-    "CLASSIFIER_PRESETS",
-    "PRESETS",
-    "ClassifierLoss",
-    "DataError",
-    "DenoisingLoss",
-    "ImageDataset",
-    "ImageSource",
-    "NonFiniteLossError",
-    "StepRecord",
-    "TrainingState",
-    "build_classifier",
-    "build_unet",
-    "init_as_papers",
-    "load_images",
-    "loss_weights",
-    "training_steps",
-]
-
-__getattr__, __dir__ = lazy_names(__name__, __file__)
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

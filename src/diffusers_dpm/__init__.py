@@ -7,50 +7,31 @@ from diffusers_dpm.lazy import lazy_names
 
 
 if TYPE_CHECKING:
-    from diffusers_dpm.adaptive import StepPlan, integrate_adaptive, plan_timesteps
-    from diffusers_dpm.calibration import Calibration, calibrate
-    from diffusers_dpm.errors import DiffusersDPMError
-    from diffusers_dpm.likelihood.bound import evidence_lower_bound
-    from diffusers_dpm.likelihood.ode import ode_log_likelihood
-    from diffusers_dpm.pipelines import ClassifierGuidance, DPMPipeline, NoisyClassifier
-    from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics, import_ms_eps
-    from diffusers_dpm.schedulers import (
-        AnalyticDPMScheduler,
-        CalibratedScheduler,
-        DDIMScheduler,
-        DDPMScheduler,
-        DPMSolverScheduler,
-        LinearScheduler,
-        Update,
-        VPNoiseSchedule,
-    )
+    from diffusers_dpm.adaptive import StepPlan as StepPlan
+    from diffusers_dpm.adaptive import integrate_adaptive as integrate_adaptive
+    from diffusers_dpm.adaptive import plan_timesteps as plan_timesteps
+    from diffusers_dpm.calibration import Calibration as Calibration
+    from diffusers_dpm.calibration import calibrate as calibrate
+    from diffusers_dpm.errors import DiffusersDPMError as DiffusersDPMError
+    from diffusers_dpm.likelihood.bound import evidence_lower_bound as evidence_lower_bound
+    from diffusers_dpm.likelihood.ode import ode_log_likelihood as ode_log_likelihood
+    from diffusers_dpm.pipelines import ClassifierGuidance as ClassifierGuidance
+    from diffusers_dpm.pipelines import DPMPipeline as DPMPipeline
+    from diffusers_dpm.pipelines import NoisyClassifier as NoisyClassifier
+    from diffusers_dpm.posterior_statistics import PosteriorStatistics as PosteriorStatistics
+    from diffusers_dpm.posterior_statistics import estimate_statistics as estimate_statistics
+    from diffusers_dpm.posterior_statistics import import_ms_eps as import_ms_eps
+    from diffusers_dpm.schedulers import AnalyticDPMScheduler as AnalyticDPMScheduler
+    from diffusers_dpm.schedulers import CalibratedScheduler as CalibratedScheduler
+    from diffusers_dpm.schedulers import DDIMScheduler as DDIMScheduler
+    from diffusers_dpm.schedulers import DDPMScheduler as DDPMScheduler
+    from diffusers_dpm.schedulers import DPMSolverScheduler as DPMSolverScheduler
+    from diffusers_dpm.schedulers import LinearScheduler as LinearScheduler
+    from diffusers_dpm.schedulers import Update as Update
+    from diffusers_dpm.schedulers import VPNoiseSchedule as VPNoiseSchedule
 
 
 __version__ = version("diffusers-dpm")
 
-__all__ = [
-    "AnalyticDPMScheduler",
-    "CalibratedScheduler",
-    "Calibration",
-    "ClassifierGuidance",
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DPMPipeline",
-    "DPMSolverScheduler",
-    "DiffusersDPMError",
-    "LinearScheduler",
-    "NoisyClassifier",
-    "PosteriorStatistics",
-    "StepPlan",
-    "Update",
-    "VPNoiseSchedule",
-    "calibrate",
-    "estimate_statistics",
-    "evidence_lower_bound",
-    "import_ms_eps",
-    "integrate_adaptive",
-    "ode_log_likelihood",
-    "plan_timesteps",
-]
 
-__getattr__, __dir__ = lazy_names(__name__, __file__)
+__getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 
-def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`__getattr__` and `__dir__` of a package; its modules are attributes, too.
+def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """`__getattr__`, `__dir__` and `__all__` of a package; its modules are attributes, too.
 
-    The names are those that the file imports for type checkers, under `if TYPE_CHECKING`: one list serves both.
+    The names are those that the file imports for type checkers, under `if TYPE_CHECKING`: one list serves all.
 
     Args:
         package: its `__name__`.
@@ -31,4 +31,4 @@ def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[
             return import_module(f"{package}.{name}")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
-    return getattribute, lambda: sorted({*vars(sys.modules[package]), *home_of})
+    return getattribute, lambda: sorted({*vars(sys.modules[package]), *home_of}), sorted(home_of)
