@@ -161,7 +161,7 @@ def draw_and_check(screen: Screen, run: Path) -> None:
 
     with screen.step("load the folder with plain diffusers", f'DiffusionPipeline.from_pretrained("{run}")'):
         program = [sys.executable, "-c", PLAIN_DIFFUSERS, str(run), str(run / "plain_diffusers.png")]
-        output = subprocess.run(program, check=True, stdout=subprocess.PIPE, text=True).stdout
+        output = subprocess.run(program, check=True, stdout=subprocess.PIPE, stderr=screen.log, text=True).stdout
         screen.say(f"   a process that cannot import diffusers_dpm loads {output.strip()}")
 
     with screen.step("check what publishing would upload", command("publish", run, NAME, "--dry-run")):
