@@ -245,6 +245,8 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     side, config = PRESETS[arguments.preset]
     images, levels = load(arguments.preset)
     options = TrainingOptions(
+        data="digits",
+        output_dir="unused",
         batch_size=arguments.batch_size,
         max_train_steps=10**6,
         mixed_precision=arguments.mixed_precision,

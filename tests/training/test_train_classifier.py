@@ -30,8 +30,7 @@ from diffusers_dpm.training.train_classifier import ClassifierTrainer, train_cla
 from diffusers_dpm.training.unet_presets import PRESETS, ddpm_unet
 from tests.commands import SHORT_RUN, as_arguments, assert_named_once, error_of, help_of
 from tests.models import save_run, tiny_unet
-
-from .test_resume import assert_same
+from tests.training.test_resume import assert_same
 
 
 TINY = ddpm_encoder((8, 16), layers=1, attention=(1,), groups=4)
