@@ -158,15 +158,22 @@ class DPMPipeline(DiffusionPipeline):
         tensor_inputs = tuple(callback_on_step_end_tensor_inputs)
         self._check_output(output_type, return_trajectory, tensor_inputs)
         after_step = partial(self._after_step, callback_on_step_end, tensor_inputs)
-        shortcuts = {"cond_fn": cond_fn, "guidance_scale": guidance_scale, "guidance_mode": guidance_mode}
-        bounds = {"guidance_interval": guidance_interval, "max_gradient_norm": max_gradient_norm}
-        clips = {"clip_order": clip_order, "guidance_through_unet": guidance_through_unet}
-        guidance = choose_guidance(guidance, **shortcuts, **clips, **bounds)
+        shortcuts = {
+            "cond_fn": cond_fn,
+            "guidance_scale": guidance_scale,
+            "guidance_mode": guidance_mode,
+            "guidance_interval": guidance_interval,
+            "clip_order": clip_order,
+            "max_gradient_norm": max_gradient_norm,
+            "guidance_through_unet": guidance_through_unet,
+        }
+        guidance = choose_guidance(guidance, **shortcuts)
         generator = make_generators(generator, seeds)
         labels = None if class_labels is None else torch.as_tensor(class_labels)
         scale = None if guidance is None else torch.as_tensor(guidance.scale)
-        sizes = {"class_labels": labels, "latents": latents, "guidance_scale": scale}
-        batch_size = common_batch_size(batch_size, generator, **sizes)
+        batch_size = common_batch_size(
+            batch_size, generator, class_labels=labels, latents=latents, guidance_scale=scale
+        )
         scheduler = adapt(self.scheduler)
         step_arguments = scheduler.step_arguments(generator, eta)
         scheduler.set_timesteps(num_inference_steps)
