@@ -17,12 +17,17 @@ from diffusers_dpm.run_folder import RunFolder
 Row = Mapping[str, Any]  # of metrics.json; what `evaluate` measures has "calls", "seconds" and "seeds", too
 # key of a row of metrics.json -> its type; the first ones say what was measured, the last how
 METRIC_KEYS: dict[str, Any] = {
-    **{"scheduler": str, "options": dict, "steps": int, "metric": str},
-    **{"value": int | float, "error": int | float | None, "num_images": int},
-    **dict.fromkeys(("feature_extractor", "weights", "reference"), str | None),
+    "scheduler": str,
+    "options": dict,
+    "steps": int,
+    "metric": str,
+    "value": int | float,
+    "error": int | float | None,
+    "num_images": int,
+    "feature_extractor": str | None,
+    "weights": str | None,
+    "reference": str | None,
 }
-
-
 OUTCOMES = {"value", "error", "calls", "seconds", "device", "versions"}  # keys that do not identify a measurement
 
 
