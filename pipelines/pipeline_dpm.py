@@ -171,9 +171,8 @@ class DPMPipeline(DiffusionPipeline):
         generator = make_generators(generator, seeds)
         labels = None if class_labels is None else torch.as_tensor(class_labels)
         scale = None if guidance is None else torch.as_tensor(guidance.scale)
-        batch_size = common_batch_size(
-            batch_size, generator, class_labels=labels, latents=latents, guidance_scale=scale
-        )
+        sizes = {"class_labels": labels, "latents": latents, "guidance_scale": scale}
+        batch_size = common_batch_size(batch_size, generator, **sizes)
         scheduler = adapt(self.scheduler)
         step_arguments = scheduler.step_arguments(generator, eta)
         scheduler.set_timesteps(num_inference_steps)

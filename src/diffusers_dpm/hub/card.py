@@ -86,18 +86,12 @@ def render_card(
     title = facts.get("title") or repo_id.split("/")[1]
     channels, height, width = image_shape(pipe.unet)
     trained = recipe(facts, options)
+    network = {"parameters": f"{pipe.unet.num_parameters():,}", "num_classes": pipe.unet.config.num_class_embeds}
+    about = {"repo_id": repo_id, "title": title, "facts": facts, "recipe": trained, "scheduler": pipe.scheduler.config}
     card = ModelCard.from_template(
         card_metadata(facts, title, rows, extras),
         template_str=(files("diffusers_dpm.model_cards") / "template.md").read_text(encoding="utf-8"),
-        repo_id=repo_id,
-        title=title,
-        facts=facts,
-        recipe=trained,
-        scheduler=pipe.scheduler.config,
-        parameters=f"{pipe.unet.num_parameters():,}",
-        num_classes=pipe.unet.config.num_class_embeds,
-        channels=channels,
-        shape=f"{height}x{width}",
+        **{**about, **network, "channels": channels, "shape": f"{height}x{width}"},
         data={"name": trained.get("data"), **facts.get("data", {})},
         extras=extras,
         fitted_steps=fitted_steps or {},
