@@ -54,7 +54,7 @@ def expected_errors(schedule, decoder_variance=None, variance=VARIANCE):
     """What an infinite sample of the Gaussian data would measure, as one image, with the continuous decoder."""
     posterior = torch.tensor(posterior_variances(schedule, variance), dtype=torch.float64)
     moments = torch.stack([posterior, torch.zeros_like(posterior), torch.zeros_like(posterior)], dim=1)
-    decoder = torch.tensor(decoder_variances(schedule, range(len(schedule))), dtype=torch.float64)
+    decoder = torch.as_tensor(decoder_variances(schedule, range(len(schedule))), dtype=torch.float64)
     decoder = decoder if decoder_variance is None else torch.full_like(decoder, decoder_variance)
     nll = 0.5 * (posterior / decoder + torch.log(2 * math.pi * decoder))
     mean_square = torch.tensor([variance], dtype=torch.float64)
