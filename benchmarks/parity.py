@@ -1,6 +1,6 @@
 """How far are full loops of our schedulers from those of diffusers' classes of the same name?
 
-    python benchmarks/parity.py                         # writes results/parity.{json,md}
+    python -m benchmarks.parity        # from the root of the repository; writes results/parity.{json,md}
 
 The figures are the largest differences of any value.
 Both sides get the same start, generator and network (exact for a Gaussian mixture). They run at float32, as users run
@@ -13,10 +13,11 @@ from itertools import product
 
 import diffusers
 import torch
-from common import make_parser, parse, save, show, table, versions
 from tqdm.auto import tqdm
 
+from benchmarks.common import make_parser, parse, save, show, table, versions
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
+from tests.schedulers.helpers import with_exact_tables
 
 
 PAIRS = {"DDPM": (DDPMScheduler, diffusers.DDPMScheduler), "DDIM": (DDIMScheduler, diffusers.DDIMScheduler)}
@@ -69,14 +70,6 @@ def loop(scheduler, predict, steps, shape, dtype, keywords):
         x = scheduler.step(predict(x, t), t, x, generator=generator, **keywords).prev_sample
         path.append(x)
     return torch.stack(path)
-
-
-def with_exact_tables(stock, schedule):
-    stock.alphas_cumprod = schedule.alphas_cumprod
-    stock.one = torch.ones((), dtype=torch.float64)
-    if "set_alpha_to_one" in stock.config:
-        stock.final_alpha_cumprod = stock.one if stock.config.set_alpha_to_one else schedule.alphas_cumprod[0]
-    return stock
 
 
 def measure(name, steps, shape):

@@ -196,7 +196,7 @@ class ClassifierGuidance(Guidance):
             if log_prob.shape != x.shape[:1] or not log_prob.requires_grad:
                 raise ValueError(
                     f"cond_fn must return one differentiable value for each image, shape ({len(x)},), "
-                    f"got {tuple(log_prob.shape)}{'' if log_prob.requires_grad else ' that depends on no input'}"
+                    f"got {tuple(log_prob.shape)}{'' if log_prob.requires_grad else ' with requires_grad=False'}"
                 )
             gradient = torch.autograd.grad(LOSS_SCALE * log_prob.sum(), x)[0] / LOSS_SCALE
         if self.max_gradient_norm is not None:

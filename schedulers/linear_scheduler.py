@@ -105,7 +105,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         self.schedule = VPNoiseSchedule(betas_of(config))
         if self.schedule.alpha[-1] == 0 and config.prediction_type == "epsilon":
             raise ValueError(
-                "prediction_type='epsilon' has no x_0 at zero terminal SNR, alpha=0: use 'v_prediction' or 'sample'."
+                "prediction_type='epsilon' cannot give x_0 at zero terminal SNR: use 'v_prediction' or 'sample'."
             )
         # float32, as diffusers' own code expects to find them; exact values are in `schedule`.
         self.betas = self.schedule.betas.float()
@@ -230,7 +230,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
             return self._follow(self._new_plan(grid, levels, device))
         timesteps = sorted({0, *grid})
         if len(timesteps) == 1:
-            raise ValueError("encoding needs a grid with a timestep above 0: use more steps or another spacing.")
+            raise ValueError(f"encoding needs a timestep above 0, got {timesteps}: use more steps or another spacing.")
         plan = self._new_plan(timesteps[:-1], [*map(self.schedule.level, timesteps)], device)
         return self._follow(replace(plan, clipping=Clipping()))
 
@@ -255,7 +255,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         if not 0 <= index < len(plan.levels):
             raise ValueError(f"begin_index={index} must lie in 0 .. {len(plan.levels) - 1}.")
         if index and self.whole_loops_only:
-            raise ValueError(f"rows fit the whole way from noise: to begin at step {index} use DPMSolverScheduler.")
+            raise ValueError(f"begin_index={index} must be 0 with fitted rows; DPMSolverScheduler can begin later.")
         rows = history.rows
         if index != history.entry:
             rest = plan.levels[index:]
@@ -364,7 +364,7 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         if len(rows) == 1:
             return self._apply(rows[0], output, variance, x, noise)
         if self._has_state:
-            raise ValueError(f"{type(self).__name__} keeps a history: all images of a batch must be at one timestep.")
+            raise ValueError(f"{type(self).__name__} needs one step for all images, got step_index {rows[:8]}.")
         prev_sample, x0 = torch.empty_like(x), torch.empty_like(x)
         for index in {*rows}:
             members = [i for i, row in enumerate(rows) if row == index]
@@ -433,6 +433,6 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
     def learned_std(log_variance: tuple[float, float], variance: Tensor | None) -> Tensor:
         """Network output -1 means the lower, 1 the upper end of the interval (Nichol and Dhariwal 2021, eq. 15)."""
         if variance is None:
-            raise ValueError("a learned variance_type needs a network with twice the sample's channels.")
+            raise ValueError("variance_type='learned' or 'learned_range' needs twice the channels in model_output.")
         low, high = log_variance
         return torch.exp(0.25 * (high - low) * variance + 0.25 * (high + low))

@@ -64,7 +64,7 @@ BETA_SCHEDULES: dict[str, Callable[[int, float, float], torch.Tensor]] = {
 def rescale_zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
     """Shift and scale sqrt(alpha-bar): the last value becomes 0, the first stays (Lin et al. 2024, Algorithm 1)."""
     if len(betas) < 2:
-        raise ValueError("rescale_betas_zero_snr needs num_train_timesteps of at least 2.")
+        raise ValueError(f"rescale_betas_zero_snr=True needs num_train_timesteps of at least 2, got {len(betas)}.")
     root = torch.cumprod(1 - betas.double(), dim=0).sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     alphas_cumprod = root**2
@@ -112,7 +112,7 @@ class VPNoiseSchedule:
     def __init__(self, betas: torch.Tensor):
         betas = betas.detach().to("cpu", torch.float64)
         if betas.ndim != 1 or not len(betas) or not (betas > 0).all() or not (betas[:-1] < 1).all() or betas[-1] > 1:
-            raise ValueError("betas must be a non-empty vector of values in (0, 1), of which the last may be 1.")
+            raise ValueError(f"betas must be a vector in (0, 1), the last in (0, 1]; got shape {(*betas.shape,)}.")
         self.betas = betas
         # Sums of logarithms and expm1: 1 - alphas_cumprod would lose the low-noise end to cancellation.
         self.log_alpha = 0.5 * torch.cumsum(torch.log1p(-betas), dim=0)

@@ -171,7 +171,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
             if len(values) != num:
                 raise ValueError(f"statistics hold {len(values)} values of {name} for {num} training timesteps.")
             if not all(map(math.isfinite, values)):
-                raise ValueError(f"the statistics hold values of {name} that are not finite.")
+                raise ValueError(f"{name} must be finite, got {next(v for v in values if not math.isfinite(v))}.")
 
     def posterior_variance(self) -> list[float]:
         """C_t for t = 0 .. T-1, clipped to `posterior_variance_range`: the estimate that `reverse_variance` names, or
@@ -219,7 +219,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
             ValueError: there are no statistics, or too many of them are negative.
         """
         if self.statistics is None:
-            raise ValueError("an optimal trajectory needs statistics: run 'diffusers-dpm statistics RUN --data ...'.")
+            raise ValueError("timestep_spacing='optimal' needs statistics: 'diffusers-dpm statistics RUN --data ...'.")
         n, num = num_inference_steps, len(self.schedule)
         optimal, below, even = self._split_path(n)
         if optimal < 2:

@@ -107,7 +107,7 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
             if source != value:
                 raise ValueError(f"the rows were fitted for {key}={source!r}, this scheduler has {value!r}.")
         if not calibration.get("tables"):
-            raise ValueError("the calibration has no tables: none was better than DPM-Solver.")
+            raise ValueError(f"the calibration has tables={calibration.get('tables')}: none beats DPM-Solver.")
         try:
             for table in calibration["tables"]:
                 self._check_table(table)
@@ -120,7 +120,7 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
         # Row i can use the i + 1 predictions made so far.
         fits = len(rows) == len(timesteps) and all(2 <= len(row) <= i + 2 for i, row in enumerate(rows))
         if not fits or not all(math.isfinite(factor) for row in rows for factor in row):
-            raise ValueError("the calibration is damaged: a table needs a row of finite factors for each timestep.")
+            raise ValueError(f"the calibration is damaged: each of {timesteps=} needs a row of finite factors.")
         if not (guidance_scale is None or math.isfinite(guidance_scale)):
             raise ValueError(f"the calibration is damaged: a table has {guidance_scale=}.")
 

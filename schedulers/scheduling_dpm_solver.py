@@ -198,7 +198,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         if sum(argument is not None for argument in (num_inference_steps, timesteps, sigmas, plan)) != 1:
             raise ValueError("give one of num_inference_steps, timesteps, sigmas and plan.")
         if plan is not None and encode:
-            raise ValueError("a plan cannot be walked upward: its orders are those of the way down.")
+            raise ValueError("a plan cannot be used with encode=True: its orders are for denoising.")
         stored = self.config.step_plan
         if stored is not None and num_inference_steps == len(stored["timesteps"]) and not encode:
             plan = stored
@@ -233,7 +233,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         except (KeyError, TypeError, ValueError):
             fits = False
         if not fits:
-            raise ValueError("the plan is damaged: its timesteps must descend, and its orders sum up to their number.")
+            raise ValueError("the plan is damaged: timesteps must descend, and orders must sum to the number of them.")
 
     def _explicit_grid(self, timesteps: Timesteps) -> list[Any]:
         """Timesteps as they were given; real-valued ones if the config allows them."""

@@ -41,19 +41,6 @@ SHORT_RUN = {
 }
 
 
-def as_arguments(options):
-    """--name=value for each option that is not None, --name value ... for a list, --name or --no-name for a flag."""
-    arguments = []
-    for name, value in vars(options).items():
-        if isinstance(value, bool):
-            arguments.append(flag(name) if value else flag(f"no_{name}"))
-        elif isinstance(value, list):
-            arguments += [flag(name), *map(str, value)]
-        elif value is not None:
-            arguments.append(f"{flag(name)}={value}")
-    return arguments
-
-
 @contextmanager
 def interrupted(owner, name, call):
     """Call number `call` (from 1) of a method raises KeyboardInterrupt, as Ctrl-C does."""

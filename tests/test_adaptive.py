@@ -221,11 +221,11 @@ def test_the_limit_on_calls_is_exact():
 @pytest.mark.parametrize(
     ("options", "config", "message"),
     [
-        ({"order": 1}, {}, "compare two orders"),
-        ({"rtol": 0.0}, {}, "rtol=0.0 must be positive"),
+        ({"order": 1}, {}, "order=1"),
+        ({"rtol": 0.0}, {}, "rtol=0.0"),
         ({"end": 999}, {}, "end=999"),
-        ({"controller": "pi"}, {}, "'pi' is unknown"),
-        ({}, {"algorithm_type": "sde-dpmsolver++"}, "adds noise"),
+        ({"controller": "pi"}, {}, "controller='pi'"),
+        ({}, {"algorithm_type": "sde-dpmsolver++"}, r"algorithm_type='sde-dpmsolver\+\+'"),
     ],
 )
 def test_arguments_that_make_no_sense(options, config, message):
@@ -347,14 +347,14 @@ def test_a_stock_pipeline_walks_the_plan(pipe, plan, tmp_path):
 
 def test_a_plan_is_refused_by_another_schedule_or_solver(plan):
     for config in ({"beta_end": 0.021}, {"algorithm_type": "dpmsolver"}, {"solver_type": "heun"}):
-        with pytest.raises(ValueError, match="plan"):
+        with pytest.raises(ValueError, match=r"schedule_hash=|algorithm_type=|solver_type="):
             DPMSolverScheduler(**config).set_timesteps(plan=plan)
-        with pytest.raises(ValueError, match="plan"):
+        with pytest.raises(ValueError, match=r"schedule_hash=|algorithm_type=|solver_type="):
             DPMSolverScheduler(**config, step_plan=plan.to_dict())
     scheduler = DPMSolverScheduler()
-    with pytest.raises(ValueError, match="give one of"):
+    with pytest.raises(ValueError, match=r"num_inference_steps, .*plan"):
         scheduler.set_timesteps(10, plan=plan)
-    with pytest.raises(ValueError, match="upward"):
+    with pytest.raises(ValueError, match="encode=True"):
         scheduler.set_timesteps(plan=plan, encode=True)
     damages = (
         {"orders": plan.orders[1:]},
@@ -369,11 +369,11 @@ def test_a_plan_is_refused_by_another_schedule_or_solver(plan):
         {"end": "zero"},
     )
     for damage in damages:
-        with pytest.raises(ValueError, match="damaged"):
+        with pytest.raises(ValueError, match=r"timesteps .*orders "):
             scheduler.set_timesteps(plan={**plan.to_dict(), **damage})
     missing = plan.to_dict()
     del missing["orders"]
-    with pytest.raises(ValueError, match="damaged"):
+    with pytest.raises(ValueError, match=r"timesteps .*orders "):
         scheduler.set_timesteps(plan=missing)
     with pytest.raises(ValueError, match=r"'plan\.json'.*StepPlan\.load"):
         scheduler.set_timesteps(plan="plan.json")

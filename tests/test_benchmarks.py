@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 ON_A_RUN = ("analytic_dpm", "calibrated", "calibration_grids", "guidance_quality", "ode_error", "quality")
 ON_DIGITS = ("analytic_dpm", "calibrated", "guidance_quality", "quality")  # with a judge
+MODULES = ("convergence", "parity")  # which use helpers of the tests
 ALONE = ("convergence", "guidance_overhead", "parity", "scheduler_overhead", "training_throughput")
 
 
@@ -41,7 +42,7 @@ def folders(tmp_path_factory):
 def test_script_runs(script, folders, tmp_path):
     run, features = folders
     output = tmp_path / f"{script}.json"
-    command = ["-m", "benchmarks.convergence"] if script == "convergence" else [f"benchmarks/{script}.py"]
+    command = ["-m", f"benchmarks.{script}"] if script in MODULES else [f"benchmarks/{script}.py"]
     command += [str(run)] if script in ON_A_RUN else []
     command += [f"--features={features}"] if script in ON_DIGITS else []
     command += ["--data=digits"] if script == "quality" else []

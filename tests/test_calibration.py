@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 from functools import partial
@@ -231,7 +232,7 @@ def test_where_the_solver_is_exact_no_table_is_kept():
     calibration = calibrate(gaussian(0.3, 0.0, prediction_type="sample"), scheduler, (2, 3), **QUICK)
     assert calibration.tables == []
     assert calibration.provenance["left_out"] == [2, 3]
-    with pytest.raises(ValueError, match="no tables"):
+    with pytest.raises(ValueError, match=r"tables=\[\]"):
         calibration.scheduler(scheduler)
 
 
@@ -567,7 +568,7 @@ def test_a_folder_of_other_settings_is_refused(change, tmp_path):
         calibrate(**given, progress=Counter(TEACHER))
     if "unet" in change:
         change["unet"].weight.fill_(1.0)  # what is compared is the weights
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         calibrate(**{**given, **change})
 
 
@@ -576,7 +577,7 @@ def test_finished_tables_of_other_settings_are_not_taken_over(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         calibrate(**given, progress=Counter(TEACHER + 2000))
     (tmp_path / "partial-0.safetensors").unlink()
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         calibrate(**given, seed=1)
     for text in ("", "[]", "{}"):
         (tmp_path / "partial.json").write_text(text)
@@ -624,22 +625,22 @@ def conditional(**config):
         ({"batch_size": 0}, "batch_size=0"),
         ({"seed": -1}, "seed=-1"),
         ({"max_walks": -1}, "max_walks=-1"),
-        ({"guidance_scale": 1.0}, "together"),
-        ({"classifier": LinearClassifier()}, "together"),
+        ({"guidance_scale": 1.0}, "classifier .*guidance_scale"),
+        ({"classifier": LinearClassifier()}, "classifier .*guidance_scale"),
         ({"classifier": LinearClassifier(sample_size=8), "guidance_scale": 1.0}, "sample_size"),
-        ({"class_labels": [0]}, "unconditional"),
-        ({"unet": conditional(), "class_labels": []}, "a row for each image"),
+        ({"class_labels": [0]}, "class_labels .*num_class_embeds"),
+        ({"unet": conditional(), "class_labels": []}, r"labels .*\(0,\)"),
         ({"unet": conditional(), "class_labels": [0, 2]}, r"0 \.\. 1, .*\[0, 2"),
         ({"unet": conditional(), "class_labels": [0, -1]}, r"0 \.\. 1, "),
-        ({"unet": conditional(), "class_labels": [0.5]}, "integers"),
-        ({"unet": conditional(), "network_kwargs": {"class_labels": torch.zeros(1).long()}}, "by themselves"),
-        ({"network_kwargs": {"place": torch.tensor(1)}}, "a row for each image"),
-        ({"unet": lambda x, t: x}, "no sample_size"),
-        ({"unet": lambda x, t: x, "sample_shape": (1, 2, 2), "folder": "unused"}, "a function"),
+        ({"unet": conditional(), "class_labels": [0.5]}, r"0 \.\. 1, .*\[0\.5"),
+        ({"unet": conditional(), "network_kwargs": {"class_labels": torch.zeros(1).long()}}, "network_kwargs"),
+        ({"network_kwargs": {"place": torch.tensor(1)}}, r"network_kwargs .*\(\)"),
+        ({"unet": lambda x, t: x}, "sample_size"),
+        ({"unet": lambda x, t: x, "sample_shape": (1, 2, 2), "folder": "unused"}, r"folder .*torch\.nn\.Module"),
         ({"unet": lambda x, t: x[:, :1], "sample_shape": (3, 2, 2)}, r"model_output .*\(24, 1, 2, 2\)"),
         ({"unet": lambda x, t: x.repeat(1, 3, 1, 1), "sample_shape": (2, 2, 2)}, r"\(24, 6, 2, 2\)"),
         ({"unet": lambda x, t: x * math.nan, "sample_shape": (1, 2, 2)}, "timestep 999"),
-        ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "no betas"),
+        ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "FlowMatchEulerDiscreteScheduler .*betas"),
     ],
 )
 def test_what_cannot_be_used_is_refused(change, message):
@@ -674,7 +675,7 @@ def test_saving_is_exact(fitted, tmp_path):
     assert Calibration.from_dict(former) == replace(fitted, provenance=former["made"])
     whole, table = fitted.to_dict(), fitted.to_dict()["tables"][0]
     for change in ({"extra": 1}, {"tables": [5]}, {"tables": None}, {"provenance": None}):
-        with pytest.raises(ValueError, match=r"calibration needs the keys|must have the keys|must be a list"):
+        with pytest.raises(ValueError, match=r"\b(extra|tables?)\b"):
             Calibration.from_dict({**whole, **change})
     del table["mean_error"]
     for text in ("{}", "[]", "no JSON", json.dumps({**whole, "tables": [table]})):
@@ -766,9 +767,9 @@ def test_tables_for_a_classifier_that_is_replaced_are_left_out(fitted):
 )
 def test_tables_of_other_networks_or_schedulers_are_not_joined(fitted, key, value):
     unknown = replace(fitted, weights=None)
-    with pytest.raises(ValueError, match="do not say for which"):
+    with pytest.raises(ValueError, match="weights=None"):
         unknown.with_tables_of(unknown)
-    with pytest.raises(ValueError, match=f"different (networks|schedulers: {key})"):
+    with pytest.raises(ValueError, match=f"{key}={value}"):
         fitted.with_tables_of(replace(fitted, **{key: value}))
 
 

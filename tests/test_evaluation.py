@@ -1,6 +1,7 @@
 """Distances between sets of images against closed forms, and what tables and comparisons say of them."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -195,7 +196,7 @@ def test_features_are_what_the_last_layer_reads(classifier):
     assert features.shape == (5, extractor.num_features) == (5, 16)
     torch.testing.assert_close(classifier.head.out(features), classifier(images / 127.5 - 1, 0).logits)
     torch.testing.assert_close(extract(extractor, images, batch_size=2), features)
-    with pytest.raises(ValueError, match="images must be"):
+    with pytest.raises(ValueError, match=r"\(B, 1, H, W\)"):
         extract(extractor, images.expand(-1, 3, -1, -1))
 
 
@@ -321,12 +322,12 @@ def test_features_of_convnext_and_of_clips_vision_model(tmp_path):
 def test_no_image_model_is_said_in_one_line(vit, tmp_path):
     _, folder = vit()
     (tmp_path / "vit" / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match=r"vit.*transformers|bert.*transformers|absent.*transformers"):
+    with pytest.raises(ValueError, match=re.escape(folder)):
         load_features(folder)
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     BertModel(BertConfig(**sizes, vocab_size=10)).save_pretrained(tmp_path / "bert")
     for where in (str(tmp_path / "bert"), str(tmp_path / "absent")):
-        with pytest.raises(ValueError, match=r"vit.*transformers|bert.*transformers|absent.*transformers") as error:
+        with pytest.raises(ValueError, match=re.escape(where)) as error:
             load_features(where)
         assert "\n" not in str(error.value)
 
@@ -469,5 +470,5 @@ def test_compare_gives_differences_with_their_errors():
     "changed", [{"num_images": 50}, {"reference": "other"}, {"reference_sha256": "0"}, {"options": {"eta": 1}}]
 )
 def test_compare_refuses_other_measurements(changed):
-    with pytest.raises(ValueError, match="in common"):
+    with pytest.raises(ValueError, match=r"sampler, .*num_images, .*reference_sha256"):
         compare([row()], [row(**changed)])

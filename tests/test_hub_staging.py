@@ -3,6 +3,7 @@
 import inspect
 import json
 import logging
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -133,13 +134,13 @@ def test_rows_fitted_to_other_weights_are_not_published(tmp_path):
             run / "calibrated"
         )
         if len(steps) == 1:
-            with pytest.raises(ValueError, match=r"calibrated .*weights"):
+            with pytest.raises(ValueError, match=re.escape(str(run / "calibrated"))):
                 stage(run, tmp_path / "staged", "org/name")
             shutil.rmtree(tmp_path / "staged")
     stage(run, tmp_path / "staged", "org/name")
     assert (tmp_path / "staged" / "calibrated" / "scheduler_config.json").is_file()
     CalibratedScheduler.from_config(pipe.scheduler.config).save_pretrained(run / "calibrated")
-    with pytest.raises(ValueError, match=r"calibrated .*no .*rows"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(run / 'calibrated'))} .*'diffusers-dpm calibrate'"):
         stage(run, tmp_path / "again", "org/name")
 
 
@@ -277,13 +278,13 @@ def test_two_versions_in_one_process_keep_their_own_functions(tmp_path, monkeypa
 @pytest.mark.parametrize(
     ("main", "helper", "message"),
     [
-        ("from .helper import a\nb = 2", "a = 1\nb = 1", "give b two meanings"),
-        ("from .helper import a\na = 2", "a = 1", "give a two meanings"),
-        ("from .helper import a\nimport math\nc = 2", "from cmath import sqrt as math\na = 1", "give math two"),
-        ("from .helper import a as b\nc = b", "a = 1", "no relative import but"),
-        ("from . import helper\nc = helper", "a = 1", "no relative import but"),
-        ("from .helper import a\ndef f():\n    from .helper import a", "a = 1", "no relative import but"),
-        ("from .helper import a\nc = a", "from .main import c as b\na = 1", "no relative import but"),
+        ("from .helper import a\nb = 2", "a = 1\nb = 1", r"main\.py.* b "),
+        ("from .helper import a\na = 2", "a = 1", r"main\.py.* a "),
+        ("from .helper import a\nimport math\nc = 2", "from cmath import sqrt as math\na = 1", r"main\.py.* math "),
+        ("from .helper import a as b\nc = b", "a = 1", r"`from \.module import name`"),
+        ("from . import helper\nc = helper", "a = 1", r"`from \.module import name`"),
+        ("from .helper import a\ndef f():\n    from .helper import a", "a = 1", r"`from \.module import name`"),
+        ("from .helper import a\nc = a", "from .main import c as b\na = 1", r"`from \.module import name`"),
     ],
 )
 def test_code_that_cannot_be_bundled_is_refused(main, helper, message, tmp_path):
@@ -324,7 +325,7 @@ def test_one_changed_weight_is_found(run, copy):
     weights = load_file(copy / "unet" / WEIGHTS)
     weights["conv_in.weight"][0, 0, 0, 0] *= 1.001
     save_file(weights, copy / "unet" / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(PublishError, match=r"^pipeline .*differs"):
+    with pytest.raises(PublishError, match=rf"^pipeline .*{re.escape(str(run))}"):
         check(run, copy)
 
 
@@ -333,7 +334,7 @@ def test_a_changed_classifier_is_found(run, copy):
     weights = load_file(copy / "classifier" / WEIGHTS)
     weights["conv_in.weight"][0, 0, 0, 0] += 0.01
     save_file(weights, copy / "classifier" / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(PublishError, match=r"^classifier .*differs"):
+    with pytest.raises(PublishError, match=rf"^classifier .*{re.escape(str(run))}"):
         check(run, copy)
 
 
@@ -376,12 +377,12 @@ def break_half(folder):
 @pytest.mark.parametrize(
     ("damage", "way"),
     [
-        (break_index, "a check failed, plain diffusers"),
+        (break_index, "plain diffusers"),
         (break_pipeline, "custom_pipeline with trust_remote_code.*diffusers_dpm"),
         (break_classifier, "the classifier with trust_remote_code"),
-        (break_scheduler, "AnalyticDPMScheduler with trust_remote_code: the result differs"),
-        (break_rows, "CalibratedScheduler with trust_remote_code: the result differs"),
-        (break_half, "fp16 weights.*conv_in.weight does not fit"),
+        (break_scheduler, "AnalyticDPMScheduler with trust_remote_code"),
+        (break_rows, "CalibratedScheduler with trust_remote_code"),
+        (break_half, r"fp16 .*conv_in\.weight"),
     ],
 )
 def test_damage_that_only_others_would_see_is_found(damage, way, run, copy):
@@ -396,7 +397,7 @@ def test_a_network_that_diverged_is_not_published(tmp_path):
     weights = load_file(run / "unet" / WEIGHTS)
     weights["conv_in.weight"][:] = torch.nan
     save_file(weights, run / "unet" / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(PublishError, match="not finite"):
+    with pytest.raises(PublishError, match=rf"{re.escape(str(run))} .*\(pipeline\)"):
         check(run, run)
 
 
@@ -429,7 +430,7 @@ def test_a_new_kind_of_scheduler_needs_one_line(tmp_path, monkeypatch):
     assert np.array_equal(results["listed"], pipe(seeds=[0], num_inference_steps=7, output_type="np").images)
     staged = Loaded(tmp_path / "staged")
     check_without_package(staged, results)
-    with pytest.raises(PublishError, match=r"DDIMScheduler .*trust_remote_code.*differs"):
+    with pytest.raises(PublishError, match=r"DDIMScheduler .*trust_remote_code"):
         check_without_package(staged, results | {"listed": results["pipeline"]})
 
 
@@ -438,17 +439,17 @@ def test_a_new_kind_of_scheduler_needs_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["name", "org/na me", "a/b/c", "org/-name", "org/x..y", ""])
 def test_invalid_names(name):
-    with pytest.raises(ValueError, match=r"repository|owner"):
+    with pytest.raises(ValueError, match=re.escape(repr(name))):
         hub.check_repo_id(name)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"value": float("nan")}, "row 0 has the value nan"),
-        ({"value": "12"}, "row 0 has no valid 'value'"),
-        ({"steps": None}, "row 0 has no valid 'steps'"),
-        ({"num_images": 1.5}, "row 0 has no valid 'num_images'"),
+        ({"value": float("nan")}, r"metrics\.json: .*0 .*nan"),
+        ({"value": "12"}, r"metrics\.json: .*0 .*'value'"),
+        ({"steps": None}, r"metrics\.json: .*0 .*'steps'"),
+        ({"num_images": 1.5}, r"metrics\.json: .*0 .*'num_images'"),
     ],
 )
 def test_invalid_metrics(change, message, tmp_path):
@@ -468,12 +469,12 @@ def test_files_that_hold_no_metrics(content, tmp_path):
 
 
 def test_folders_that_cannot_be_staged(run, tmp_path):
-    with pytest.raises(ValueError, match="is no folder"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "nowhere"))):
         stage(tmp_path / "nowhere", tmp_path / "staged", "org/name")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"model_index.json"):
         stage(tmp_path / "empty", tmp_path / "staged", "org/name")
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match=re.escape(str(run))):
         stage(run, run, "org/name")
     with pytest.raises(ValueError, match="fp16"):
         stage(run, tmp_path / "staged", "org/name", variant="int8")

@@ -407,17 +407,17 @@ def visiting(scheduler, timesteps):
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (grid(DDIMScheduler()), "infinite"),
-        (grid(diffusers.DDIMScheduler()), "infinite"),
-        (grid(analytic(forward_process="ddim", eta=0.0)), "infinite"),
+        (grid(DDIMScheduler()), "eta=0"),
+        (grid(diffusers.DDIMScheduler()), "eta=0"),
+        (grid(analytic(forward_process="ddim", eta=0.0)), "eta=0"),
         (grid(DDPMScheduler(variance_type="learned_range")), "learned_range"),
         (grid(DPMSolverScheduler()), "reverse_variance"),
         (grid(diffusers.FlowMatchEulerDiscreteScheduler()), "reverse_variance"),
         (AnalyticDPMScheduler(), "statistics"),
-        (grid(diffusers.DDPMScheduler(timestep_spacing="trailing"), 61), "descending"),
-        (visiting(DDIMScheduler(eta=0.5), [0, 500, 999]), r"descending.* got \[0, 500, 999\]"),
-        (visiting(analytic(), [999, 500, 500]), r"descending.* got \[999, 500, 500\]"),
-        (visiting(analytic(), []), r"descending.* got \[\]"),
+        (grid(diffusers.DDPMScheduler(timestep_spacing="trailing"), 61), r"999.*\[999, 983, "),
+        (visiting(DDIMScheduler(eta=0.5), [0, 500, 999]), r"\[0, 500, 999\]"),
+        (visiting(analytic(), [999, 500, 500]), r"\[999, 500, 500\]"),
+        (visiting(analytic(), []), r"999.*\[\]"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else value,
 )
@@ -440,7 +440,7 @@ def test_schedulers_without_a_bound_are_refused(scheduler, message):
         ({"timesteps": []}, "999"),
         ({"seed": -1}, "seed"),
         ({"batch_size": 0}, "batch_size"),
-        ({"images": torch.zeros(0, 1, 2, 2)}, "batch"),
+        ({"images": torch.zeros(0, 1, 2, 2)}, r"\(0, 1, 2, 2\)"),
     ],
 )
 def test_bad_arguments(options, message):
@@ -471,25 +471,25 @@ def test_the_bound_of_a_slice_of_a_grid_is_that_of_its_timesteps():
 
 def test_errors_of_another_schedule_or_grid():
     errors = measure_errors(Contrived(), DDPMScheduler(), grey_images(1), [0, 999])
-    with pytest.raises(ValueError, match="schedule"):
+    with pytest.raises(ValueError, match="schedule_hash="):
         bound_from_errors(errors, DDPMScheduler(beta_end=0.01))
     with pytest.raises(ValueError, match="998 timesteps"):
         bound_from_errors(errors, DDPMScheduler())
-    with pytest.raises(ValueError, match=r"1 images at 2 timesteps .* shape \(1, 1, 3\)"):
+    with pytest.raises(ValueError, match=r"1 images .*2 timesteps .*\(1, 1, 3\)"):
         dataclasses.replace(errors, moments=errors.moments[:, :1])
-    with pytest.raises(ValueError, match=r"2 images at 2 timesteps"):
+    with pytest.raises(ValueError, match=r"2 images .*2 timesteps"):
         dataclasses.replace(errors, mean_square=torch.ones(2))
-    with pytest.raises(ValueError, match=r"decoder of shape \(1, 1\)"):
+    with pytest.raises(ValueError, match=r"decoder .*\(1, 1\)"):
         dataclasses.replace(errors, decoder=errors.decoder[:, 1:])
 
 
 def test_a_network_that_returns_nan():
     network = GaussianNetwork(DDPMScheduler().schedule, torch.full((4, 4), math.nan).double())
     images = grey_images(1, (1, 2, 2))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="timestep 0"):
         measure_errors(network, DDPMScheduler(), images, [0])
     for solver in ("rk4", "dopri5"):
-        with pytest.raises(ValueError, match=r"not finite|cannot be solved"):
+        with pytest.raises(ValueError, match=r"timestep \d|rtol="):
             ode_log_likelihood(network, DDPMScheduler(), images, solver=solver, num_steps=2)
 
 

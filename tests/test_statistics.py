@@ -211,19 +211,19 @@ def test_labels_that_a_network_does_not_take_are_left_out():
     ("arguments", "message"),
     [
         ({"images": gaussian_images(3, size=4)}, r"\(3, 4, 4\).*\(3, 8, 8\)"),
-        ({"images": gaussian_images(1)}, " 1 images.* 2"),
-        ({"images": []}, "no images"),
+        ({"images": gaussian_images(1)}, " 1 .* 2"),
+        ({"images": []}, " 0 .* 1 "),
         ({"num_samples": 1}, "num_samples=1 "),
         ({"batch_size": 0}, "batch_size=0 "),
         ({"seed": -1}, "seed=-1 "),
         ({"timesteps": [5, 1000]}, r"timesteps .*0 \.\. 999, .*0 \.\. 1000"),
         ({"timesteps": [-1]}, r"-1 \.\. 999"),
         ({"class_labels": [0]}, "1 class_labels .*3 "),
-        ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "has no betas"),
-        ({"unet": ExactNetwork(num_class_embeds=2)}, "label"),
-        ({"unet": ExactNetwork(num_class_embeds=2), "class_labels": [0, 1, -1]}, "label"),
-        ({"unet": ExactNetwork(num_class_embeds=2), "class_labels": [0, 1, 2]}, "up to 2, .* 2"),
-        ({"unet": ExactNetwork(scale=math.nan)}, "not finite"),
+        ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "FlowMatchEulerDiscreteScheduler .*betas"),
+        ({"unet": ExactNetwork(num_class_embeds=2)}, r"num_classes=2\b.* 0 "),
+        ({"unet": ExactNetwork(num_class_embeds=2), "class_labels": [0, 1, -1]}, r"num_classes=2\b.* 0 "),
+        ({"unet": ExactNetwork(num_class_embeds=2), "class_labels": [0, 1, 2]}, " 2 .*num_classes=2"),
+        ({"unet": ExactNetwork(scale=math.nan)}, "timestep 0 "),
     ],
 )
 def test_what_cannot_be_used_is_refused(arguments, message):
@@ -401,12 +401,12 @@ def test_other_settings_do_not_resume(tmp_path):
         "dtype": {"unet": ExactNetwork().float()},
     }
     for name, change in changes.items():
-        with pytest.raises(ValueError, match=rf"settings \(.*{name}.*\)"):
+        with pytest.raises(ValueError, match=rf"\(.*\b{name}\b.*\)"):
             estimate_statistics(**{**defaults, **change}, folder=tmp_path)
     estimate_statistics(**defaults, batch_size=3, folder=tmp_path)  # the same up to rounding
     tmp_path.mkdir()
     (tmp_path / "partial-0.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="is broken"):
+    with pytest.raises(ValueError, match=r"partial-0\.safetensors"):
         estimate_statistics(**defaults, folder=tmp_path)
 
 
@@ -436,7 +436,7 @@ def test_the_schedule_of_any_scheduler(scheduler):
 def test_a_schedule_that_is_not_its_configs():
     scheduler = diffusers.DDPMScheduler()
     scheduler.betas = scheduler.betas * 1.01
-    with pytest.raises(ValueError, match="not those of its config"):
+    with pytest.raises(ValueError, match=r"DDPMScheduler .*trained_betas"):
         noise_schedule_of(scheduler)
 
 
@@ -505,11 +505,11 @@ def test_saving_is_exact(tmp_path, statistics):
     assert statistics.provenance["dtype"] == "float64"
     for text in ("{", "[1, 2]", '{"residual": [1.0]}'):
         (tmp_path / "broken.json").write_text(text)
-        with pytest.raises(ValueError, match="holds no statistics"):
+        with pytest.raises(ValueError, match=r"broken\.json"):
             PosteriorStatistics.load(tmp_path / "broken.json")
-    with pytest.raises(ValueError, match="different lengths"):
+    with pytest.raises(ValueError, match=r"\[1, 1000\]"):
         PosteriorStatistics.from_dict({**statistics.to_dict(), "analytic": [0.1]})
-    with pytest.raises(ValueError, match="at least one of"):
+    with pytest.raises(ValueError, match=r"residual=None .*analytic=None"):
         PosteriorStatistics.from_dict({**statistics.to_dict(), "analytic": None, "residual": None})
 
 
@@ -524,7 +524,7 @@ def test_its_scheduler(tmp_path, statistics):
     loaded.set_timesteps(8)
     assert loaded.updates == scheduler.updates
     assert PosteriorStatistics.from_dict(loaded.statistics) == statistics
-    with pytest.raises(ValueError, match="schedule"):
+    with pytest.raises(ValueError, match="schedule_hash="):
         statistics.scheduler(DDPMScheduler(beta_end=0.01))
 
 
@@ -590,7 +590,7 @@ def test_pickles_are_refused(tmp_path):
         import_ms_eps(tmp_path / "ms_eps.pth", SCHEDULER.schedule)
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     for allow_pickle in (False, True):
-        with pytest.raises(ValueError, match="cannot read"):
+        with pytest.raises(ValueError, match=r"objects\.npy"):
             import_ms_eps(tmp_path / "objects.npy", SCHEDULER.schedule, allow_pickle=allow_pickle)
 
 
@@ -598,9 +598,9 @@ def test_pickles_are_refused(tmp_path):
     ("values", "message"),
     [
         (MS_EPS[:500], r"\(500,\).* 1000 .* 1001"),
-        (MS_EPS[None], r"shape \(1, 1000\)"),
-        (-MS_EPS, "negative or not finite"),
-        (np.full(1000, np.nan), "negative or not finite"),
+        (MS_EPS[None], r"\(1, 1000\)"),
+        (-MS_EPS, f" {-MS_EPS.max():g} .* {-MS_EPS.min():g};"),
+        (np.full(1000, np.nan), " nan .* nan;"),
     ],
 )
 def test_vectors_that_cannot_be_right(tmp_path, values, message):
@@ -613,23 +613,23 @@ def test_files_that_cannot_be_read(tmp_path):
     np.savez(tmp_path / "a.npz", first=MS_EPS, second=MS_EPS)
     with pytest.raises(ValueError, match="ms_eps"):
         import_ms_eps(tmp_path / "a.npz", SCHEDULER.schedule)
-    with pytest.raises(ValueError, match="cannot read"):
+    with pytest.raises(ValueError, match=r"missing\.npy"):
         import_ms_eps(tmp_path / "missing.npy", SCHEDULER.schedule)
     (tmp_path / "a.safetensors").write_bytes(b"no")
-    with pytest.raises(ValueError, match="cannot read"):
+    with pytest.raises(ValueError, match=r"a\.safetensors"):
         import_ms_eps(tmp_path / "a.safetensors", SCHEDULER.schedule)
 
 
 def test_ms_eps_needs_signal_and_the_same_schedule(tmp_path):
     np.save(tmp_path / "a.npy", MS_EPS)
     silent = DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction").schedule
-    with pytest.raises(ValueError, match="alpha is 0"):
+    with pytest.raises(ValueError, match=r" 999, .*alpha=0"):
         import_ms_eps(tmp_path / "a.npy", silent)
     statistics = import_ms_eps(tmp_path / "a.npy", SCHEDULER.schedule, num_images=50_000)
     assert statistics.num_images == 50_000
-    with pytest.raises(ValueError, match="schedule"):
+    with pytest.raises(ValueError, match=silent.hash[:12]):
         statistics.ms_eps(silent)
-    with pytest.raises(ValueError, match="do not have"):
+    with pytest.raises(ValueError, match="analytic=None"):
         PosteriorStatistics([0.1], None, None, None, [0], SCHEDULER.schedule.hash, "epsilon").ms_eps(
             SCHEDULER.schedule
         )

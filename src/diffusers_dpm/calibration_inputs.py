@@ -35,7 +35,7 @@ def labels_for(
     network, key = (unet, "num_class_embeds") if is_conditional(unet) else (classifier, "num_classes")
     if network is None:
         if class_labels is not None:
-            raise DiffusersDPMError("class_labels for a network that is unconditional, without a classifier.")
+            raise DiffusersDPMError("class_labels need a network with num_class_embeds, or a classifier.")
         return None
     num_classes = getattr(network, "config", {}).get(key)
     if class_labels is None:

@@ -58,6 +58,6 @@ def images_and_labels(item: Any) -> tuple[torch.Tensor, Any]:
 def joined(batches: Sequence[tuple[torch.Tensor, Any]]) -> Images:
     """One batch of many."""
     if not batches:
-        raise DiffusersDPMError("the data holds no images.")
+        raise DiffusersDPMError("the data holds 0 images; at least 1 is needed.")
     labels = None if batches[0][1] is None else torch.cat([torch.as_tensor(label) for _, label in batches])
     return torch.cat([images for images, _ in batches]), labels

@@ -9,7 +9,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
-from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier, image_shape, is_conditional
+from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, VPNoiseSchedule
 
@@ -56,11 +56,6 @@ def load_extra(model: str, name: str) -> Any:
         raise DiffusersDPMError(f"{model} has no {name}: 'diffusers-dpm {extra.command} {model}' makes it") from error
 
 
-def load_classifier(model: str) -> NoisyClassifier:
-    """The classifier beside a model. Raises DiffusersDPMError if there is none."""
-    return load_extra(model, RunFolder.classifier.name)
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence diffusers' warnings about unknown config keys."""
@@ -87,9 +82,9 @@ def checked_labels(unet: Any, images: torch.Tensor, labels: torch.Tensor | None)
     if not is_conditional(unet):
         return None
     if labels is None or bool((labels < 0).any()):
-        raise DiffusersDPMError("the network is class-conditional: it needs the label of every image.")
+        raise DiffusersDPMError(f"a class-conditional network ({num_classes=}) needs a label >= 0 for every image.")
     if num_classes is not None and bool((labels >= num_classes).any()):
-        raise DiffusersDPMError(f"the labels go up to {int(labels.max())}, the network has {num_classes} classes.")
+        raise DiffusersDPMError(f"label {int(labels.max())} is too high for a network with {num_classes=}.")
     return labels
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import io
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
@@ -150,11 +150,18 @@ def read_options_file(path: Path, items: Sequence[dataclasses.Field[Any]]) -> li
         values = yaml.safe_load(path.read_text())  # JSON is YAML
     if not isinstance(values, dict):
         raise DiffusersDPMError(f"{path} must hold one 'option: value' per line")
-    names, arguments = [item.name for item in items], []
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
+    given = {str(key).replace("-", "_"): value for key, value in values.items()}
+    names = [item.name for item in items]
+    for name in given:
         if name not in names:
-            raise DiffusersDPMError(f"unknown option {key!r} in {path}" + nearest(name, names))
+            raise DiffusersDPMError(f"unknown option {name!r} in {path}" + nearest(name, names))
+    return as_arguments(given)
+
+
+def as_arguments(options: Mapping[str, Any]) -> list[str]:
+    """--name=value for each option that is not None, --name value ... for a list, --name or --no-name for a flag."""
+    arguments = []
+    for name, value in options.items():
         if isinstance(value, bool):
             arguments.append(flag(name) if value else flag(f"no_{name}"))
         elif isinstance(value, list):

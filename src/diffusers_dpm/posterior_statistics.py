@@ -75,7 +75,7 @@ class PosteriorStatistics(Record):
         lists = (self.residual, self.analytic, self.residual_error, self.analytic_error)
         lengths = {len(values) for values in lists if values is not None}
         if self.residual is None and self.analytic is None:
-            raise DiffusersDPMError("statistics need at least one of residual and analytic.")
+            raise DiffusersDPMError("residual=None and analytic=None: statistics need at least one of them.")
         if len(lengths) > 1:
             raise DiffusersDPMError(f"the lists of the statistics have different lengths: {sorted(lengths)}.")
 
@@ -86,9 +86,9 @@ class PosteriorStatistics(Record):
             ValueError: there is no analytic estimate, or it is of another schedule.
         """
         if self.analytic is None:
-            raise DiffusersDPMError("ms_eps is a form of the analytic estimate, which these statistics do not have.")
-        if schedule.hash != self.schedule_hash:
-            raise DiffusersDPMError("the statistics are of another noise schedule.")
+            raise DiffusersDPMError("ms_eps is a form of the analytic estimate, but here analytic=None.")
+        if (own := self.schedule_hash) != schedule.hash:
+            raise DiffusersDPMError(f"statistics of schedule_hash={own[:12]}, not of {schedule.hash[:12]}.")
         return (1 - torch.tensor(self.analytic, dtype=torch.float64) * torch.exp(2 * schedule.lambda_)).tolist()
 
     def scheduler(self, scheduler: Any, **options: Any) -> AnalyticDPMScheduler:
@@ -282,8 +282,8 @@ def measure(
     try:
         for number, values in one_late((number, problem.evaluate(batches[number])) for number in numbers):
             values = values.cpu()
-            if not values.isfinite().all():
-                raise DiffusersDPMError("the network's predictions are not finite.")
+            if bad := [i for (_, i), fine in zip(batches[number], values.isfinite().all(1), strict=True) if not fine]:
+                raise DiffusersDPMError(f"the predictions at timestep {problem.timesteps[bad[0]]} are not finite.")
             own[tuple(torch.tensor(batches[number]).T)] = values
             first = number - processes.rank  # the other processes are as far
             progress.update(sum(map(len, batches[first : first + processes.count])))
@@ -343,9 +343,9 @@ def import_ms_eps(
         raise DiffusersDPMError(f"{path} has shape {values.shape}, not {num} values or {num + 1} with a dummy first.")
     values = values[-num:]
     if not (np.isfinite(values) & (values >= 0)).all():
-        raise DiffusersDPMError(f"{path} holds values that are negative or not finite: mean squares are not.")
+        raise DiffusersDPMError(f"{path} holds {values.min():g} .. {values.max():g}; they must be finite and >= 0.")
     if schedule.alpha[-1] == 0:
-        raise DiffusersDPMError("where alpha is 0, ms_eps says nothing about C_t: estimate the statistics anew.")
+        raise DiffusersDPMError(f"ms_eps gives no C_t at timestep {num - 1}, where alpha=0: use estimate_statistics.")
     analytic = torch.exp(-2 * schedule.lambda_) * (1 - torch.from_numpy(values))
     return PosteriorStatistics(
         residual=None,

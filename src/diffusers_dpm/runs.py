@@ -15,7 +15,7 @@ from accelerate.utils import tqdm
 from diffusers_dpm.calibration import STEPS, Calibration, calibrate, conditions_of, network_calls, solver_for
 from diffusers_dpm.data import load_images
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.networks import load_classifier, load_pipeline, noise_schedule_of
+from diffusers_dpm.networks import load_extra, load_pipeline, noise_schedule_of
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
 from diffusers_dpm.records import weights_hash
@@ -56,7 +56,7 @@ def sample_run(
     """
     pipeline = load_pipeline(model)
     if guidance_scale is not None:
-        pipeline.register_modules(classifier=load_classifier(model))
+        pipeline.register_modules(classifier=load_extra(model, "classifier"))
     if scheduler is not None:
         pipeline.scheduler = build_scheduler(scheduler, scheduler_options or {}, pipeline, model, guidance_scale)
     sampler = Sampler(pipeline, num_inference_steps, class_labels, guidance_scale)
@@ -177,7 +177,7 @@ def calibrate_run(
     steps = list(steps or STEPS)
     pipeline = load_pipeline(model)
     earlier = earlier_calibration(folder, pipeline)
-    classifier = None if guidance_scale is None else load_classifier(model)
+    classifier = None if guidance_scale is None else load_extra(model, "classifier")
     accelerator = Accelerator(cpu=cpu)
     teacher_steps = min(teacher_steps, pipeline.scheduler.config.num_train_timesteps)
     numbers: dict[str, Any] = {"num_images": num_images, "teacher_steps": teacher_steps, "max_walks": max_walks}

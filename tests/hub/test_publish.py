@@ -55,7 +55,7 @@ def test_private_is_private_before_anything_is_sent(hub, folder):
 
 def test_private_is_refused_where_the_repository_is_public(hub, folder):
     hub.api().create_repo(REPO)
-    with pytest.raises(PublishError, match="public"):
+    with pytest.raises(PublishError, match=rf"{REPO} .*--private"):
         upload(folder, REPO, private=True, api=hub.api())
     assert commits(hub) == 0
 
@@ -87,7 +87,7 @@ def test_pull_request_of_somebody_without_rights(hub, folder):
 
 
 def test_pull_request_to_a_repository_that_is_not_there(hub, folder):
-    with pytest.raises(PublishError, match="no such repository"):
+    with pytest.raises(PublishError, match=rf"{REPO}: .*404"):
         upload(folder, REPO, create_pr=True, api=hub.api())
     assert REPO not in hub.repositories
 
@@ -97,7 +97,7 @@ def test_branch(hub, folder):
     before = hub.files(REPO)
     (folder / "more.txt").write_text("2")
     hub.inject(COMMIT, drop_request=True)
-    with pytest.raises(PublishError, match="run the command again"):
+    with pytest.raises(PublishError, match=rf"{REPO}: "):
         upload(folder, REPO, revision="v2", api=hub.api())
     upload(folder, REPO, revision="v2", api=hub.api())  # the branch is there now, and holds what main holds
     assert hub.files(REPO) == before
@@ -123,7 +123,7 @@ def test_failed_commit_leaves_what_was_there(fault, hub, folder):
 
 def test_failed_first_upload_can_be_run_again(hub, folder):
     hub.inject(LFS, status=400, times=100)
-    with pytest.raises(PublishError, match="cannot publish"):
+    with pytest.raises(PublishError, match=rf"{REPO}: .*weights\.safetensors"):
         upload(folder, REPO, api=hub.api())
     assert hub.files(REPO) == {}
     hub.faults.clear()
@@ -143,7 +143,7 @@ def test_somebody_else_commits_in_between(hub, folder, monkeypatch):
         return create_commit(*arguments, **keywords)
 
     monkeypatch.setattr(api, "create_commit", late)
-    with pytest.raises(PublishError, match="somebody else changed the repository"):
+    with pytest.raises(PublishError, match=rf"{REPO}: .*412"):
         upload(folder, REPO, force=True, api=api)
     assert "theirs.txt" in hub.files(REPO)
 
@@ -151,7 +151,7 @@ def test_somebody_else_commits_in_between(hub, folder, monkeypatch):
 def test_damage_on_the_way_back_is_found(hub, folder):
     hub.inject("GET .*/resolve/.*weights", corrupt=True, times=2)
     for _ in range(2):  # the second time there is nothing to upload, and it is looked at again
-        with pytest.raises(PublishError, match=r"http.*weights.safetensors .*damaged"):
+        with pytest.raises(PublishError, match=r"http.*weights\.safetensors "):
             upload(folder, REPO, api=hub.api())
     upload(folder, REPO, api=hub.api())
     assert commits(hub) == 1
@@ -159,7 +159,7 @@ def test_damage_on_the_way_back_is_found(hub, folder):
 
 @pytest.mark.parametrize("token", ["bob", "alice_read_only"])
 def test_no_right_to_write(token, hub, folder):
-    with pytest.raises(PublishError, match="may not write there"):
+    with pytest.raises(PublishError, match=rf"{REPO}: .*403"):
         upload(folder, REPO, api=hub.api(getattr(hub, token)))
     assert REPO not in hub.repositories
 
@@ -169,16 +169,16 @@ def test_not_logged_in(hub, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
     with pytest.raises(PublishError, match="`hf auth login`"):
         log_in(hub.api(None))
-    with pytest.raises(PublishError, match="the token is not valid"):
+    with pytest.raises(PublishError, match="Invalid user token"):
         log_in(hub.api("hf_wrong"))
     assert log_in(hub.api()) == "alice"
 
 
 def test_no_connection(folder):
     nobody = huggingface_hub.HfApi(endpoint="http://127.0.0.1:9", token="hf_alice")
-    with pytest.raises(PublishError, match="the Hub is not reached"):
+    with pytest.raises(PublishError, match="Connection refused"):
         log_in(nobody)
-    with pytest.raises(PublishError, match="the Hub is not reached"):
+    with pytest.raises(PublishError, match=rf"{REPO}: .*Connection refused"):
         upload(folder, REPO, api=nobody)
 
 

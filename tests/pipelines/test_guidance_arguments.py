@@ -328,7 +328,7 @@ def test_guidance_object_beside_its_shortcuts_is_an_error(real_pipe):
     arguments = {"class_labels": 0, "guidance": ClassifierGuidance(scale=2.0)}
     with pytest.raises(ValueError, match="guidance_scale, clip_order"):
         path(real_pipe, **arguments, guidance_scale=2.0, clip_order="both")
-    with pytest.raises(ValueError, match="guidance or cond_fn"):
+    with pytest.raises(ValueError, match=r"guidance .*cond_fn"):
         path(real_pipe, **arguments, cond_fn=energy)
     with pytest.raises(ValueError, match="2 class_labels, 3 guidance_scale"):
         path(real_pipe, class_labels=[0, 1], guidance=ClassifierGuidance(scale=[1.0, 2.0, 3.0]))
@@ -379,7 +379,7 @@ def test_guidance_wraps_guidance(make_pipe):
         ({"class_labels": 0, "guidance_through_unet": True}, "guidance_through_unet"),
         ({"class_labels": 0, "cond_fn": energy}, "class_labels.*num_class_embeds"),
         ({"cond_fn": lambda x_t, t, x0: x_t.sum()}, r"\(1,\), .*\(\)"),
-        ({"cond_fn": lambda x_t, t, x0: x_t.detach().flatten(1).sum(1)}, "cond_fn.*no input"),
+        ({"cond_fn": lambda x_t, t, x0: x_t.detach().flatten(1).sum(1)}, r"cond_fn .*\(1,\) .*requires_grad=False"),
         (
             {"class_labels": 0, "latents": torch.zeros(1, 3, 16, 16)},
             r"sample_size=\(8, 8\), .*\(16, 16\)",
@@ -454,7 +454,7 @@ def test_rows_fitted_to_steps_that_clip_keep_clipping(real_pipe):
     real_pipe.scheduler = own_rows(DPMSolverScheduler(clip_sample=True))
     arguments = {"class_labels": [0, 1], "num_inference_steps": 3}
     assert path(real_pipe, **arguments, clip_order="both").isfinite().all()
-    with pytest.raises(ValueError, match=r"clip_order.*fitted"):
+    with pytest.raises(ValueError, match=r'clip_order .*"after" or "both"'):
         path(real_pipe, **arguments, clip_order="before")
 
 
@@ -485,7 +485,7 @@ def test_a_gradient_that_is_not_finite_names_its_step(make_pipe):
         (diffusers.IPNDMScheduler(), "prediction_type"),
         (
             diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-            "not 'flow_prediction'",
+            "'flow_prediction'",
         ),
         (diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), "UniPCMultistepScheduler"),
     ],

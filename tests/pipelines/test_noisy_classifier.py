@@ -195,7 +195,7 @@ def test_from_unet_with_changes_takes_what_fits(make_unet):
 
 
 def test_from_unet_needs_the_same_time_embedding(make_unet):
-    with pytest.raises(ValueError, match=r"time embedding.*fourier"):
+    with pytest.raises(ValueError, match="fourier"):
         NoisyClassifier.from_unet(make_unet(time_embedding_type="fourier"), 2)
 
 

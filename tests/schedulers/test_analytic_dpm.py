@@ -690,7 +690,7 @@ def test_missing_statistics_are_an_error_that_names_the_remedy(name):
 
 @pytest.mark.parametrize("options", [{}, {"missing_statistics": "lower_bound"}, {"reverse_variance": "small"}])
 def test_an_optimal_trajectory_needs_statistics(options):
-    with pytest.raises(ValueError, match=r"optimal.*statistics"):
+    with pytest.raises(ValueError, match=r"timestep_spacing='optimal'.*diffusers-dpm statistics"):
         AnalyticDPMScheduler(timestep_spacing="optimal", **options).set_timesteps(10)
 
 
@@ -705,13 +705,13 @@ def test_the_two_estimates_are_chosen_by_reverse_variance():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"residual": [0.1] * 999}, "999 values of residual.*1000 training timesteps"),
-        ({"analytic": [0.1] * 1001}, "1001 values of analytic"),
-        ({"residual": [0.1] * 999 + [math.nan]}, "residual that are not finite"),
-        ({"analytic": [math.inf] * 1000}, "analytic that are not finite"),
-        ({"residual": None, "analytic": None}, "none of the lists residual, analytic"),
-        ({"schedule_hash": DDPMScheduler(beta_end=0.03).schedule.hash}, "another noise schedule"),
-        ({"schedule_hash": None}, "another noise schedule"),
+        ({"residual": [0.1] * 999}, "999 .*residual .*1000"),
+        ({"analytic": [0.1] * 1001}, "1001 .*analytic .*1000"),
+        ({"residual": [0.1] * 999 + [math.nan]}, "residual .*nan"),
+        ({"analytic": [math.inf] * 1000}, "analytic .*inf"),
+        ({"residual": None, "analytic": None}, "residual, analytic"),
+        ({"schedule_hash": DDPMScheduler(beta_end=0.03).schedule.hash}, f"schedule_hash=.*{LINEAR.hash[:12]}"),
+        ({"schedule_hash": None}, f"schedule_hash=.*{LINEAR.hash[:12]}"),
     ],
 )
 def test_statistics_that_do_not_fit_are_refused(change, message):
@@ -725,7 +725,7 @@ def test_statistics_that_do_not_fit_are_refused(change, message):
 def test_statistics_of_another_schedule_fail_after_a_swap():
     config = dict(working(AnalyticDPMScheduler).config)
     scheduler = AnalyticDPMScheduler.from_config(config, beta_end=0.03)
-    with pytest.raises(ValueError, match="schedule"):
+    with pytest.raises(ValueError, match="schedule_hash="):
         scheduler.set_timesteps(10)
 
 

@@ -74,12 +74,12 @@ def test_the_guidance_scale_chooses_the_tables():
 
 def test_other_numbers_of_steps_are_refused_with_a_list():
     scheduler = calibrated([table(), table([999, 70], [[0.2, 0.5], [0.1, 0.9]])])
-    message = r"for 3 steps: the calibration has rows for 2, 4 steps without guidance.*diffusers-dpm calibrate RUN"
+    message = r"3 steps.* 2, 4 steps .*diffusers-dpm calibrate RUN"
     with pytest.raises(ValueError, match=message):
         scheduler.set_timesteps(3)
     with pytest.raises(ValueError, match=r"\[999, 70\].*\[999, 71\]"):
         scheduler.set_timesteps(timesteps=[999, 71])
-    with pytest.raises(ValueError, match="for no steps"):
+    with pytest.raises(ValueError, match="4 steps"):
         CalibratedScheduler().set_timesteps(4)
 
 
@@ -141,25 +141,28 @@ def test_how_x0_is_clipped_matters_only_if_it_is(switch, key, value):
 )
 def test_tables_of_another_config_are_refused_after_a_swap(change):
     swapped = CalibratedScheduler.from_config(calibrated().config, **change)
-    with pytest.raises(ValueError, match="the rows were fitted for"):
+    with pytest.raises(ValueError, match="|".join(f"{key}=" for key in ("schedule_hash", *change))):
         swapped.set_timesteps(4)
 
 
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
-        ([], "no tables"),
-        ([table(rows=ROWS[:3])], "damaged"),
-        ([table(rows=[[0.3], *ROWS[1:]])], "damaged"),
-        ([table(rows=[[0.3, 0.1, 0.2], *ROWS[1:]])], "damaged"),  # there is no second prediction yet
-        ([table(rows=[[math.nan, 0.1], *ROWS[1:]])], "damaged"),
-        ([table(), table(rows=[*ROWS[:3], [0.1, math.inf]])], "damaged"),
-        ([{"rows": ROWS}], "damaged"),
-        ([{**table(), "guidance_scale": math.nan}], "damaged: a table has guidance_scale=nan"),
-        ([{**table(), "rows": 5}], "damaged"),
-        ([5], "damaged"),
-        ([{"timesteps": TIMESTEPS}], "damaged"),
-        ([table(timesteps=[999, 640, 640, 7])], "descending"),
+        ([], r"tables=\[\]"),
+        ([table(rows=ROWS[:3])], r"timesteps=\[999, 640, 130, 7\]"),
+        ([table(rows=[[0.3], *ROWS[1:]])], r"timesteps=\[999, 640, 130, 7\]"),
+        (
+            [table(rows=[[0.3, 0.1, 0.2], *ROWS[1:]])],
+            r"timesteps=\[999, 640, 130, 7\]",
+        ),  # there is no second prediction yet
+        ([table(rows=[[math.nan, 0.1], *ROWS[1:]])], r"timesteps=\[999, 640, 130, 7\]"),
+        ([table(), table(rows=[*ROWS[:3], [0.1, math.inf]])], r"timesteps=\[999, 640, 130, 7\]"),
+        ([{"rows": ROWS}], "'timesteps'"),
+        ([{**table(), "guidance_scale": math.nan}], "guidance_scale=nan"),
+        ([{**table(), "rows": 5}], "'int'"),
+        ([5], "'int'"),
+        ([{"timesteps": TIMESTEPS}], "'rows'"),
+        ([table(timesteps=[999, 640, 640, 7])], r"\[999, 640, 640, 7\]"),
         ([table(timesteps=[1000, 640, 130, 7])], r"0 \.\. 999"),
         ([table(timesteps=[999, 640, 130, -1])], r"0 \.\. 999"),
     ],
@@ -257,7 +260,7 @@ def test_half_precision_is_computed_in_float32(dtype):
 
 @pytest.mark.parametrize("rows", [ROWS, [row[:2] for row in ROWS]], ids=["history", "no history"])
 def test_beginning_in_mid_grid_is_refused_each_time(rows):
-    message = "whole way from noise: to begin at step 2 use DPMSolverScheduler"
+    message = "begin_index=2 .*DPMSolverScheduler"
     scheduler = calibrated([table(rows=rows)])
     scheduler.set_timesteps(4)
     expected = walk(scheduler, network, noise(*SHAPE))[0]
@@ -266,7 +269,7 @@ def test_beginning_in_mid_grid_is_refused_each_time(rows):
             scheduler.set_begin_index(2)
         with pytest.raises(ValueError, match=message):
             scheduler.step(noise(*SHAPE), 130, noise(*SHAPE))
-    with pytest.raises(ValueError, match="one timestep"):
+    with pytest.raises(ValueError, match=r"CalibratedScheduler .*\[0, 1\]"):
         scheduler.step(noise(*SHAPE), torch.tensor([999, 640]), noise(*SHAPE))
     scheduler.set_begin_index(0)
     assert torch.equal(walk(scheduler, network, noise(*SHAPE))[0], expected)
@@ -276,7 +279,7 @@ def test_a_step_left_out_is_refused():
     scheduler = calibrated()
     scheduler.set_timesteps(4)
     scheduler.step(noise(*SHAPE), 999, noise(*SHAPE))
-    with pytest.raises(ValueError, match="step 2"):
+    with pytest.raises(ValueError, match="begin_index=2 "):
         scheduler.step(noise(*SHAPE), 130, noise(*SHAPE))
 
 

@@ -166,7 +166,7 @@ def test_every_legal_config_without_noise_encodes(case):
     before = dict(scheduler.config)
     scheduler.set_timesteps(steps)
     if scheduler.timesteps[0] == 0:  # one step on a short chain
-        with pytest.raises(ValueError, match="above 0"):
+        with pytest.raises(ValueError, match=r"\[0\]"):
             scheduler.set_timesteps(steps, encode=True)
         return
     scheduler.set_timesteps(steps, encode=True)
@@ -450,7 +450,7 @@ def test_explicit_sigmas():
 )
 @pytest.mark.parametrize("fractional", [False, True])
 def test_bad_sigmas_are_refused(arguments, fractional):
-    with pytest.raises(ValueError, match=r"give one|sigmas|descend"):
+    with pytest.raises(ValueError, match="sigmas"):
         DPMSolverScheduler(fractional_timesteps=fractional).set_timesteps(**arguments)
 
 
@@ -511,7 +511,7 @@ def test_names_of_other_libraries(stock):
         ({"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
         ({"algorithm_type": "sde-dpmsolver++", "method": "singlestep"}, "sde-dpmsolver.*'singlestep'"),
         ({"algorithm_type": "sde-dpmsolver", "method": "singlestep_fixed"}, "sde-dpmsolver.*'singlestep_fixed'"),
-        ({"euler_at_final": True, "method": "singlestep"}, "euler_at_final=True needs method='multistep'"),
+        ({"euler_at_final": True, "method": "singlestep"}, "euler_at_final=True .*method='multistep'"),
         ({"algorithm_type": "dpm"}, "algorithm_type='dpm'.*'dpmsolver'"),
         ({"solver_order": 4}, "solver_order=4"),
         ({"solver_order": 0}, "solver_order=0"),
@@ -521,8 +521,8 @@ def test_names_of_other_libraries(stock):
         ({"final_sigmas_type": "one"}, "final_sigmas_type='one'"),
         ({"timestep_spacing": "karras"}, "timestep_spacing='karras'"),
         ({"beta_schedule": "square"}, "beta_schedule='square'"),
-        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "only one of"),
-        ({"rescale_betas_zero_snr": True}, "zero terminal SNR"),
+        ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "use_karras_sigmas, .*use_beta_sigmas"),
+        ({"rescale_betas_zero_snr": True}, "prediction_type='epsilon'"),
         ({"thresholding": True, "dynamic_thresholding_ratio": 0.0}, "dynamic_thresholding_ratio=0.0"),
         ({"lambda_min_clipped": 50.0}, "lambda_min_clipped=50.0"),
     ],

@@ -141,7 +141,7 @@ def test_learned_variances_scale_the_noise(channels, interpolation):
 def test_learned_variances_need_twice_the_channels(kind):
     scheduler = DDPMScheduler(variance_type=kind)
     scheduler.set_timesteps(10)
-    with pytest.raises(ValueError, match="twice"):
+    with pytest.raises(ValueError, match=f"'{kind}'"):
         scheduler.step(noise(1, 3, 4, 4), 500, noise(1, 3, 4, 4))
 
 
@@ -200,7 +200,7 @@ def test_encoding_does_not_clip_and_decoding_clips_again():
 def test_encoding_is_deterministic_or_refused():
     with pytest.raises(ValueError, match="eta"):
         DDIMScheduler(eta=0.5).set_timesteps(10, encode=True)
-    with pytest.raises(ValueError, match="above 0"):
+    with pytest.raises(ValueError, match=r"\[0\]"):
         DDIMScheduler().set_timesteps(1, encode=True)
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(10, encode=True)

@@ -216,13 +216,13 @@ def test_levels_outside_the_process_are_refused(linear):
         ({"beta_start": -1e-4}, "betas"),
         ({"beta_end": 1.5}, "betas"),
         ({"num_train_timesteps": 0}, "betas"),
-        ({"trained_betas": [0.1, 0.2]}, "trained_betas has 2 values but num_train_timesteps=1000"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas .*2 .*num_train_timesteps=1000"),
         ({"num_train_timesteps": 3, "trained_betas": [0.1, 1.0, 0.5], "prediction_type": "sample"}, "betas"),
         ({"beta_schedule": "cubic"}, "'linear'.*'squaredcos_cap_v2'"),
         ({"prediction_type": "score"}, "'epsilon', 'sample', 'v_prediction'"),
         ({"timestep_spacing": "karras"}, "'leading', 'linspace', 'trailing', 'quadratic', 'quad', 'logsnr'"),
-        ({"rescale_betas_zero_snr": True}, "v_prediction"),
-        ({"beta_end": 1.0}, "v_prediction"),
+        ({"rescale_betas_zero_snr": True}, "prediction_type='epsilon' .*'v_prediction'"),
+        ({"beta_end": 1.0}, "prediction_type='epsilon' .*'v_prediction'"),
         ({"thresholding": True, "dynamic_thresholding_ratio": 1.5}, "dynamic_thresholding_ratio"),
     ],
 )
@@ -237,5 +237,5 @@ def test_unknown_prediction_type_of_a_target(linear):
 
 
 def test_betas_must_be_a_vector():
-    with pytest.raises(ValueError, match="vector"):
+    with pytest.raises(ValueError, match=r"\(1, 2\)"):
         VPNoiseSchedule(torch.tensor([[0.1, 0.2]]))

@@ -200,8 +200,8 @@ def test_dpm_solver_takes_what_the_other_config_says(source, config, tmp_path):
         (STOCK[5], {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "use_flow_sigmas=True"),
         (STOCK[3], {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
         (STOCK[3], {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
-        (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, "shift=3.0 is of flow matching"),
-        (diffusers.EDMDPMSolverMultistepScheduler, {}, "sigma_data=0.5 is of EDM"),
+        (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, "shift=3.0"),
+        (diffusers.EDMDPMSolverMultistepScheduler, {}, "sigma_data=0.5"),
     ],
 )
 def test_dpm_solver_refuses_what_it_cannot_honour(source, config, message, tmp_path):

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffusers_dpm.options import as_arguments
 from diffusers_dpm.training.options import TrainingOptions
 from diffusers_dpm.training.train_diffusion import DiffusionTrainer
 from diffusers_dpm.training.unet_presets import ddpm_unet
-from tests.commands import SHORT_RUN, as_arguments
+from tests.commands import SHORT_RUN
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,7 @@ def arguments(options):
     """The same as command-line arguments."""
 
     def make(**changes) -> list[str]:
-        return as_arguments(options(**changes))
+        return as_arguments(vars(options(**changes)))
 
     return make
 

@@ -1,5 +1,7 @@
 """Every kind of data, and a clear word about data that cannot be used."""
 
+import re
+
 import datasets
 import numpy as np
 import pytest
@@ -142,8 +144,8 @@ def test_columns_by_name(tmp_path, table):
     [
         ({"label_column": "class"}, "'class' .*--label-column.* picture, kind, word"),
         ({"image_column": "image"}, "'image' .*--image-column.* picture, kind, word"),
-        ({"image_column": "kind"}, "'kind' .*images"),
-        ({"label_column": "picture"}, "class names or integers"),
+        ({"image_column": "kind"}, "column 'kind'"),
+        ({"label_column": "picture"}, "column 'picture'"),
     ],
 )
 def test_wrong_columns(tmp_path, table, names, message):
@@ -202,8 +204,8 @@ def test_npy_folders_are_classes(arrays):
     [
         (np.full((2, 3, 8, 8), 1.5, np.float32), r"1.5 .*1.5.*\[-1, 1\]"),
         (np.full((2, 3, 8, 8), np.nan, np.float32), r"\[-1, 1\]"),
-        (np.zeros((2, 3, 8, 8), np.int64), "holds int64"),
-        (np.zeros(7, np.float32), "not that of one image"),
+        (np.zeros((2, 3, 8, 8), np.int64), "int64"),
+        (np.zeros(7, np.float32), r"\(7,\)"),
     ],
 )
 def test_npy_out_of_range(tmp_path, array, message):
@@ -214,13 +216,13 @@ def test_npy_out_of_range(tmp_path, array, message):
 
 def test_empty_folder(tmp_path):
     (tmp_path / "data" / "cat").mkdir(parents=True)
-    with pytest.raises(DataError, match=f"{tmp_path / 'data'}.*empty"):
+    with pytest.raises(DataError, match=re.escape(str(tmp_path / "data"))):
         load_images(tmp_path / "data")
 
 
 def test_folder_without_images(tmp_path):
     (tmp_path / "notes.dat").write_text("nothing")
-    with pytest.raises(DataError, match="cannot load"):
+    with pytest.raises(DataError, match=re.escape(str(tmp_path))):
         load_images(tmp_path)
 
 
@@ -229,14 +231,14 @@ def test_broken_image_is_named(tmp_path, damage):
     save_images(tmp_path / "data", pixels(4, 32, 32, 3))
     broken = tmp_path / "data" / "2.png"
     broken.write_bytes(b"no image" if damage == "not an image" else broken.read_bytes()[:400])
-    with pytest.raises(DataError, match=str(broken)):
+    with pytest.raises(DataError, match=re.escape(str(broken))):
         load_images(tmp_path / "data")
 
 
 def test_broken_array_is_named(tmp_path):
     np.save(tmp_path / "0.npy", np.zeros((8, 8), np.uint8))
     (tmp_path / "1.npy").write_bytes(b"no array")
-    with pytest.raises(DataError, match=str(tmp_path / "1.npy")):
+    with pytest.raises(DataError, match=re.escape(str(tmp_path / "1.npy"))):
         load_images(tmp_path)
 
 
@@ -252,7 +254,7 @@ def test_mixed_sizes_need_a_resolution(tmp_path):
 def test_mixed_channels_need_a_number(tmp_path):
     save_images(tmp_path / "data" / "a", pixels(1, 8, 8))
     save_images(tmp_path / "data" / "b", pixels(1, 8, 8, 3))
-    with pytest.raises(DataError, match=r"channels.*--channels"):
+    with pytest.raises(DataError, match="--channels"):
         load_images(tmp_path / "data")
     for channels in (1, 3):
         assert load_images(tmp_path / "data", channels=channels).shape == (channels, 8, 8)
@@ -266,7 +268,7 @@ def test_channels(tmp_path):
     grey = np.stack([np.asarray(Image.fromarray(image[..., :3]).convert("L")) for image in rgba])
     found = load_images(tmp_path / "data", channels=1)[[0, 1]]["images"]
     torch.testing.assert_close(found, in_range(grey), rtol=0, atol=1.01 / 127.5)
-    with pytest.raises(DataError, match="cannot become 2"):
+    with pytest.raises(DataError, match=r"\.png .*3 .*2$"):
         load_images(tmp_path / "data", channels=2)
 
 

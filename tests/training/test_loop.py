@@ -212,7 +212,7 @@ def test_non_finite_loss_stops_the_run(trainer):
             if record.step == 3:
                 torch.nn.init.constant_(run.state.model.conv_in.bias, torch.nan)
 
-    with pytest.raises(NonFiniteLossError, match="nan at step 4"):
+    with pytest.raises(NonFiniteLossError, match=r"nan .*4"):
         poison()
     assert seen[-1] <= 4
 
@@ -220,8 +220,8 @@ def test_non_finite_loss_stops_the_run(trainer):
 @pytest.mark.parametrize(
     ("figures", "skipped", "message"),
     [
-        ([math.nan, 1, 0, 0, 0, 0], False, "loss is nan"),
-        ([1, math.inf, 0, 0, 0, 0], False, "gradient norm is inf"),
+        ([math.nan, 1, 0, 0, 0, 0], False, "loss .*nan"),
+        ([1, math.inf, 0, 0, 0, 0], False, "gradient norm .*inf"),
         ([1, math.inf, 0, 0, 0, 0], True, None),
     ],
 )
@@ -230,7 +230,7 @@ def test_what_spoils_the_weights(figures, skipped, message):
     if message is None:
         record.check_finite()
     else:
-        with pytest.raises(NonFiniteLossError, match=f"{message} at step 9"):
+        with pytest.raises(NonFiniteLossError, match=f"{message} .*9"):
             record.check_finite()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -113,7 +114,7 @@ def test_no_pickles(options):
         ({"seed": 1}, "--seed .*0 .*1"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "--beta-schedule"),
         ({"dropout": 0.3}, "--dropout .*None .*0.3"),
-        ({"max_train_steps": 2}, "past --max-train-steps 2"),
+        ({"max_train_steps": 2}, "--max-train-steps 2"),
     ],
 )
 def test_changes_that_matter_are_refused(options, changes, message):
@@ -148,11 +149,11 @@ def test_resume_without_a_checkpoint_starts_at_the_beginning(tmp_path, options, 
 
 
 def test_resume_from_no_checkpoint(tmp_path, options):
-    with pytest.raises(ValueError, match="checkpoint"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
         DiffusionTrainer(options(resume=str(tmp_path)))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("...")
-    with pytest.raises(ValueError, match="training run"):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path / "run"))):
         DiffusionTrainer(options(resume="latest"))
 
 

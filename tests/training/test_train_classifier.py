@@ -3,7 +3,6 @@
 import gc
 import json
 import math
-import re
 import shutil
 import sys
 from functools import partial
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.data import ImageDataset, ImageSource
+from diffusers_dpm.options import as_arguments
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import DDPMScheduler
 from diffusers_dpm.training import ClassifierLoss, TrainingState, build_unet, training_steps
@@ -28,7 +28,7 @@ from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS, build_
 from diffusers_dpm.training.options import ClassifierTrainingOptions
 from diffusers_dpm.training.train_classifier import ClassifierTrainer, train_classifier
 from diffusers_dpm.training.unet_presets import PRESETS, ddpm_unet
-from tests.commands import SHORT_RUN, as_arguments, assert_named_once, error_of, help_of
+from tests.commands import SHORT_RUN, assert_named_once, error_of, help_of
 from tests.models import save_run, tiny_unet
 from tests.training.test_resume import assert_same
 
@@ -72,7 +72,7 @@ def command(classifier_options):
     """The same as command-line arguments."""
 
     def make(folder, *extra, **changes) -> list[str]:
-        return [str(folder), *as_arguments(classifier_options(**changes)), *extra]
+        return [str(folder), *as_arguments(vars(classifier_options(**changes))), *extra]
 
     return make
 
@@ -277,9 +277,9 @@ def test_accuracy_can_be_measured_later(make_pipeline, command, arrays, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"random_shift": 1}, "--random-shift was 0 and now is 1"),
-        ({"max_train_steps": 8}, "--max-train-steps was 6 and now is 8"),
-        ({"pool": "spatial"}, "--pool was None and now is spatial"),
+        ({"random_shift": 1}, "--random-shift .*0 .*1"),
+        ({"max_train_steps": 8}, "--max-train-steps .*6 .*8"),
+        ({"pool": "spatial"}, "--pool .*None .*spatial"),
     ],
 )
 def test_changes_that_matter_are_refused(make_pipeline, classifier_options, changes, message):
@@ -361,17 +361,17 @@ def test_dry_run_writes_nothing(make_pipeline, command, capsys):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_classes": 3}, "--num-classes is 3, the data has 2: class_0, class_1"),
-        ({"preset": "28x28"}, "only one of --preset, --classifier-config and --init-from-unet"),
-        ({"resolution": [16]}, "U-Net is for 8x8 with 1 channel, the data is 16x16 with 1 channel; --resolution"),
-        ({"channels": "3"}, "the data is 8x8 with 3 channels"),
-        ({"eval_data": "digits"}, "the data has 10: 0, 1"),
-        ({"data": "digits", "eval_split": "dev"}, "the digits have no split 'dev'"),
+        ({"num_classes": 3}, "--num-classes .*3.* 2: class_0, class_1"),
+        ({"preset": "28x28"}, "--preset, --classifier-config .*--init-from-unet"),
+        ({"resolution": [16]}, "8x8 with 1 channel, .*16x16 with 1 channel; .*--resolution"),
+        ({"channels": "3"}, "8x8 with 1 channel, .*8x8 with 3 channels"),
+        ({"eval_data": "digits"}, " 10: 0, 1, "),
+        ({"data": "digits", "eval_split": "dev"}, "'dev'.* train, test, all"),
     ],
 )
 def test_options_that_do_not_fit(make_pipeline, classifier_options, changes, message):
     folder = make_pipeline()
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(ValueError, match=message):
         ClassifierTrainer(folder, classifier_options(**changes))
     assert "classifier_training" not in files(folder)
 
@@ -395,16 +395,16 @@ def test_labels_are_checked(make_pipeline, classifier_options, parquet):
     numbers = parquet(kind=[0, 1, 2, 3, 1, 0])
 
     def refused(message, **changes):
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with pytest.raises(ValueError, match=message):
             ClassifierTrainer(folder, classifier_options(**changes))
 
-    refused("no label column found; pass --label-column: the columns are image, kind", data=numbers)
-    refused("labels must lie in 0 .. 2, the data's go from 0 to 3", data=numbers, label_column="kind", num_classes=3)
-    refused("num_classes must be at least 2", data=parquet(kind=[0] * 6), label_column="kind")
+    refused("--label-column: .*image, kind", data=numbers)
+    refused(r"0 \.\. 2, .*0 .*3$", data=numbers, label_column="kind", num_classes=3)
+    refused("num_classes .*2, .*1$", data=parquet(kind=[0] * 6), label_column="kind")
     same = {"data": numbers, "label_column": "kind"}
     assert ClassifierTrainer(folder, classifier_options(**same)).num_classes == 4
     assert ClassifierTrainer(folder, classifier_options(**same, num_classes=7)).num_classes == 7
-    refused("go from 0 to 4", **same, eval_data=parquet(kind=[0, 1, 2, 3, 4, 0]))
+    refused(r"0 \.\. 3, .*0 .*4$", **same, eval_data=parquet(kind=[0, 1, 2, 3, 4, 0]))
 
 
 def test_held_out_classes_are_those_of_the_training(make_pipeline, classifier_options, arrays, tmp_path):

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.data import load_images
 from diffusers_dpm.evaluation.features import load_features
+from diffusers_dpm.options import as_arguments
 from diffusers_dpm.pipelines import NoisyClassifier
 from diffusers_dpm.records import weights_hash
 from diffusers_dpm.training import build_classifier
 from diffusers_dpm.training.options import FeatureTrainingOptions
 from diffusers_dpm.training.train_features import CLEAN_SCHEDULE, FeatureTrainer, features_config
-from tests.commands import as_arguments
 
 
 def main(arguments):
@@ -45,7 +45,7 @@ def feature_options(tmp_path, arrays):
 @pytest.fixture
 def command(feature_options):
     def make(*extra, **changes) -> list[str]:
-        return [*as_arguments(feature_options(**changes)), *extra]
+        return [*as_arguments(vars(feature_options(**changes))), *extra]
 
     return make
 

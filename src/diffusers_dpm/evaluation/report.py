@@ -200,7 +200,7 @@ def compare(a: Iterable[Row], b: Iterable[Row]) -> list[Difference]:
     first, second = ({key(row): row for row in rows} for rows in (a, b))
     pairs = [(row, second[same]) for same, row in first.items() if same in second]
     if not pairs:
-        raise DiffusersDPMError("the two have no sampler, steps, metric, images, features and reference in common")
+        raise DiffusersDPMError(f"no rows of the two have the same sampler, {', '.join(same)}")
     differences = []
     for row, other in pairs:
         error = None if None in (row["error"], other["error"]) else math.hypot(row["error"], other["error"])

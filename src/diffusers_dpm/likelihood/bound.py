@@ -26,7 +26,7 @@ import torch
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.likelihood.decoder import check_levels, decoder_log_prob, decoder_variances
-from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, forward_process, standard_error
+from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, as_analytic_dpm, standard_error
 from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
@@ -64,10 +64,6 @@ class PredictionErrors:
                 f"errors of {size[0]} images at {size[1]} timesteps cannot have moments of shape "
                 f"{tuple(self.moments.shape)} and a decoder of shape {tuple(self.decoder.shape)}."
             )
-
-    def mean_squared_error(self) -> torch.Tensor:
-        """E|x_0 - x_0-hat|^2 / d at each of `timesteps`, float64 (n,)."""
-        return self.moments[..., 0].mean(dim=0)
 
 
 @torch.no_grad()
@@ -108,7 +104,7 @@ def measure_errors(
         DiffusersDPMError: images that do not lie on the levels, timesteps out of range, lists of different lengths,
             or a network output that is not finite.
     """
-    process = forward_process(scheduler)
+    process = as_analytic_dpm(scheduler)
     schedule, prediction_type = process.schedule, process.config.prediction_type
     grid = sorted(set(map(int, timesteps)))
     if not grid or grid[0] < 0 or grid[-1] >= len(schedule):
@@ -142,8 +138,8 @@ def measure_errors(
             if progress is not None:
                 progress.update(len(batch))
     values = torch.cat(parts).unflatten(0, (len(images), len(grid)))
-    if not values.isfinite().all():
-        raise DiffusersDPMError("the network's predictions are not finite.")
+    if len(bad := (~values.isfinite()).nonzero()):
+        raise DiffusersDPMError(f"the network's predictions are not finite at timestep {grid[bad[0, 1]]}.")
     mean_square = images.double().square().flatten(1).mean(dim=1).cpu()
     return PredictionErrors(tuple(grid), values[..., :3], values[..., 3], mean_square, schedule.hash)
 
@@ -206,7 +202,7 @@ def reverse_process(scheduler: Any) -> tuple[AnalyticDPMScheduler, list[Transiti
     elif not isinstance(scheduler, AnalyticDPMScheduler):
         large = (scheduler.config.get("variance_type") or "").startswith("fixed_large")
         options = {"forward_process": "ddpm", "reverse_variance": "large" if large else "small"}
-    process = copy.copy(forward_process(scheduler, **options))
+    process = copy.copy(as_analytic_dpm(scheduler, **options))
     process.set_timesteps(timesteps=scheduler.timesteps.tolist())  # whose levels a slice of a grid does not have
     variances = process.reverse_variances()
     transitions = []
@@ -280,8 +276,8 @@ def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLower
         DiffusersDPMError: no bound (see `reverse_process`), other noise levels, or a timestep that was not measured.
     """
     process, transitions = reverse_process(scheduler)
-    if process.schedule.hash != errors.schedule_hash:
-        raise DiffusersDPMError("the errors were measured under another noise schedule.")
+    if (own := process.schedule.hash) != errors.schedule_hash:
+        raise DiffusersDPMError(f"errors of schedule_hash={errors.schedule_hash[:12]}, not of {own[:12]}.")
     timesteps = process.timesteps.tolist()
     if missing := sorted(set(timesteps) - set(errors.timesteps)):
         raise DiffusersDPMError(f"{len(missing)} timesteps of the grid were not measured, the first is {missing[0]}.")

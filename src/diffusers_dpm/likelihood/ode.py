@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.likelihood.decoder import check_levels, gaussian_log_density
-from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, forward_process
+from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, as_analytic_dpm
 from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.random_streams import Stream, normal, sign, uniform
@@ -134,7 +134,7 @@ def ode_log_likelihood(
             raise DiffusersDPMError(f"{name}={value!r} must be one of {', '.join(values)}.")
     if min(num_passes, num_probes, num_steps) < 1:
         raise DiffusersDPMError("num_passes, num_probes and num_steps must be at least 1.")
-    process = forward_process(scheduler)
+    process = as_analytic_dpm(scheduler)
     examples = Examples(unet, images, class_labels, indices, seed, batch_size)
     if num_levels is not None:
         check_levels(images, num_levels)
@@ -216,7 +216,7 @@ class ProbabilityFlow:
             epsilon = affine(PREDICTIONS[self.prediction_type](alpha, sigma).epsilon, x, output)
             traces = exact_trace(epsilon, x) if self.probes is None else probed_traces(epsilon, x, self.probes)
         if not (epsilon.isfinite().all() and traces.isfinite().all()):  # an adaptive solver would never end
-            raise DiffusersDPMError("the network's predictions are not finite.")
+            raise DiffusersDPMError(f"the network's predictions are not finite at timestep {t.item():g}.")
         return sigma * epsilon.detach() - sigma**2 * state[0], sigma / x[0].numel() * traces
 
 

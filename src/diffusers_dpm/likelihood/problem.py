@@ -15,7 +15,7 @@ from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMSchedule
 NATS_PER_BIT = math.log(2)
 
 
-def forward_process(scheduler: Any, **options: Any) -> AnalyticDPMScheduler:
+def as_analytic_dpm(scheduler: Any, **options: Any) -> AnalyticDPMScheduler:
     """Any scheduler's forward process, prediction type and clipping, as an `AnalyticDPMScheduler`.
 
     Raises:

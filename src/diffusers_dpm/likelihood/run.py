@@ -15,7 +15,7 @@ from diffusers_dpm.data import ImageDataset, describe, find_num_levels, load_dat
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.likelihood import bound as elbo
 from diffusers_dpm.likelihood.ode import ODELikelihood, ode_log_likelihood
-from diffusers_dpm.likelihood.problem import forward_process
+from diffusers_dpm.likelihood.problem import as_analytic_dpm
 from diffusers_dpm.networks import checked_labels, load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional
 from diffusers_dpm.records import ResultStore, Tensors, read_json, weights_hash, write_json
@@ -48,7 +48,7 @@ class Task(NamedTuple):
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """All that measured values depend on, other than the choice of images."""
-        process = forward_process(self.pipeline.scheduler)
+        process = as_analytic_dpm(self.pipeline.scheduler)
         return {
             "weights": weights_hash(self.pipeline.unet),
             "schedule_hash": process.schedule.hash,
