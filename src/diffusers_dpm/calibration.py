@@ -133,9 +133,9 @@ class Calibration(Record):
         """
         for key in ("schedule_hash", *CONDITIONS):
             if getattr(self, key) != getattr(other, key):
-                raise DiffusersDPMError(f"calibrations differ: {key}={getattr(other, key)}, not {getattr(self, key)}.")
+                raise DiffusersDPMError(f"the rows are for {key}={getattr(other, key)}, not {getattr(self, key)}.")
         if self.weights is None or self.weights != other.weights:
-            raise DiffusersDPMError(f"tables need known, equal weights; got weights={other.weights}, {self.weights}.")
+            raise DiffusersDPMError(f"the rows are for weights={other.weights}, not {self.weights}.")
 
         def place(table: Mapping[str, Any]) -> tuple[float, int]:
             scale = table["guidance_scale"]
