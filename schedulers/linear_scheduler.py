@@ -12,19 +12,20 @@ import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any, ClassVar
 
 import torch
-from diffusers.configuration_utils import ConfigMixin
-from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .noise_schedule import CLEAN, PREDICTIONS, Level, VPNoiseSchedule, affine, betas_of, unknown
 from .plan import Clipping, History, Plan, Tensors, Update
+from .stock_interface import StockInterface, refuse
 from .timestep_grids import SPACINGS, Grid, descends, spread
 
 
@@ -32,6 +33,7 @@ Pair = tuple[Tensor, Tensor]
 Device = str | torch.device | None
 Timesteps = Sequence[float] | Tensor
 Generators = torch.Generator | list[torch.Generator] | None
+Place = tuple["LinearScheduler", int]  # a row, and the scheduler or the copy of it that has it
 
 
 @dataclass
@@ -56,7 +58,7 @@ class LinearSchedulerOutput(BaseOutput):
 OTHER_PROCESSES = {"shift": "flow matching", "sigma_data": "EDM"}
 
 
-class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
+class LinearScheduler(StockInterface, ABC):
     """A scheduler whose steps are rows of coefficients. Subclasses implement `plan`, and `__init__` with their config.
 
     The config keys are diffusers' own, with its defaults, so that `from_config` swaps both ways. Three attributes hold
@@ -72,9 +74,6 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
     # What `timestep_spacing` may be.
     spacings: ClassVar[tuple[str, ...]] = ("leading", "linspace", "trailing", "quadratic", "quad", "logsnr")
     whole_loops_only: ClassVar[bool] = False  # whether a loop must begin at the first row and leave none out
-
-    schedule: VPNoiseSchedule
-    timesteps: Tensor
 
     @abstractmethod
     def plan(self, levels: list[Level]) -> list[Update]:
@@ -96,36 +95,32 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         for key, values in choices.items():
             if config[key] not in values:
                 raise ValueError(unknown(key, config[key], values))
-        if config.thresholding and not 0 < config.dynamic_thresholding_ratio <= 1:
-            raise ValueError(f"dynamic_thresholding_ratio={config.dynamic_thresholding_ratio} must lie in (0, 1].")
+        if config.thresholding and not 0 <= config.dynamic_thresholding_ratio <= 1:
+            raise ValueError(f"dynamic_thresholding_ratio={config.dynamic_thresholding_ratio} must lie in [0, 1].")
+        if config.thresholding and not config.sample_max_value > 0:
+            raise ValueError(f"sample_max_value={config.sample_max_value} must be positive.")
         if config.clip_sample and not config.clip_sample_range > 0:
             raise ValueError(f"clip_sample_range={config.clip_sample_range} must be positive.")
         if isinstance(config.trained_betas, Tensor):  # JSON takes lists
             self.register_to_config(trained_betas=config.trained_betas.tolist())
         self.schedule = VPNoiseSchedule(betas_of(config))
-        if self.schedule.alpha[-1] == 0 and config.prediction_type == "epsilon":
-            raise ValueError(
-                "prediction_type='epsilon' cannot give x_0 at zero terminal SNR: use 'v_prediction' or 'sample'."
-            )
-        # float32, as diffusers' own code expects to find them; exact values are in `schedule`.
-        self.betas = self.schedule.betas.float()
-        self.alphas_cumprod = self.schedule.alphas_cumprod.float()
-        self.timesteps = torch.arange(len(self.schedule) - 1, -1, -1)
-        self.num_inference_steps: int | None = None
+        self._handed_out = {}
+        self._forget_grid()
+
+    def _forget_grid(self) -> None:
+        self._timesteps = torch.arange(len(self.schedule) - 1, -1, -1, device="cpu")
+        self._num_inference_steps: int | None = None
         self._plan = self._new_plan([], [], None)
         self._history = History([])
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As `ConfigMixin.from_config`, but a config in memory means what its JSON file says.
-
-        diffusers forgets the values that the other scheduler had by default, and so swaps in this class's defaults.
+        """As `ConfigMixin.from_config`: what the other scheduler has by default does not cross.
 
         Raises:
             ValueError: the config is one of flow matching or of EDM.
         """
         if isinstance(config, dict):
-            config = {key: value for key, value in config.items() if key != "_use_default_values"}
             for key, process in OTHER_PROCESSES.items():
                 if key in config:
                     raise ValueError(f"{key}={config[key]!r} is of {process}; this scheduler is for a DDPM process.")
@@ -149,11 +144,13 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
     # Training ----------------------------------------------------------------------------------------------------
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """`VPNoiseSchedule.add_noise`: the training process at any t in 0 .. T-1, whatever the inference grid."""
+        """`VPNoiseSchedule.add_noise`: the training process at any t in 0 .. T-1, whatever the grid; -1 is clean."""
+        self._notice_writing()
         return self.schedule.add_noise(original_samples, noise, timesteps)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """`VPNoiseSchedule.velocity` of clean samples and their noise."""
+        self._notice_writing()
         return self.schedule.velocity(sample, noise, timesteps)
 
     # The grid ----------------------------------------------------------------------------------------------------
@@ -169,29 +166,44 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         return self._history.rows
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Device = None, timesteps: Timesteps | None = None
+        self,
+        num_inference_steps: int | None = None,
+        device: Device = None,
+        timesteps: Timesteps | None = None,
+        **others: Any,
     ) -> None:
         """Chooses the timesteps to visit and builds the rows. Exactly one of the first and the last argument is given.
 
         Args:
-            num_inference_steps: number of network calls, 1 to `num_train_timesteps`; spaced by `timestep_spacing`.
+            num_inference_steps: number of network calls, 1 to `num_train_timesteps`, whole, of any type; spaced by
+                `timestep_spacing`.
             device: where `timesteps` lies.
             timesteps: explicit, strictly descending timesteps.
 
         Raises:
-            ValueError: both or none of the two are given, or a value is out of range or out of order.
+            ValueError: both or none of the two are given, or a value is out of range or out of order, or there are
+                others, which only other schedulers take.
         """
+        self._begin(others)
         self._walk(self._grid(num_inference_steps, timesteps), device)
+
+    def _begin(self, others: dict[str, Any]) -> None:
+        """What every `set_timesteps` does first."""
+        if others:
+            refuse(others)
+        self._notice_writing()
 
     def _grid(self, num_inference_steps: int | None, timesteps: Timesteps | None) -> list[Any]:
         """The descending timesteps that the arguments of `set_timesteps` ask for."""
+        self.custom_timesteps = timesteps is not None
         if timesteps is not None and num_inference_steps is None:
             return self._explicit_grid(timesteps)
         if timesteps is not None or num_inference_steps is None:
             raise ValueError("give either num_inference_steps or timesteps.")
-        if not 1 <= num_inference_steps <= len(self.schedule):
-            raise ValueError(f"{num_inference_steps=} must lie in 1 .. num_train_timesteps={len(self.schedule)}.")
-        return self._spaced_grid(num_inference_steps)
+        top = len(self.schedule)
+        if not 1 <= num_inference_steps <= top or int(num_inference_steps) != num_inference_steps:
+            raise ValueError(f"{num_inference_steps=} must be a whole number in 1 .. num_train_timesteps={top}.")
+        return self._spaced_grid(int(num_inference_steps))
 
     def _explicit_grid(self, timesteps: Timesteps) -> list[Any]:
         grid, top = [int(t) for t in timesteps], len(self.schedule) - 1
@@ -205,8 +217,10 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         return spread([round(t) for t in SPACINGS[config.timestep_spacing](grid)], top)
 
     def _ensure_grid(self) -> None:
+        if self._handed_out:
+            self._notice_writing()
         if not self.updates:  # before set_timesteps is called diffusers' DDPM walks the full chain; so do we
-            self.set_timesteps(timesteps=range(len(self.schedule) - 1, -1, -1))
+            self._walk(self._explicit_grid(range(len(self.schedule) - 1, -1, -1)), None)
 
     def _last_level(self) -> Level:
         return CLEAN
@@ -239,7 +253,8 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         config = self.config
         threshold = (config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None
         clipping = Clipping(threshold, config.clip_sample_range if config.clip_sample else None)
-        tensor = torch.tensor(timesteps).to(device)  # integers, or float32 between the training timesteps
+        dtype = torch.float32 if timesteps and isinstance(timesteps[-1], float) else torch.int64
+        tensor = torch.tensor(timesteps, dtype=dtype, device="cpu").to(device)
         return Plan(tensor, {t: i for i, t in enumerate(timesteps)}, levels, clipping, self._options())
 
     def _follow(self, plan: Plan) -> None:
@@ -247,7 +262,9 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         self._plan = plan  # `plan` looks at its options
         self._plan = replace(plan, rows=self.plan(plan.levels))
         self._history = History(self._plan.rows)
-        self.timesteps, self.num_inference_steps = plan.timesteps, len(plan.index)
+        self._timesteps, self._num_inference_steps = plan.timesteps, len(plan.index)
+        self.step_index = self.begin_index = None
+        self._handed_out = {name: table for name, table in self._handed_out.items() if name != "sigmas"}
 
     def _enter(self, index: int) -> None:
         """Begin a loop at row `index`, in mid-grid for image to image: from there the rows are those of a new walk."""
@@ -266,30 +283,41 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         """Say at which entry of `timesteps` the loop will begin. Pipelines call it; `step` finds out by itself."""
         self._ensure_grid()
         self._enter(begin_index)
+        self.begin_index = begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """The sample itself: the network sees x_t. Present because pipelines call it."""
         return sample
 
-    def previous_timestep(self, timestep: int | float | Tensor) -> int | float:
-        """The next timestep that the loop visits after `timestep`; -1 after the last one."""
-        following = self._locate(timestep) + 1
-        return -1 if following == len(self.updates) else [*self._plan.index][following]
-
-    def _locate(self, timestep: int | float | Tensor) -> int:
-        """Row of a timestep."""
+    def _locate(self, timestep: int | float | Tensor) -> Place:
+        """The row of a timestep, here or in a walk that begins at it."""
         self._ensure_grid()
         if isinstance(timestep, Tensor):
             # A view of the grid is found by its place in memory, in 2 us. `item()` takes 0.2 us on the CPU, but on a
             # GPU it waits for all that is queued, the network included (test_a_loop_reads_no_value_of_a_tensor).
             if timestep.untyped_storage().data_ptr() == self._plan.timesteps.untyped_storage().data_ptr():
-                return int(timestep.storage_offset())
+                return self, int(timestep.storage_offset())
             timestep = timestep.item()
         row = self._plan.index.get(timestep)
-        if row is None:
-            grid = [*self._plan.index][:8]
-            raise ValueError(f"timestep {timestep} is not on the grid {grid} ...; call set_timesteps.")
-        return row
+        return (self._walk_from(timestep), 0) if row is None else (self, row)
+
+    def _walk_from(self, t: Any) -> "LinearScheduler":
+        """A copy that walks from training timestep t, between two levels of the grid, to the rest of them.
+
+        Raises:
+            ValueError: t is none, or the rows need what earlier steps predicted: there are fitted ones, or a loop of a
+                method with history is under way.
+        """
+        plan = self._plan
+        under_way = self.whole_loops_only or (self._has_state and self._history.last is not None)
+        if under_way or t not in range(len(self.schedule)):
+            grid = [*plan.index][:8]
+            raise ValueError(f"timestep {t} is not on the grid {grid} ...; call set_timesteps.")
+        rest = [s for s in plan.index if (s < t) != plan.ascends]
+        levels = [self.schedule.level(t), *plan.levels[len(plan.index) - len(rest) :]]
+        walk = copy(self)
+        walk._follow(replace(plan, index={s: i for i, s in enumerate([t, *rest])}, levels=levels))
+        return walk
 
     # The step ----------------------------------------------------------------------------------------------------
 
@@ -299,45 +327,61 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         timestep: int | Tensor,
         sample: Tensor,
         generator: Generators = None,
+        variance_noise: Tensor | bool | None = None,
         return_dict: bool = True,
+        **others: Any,
     ) -> LinearSchedulerOutput | Pair:
         """x_t -> x_s, where s is the next level of the grid.
 
         Args:
             model_output: shape (B, C, ...), or (B, 2C, ...) from a network that also predicts a variance.
-            timestep: an entry of `timesteps`, or one for each image, shape (B,), for methods without history.
+            timestep: an entry of `timesteps`, or one for each image, shape (B,), for methods without history. Between
+                these entries, any other training timestep: the step is the first of a loop that begins there.
             sample: x_t, shape (B, C, ...). Half precision is computed in float32; the result has the sample's dtype.
             generator: source of the noise; a list has one for each image.
+            variance_noise: noise to use, of the sample's shape, and not to draw. A bool is return_dict, which some
+                of diffusers' classes have in this place.
             return_dict: False returns (prev_sample, pred_original_sample).
 
         Raises:
-            ValueError: a timestep off the grid, or a network output of the wrong number of channels.
+            ValueError: a timestep off the grid in a loop whose method has a history, a network output of the wrong
+                number of channels, noise of another shape, or others, which only other schedulers take.
         """
-        return self._step(model_output, timestep, sample, generator, return_dict)
+        if isinstance(variance_noise, bool):
+            return self._step(model_output, timestep, sample, generator, variance_noise, None, others)
+        return self._step(model_output, timestep, sample, generator, return_dict, variance_noise, others)
 
     def _step(
-        self, output: Tensor, timestep: Any, sample: Tensor, generator: Any, return_dict: bool, noise: Any = None
+        self, output: Tensor, timestep: Any, sample: Tensor, generator: Any, return_dict: bool, noise: Any, others: Any
     ) -> LinearSchedulerOutput | Pair:
-        """`step`, with noise that is drawn if there is none."""
+        """`step`, of which each class has its own order of arguments."""
+        if others:
+            refuse(others)
+        if noise is not None and noise.shape != sample.shape:
+            raise ValueError(f"variance_noise has shape {(*noise.shape,)}, not the sample's {(*sample.shape,)}.")
         x = sample if sample.dtype in (torch.float32, torch.float64) else sample.float()
         output, variance = self.split_output(output, x)
-        rows = self._rows(timestep, len(x))
-        if self._has_state and rows[0] != self._history.next:
-            self._enter(rows[0])
-        if noise is None and any(self.updates[i].noise for i in rows):
+        places = self._places(timestep, len(x))
+        walk, index = places[0]
+        if walk is self:
+            self.step_index = index + 1
+            if self._has_state and index != self._history.next:
+                self._enter(index)
+        if noise is None and any(walk.updates[i].noise for walk, i in places):
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        result = self._apply_each(rows, output, variance, x, noise)
+        result = self._apply_each(places, output, variance, x, noise)
         prev_sample, x0 = result if x is sample else (tensor.to(sample.dtype) for tensor in result)
         return LinearSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
 
-    def _rows(self, timestep: int | Tensor, num_images: int) -> list[int]:
-        """The row of all images, or of each if they differ."""
+    def _places(self, timestep: int | Tensor, num_images: int) -> list[Place]:
+        """The place of all images, or of each if they differ."""
         if not isinstance(timestep, Tensor) or timestep.numel() == 1:
             return [self._locate(timestep)]
-        rows = [self._locate(t) for t in timestep.tolist()]
-        if len(rows) != num_images:
-            raise ValueError(f"{len(rows)} timesteps for a batch of {num_images} images.")
-        return rows if len({*rows}) > 1 else rows[:1]
+        each = timestep.tolist()
+        if len(each) != num_images:
+            raise ValueError(f"{len(each)} timesteps for a batch of {num_images} images.")
+        places = {t: self._locate(t) for t in each}
+        return [places[t] for t in each] if len(places) > 1 else [*places.values()]
 
     @property
     def _has_state(self) -> bool:
@@ -358,18 +402,21 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         return row.apply(anchor, x0s, epsilons) + self.learned_std(row.log_variance, variance) * noise, x0
 
     def _apply_each(
-        self, rows: list[int], output: Tensor, variance: Tensor | None, x: Tensor, noise: Tensor | None
+        self, places: list[Place], output: Tensor, variance: Tensor | None, x: Tensor, noise: Tensor | None
     ) -> Pair:
         """`_apply` for images that may stand at different levels: each group of equals at once."""
-        if len(rows) == 1:
-            return self._apply(rows[0], output, variance, x, noise)
+        if len(places) == 1:
+            walk, index = places[0]
+            return walk._apply(index, output, variance, x, noise)
         if self._has_state:
-            raise ValueError(f"{type(self).__name__} needs one step for all images, got step_index {rows[:8]}.")
+            steps = [index for _, index in places[:8]]
+            raise ValueError(f"{type(self).__name__} needs one step for all images, got step_index {steps}.")
         prev_sample, x0 = torch.empty_like(x), torch.empty_like(x)
-        for index in {*rows}:
-            members = [i for i, row in enumerate(rows) if row == index]
+        for place in {*places}:
+            walk, index = place
+            members = [i for i, other in enumerate(places) if other == place]
             some = [None if tensor is None else tensor[members] for tensor in (variance, noise)]
-            prev_sample[members], x0[members] = self._apply(index, output[members], some[0], x[members], some[1])
+            prev_sample[members], x0[members] = walk._apply(index, output[members], some[0], x[members], some[1])
         return prev_sample, x0
 
     def _remember(self, index: int, x0s: Tensors, epsilons: Tensors, x: Tensor) -> tuple[Tensors, Tensors, Tensor]:
@@ -406,8 +453,17 @@ class LinearScheduler(SchedulerMixin, ConfigMixin, ABC):
         return x0, self.predict_epsilon(output, x, level, x0)
 
     def predict_x0(self, output: Tensor, x: Tensor, level: Level) -> Tensor:
-        """The first of `predict`, from an output of x's shape and dtype."""
-        x0 = affine(PREDICTIONS[self.config.prediction_type](level.alpha, level.sigma).x0, x, output)
+        """The first of `predict`, from an output of x's shape and dtype.
+
+        Raises:
+            ValueError: x is pure noise, from which epsilon does not tell x_0.
+        """
+        try:
+            conversion = PREDICTIONS[self.config.prediction_type](level.alpha, level.sigma)
+        except ZeroDivisionError:
+            advice = "use 'v_prediction' or 'sample', or timesteps below"
+            raise ValueError(f"prediction_type='epsilon' cannot give x_0 at zero terminal SNR: {advice}.") from None
+        x0 = affine(conversion.x0, x, output)
         return self.clip_x0(x0, in_place=x0 is not output)
 
     def predict_epsilon(self, output: Tensor, x: Tensor, level: Level, x0: Tensor) -> Tensor:

@@ -30,13 +30,19 @@ class Level(NamedTuple):
 
 
 CLEAN = Level(1.0, 0.0, math.inf)
+HOST: Any = {"dtype": torch.float64, "device": "cpu"}  # of every table, whatever torch's default dtype and device are
+
+
+def on_host(values: Any) -> torch.Tensor:
+    """Numbers, or a tensor on any device, as float64 on the host: some devices have none."""
+    return values.detach().cpu().double() if isinstance(values, torch.Tensor) else torch.tensor(values, **HOST)
 
 
 def betas_from_alpha_bar(alpha_bar: Callable[[float], float], num_train_timesteps: int) -> torch.Tensor:
     """Betas of a continuous alpha-bar on [0, 1], capped at 0.999 (Nichol and Dhariwal 2021, eq. 17 and below it)."""
     values = [alpha_bar(i / num_train_timesteps) for i in range(num_train_timesteps + 1)]
     betas = [min(1 - after / before, 0.999) for before, after in pairwise(values)]
-    return torch.tensor(betas, dtype=torch.float64)
+    return torch.tensor(betas, **HOST)
 
 
 def _cosine_alpha_bar(u: float) -> float:
@@ -49,7 +55,7 @@ def _laplace_alpha_bar(u: float) -> float:
     return math.sqrt(1 / (1 + math.exp(-log_snr)))
 
 
-_linspace = partial(torch.linspace, dtype=torch.float64)
+_linspace = partial(torch.linspace, **HOST)
 # name -> betas(num_train_timesteps, beta_start, beta_end), float64
 BETA_SCHEDULES: dict[str, Callable[[int, float, float], torch.Tensor]] = {
     "linear": lambda num, start, end: _linspace(start, end, num),
@@ -75,12 +81,12 @@ def betas_of(config: Any) -> torch.Tensor:
     """The betas of a scheduler's config, float64.
 
     Raises:
-        ValueError: an unknown `beta_schedule`, or another number of `trained_betas` than timesteps.
+        ValueError: an unknown `beta_schedule`, or more `trained_betas` than timesteps; fewer make a shorter process.
     """
     num, name = config.num_train_timesteps, config.beta_schedule
     if config.trained_betas is not None:
-        betas = torch.as_tensor(config.trained_betas, dtype=torch.float64)
-        if len(betas) != num:
+        betas = on_host(config.trained_betas)
+        if len(betas) > num:
             raise ValueError(f"trained_betas has {len(betas)} values but num_train_timesteps={num}.")
     elif name in BETA_SCHEDULES:
         betas = BETA_SCHEDULES[name](num, config.beta_start, config.beta_end)
@@ -99,21 +105,25 @@ class VPNoiseSchedule:
     """The forward process q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I) with alpha_t^2 + sigma_t^2 = 1, in float64.
 
     Args:
-        betas: shape (T,), in (0, 1), the last one may be 1; `alphas_cumprod` is the cumulative product of 1 - betas
-            (Ho et al. 2020, eq. 4).
+        betas: shape (T,), positive; `alphas_cumprod` is the cumulative product of 1 - betas (Ho et al. 2020, eq. 4).
+            From the first of at least 1 on, x is pure noise.
 
     Attributes:
         betas, alphas_cumprod, log_alpha, alpha, sigma, lambda_: float64 tensors of shape (T,) on the host.
 
     Raises:
-        ValueError: a beta outside this range.
+        ValueError: no betas, or one that is not positive.
     """
 
     def __init__(self, betas: torch.Tensor):
-        betas = betas.detach().to("cpu", torch.float64)
-        if betas.ndim != 1 or not len(betas) or not (betas > 0).all() or not (betas[:-1] < 1).all() or betas[-1] > 1:
-            raise ValueError(f"betas must be a vector in (0, 1), the last in (0, 1]; got shape {(*betas.shape,)}.")
-        self.betas = betas
+        betas = on_host(betas)
+        if betas.ndim != 1 or not len(betas) or not (betas > 0).all() or betas[0] >= 1:
+            shape, some = (*betas.shape,), betas.tolist()[:8]
+            raise ValueError(f"betas must be a vector of positive numbers, the first below 1; got {shape=}, {some}.")
+        # Beyond 1 a beta changes nothing where no signal is left, as in diffusers (beta_end=2).
+        if ((betas > 1) & (torch.cumprod((1 - betas).abs(), dim=0) > torch.finfo(torch.float32).tiny)).any():
+            raise ValueError(f"betas above 1 make alphas_cumprod negative; got up to {betas.max().item():g}.")
+        self.betas = betas = betas.clamp(max=1)
         # Sums of logarithms and expm1: 1 - alphas_cumprod would lose the low-noise end to cancellation.
         self.log_alpha = 0.5 * torch.cumsum(torch.log1p(-betas), dim=0)
         self.alphas_cumprod = torch.exp(2 * self.log_alpha)
@@ -147,7 +157,7 @@ class VPNoiseSchedule:
         Values beyond the trained range map to its ends (Lu et al. 2022a, appendix D, discrete-time models).
         """
         knots = -self.log_alpha[self.log_alpha.isfinite()]
-        minus_log_alpha = 0.5 * torch.logaddexp(torch.zeros((), dtype=torch.float64), -2 * lambda_.double())
+        minus_log_alpha = 0.5 * torch.logaddexp(torch.zeros((), **HOST), -2 * lambda_.double())
         if len(knots) == 1:
             return torch.zeros_like(minus_log_alpha)
         left, fraction = bracket(knots, minus_log_alpha)
@@ -165,24 +175,37 @@ class VPNoiseSchedule:
         """(alpha_t, sigma_t) of a batch of timesteps, shaped to broadcast over `like` and on its device.
 
         Args:
-            t: timesteps, shape (B,) or (); real-valued ones are read on the host.
+            t: timesteps in -1 .. T-1, -1 for clean data, shape (B,) or (); real-valued ones are read on the host.
             like: shape (B, ...); the result is float64 for a float64 tensor and float32 for any other.
+
+        Raises:
+            ValueError, IndexError: a timestep outside the process.
         """
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         if t.is_floating_point():
-            levels = torch.tensor([self.level(value)[:2] for value in t.flatten().tolist()], dtype=dtype)
-            pairs = levels.T.to(like.device)
+            levels = [CLEAN if value == -1 else self.level(value) for value in t.flatten().tolist()]
+            pairs = torch.tensor([level[:2] for level in levels], dtype=dtype, device="cpu").T.to(like.device)
         else:
-            pairs = self._table(like.device, dtype)[:2, t.to(like.device)]
+            pairs = self._look_up(t.to(like.device), dtype)[:2]
         alpha, sigma = pairs.reshape(2, -1, *(1,) * (like.ndim - 1))
         return alpha, sigma
 
-    def _table(self, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """(alpha, sigma, SNR), shape (3, T); kept per device, so that training does not copy it at every step."""
-        if (device, dtype) not in self._tables:
+    def _look_up(self, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """(alpha, sigma, SNR) at integer timesteps, shape (3, number of them), on their device.
+
+        The table, whose first column is clean data, is kept per device: training need not copy it at every step.
+        """
+        key = t.device, dtype
+        if key not in self._tables:
+            clean = torch.tensor([[1.0], [0.0], [math.inf]], **HOST)
             rows = torch.stack([self.alpha, self.sigma, torch.exp(2 * self.lambda_)])
-            self._tables[device, dtype] = rows.to(dtype).to(device)
-        return self._tables[device, dtype]
+            self._tables[key] = torch.cat([clean, rows], dim=1).to(dtype).to(t.device)
+        try:
+            return self._tables[key].index_select(1, t.flatten().long() + 1)
+        except (IndexError, RuntimeError):  # on the host; an accelerator does not tell before it is too late
+            if t.device.type != "cpu" or all(-1 <= i < len(self) for i in t.flatten().tolist()):
+                raise
+            raise ValueError(f"timesteps must lie in -1 .. {len(self) - 1}; got {t.flatten().tolist()[:8]}.") from None
 
     def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """x_t = alpha_t x_0 + sigma_t noise (Ho et al. 2020, eq. 4), computed in float32 or better, in x0's dtype."""
@@ -206,7 +229,7 @@ class VPNoiseSchedule:
 
     def snr(self, t: torch.Tensor) -> torch.Tensor:
         """Signal-to-noise ratio alpha_t^2 / sigma_t^2, float32, of t's shape and on its device."""
-        return self._table(t.device, torch.float32)[2, t]
+        return self._look_up(t, torch.float32)[2].reshape(t.shape)
 
 
 class Conversion(NamedTuple):

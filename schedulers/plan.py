@@ -67,13 +67,17 @@ class Update(NamedTuple):
 
 
 def forward_step(t: Level, s: Level) -> float:
-    """u = 1 - SNR_t / SNR_s: q(x_t | x_s) has variance sigma_t^2 u, and q(x_s | x_t, x_0) of DDPM sigma_s^2 u."""
-    return -math.expm1(2 * (t.lambda_ - s.lambda_))
+    """u = 1 - SNR_t / SNR_s: q(x_t | x_s) has variance sigma_t^2 u, and q(x_s | x_t, x_0) of DDPM sigma_s^2 u.
+
+    Where s is pure noise, too, x_t says nothing about x_s, and u is 1.
+    """
+    return -math.expm1(2 * (t.lambda_ - s.lambda_)) if s.alpha else 1.0
 
 
 def ddpm_mean(t: Level, s: Level) -> Update:
     """The mean of q(x_s | x_t, x_0) in x_t and x_0 (Ho et al. 2020, eq. 7); the row has no noise yet."""
-    return Update(sample=s.sigma / t.sigma * math.exp(t.lambda_ - s.lambda_), x0=(s.alpha * forward_step(t, s),))
+    kept = math.exp(t.lambda_ - s.lambda_) if t.alpha else 0.0
+    return Update(sample=s.sigma / t.sigma * kept, x0=(s.alpha * forward_step(t, s),))
 
 
 def ddim_mean(t: Level, s: Level, eta: float) -> Update:
@@ -90,15 +94,15 @@ def dynamic_threshold(x0: Tensor, ratio: float, max_value: float) -> Tensor:
 
     Args:
         x0: shape (B, ...), float32 or float64.
-        ratio: the quantile, in (0, 1].
-        max_value: upper bound of s. A bound of 1 would leave a static clip, so up to 1 means no bound.
+        ratio: the quantile, in [0, 1].
+        max_value: upper bound of s, which wins: up to 1 it leaves a static clip to [-1, 1], as in diffusers.
     """
     magnitude = x0.abs().flatten(1)
     position = ratio * (magnitude.shape[1] - 1)
     below = math.floor(position)  # two order statistics: torch.quantile refuses more than 2^24 elements
     low = magnitude.kthvalue(below + 1, dim=1).values
     high = magnitude.kthvalue(min(below + 2, magnitude.shape[1]), dim=1).values
-    s = torch.lerp(low, high, position - below).clamp(1, max_value if max_value > 1 else None)
+    s = torch.lerp(low, high, position - below).clamp(1, max_value)
     s = s.view(-1, *(1,) * (x0.ndim - 1))
     return torch.minimum(torch.maximum(x0, -s), s) / s
 

@@ -49,7 +49,7 @@ def least_cost_paths(costs: torch.Tensor, num_nodes: int) -> torch.Tensor:
     costs = costs.masked_fill(torch.ones_like(costs, dtype=torch.bool).triu(), math.inf)
     total = torch.full_like(costs[0], math.inf)
     total[0] = 0
-    before = torch.zeros(num_nodes + 1, len(costs), dtype=torch.int32)
+    before = torch.zeros(num_nodes + 1, len(costs), dtype=torch.int32, device="cpu")
     for k in range(2, num_nodes + 1):
         total, before[k] = (costs + total).min(dim=1)
     return before

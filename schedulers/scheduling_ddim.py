@@ -4,14 +4,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from .linear_scheduler import Device, Generators, LinearScheduler, LinearSchedulerOutput, Pair, Timesteps
-from .noise_schedule import CLEAN, Level
+from .noise_schedule import CLEAN, Level, on_host
 from .plan import Update, ddim_mean, forward_step
 
 
@@ -58,9 +59,13 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
     ):
         self._setup()
 
-    def _options(self, eta: float = 0.0, clipped: bool | None = None, encode: bool = False) -> DDIMOptions:
+    def _options(self, eta: Any = 0.0, clipped: bool | None = None, encode: bool = False) -> DDIMOptions:
         """The options in force: what a step is given, or else what the config says."""
-        eta = eta or self.config.eta
+        if isinstance(eta, (torch.Generator, list)):
+            raise ValueError(
+                f"eta={eta}: the fourth argument of step is eta, as in diffusers; give generator by name."
+            )
+        eta = float(eta) or self.config.eta
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} must lie in 0 (deterministic) .. 1 (DDPM).")
         if eta and encode:
@@ -73,6 +78,7 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         device: Device = None,
         timesteps: Timesteps | None = None,
         encode: bool = False,
+        **others: Any,
     ) -> None:
         """As `LinearScheduler.set_timesteps`; `encode=True` walks the same grid upward, from an image to its noise.
 
@@ -82,6 +88,7 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         Raises:
             ValueError: also if `encode` is asked for with eta > 0, or on a grid that has no level above timestep 0.
         """
+        self._begin(others)
         self._options(encode=encode)  # raises if they do not allow it
         self._walk(self._grid(num_inference_steps, timesteps), device, encode)
 
@@ -100,35 +107,36 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         mean = ddim_mean(t, s, eta)
         return mean._replace(noise=eta * s.sigma * math.sqrt(forward_step(t, s))) if eta else mean
 
-    def step(
+    def step(  # type: ignore[override]  # the order of diffusers' DDIM
         self,
         model_output: Tensor,
         timestep: int | Tensor,
         sample: Tensor,
-        generator: Generators = None,
-        return_dict: bool = True,
-        *,
-        eta: float = 0.0,
+        eta: float | Tensor = 0.0,
         use_clipped_model_output: bool | None = None,
+        generator: Generators = None,
         variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+        **others: Any,
     ) -> LinearSchedulerOutput | Pair:
         """As `LinearScheduler.step`, with the arguments that diffusers' pipelines pass to a DDIM scheduler.
 
         Args:
             eta: takes the place of the config's. Pipelines pass 0.0 unasked, so 0.0 means the config's.
             use_clipped_model_output: takes the place of the config's; None means the config's.
-            variance_noise: noise to use instead of drawing it, of the sample's shape.
 
         Raises:
             ValueError: also if both `generator` and `variance_noise` are given, or eta lies outside [0, 1].
-            TypeError: a number in the place of the generator, where diffusers' DDIM has eta.
         """
-        if isinstance(generator, (int, float)):
-            raise TypeError("the fourth argument of step is the generator; give eta by name.")
         if generator is not None and variance_noise is not None:
             raise ValueError("give either generator or variance_noise.")
         self._ensure_grid()
         options = self._options(eta, use_clipped_model_output, self._plan.ascends)
         if options != self._plan.options:
             self._follow(replace(self._plan, options=options))
-        return self._step(model_output, timestep, sample, generator, return_dict, variance_noise)
+        return self._step(model_output, timestep, sample, generator, return_dict, variance_noise, others)
+
+    def _get_variance(self, timestep: Any, prev_timestep: Any) -> Tensor:
+        """Eq. 16 at eta = 1, squared; `prev_timestep` below 0 is where the loop ends."""
+        s = self.schedule.level(int(prev_timestep)) if prev_timestep >= 0 else self._last_level()
+        return on_host(s.sigma**2 * forward_step(self.schedule.level(int(timestep)), s)).float()

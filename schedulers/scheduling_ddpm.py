@@ -1,17 +1,20 @@
 """Denoising diffusion probabilistic models (Ho, Jain and Abbeel 2020, https://arxiv.org/abs/2006.11239)."""
 
+import logging
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .linear_scheduler import LinearScheduler
-from .noise_schedule import Level
+from .noise_schedule import CLEAN, Level, on_host
 from .plan import Update, ddpm_mean, forward_step
 
 
+logger = logging.getLogger(__name__)
 VARIANCE_TYPES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
 
 
@@ -26,7 +29,8 @@ class DDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
     - learned: the last C of 2C output channels are the log-variance.
     - learned_range: they interpolate between the logarithms of both (Nichol and Dhariwal 2021, eq. 15).
 
-    The last step ends at clean data, without noise. `variance_type=None`, as in DPM-Solver configs, means fixed_small.
+    The last step ends at clean data, without noise. Any other `variance_type`, such as None in configs of DPM-Solver,
+    means fixed_small, as in diffusers.
     """
 
     @register_to_config
@@ -48,7 +52,9 @@ class DDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
     ):
-        self._setup(variance_type=(*VARIANCE_TYPES, None))
+        self._setup()
+        if variance_type not in (*VARIANCE_TYPES, None):
+            logger.warning("variance_type=%r is unknown and means 'fixed_small'.", variance_type)
 
     def plan(self, levels: list[Level]) -> list[Update]:
         return [self.update(t, s) for t, s in pairwise(levels)]
@@ -60,8 +66,30 @@ class DDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
             return mean
         root = math.sqrt(forward_step(t, s))
         small, large = s.sigma * root, t.sigma * root
-        variance_type = self.config.variance_type or "fixed_small"
+        variance_type = str(self.config.variance_type)
         # In the interval of "learned" the interpolation returns the network's own value.
         intervals = {"learned": (-1.0, 1.0), "learned_range": (2 * math.log(small), 2 * math.log(large))}
         noise = large if variance_type.startswith("fixed_large") else small
         return mean._replace(noise=noise, log_variance=intervals.get(variance_type))
+
+    @property
+    def variance_type(self) -> str | None:
+        """That of the config, which assigning changes."""
+        return self.config.variance_type
+
+    @variance_type.setter
+    def variance_type(self, variance_type: str | None) -> None:
+        self.register_to_config(variance_type=variance_type)
+
+    def _get_variance(self, t: Any, predicted_variance: Any = None, variance_type: str | None = None) -> Any:
+        """What diffusers' method of this name returns: a variance, a standard deviation or their logarithm."""
+        before = int(self.previous_timestep(int(t)))
+        source, target = self.schedule.level(int(t)), self.schedule.level(before) if before >= 0 else CLEAN
+        u = forward_step(source, target)
+        small, large = on_host([max(target.sigma**2 * u, 1e-20), source.sigma**2 * u]).float()
+        name = variance_type or self.config.variance_type
+        if name == "learned_range":
+            fraction = (predicted_variance + 1) / 2
+            return fraction * large.log() + (1 - fraction) * small.log()
+        named = {"fixed_small_log": small.sqrt(), "fixed_large": large, "fixed_large_log": large.log()}
+        return predicted_variance if name == "learned" else named.get(name, small)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .noise_schedule import VPNoiseSchedule, bracket
+from .noise_schedule import HOST, VPNoiseSchedule, bracket
 
 
 class Grid(NamedTuple):
@@ -114,7 +114,7 @@ def in_lambda(path: Callable[[torch.Tensor, float, float], torch.Tensor]) -> Spa
     """The spacing that takes lambda from path(0, noisiest, cleanest) to path(1, noisiest, cleanest)."""
 
     def spacing(grid: Grid) -> list[float]:
-        u = partial(torch.linspace, 0, 1, dtype=torch.float64)
+        u = partial(torch.linspace, 0, 1, **HOST)
         return lambda_grid(grid, lambda n, *ends: path(u(n + grid.skip), *ends)[:n])
 
     return spacing
@@ -123,7 +123,8 @@ def in_lambda(path: Callable[[torch.Tensor, float, float], torch.Tensor]) -> Spa
 @in_lambda
 def logsnr(u: torch.Tensor, noisiest: float, cleanest: float) -> torch.Tensor:
     """Even in lambda (Lu et al. 2022a, section 3.4), which is exponential in sigma / alpha."""
-    return torch.lerp(torch.tensor(noisiest).double(), torch.tensor(cleanest).double(), u)
+    start, end = torch.tensor([noisiest, cleanest], dtype=torch.float32, device="cpu").double()
+    return torch.lerp(start, end, u)
 
 
 @in_lambda
@@ -143,9 +144,9 @@ def beta(u: torch.Tensor, noisiest: float, cleanest: float) -> torch.Tensor:
 @cache
 def beta_distribution(shape: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(angles, multiples of the mass of Beta(shape, shape) below sin^2(angle)), by quadrature."""
-    angle = torch.linspace(0, math.pi / 2, 200_001, dtype=torch.float64)  # x = sin^2(angle) takes the poles away
+    angle = torch.linspace(0, math.pi / 2, 200_001, **HOST)  # x = sin^2(angle) takes the poles away
     density = (angle.sin() * angle.cos()) ** (2 * shape - 1)
-    return angle, torch.cat([torch.zeros(1, dtype=torch.float64), torch.cumulative_trapezoid(density)])
+    return angle, torch.cat([torch.zeros(1, **HOST), torch.cumulative_trapezoid(density)])
 
 
 def beta_quantiles(p: torch.Tensor, shape: float = 0.6) -> torch.Tensor:

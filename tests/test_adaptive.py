@@ -18,6 +18,7 @@ from diffusers_dpm.adaptive import (
     integrate_adaptive,
     plan_timesteps,
 )
+from diffusers_dpm.networks import whole_config
 from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler, Level
 from tests.models import tiny_unet
 from tests.schedulers.helpers import QUARTER
@@ -339,7 +340,7 @@ def test_a_stock_pipeline_walks_the_plan(pipe, plan, tmp_path):
     loaded = DPMSolverScheduler.from_pretrained(tmp_path)
     loaded.set_timesteps(plan.num_calls)
     assert loaded.updates == planned.scheduler.updates
-    ordinary = DPMSolverScheduler.from_config(pipe.scheduler.config)
+    ordinary = DPMSolverScheduler.from_config(whole_config(pipe.scheduler))
     for scheduler in (loaded, ordinary):
         scheduler.set_timesteps(plan.num_calls + 1)
     assert loaded.updates == ordinary.updates

@@ -415,8 +415,8 @@ def visiting(scheduler, timesteps):
         (grid(diffusers.FlowMatchEulerDiscreteScheduler()), "reverse_variance"),
         (AnalyticDPMScheduler(), "statistics"),
         (grid(diffusers.DDPMScheduler(timestep_spacing="trailing"), 61), r"999.*\[999, 983, "),
-        (visiting(DDIMScheduler(eta=0.5), [0, 500, 999]), r"\[0, 500, 999\]"),
-        (visiting(analytic(), [999, 500, 500]), r"\[999, 500, 500\]"),
+        (visiting(diffusers.DDPMScheduler(), [0, 500, 999]), r"\[0, 500, 999\]"),
+        (visiting(diffusers.DDPMScheduler(), [999, 500, 500]), r"\[999, 500, 500\]"),
         (visiting(analytic(), []), r"999.*\[\]"),
     ],
     ids=lambda value: type(value).__name__ if not isinstance(value, str) else value,
@@ -463,7 +463,7 @@ def test_the_bound_of_a_slice_of_a_grid_is_that_of_its_timesteps():
         assert len(bound_from_errors(errors, whole).transitions) == 9
         part = visiting(scheduler, [666, 555, 0])
         bound = bound_from_errors(errors, part)
-        assert (part.timesteps.tolist(), len(part.levels)) == ([666, 555, 0], 11)  # as it was
+        assert (part.timesteps.tolist(), len(part.levels)) == ([666, 555, 0], 4)  # as it was
         part.set_timesteps(timesteps=[666, 555, 0])
         assert torch.equal(bound.per_term, bound_from_errors(errors, part).per_term)
         assert [transition[:2] for transition in bound.transitions] == [(666, 555), (555, 0)]

@@ -55,6 +55,7 @@ def test_files_are_found():
         "timestep_grids",
         "linear_scheduler",
         "plan",
+        "stock_interface",
         "dpm_solver_rows",
         "scheduling_ddpm",
         "scheduling_ddim",

@@ -25,6 +25,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.networks import whole_config
 from diffusers_dpm.pipelines import evaluation_mode, image_shape
 from diffusers_dpm.pipelines.pipeline_dpm import draw_labels, make_generators
 from diffusers_dpm.records import Record, provenance
@@ -374,7 +375,7 @@ class StepPlan(Record):
     def scheduler(self, scheduler: Any) -> DPMSolverScheduler:
         """A scheduler with the config of `scheduler` that walks the plan when it is asked for `num_calls` steps."""
         forms = {"algorithm_type": self.algorithm_type, "solver_type": self.solver_type}
-        return DPMSolverScheduler.from_config(scheduler.config, step_plan=self.to_dict(), **forms)
+        return DPMSolverScheduler.from_config(whole_config(scheduler), step_plan=self.to_dict(), **forms)
 
 
 def plan_timesteps(
@@ -411,7 +412,7 @@ def plan_timesteps(
     """
     unet, scheduler = pipeline if isinstance(pipeline, tuple) else (pipeline.unet, pipeline.scheduler)
     if not isinstance(scheduler, DPMSolverScheduler):
-        scheduler = DPMSolverScheduler.from_config(scheduler.config)
+        scheduler = DPMSolverScheduler.from_config(whole_config(scheduler))
     if seeds is None and generator is None:
         seeds = range(num_pilot_images)
     seeds = seeds if seeds is None else list(seeds)

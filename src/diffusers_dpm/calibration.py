@@ -35,7 +35,7 @@ from torch import Tensor
 
 from diffusers_dpm import calibration_inputs as inputs
 from diffusers_dpm.errors import DiffusersDPMError, check_at_least
-from diffusers_dpm.networks import NoProgress, Progress, noise_schedule_of
+from diffusers_dpm.networks import NoProgress, Progress, noise_schedule_of, whole_config
 from diffusers_dpm.pipelines import ClassifierGuidance, evaluation_mode
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import Record, ResultStore, provenance
@@ -119,7 +119,7 @@ class Calibration(Record):
         # AnalyticDPMScheduler has more.
         if scheduler.config.get("timestep_spacing") not in CalibratedScheduler.spacings:
             options = {"timestep_spacing": "linspace", **options}
-        calibrated = CalibratedScheduler.from_config(scheduler.config, **options)
+        calibrated = CalibratedScheduler.from_config(whole_config(scheduler), **options)
         calibrated.set_calibration(self)
         return calibrated
 
@@ -488,7 +488,7 @@ def errors(rms: str, mean: str, distances: Tensor) -> dict[str, float]:
 
 def solver_for(scheduler: Any, **options: Any) -> DPMSolverScheduler:
     """DPM-Solver++ with the noise schedule, prediction type and clipping of any scheduler, and nothing else of it."""
-    config = CalibratedScheduler.from_config(scheduler.config, timestep_spacing="linspace").config
+    config = CalibratedScheduler.from_config(whole_config(scheduler), timestep_spacing="linspace").config
     keys = signature(CalibratedScheduler.__init__).parameters.keys() & config.keys()
     return DPMSolverScheduler.from_config({key: config[key] for key in keys}, **options)
 

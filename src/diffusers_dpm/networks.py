@@ -91,6 +91,11 @@ def checked_labels(unet: Any, images: torch.Tensor, labels: torch.Tensor | None)
 # Calling -------------------------------------------------------------------------------------------------------------
 
 
+def whole_config(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's config with what it has by default, in place of which `from_config` takes the other's defaults."""
+    return {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+
+
 def noise_schedule_of(scheduler: Any) -> VPNoiseSchedule:
     """The noise schedule of any diffusers scheduler of a DDPM process, in float64.
 
@@ -106,7 +111,7 @@ def noise_schedule_of(scheduler: Any) -> VPNoiseSchedule:
     name, betas = type(scheduler).__name__, getattr(scheduler, "betas", None)
     if betas is None:
         raise DiffusersDPMError(f"{name} has no betas: the statistics are those of a DDPM process.")
-    schedule = AnalyticDPMScheduler.from_config(scheduler.config, timestep_spacing="even").schedule
+    schedule = AnalyticDPMScheduler.from_config(whole_config(scheduler), timestep_spacing="even").schedule
     if betas.shape != schedule.betas.shape or not torch.allclose(betas.double().cpu(), schedule.betas, rtol=1e-3):
         raise DiffusersDPMError(f"the betas of this {name} are not those of its config: give them as trained_betas.")
     return schedule

@@ -30,7 +30,14 @@ from safetensors.numpy import load_file
 
 from diffusers_dpm.errors import DiffusersDPMError, check_at_least
 from diffusers_dpm.image_batches import choose_images
-from diffusers_dpm.networks import NoProgress, Progress, checked_labels, network_output, noise_schedule_of
+from diffusers_dpm.networks import (
+    NoProgress,
+    Progress,
+    checked_labels,
+    network_output,
+    noise_schedule_of,
+    whole_config,
+)
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.random_streams import Stream, normal
@@ -99,7 +106,7 @@ class PosteriorStatistics(Record):
         """
         if self.residual is None:
             options = {"reverse_variance": "analytic", **options}
-        analytic = AnalyticDPMScheduler.from_config(scheduler.config, **options)
+        analytic = AnalyticDPMScheduler.from_config(whole_config(scheduler), **options)
         analytic.set_statistics(self)
         return analytic
 

@@ -348,10 +348,8 @@ def test_without_statistics_it_is_ddpm_and_ddim_bit_for_bit(spacing, n):
     ):
         assert_same_walk(ours, DDPMScheduler(timestep_spacing=spacing), n)
         for eta in (0.0, 0.4):
-            process = {**ours.config, "forward_process": "ddim", "eta": eta}
-            assert_same_walk(
-                AnalyticDPMScheduler.from_config(process), DDIMScheduler(timestep_spacing=spacing, eta=eta), n
-            )
+            process = AnalyticDPMScheduler.from_config(ours.config, forward_process="ddim", eta=eta)
+            assert_same_walk(process, DDIMScheduler(timestep_spacing=spacing, eta=eta), n)
     large = AnalyticDPMScheduler(reverse_variance="large", **zero)
     assert_same_walk(large, DDPMScheduler(timestep_spacing=spacing, variance_type="fixed_large"), n)
 

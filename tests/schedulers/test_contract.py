@@ -284,9 +284,9 @@ def test_timesteps_can_be_cut_by_the_caller(scheduler_class, options, assign):
 
 
 @pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
-def test_a_timestep_off_the_grid_is_refused(scheduler_class):
+def test_a_timestep_outside_the_process_is_refused(scheduler_class):
     scheduler = ready(scheduler_class)
-    for t in (899, 1000, -1, torch.tensor(17)):
+    for t in (1000, -1, 437.5, torch.tensor(1017)):
         with pytest.raises(ValueError, match=str(int(t))):
             scheduler.step(noise(*SHAPE), t, noise(*SHAPE))
 
@@ -351,8 +351,8 @@ def test_mixed_timesteps_must_match_the_batch(scheduler_class):
     scheduler = ready(scheduler_class)
     with pytest.raises(ValueError, match=r"3 timesteps.* 4"):
         scheduler.step(noise(*SHAPE), MIXED[:3], noise(*SHAPE))
-    with pytest.raises(ValueError, match="599"):
-        scheduler.step(noise(*SHAPE), torch.tensor([600, 599, 600, 300]), noise(*SHAPE))
+    with pytest.raises(ValueError, match="1599"):
+        scheduler.step(noise(*SHAPE), torch.tensor([600, 1599, 600, 300]), noise(*SHAPE))
 
 
 # Generators ----------------------------------------------------------------------------------------------------------
@@ -440,9 +440,3 @@ def test_ddim_eta_must_lie_between_0_and_1(eta):
         DDIMScheduler(eta=eta)
     with pytest.raises(ValueError, match=f"eta={eta}"):
         ready(DDIMScheduler).step(noise(*SHAPE), 600, noise(*SHAPE), eta=eta)
-
-
-@pytest.mark.parametrize("eta", [1, 1.0])
-def test_ddim_eta_by_position_is_not_taken_for_a_generator(eta):
-    with pytest.raises(TypeError, match="generator"):
-        ready(DDIMScheduler).step(noise(*SHAPE), 600, noise(*SHAPE), eta)

@@ -522,8 +522,7 @@ def test_names_of_other_libraries(stock):
         ({"timestep_spacing": "karras"}, "timestep_spacing='karras'"),
         ({"beta_schedule": "square"}, "beta_schedule='square'"),
         ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "use_karras_sigmas, .*use_beta_sigmas"),
-        ({"rescale_betas_zero_snr": True}, "prediction_type='epsilon'"),
-        ({"thresholding": True, "dynamic_thresholding_ratio": 0.0}, "dynamic_thresholding_ratio=0.0"),
+        ({"thresholding": True, "dynamic_thresholding_ratio": -0.1}, "dynamic_thresholding_ratio=-0.1"),
         ({"lambda_min_clipped": 50.0}, "lambda_min_clipped=50.0"),
     ],
 )

@@ -154,9 +154,16 @@ def test_previous_timestep_is_the_next_entry(scheduler_class):
     scheduler = working(scheduler_class, walks=([700, 30, 2],))
     scheduler.set_timesteps(timesteps=[700, 30, 2])
     assert [scheduler.previous_timestep(t) for t in scheduler.timesteps] == [30, 2, -1]
-    assert scheduler.previous_timestep(30) == 2
-    with pytest.raises(ValueError, match="31"):
-        scheduler.previous_timestep(31)
+    assert [scheduler.previous_timestep(t).item() for t in (999, 31, 30, 1)] == [700, 30, 2, -1]
+    assert scheduler.previous_timestep(torch.tensor([2, 30, 45])).tolist() == [-1, 2, 30]
+    for t in (1000, -1):
+        with pytest.raises(ValueError, match=str(t)):
+            scheduler.previous_timestep(t)
+
+
+def test_before_set_timesteps_the_previous_one_is_one_less():
+    assert DDPMScheduler().previous_timestep(5) == 4
+    assert DDPMScheduler().previous_timestep(torch.tensor([500, 0])).tolist() == [499, -1]
 
 
 @pytest.mark.parametrize("spacing", COMMON_SPACINGS)

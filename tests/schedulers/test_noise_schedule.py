@@ -214,16 +214,16 @@ def test_levels_outside_the_process_are_refused(linear):
     ("config", "message"),
     [
         ({"beta_start": -1e-4}, "betas"),
-        ({"beta_end": 1.5}, "betas"),
         ({"num_train_timesteps": 0}, "betas"),
-        ({"trained_betas": [0.1, 0.2]}, "trained_betas .*2 .*num_train_timesteps=1000"),
-        ({"num_train_timesteps": 3, "trained_betas": [0.1, 1.0, 0.5], "prediction_type": "sample"}, "betas"),
+        ({"num_train_timesteps": 1, "trained_betas": [0.1, 0.2]}, "trained_betas .*2 .*num_train_timesteps=1"),
+        ({"trained_betas": [1.0, 0.5]}, "betas .*1.0, 0.5"),
+        ({"trained_betas": [0.1, 0.0]}, "betas .*0.1, 0.0"),
+        ({"trained_betas": [0.1, 1.5]}, "betas .*1.5"),
         ({"beta_schedule": "cubic"}, "'linear'.*'squaredcos_cap_v2'"),
         ({"prediction_type": "score"}, "'epsilon', 'sample', 'v_prediction'"),
         ({"timestep_spacing": "karras"}, "'leading', 'linspace', 'trailing', 'quadratic', 'quad', 'logsnr'"),
-        ({"rescale_betas_zero_snr": True}, "prediction_type='epsilon' .*'v_prediction'"),
-        ({"beta_end": 1.0}, "prediction_type='epsilon' .*'v_prediction'"),
-        ({"thresholding": True, "dynamic_thresholding_ratio": 1.5}, "dynamic_thresholding_ratio"),
+        ({"thresholding": True, "dynamic_thresholding_ratio": 1.5}, "dynamic_thresholding_ratio=1.5"),
+        ({"thresholding": True, "sample_max_value": 0.0}, "sample_max_value=0.0"),
     ],
 )
 def test_impossible_configs_are_refused_with_the_reason(scheduler_class, config, message):

@@ -154,12 +154,14 @@ def test_a_real_unet(name, dtype, tolerance):
     torch.testing.assert_close(*results, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("ratio", [0.5, 0.9, 0.995, 1.0])
-def test_dynamic_threshold_is_diffusers_when_that_is_dynamic(ratio):
-    config = {"thresholding": True, "sample_max_value": 50.0, "dynamic_thresholding_ratio": ratio}
+@pytest.mark.parametrize("bound", [0.5, 1.0, 1.5, 50.0])
+@pytest.mark.parametrize("ratio", [0.0, 0.5, 0.9, 0.995, 1.0])
+def test_dynamic_threshold_is_that_of_diffusers(ratio, bound):
+    """Up to 1 the bound leaves a static clip: DeepFloyd IF publishes 1.0."""
+    config = {"thresholding": True, "sample_max_value": bound, "dynamic_thresholding_ratio": ratio}
     x0 = 3 * noise(4, 3, 5, 7)
     stock = diffusers.DDPMScheduler(**config)._threshold_sample(x0)
-    torch.testing.assert_close(dynamic_threshold(x0, ratio, 50.0), stock, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(dynamic_threshold(x0, ratio, bound), stock, rtol=1e-12, atol=1e-12)
 
 
 def test_dynamic_threshold_golden():
@@ -167,11 +169,12 @@ def test_dynamic_threshold_golden():
     x0 = torch.tensor([[0.2, -0.5, 1.4, -2.6, 0.9, 3.1], [0.1, 0.2, -0.3, 0.4, -0.5, 0.6]], dtype=torch.float64)
     first = [0.07017543859649122, -0.17543859649122806, 0.49122807017543857]
     first += [-0.9122807017543859, 0.3157894736842105, 1.0]
-    for unbounded in (1.0, 0.0, math.inf):
-        found = dynamic_threshold(x0, 0.9, unbounded)
-        torch.testing.assert_close(found[0], torch.tensor(first, dtype=torch.float64), rtol=1e-14, atol=0)
-        torch.testing.assert_close(found[1], x0[1], rtol=0, atol=0)
-    torch.testing.assert_close(dynamic_threshold(x0, 0.9, 2.0)[0], x0[0].clamp(-2, 2) / 2, rtol=1e-14, atol=0)
+    found = dynamic_threshold(x0, 0.9, math.inf)
+    torch.testing.assert_close(found[0], torch.tensor(first, dtype=torch.float64), rtol=1e-14, atol=0)
+    torch.testing.assert_close(found[1], x0[1], rtol=0, atol=0)
+    for bound in (1.0, 2.0):
+        clipped = x0[0].clamp(-bound, bound) / bound
+        torch.testing.assert_close(dynamic_threshold(x0, 0.9, bound)[0], clipped, rtol=1e-14, atol=0)
 
 
 def test_threshold_of_an_image_too_large_for_torch_quantile():
@@ -179,7 +182,7 @@ def test_threshold_of_an_image_too_large_for_torch_quantile():
     x0[0, :2] = torch.tensor([3.0, -5.0])
     with pytest.raises(RuntimeError, match="too large"):
         torch.quantile(x0, 1.0, dim=1)
-    assert dynamic_threshold(x0, 1.0, 1.0)[0, :2].tolist() == pytest.approx([0.6, -1.0])
+    assert dynamic_threshold(x0, 1.0, 9.0)[0, :2].tolist() == pytest.approx([0.6, -1.0])
 
 
 # Where we differ on purpose. Each test shows both numbers.
@@ -288,18 +291,6 @@ def test_differs_variance_channels_of_the_network_are_split_off(name, channels):
     assert torch.equal(got, ours.step(network(x, 500), 500, x, generator=seeded()).prev_sample)
 
 
-def test_differs_dynamic_thresholding_is_dynamic_by_default():
-    """diffusers bounds s by sample_max_value, whose default 1.0 leaves a static clip."""
-    x0 = 3 * noise(2, 3, 4, 4)
-    ours, stock = (c(thresholding=True, prediction_type="sample") for c in (DDPMScheduler, diffusers.DDPMScheduler))
-    ours.set_timesteps(10)
-    assert torch.equal(stock._threshold_sample(x0), x0.clamp(-1, 1))
-    s = torch.quantile(x0.abs().flatten(1), 0.995, dim=1).view(2, 1, 1, 1)
-    assert s.min() > 3
-    got = ours.step(x0, 500, x0).pred_original_sample
-    torch.testing.assert_close(got, torch.minimum(torch.maximum(x0, -s), s) / s, rtol=1e-12, atol=0)
-
-
 def test_differs_an_offset_does_not_leave_the_process():
     ours, stock = (c(steps_offset=1) for c in (DDPMScheduler, diffusers.DDPMScheduler))
     for scheduler in (ours, stock):
@@ -368,8 +359,11 @@ def test_differs_epsilon_with_zero_terminal_snr_is_refused():
     stock.set_timesteps(10)
     out = stock.step(noise(1, 1, 4, 4), 999, noise(1, 1, 4, 4, seed=1))
     assert not out.pred_original_sample.isfinite().any()
-    with pytest.raises(ValueError, match="v_prediction"):
-        DDPMScheduler(**config)
+    ours = DDPMScheduler(**config)
+    ours.set_timesteps(10)
+    with pytest.raises(ValueError, match=r"'epsilon'.*'v_prediction'"):
+        ours.step(noise(1, 1, 4, 4), 999, noise(1, 1, 4, 4, seed=1))
+    assert ours.step(noise(1, 1, 4, 4), 899, noise(1, 1, 4, 4, seed=1)).prev_sample.isfinite().all()
 
 
 def test_differs_ddim_takes_explicit_timesteps():

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.networks import noise_schedule_of
+from diffusers_dpm.networks import noise_schedule_of, whole_config
 from diffusers_dpm.random_streams import Stream
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
@@ -24,7 +24,7 @@ def as_analytic_dpm(scheduler: Any, **options: Any) -> AnalyticDPMScheduler:
     if isinstance(scheduler, AnalyticDPMScheduler):
         return scheduler
     noise_schedule_of(scheduler)  # checks it
-    return AnalyticDPMScheduler.from_config(scheduler.config, timestep_spacing="even", **options)
+    return AnalyticDPMScheduler.from_config(whole_config(scheduler), timestep_spacing="even", **options)
 
 
 class Examples:
