@@ -1,5 +1,6 @@
 """Training of a diffusion U-Net; the run folder becomes a pipeline that plain diffusers loads."""
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,15 @@ from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.hub.publish import check_repo_id, publish
 from diffusers_dpm.hub.upload import PublishError, log_in
 from diffusers_dpm.images import image_grid, to_uint8
-from diffusers_dpm.networks import Progress
-from diffusers_dpm.options import values_of
+from diffusers_dpm.networks import Progress, load_pipeline
+from diffusers_dpm.options import flag, values_of
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import TEMPORARY, flush_tree, move_children
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.training.loss import DenoisingLoss
 from diffusers_dpm.training.options import LossOptions, NoiseScheduleOptions, TrainingOptions
 from diffusers_dpm.training.trainer import Trainer, is_due
-from diffusers_dpm.training.unet_presets import PRESETS, build_unet, choose_preset, read_config
+from diffusers_dpm.training.unet_presets import PRESETS, build_unet, default_unet, read_config
 
 
 class DiffusionTrainer(Trainer):
@@ -35,6 +36,7 @@ class DiffusionTrainer(Trainer):
         DiffusersDPMError: as `Trainer`.
     """
 
+    anew = "--init-from RUN with another --output-dir goes on from its weights, --overwrite trains anew"
     weights = "unet/diffusion_pytorch_model.safetensors"
     command = "train"
 
@@ -63,15 +65,23 @@ class DiffusionTrainer(Trainer):
         return run
 
     def _build(self) -> tuple[UNet2DModel, DenoisingLoss]:
-        options = self.options
-        with user_error("noise schedule"):
-            self.scheduler = DDPMScheduler(
-                **values_of(options, NoiseScheduleOptions),
-                # A process that ends in pure noise must be sampled from its very last timestep.
-                timestep_spacing="trailing" if options.rescale_betas_zero_snr else "leading",
-            )
+        options, source = self.options, self.options.init_from
+        if source is None:
+            unet = build_network(self.data, options)
+            with user_error("noise schedule"):
+                self.scheduler = DDPMScheduler(
+                    **values_of(options, NoiseScheduleOptions),
+                    # A process that ends in pure noise must be sampled from its very last timestep.
+                    timestep_spacing="trailing" if options.rescale_betas_zero_snr else "leading",
+                )
+        else:
+            pipeline = load_pipeline(str(self.checkpoint or source))  # a resumed run does not need its source
+            unet = build_network(self.data, options, pipeline.unet)
+            with user_error(f"noise schedule of {source}", TypeError, NotImplementedError):
+                self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+            self.options = options = taken_over(options, self.scheduler)
         loss = DenoisingLoss(self.scheduler.schedule, options.prediction_type, **values_of(options, LossOptions))
-        return build_network(self.data, options), loss
+        return unet, loss
 
     def _save_model(self, folder: Path) -> None:
         DPMPipeline(unet=self.model, scheduler=self.scheduler).save_pretrained(folder)
@@ -83,9 +93,6 @@ class DiffusionTrainer(Trainer):
         flush_tree(temporary)
         move_children(temporary, self.run_folder)
         return f"the pipeline is {self.run_folder}"
-
-    def _outputs(self) -> list[Path]:
-        return self.files.contents()
 
     def _after_step(self, step: int) -> None:
         if is_due(step, self.options.sample_every):
@@ -127,16 +134,45 @@ def train(options: TrainingOptions, progress: Progress | None = None) -> Path:
     return DiffusionTrainer(options).run(progress)
 
 
-def build_network(data: ImageDataset, options: TrainingOptions) -> UNet2DModel:
-    """The network for the data, from the options' preset or config file."""
-    if options.preset and options.unet_config:
-        raise DiffusersDPMError("pass either --preset or --unet-config, not both")
+def build_network(data: ImageDataset, options: TrainingOptions, trained: Any = None) -> UNet2DModel:
+    """The network for the data, from the options' preset or config file, or with the weights of a trained one."""
+    if sum(map(bool, (options.preset, options.unet_config, options.init_from))) > 1:
+        raise DiffusersDPMError("pass only one of --preset, --unet-config and --init-from")
     if options.class_dropout_prob and not options.class_conditional:
         raise DiffusersDPMError("--class-dropout-prob needs --class-conditional")
-    if options.unet_config:
+    if trained is not None:
+        config = {key: value for key, value in trained.config.items() if not key.startswith("_")}
+    elif options.unet_config:
         config = read_config(options.unet_config, "UNet2DModel")
     else:
-        _, config = PRESETS[options.preset or choose_preset((data.shape[1], data.shape[2]))]
+        config = PRESETS[options.preset][1] if options.preset else default_unet(*data.shape[1:])
     num_classes = data.num_classes + (options.class_dropout_prob > 0) if options.class_conditional else None
     paper_init = options.init == "papers"
-    return build_unet(config, data.shape, num_class_embeds=num_classes, dropout=options.dropout, paper_init=paper_init)
+    shape, source = data.shape, options.init_from
+    if trained is not None and config.get("num_class_embeds") != num_classes:
+        theirs = config.get("num_class_embeds")
+        raise DiffusersDPMError(
+            f"{source} has num_class_embeds {theirs}, this run {num_classes}: see --class-conditional and "
+            "--class-dropout-prob"
+        )
+    unet = build_unet(config, shape, num_class_embeds=num_classes, dropout=options.dropout, paper_init=paper_init)
+    if trained is not None:
+        with user_error(f"--init-from {source}", RuntimeError):
+            unet.load_state_dict(trained.state_dict())
+    return unet
+
+
+def taken_over(options: TrainingOptions, scheduler: DDPMScheduler) -> TrainingOptions:
+    """The options with the noise schedule of the model that training goes on from.
+
+    Raises:
+        DiffusersDPMError: an option that was given asks for another one.
+    """
+    theirs = {item.name: scheduler.config[item.name] for item in dataclasses.fields(NoiseScheduleOptions)}
+    for item in dataclasses.fields(NoiseScheduleOptions):
+        own = getattr(options, item.name)
+        if own not in (item.default, theirs[item.name]):
+            raise DiffusersDPMError(
+                f"{flag(item.name)} is {own}, {options.init_from} has {theirs[item.name]}: leave it out"
+            )
+    return dataclasses.replace(options, **theirs)

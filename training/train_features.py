@@ -16,7 +16,7 @@ import torch
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.features import FEATURES_FILE
 from diffusers_dpm.pipelines import NoisyClassifier
-from diffusers_dpm.records import atomic_folder, move_children, weights_hash, write_json
+from diffusers_dpm.records import atomic_folder, move_children, remove, weights_hash, write_json
 from diffusers_dpm.schedulers import VPNoiseSchedule
 from diffusers_dpm.training.classifier_accuracy import accuracy_by_noise_level
 from diffusers_dpm.training.classifier_presets import build_classifier, ddpm_encoder
@@ -76,9 +76,14 @@ class FeatureTrainer(Trainer):
         shown = "" if accuracy is None else f", accuracy on held-out images {accuracy:.1%}"
         return f"the features are in {self.folder}{shown}"
 
-    def _outputs(self) -> list[Path]:
-        model = ("config.json", "diffusion_pytorch_model.safetensors", FEATURES_FILE)
-        return [*(self.folder / name for name in model), *super()._outputs()]
+    @property
+    def _result(self) -> Path:
+        return self.folder / FEATURES_FILE
+
+    def _delete(self) -> None:
+        super()._delete()
+        for name in ("config.json", "diffusion_pytorch_model.safetensors", FEATURES_FILE):
+            remove(self.folder / name)
 
 
 def features_config(shape: Sequence[int], num_features: int) -> dict[str, Any]:

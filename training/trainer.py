@@ -16,7 +16,7 @@ from diffusers_dpm.data import describe, load_data, load_held_out_data
 from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, user_error
 from diffusers_dpm.networks import NoProgress, Progress
 from diffusers_dpm.options import flag
-from diffusers_dpm.records import atomic_folder, read_json, remove, write_json
+from diffusers_dpm.records import atomic_folder, read_json, write_json
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.training import checkpoints
 from diffusers_dpm.training.loop import Loss, StepRecord, TrainingState, batch_shares, training_steps
@@ -55,11 +55,16 @@ class Trainer(ABC):
 
     conditional: bool = True  # whether the loss gets the labels
     weights: ClassVar[str] = "classifier/diffusion_pytorch_model.safetensors"  # the averaged ones, in a checkpoint
+    anew: str = "--overwrite trains anew"  # what to do instead of resuming without a checkpoint
     command: str  # that starts such a run: subcommand and operands
 
     def __init__(self, options: Any, run_folder: Path):
         self.run_folder, self.files = run_folder, RunFolder(run_folder)
-        checkpoint = checkpoints.find_checkpoint(options, run_folder)
+        self.checkpoint = checkpoints.find_checkpoint(options, run_folder)
+        if options.resume and self.checkpoint is None and self._result.exists():
+            raise DiffusersDPMError(
+                f"{run_folder} has no checkpoints left, and --resume would replace {self._result}: {self.anew}"
+            )
         if options.log_with == "tensorboard":
             import_module("tensorboard")  # now: accelerate would only warn that it is missing
         with user_error("accelerate"):
@@ -78,8 +83,8 @@ class Trainer(ABC):
         model, self.loss = self._build()
         self.state = TrainingState(model, self.options, self.accelerator, len(self.loss.schedule))
         self.checkpointed_step: int | None = None
-        if checkpoint is not None:
-            self._load(checkpoint)
+        if self.checkpoint is not None:
+            self._load(self.checkpoint)
 
     @abstractmethod
     def _build(self) -> tuple[torch.nn.Module, Loss]:
@@ -93,9 +98,14 @@ class Trainer(ABC):
     def _finish(self) -> str:
         """Leave what the run is for; called by the main process at the end. Returns a line about it."""
 
-    def _outputs(self) -> list[Path]:
-        """All that the run writes, and what was made from its model: what `--overwrite` deletes."""
-        return [self.files.checkpoints, self.files.logs, self.files.options]
+    @property
+    def _result(self) -> Path:
+        """What a finished run has left; without checkpoints it cannot be resumed, and must not be replaced."""
+        return self.files.index
+
+    def _delete(self) -> None:
+        """Delete all that the run has written, and what was made from its model: what `--overwrite` does."""
+        self.files.delete()
 
     def _after_step(self, step: int) -> None:  # noqa: B027 (optional)
         """Called by all processes after each optimiser step."""
@@ -192,8 +202,7 @@ class Trainer(ABC):
         self.accelerator.wait_for_everyone()  # all have looked at the folder before it changes
         if self.accelerator.is_main_process:
             if self.options.overwrite:
-                for path in self._outputs():
-                    remove(path)
+                self._delete()
             self.run_folder.mkdir(parents=True, exist_ok=True)
             checkpoints.remove_incomplete(self.run_folder)
             write_json(self.files.options, saved_options(self.options))
