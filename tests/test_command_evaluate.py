@@ -18,7 +18,7 @@ from diffusers_dpm.data import load_images
 from diffusers_dpm.evaluation.distances import quality
 from diffusers_dpm.evaluation.features import Reference, load_features, to_bytes
 from diffusers_dpm.evaluation.results import Results, metric_tables, read_metrics
-from diffusers_dpm.evaluation.run import describe_source, shuffled_pixels, split_options
+from diffusers_dpm.evaluation.run import describe_source, shuffled_pixels
 from diffusers_dpm.likelihood.bound import evidence_lower_bound
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler
@@ -228,7 +228,7 @@ def test_lists_are_options_too(evaluate):
     ],
 )
 def test_options_are_split_outside_brackets(text, parts):
-    assert split_options(text) == parts
+    assert sampling.split_options(text) == parts
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])

@@ -1,5 +1,6 @@
 """What every training command does: one run with its folder, checkpoints, resuming, plan and log."""
 
+import csv
 import dataclasses
 import math
 from abc import ABC, abstractmethod
@@ -16,22 +17,30 @@ from diffusers_dpm.data import describe, load_data, load_held_out_data
 from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, user_error
 from diffusers_dpm.networks import NoProgress, Progress
 from diffusers_dpm.options import flag
-from diffusers_dpm.records import atomic_folder, read_json, write_json
+from diffusers_dpm.records import atomic_folder, read_json, write_json, write_text
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.training import checkpoints
 from diffusers_dpm.training.loop import Loss, StepRecord, TrainingState, batch_shares, training_steps
+
+
+METRICS_LOG = "metrics.csv"  # beside the events of TensorBoard
 
 
 # Options of the invocation, not of the run; not saved.
 CALL_OPTIONS = frozenset({"resume", "overwrite", "dry_run", "push_to_hub", "hub_private"})
 
 
-# What a resumed run may change: nothing that its weights depend on, beyond rounding.
+# What a resumed run may change of its further course; the log says from which step on.
+LOGGED_CHANGES = ("learning_rate", "batch_size", "max_train_steps")
+
+
+# What else it may change: nothing that its weights depend on, beyond rounding.
 MAY_CHANGE = frozenset(
     {
         *("output_dir", "checkpoint_every", "checkpoints_total_limit", "log_with", "log_every"),
         *("sample_every", "sample_steps", "num_samples", "eval_split", "eval_data", "eval_draws"),
         *("cache_gigabytes", "dataloader_num_workers", "gradient_accumulation_steps", "cpu"),
+        *LOGGED_CHANGES,
     }
 )
 
@@ -83,6 +92,8 @@ class Trainer(ABC):
         model, self.loss = self._build()
         self.state = TrainingState(model, self.options, self.accelerator, len(self.loss.schedule))
         self.checkpointed_step: int | None = None
+        self.changes: list[str] = []  # of the options, on resuming
+        self.images_seen = 0
         if self.checkpoint is not None:
             self._load(self.checkpoint)
 
@@ -157,6 +168,8 @@ class Trainer(ABC):
             "run folder": str(self.run_folder),
         }
         text = [f"{name:<12}{line}" for name, line in lines.items()]
+        if self.changes:
+            text.append(f"changed     from step {self.state.step + 1:,} on: {'; '.join(self.changes)}")
         return "\n".join(text + [f"warning: {warning}" for warning in self._warnings()])
 
     def _warnings(self) -> list[str]:
@@ -178,10 +191,11 @@ class Trainer(ABC):
         """Take over a checkpoint, after checking that it is of the same run."""
         folder = checkpoint / checkpoints.TRAINER_STATE
         saved = read_json(RunFolder(folder).options)
-        may_change = MAY_CHANGE | ({"max_train_steps"} if self.options.lr_scheduler == "constant" else set())
         for name, value in saved_options(self.options).items():
             earlier = saved["options"].get(name)
-            if name not in may_change and earlier != value:
+            if earlier != value and name in LOGGED_CHANGES:
+                self.changes.append(f"{flag(name)} {value}, was {earlier}")
+            if name not in MAY_CHANGE and earlier != value:
                 raise DiffusersDPMError(
                     f"{flag(name)} was {earlier} and now is {value}: a resumed run keeps it ({checkpoint}; "
                     f"'diffusers-dpm {self.command} {self.files.options} --resume' keeps all options)"
@@ -191,6 +205,7 @@ class Trainer(ABC):
                 raise DiffusersDPMError(f"{checkpoint} was trained with the {name} {saved.get(name)}, now {value}")
         self.state.load(folder, checkpoint / self.weights)
         self.checkpointed_step = self.state.step
+        self.images_seen = saved.get("images_seen", self.state.step * saved["options"]["batch_size"])
         if self.state.step > self.options.max_train_steps:
             raise DiffusersDPMError(f"{checkpoint} is past --max-train-steps {self.options.max_train_steps}")
 
@@ -206,9 +221,12 @@ class Trainer(ABC):
             self.run_folder.mkdir(parents=True, exist_ok=True)
             checkpoints.remove_incomplete(self.run_folder)
             write_json(self.files.options, saved_options(self.options))
+            drop_rows_after(self.files.logs / METRICS_LOG, self.state.step)
         self.accelerator.wait_for_everyone()
         config = {name: str(value) for name, value in saved_options(self.options).items()}
         self.accelerator.init_trackers("train", config=config)
+        if self.changes:
+            self.accelerator.log({"changed options": "; ".join(self.changes)}, step=self.state.step)
 
     def _train(self, progress: Progress) -> None:
         options, recent = self.options, []
@@ -218,6 +236,7 @@ class Trainer(ABC):
                 for record in steps:
                     bar.update()
                     progress.update(1)
+                    self.images_seen += options.batch_size
                     recent.append(record)
                     if is_due(record.step, options.log_every) or record.step == options.max_train_steps:
                         bar.set_postfix_str(self._log(recent))
@@ -240,15 +259,18 @@ class Trainer(ABC):
             "gradient_norm": fmean(record.gradient_norm for record in records),
             "learning_rate": last.learning_rate,
             "images_per_second": harmonic_mean([record.images_per_second for record in records]),
-            "images_seen": last.step * self.options.batch_size,
+            "images_seen": self.images_seen,
+            "batch_size": self.options.batch_size,
             "skipped_steps": fmean(record.skipped for record in records),
         }
         if last.ema_decay is not None:
             values["ema_decay"] = last.ema_decay
         for i, losses in enumerate(by_quartile, 1):
-            if numbers := [loss for loss in losses if not math.isnan(loss)]:
-                values[f"loss_by_timestep/quartile_{i}"] = fmean(numbers)
-        self.accelerator.log(values, step=last.step)
+            numbers = [loss for loss in losses if not math.isnan(loss)]
+            values[f"loss_by_timestep/quartile_{i}"] = fmean(numbers) if numbers else math.nan
+        self.accelerator.log({key: value for key, value in values.items() if not math.isnan(value)}, step=last.step)
+        if self.options.log_with != "none" and self.accelerator.is_main_process:
+            append_row(self.files.logs / METRICS_LOG, {"step": last.step, **values})
         return f"loss {values['loss']:.4f}, {values['images_per_second']:,.0f} images/s"
 
     def _checkpoint(self) -> None:
@@ -258,7 +280,7 @@ class Trainer(ABC):
             with atomic_folder(checkpoints.checkpoint_folder(self.run_folder, step)) as folder:
                 self._save_model(folder)
                 self.state.save(folder / checkpoints.TRAINER_STATE)
-                about = {"options": saved_options(self.options), **self._facts()}
+                about = {"options": saved_options(self.options), "images_seen": self.images_seen, **self._facts()}
                 write_json(RunFolder(folder / checkpoints.TRAINER_STATE).options, about)
             checkpoints.prune_checkpoints(self.run_folder, self.options.checkpoints_total_limit)
         self.checkpointed_step = step
@@ -268,6 +290,24 @@ class Trainer(ABC):
     def model(self) -> Any:
         """What gets saved, a diffusers model: the averaged network, or the raw one without EMA."""
         return self.state.ema_model or self.state.model
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a table of comma-separated values; the first one brings the header."""
+    new = not path.is_file()
+    with path.open("a", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, row, lineterminator="\n")
+        if new:
+            table.writeheader()
+        table.writerow(row)
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Delete the rows of later steps, which a run that is now resumed before them has left."""
+    if path.is_file():
+        header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]  # not a torn one
+        write_text(path, "".join([header, *kept]))
 
 
 def saved_options(options: Any) -> dict[str, Any]:

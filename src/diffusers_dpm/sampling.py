@@ -71,6 +71,17 @@ def find_scheduler(name: str) -> type[SchedulerMixin]:
     return SCHEDULERS[name]
 
 
+def split_options(text: str) -> list[str]:
+    """At the commas outside brackets: "ddim,trained_betas=[0.1,0.2]" -> ["ddim", "trained_betas=[0.1,0.2]"]."""
+    parts = [""]
+    for part in text.split(","):
+        if sum(map(parts[-1].count, "[{")) > sum(map(parts[-1].count, "]}")):
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part)
+    return parts[1:]
+
+
 def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
     """["eta=0.5", "timestep_spacing=quadratic"] -> {"eta": 0.5, "timestep_spacing": "quadratic"}.
 
@@ -172,6 +183,8 @@ def parse_seeds(texts: Iterable[str]) -> list[int]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
         if last < first:
             raise DiffusersDPMError(f"seeds are numbers and ranges such as 0-9999, got {text!r}")
+        if last >= 2**63 or last - first >= 10**7:
+            raise DiffusersDPMError(f"seeds lie below 2**63, at most 10**7 of them, got {text!r}")
         seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
 

@@ -124,7 +124,7 @@ class Evaluation:
 
     def _cell(self, text: str, steps: int) -> Cell:
         """`text` is a scheduler's name and options, such as "ddim,eta=0.5"."""
-        name, *assignments = split_options(text)
+        name, *assignments = sampling.split_options(text)
         config = sampling.parse_assignments(assignments)
         pipeline = DPMPipeline(**self.pipeline.components)
         pipeline.scheduler = sampling.build_scheduler(name, config, pipeline, self.model, self.guidance_scale)
@@ -243,17 +243,6 @@ class Evaluation:
             if not self.results.has({**identity, "feature_extractor": self.extractor.name, "num_images": len(images)}):
                 rows = quality(images, self.reference, self.extractor, self.num_resamples)
                 self.results.add(baselines=[{**identity, **row} for row in rows])
-
-
-def split_options(text: str) -> list[str]:
-    """At the commas outside brackets: "ddim,trained_betas=[0.1,0.2]" -> ["ddim", "trained_betas=[0.1,0.2]"]."""
-    parts = [""]
-    for part in text.split(","):
-        if sum(map(parts[-1].count, "[{")) > sum(map(parts[-1].count, "]}")):
-            parts[-1] += f",{part}"
-        else:
-            parts.append(part)
-    return parts[1:]
 
 
 def check_shape(data: ImageDataset, pipeline: DPMPipeline) -> None:
