@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from diffusers_dpm.data import ImageDataset
 from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError
+from diffusers_dpm.networks import measured_seconds
 from diffusers_dpm.random_streams import Stream, torch_generator, torch_seed
 from diffusers_dpm.records import read_json, write_json, write_tensors
 from diffusers_dpm.schedulers import VPNoiseSchedule
@@ -412,6 +413,29 @@ def training_steps(
         yield record
     if record is not None:
         record.check_finite()
+
+
+def seconds_of_step(
+    state: TrainingState, data: ImageDataset, loss: Loss, options: Any, *, conditional: bool = False
+) -> float:
+    """What an optimiser step takes here, measured on its forward and backward passes; training does not notice.
+
+    The arguments are those of `training_steps`.
+    """
+    accelerator, shares = state.accelerator, batch_shares(options, state.accelerator)
+    draws = draw_step(options, state.step, data.shape, len(loss.schedule), accelerator.device)[shares[0]]
+
+    def passes(images: int) -> None:
+        drawn = draws[:images]
+        x0, labels = prepare(data[[i % len(data) for i in range(images)]], drawn, data, options, conditional)
+        with accelerator.no_sync(state.network):
+            losses = loss(state.network, x0, drawn.timesteps, drawn.noise, labels)
+            accelerator.backward(losses.mean())
+        state.optimizer.zero_grad()
+        losses.sum().item()  # waits for the device
+
+    state.network.train()
+    return measured_seconds(passes, len(draws.timesteps)) * len(shares)
 
 
 def prepare(

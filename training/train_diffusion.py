@@ -2,6 +2,7 @@
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from diffusers_dpm.data import ImageDataset
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.hub.publish import check_repo_id, publish
 from diffusers_dpm.hub.upload import PublishError, log_in
-from diffusers_dpm.images import image_grid, to_uint8
+from diffusers_dpm.images import GRID, image_grid, to_uint8
 from diffusers_dpm.networks import Progress, load_pipeline
 from diffusers_dpm.options import flag, values_of
 from diffusers_dpm.pipelines import DPMPipeline
@@ -102,7 +103,7 @@ class DiffusionTrainer(Trainer):
         """Write a grid of samples from raw weights (left) and EMA weights (right), always from the same noise."""
         if self.accelerator.is_main_process:
             unets = [unet for unet in (self.state.model, self.state.ema_model) if unet is not None]
-            grids = [sample_grid(self._draw(unet)) for unet in unets]
+            grids = [sample_grid(*self._draw(unet)) for unet in unets]
             gap = np.full((grids[0].shape[0], 8, grids[0].shape[2]), 255, dtype=np.uint8)
             picture = np.concatenate([grids[0], *(part for grid in grids[1:] for part in (gap, grid))], axis=1)
             folder = self.files.samples
@@ -113,20 +114,20 @@ class DiffusionTrainer(Trainer):
                 writer.add_image("samples, raw and EMA", picture, self.state.step, dataformats="HWC")
         self.accelerator.wait_for_everyone()
 
-    def _draw(self, unet: UNet2DModel) -> np.ndarray:
-        """(N, H, W, C) samples in [0, 1], in evaluation mode, one after the other through the classes."""
+    def _draw(self, unet: UNet2DModel) -> tuple[np.ndarray, list[int] | None]:
+        """((N, H, W, C) samples in [0, 1], in evaluation mode, and their labels: the classes in turn, or None)."""
         options, seeds = self.options, range(self.options.num_samples)
         labels = [i % self.data.num_classes for i in seeds] if options.class_conditional else None
         pipeline = DPMPipeline(unet=unet, scheduler=DDIMScheduler.from_config(self.scheduler.config))
         pipeline.set_progress_bar_config(disable=True)
         steps = min(options.sample_steps, options.num_train_timesteps)
         output: Any = pipeline(seeds=seeds, class_labels=labels, num_inference_steps=steps, output_type="np")
-        return output.images
+        return output.images, labels
 
 
-def sample_grid(images: np.ndarray) -> np.ndarray:
+def sample_grid(images: np.ndarray, labels: Sequence[object] | None = None) -> np.ndarray:
     """(N, H, W, C) in [0, 1] as one uint8 picture (height, width, 1 or 3); tiny images are enlarged."""
-    return image_grid(to_uint8(images), min_width=64, frame=(1, 1), blank=255)
+    return image_grid(to_uint8(images), **GRID, labels=labels)
 
 
 def train(options: TrainingOptions, progress: Progress | None = None) -> Path:

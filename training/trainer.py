@@ -15,14 +15,15 @@ from accelerate.utils import set_seed, tqdm
 
 from diffusers_dpm.data import describe, load_data, load_held_out_data
 from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, user_error
-from diffusers_dpm.networks import NoProgress, Progress
+from diffusers_dpm.networks import LONG, NoProgress, Progress, duration
 from diffusers_dpm.options import flag
 from diffusers_dpm.records import atomic_folder, read_json, write_json, write_text
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.training import checkpoints
-from diffusers_dpm.training.loop import Loss, StepRecord, TrainingState, batch_shares, training_steps
+from diffusers_dpm.training.loop import Loss, StepRecord, TrainingState, batch_shares, seconds_of_step, training_steps
 
 
+MANY_EPOCHS = 4000  # twice those of the DDPM paper on CIFAR-10
 METRICS_LOG = "metrics.csv"  # beside the events of TensorBoard
 
 
@@ -156,11 +157,15 @@ class Trainer(ABC):
         model, checkpoint = 4 * parameters / 1e6, 16 * parameters / 1e6
         num = 1 + (options.max_train_steps - 1) // options.checkpoint_every if options.checkpoint_every else 1
         num = min(num, options.checkpoints_total_limit or num)
+        steps = options.max_train_steps - self.state.step
+        seconds = seconds_of_step(self.state, data, self.loss, options, conditional=self.conditional) if steps else 0.0
+        self.seconds = seconds * steps
         lines = {
             "data": f"{len(data):,} images, {describe(data.shape)}{classes}",
             "network": f"{parameters:,} parameters",
             "training": f"{options.max_train_steps:,} steps x {options.batch_size} images = {images:,} images, "
             f"{images / len(data):,.1f} epochs{start}",
+            "time": f"about {duration(seconds)} a step, {duration(seconds * steps)} in all, measured here",
             "device": f"{accelerator.device}, processes {accelerator.num_processes}, accumulation steps "
             f"{options.gradient_accumulation_steps}, mixed precision {accelerator.mixed_precision}",
             "disk": f"{model + num * checkpoint:,.1f} MB: model {model:,.1f} MB, {num} x checkpoint "
@@ -183,6 +188,15 @@ class Trainer(ABC):
                 )
         if options.random_flip and any(name in Path(options.data).name.lower() for name in ("digit", "mnist")):
             warnings.append("--random-flip mirrors the digits too")
+        if self.seconds > LONG:
+            smaller = "a smaller network or --resolution, fewer --max-train-steps, or a faster device, would take less"
+            warnings.append(f"{self.seconds / 3600:,.0f} hours: {smaller}")
+        epochs = options.max_train_steps * options.batch_size / len(self.data)
+        if epochs > MANY_EPOCHS:
+            enough = f"--max-train-steps {MANY_EPOCHS * len(self.data) // options.batch_size + 1:,} would be "
+            warnings.append(
+                f"{epochs:,.0f} epochs: the network may learn the images by heart; {enough}{MANY_EPOCHS:,}"
+            )
         if options.resume and not self.state.step:
             warnings.append(f"no checkpoint in {self.run_folder} to resume: starting at step 0")
         return warnings

@@ -49,7 +49,7 @@ class DataSourceOptions:
 # Options (several names in a string), the test of a value or of each of a list's, and what an error asks for.
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
-        "num_train_timesteps max_train_steps batch_size gradient_accumulation_steps log_every sample_steps "
+        "num_train_timesteps max_train_steps batch_size gradient_accumulation_steps log_every sample_steps columns "
         "num_samples eval_draws num_classes num_inference_steps steps num_images num_levels num_probes num_passes",
         lambda value: value >= 1,
         "be at least 1",

@@ -22,9 +22,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from diffusers_dpm.calibration import fitted_weights
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
-from diffusers_dpm.images import image_grid, to_pil, to_uint8
-from diffusers_dpm.networks import load_extra
+from diffusers_dpm.images import GRID, image_grid, to_pil, to_uint8
+from diffusers_dpm.networks import NoProgress, Progress, load_extra
 from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.records import ResultStore, atomic_file, short_hash, weights_hash
 from diffusers_dpm.run_folder import EXTRAS
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, CalibratedScheduler
@@ -220,14 +221,28 @@ class Sampler:
         }
         return json.loads(json.dumps(settings))
 
-    def draw(self, seeds: Sequence[int]) -> tuple[np.ndarray, list[int] | None, int]:
+    def num_steps(self) -> int:
+        """The steps of an image. Raises DiffusersDPMError if the scheduler refuses them."""
+        with user_error(scheduler_name(self.pipeline.scheduler)):
+            adapt(self.pipeline.scheduler).set_timesteps(self.num_inference_steps)
+        return len(self.pipeline.scheduler.timesteps)
+
+    def draw(self, seeds: Sequence[int], progress: Progress | None = None) -> tuple[np.ndarray, list[int] | None, int]:
         """(images uint8 (B, H, W, C), rounded; their labels or None; network calls).
+
+        Args:
+            seeds: one for each image.
+            progress: gets `update(len(seeds))` after each step.
 
         Raises:
             ValueError: as the pipeline; an image that is not finite.
         """
         labels = self.class_labels and [self.class_labels[seed % len(self.class_labels)] for seed in seeds]
         calls: list[None] = []
+
+        def after_step(*_: Any) -> None:
+            (progress or NoProgress()).update(len(seeds))
+
         name = scheduler_name(self.pipeline.scheduler)
         with self.pipeline.unet.register_forward_hook(lambda *_: calls.append(None)), user_error(name):
             output: Any = self.pipeline(
@@ -236,6 +251,7 @@ class Sampler:
                 class_labels=labels,
                 guidance_scale=self.guidance_scale,
                 output_type="np",
+                callback_on_step_end=after_step,
             )
         broken = len(seeds) - int(np.isfinite(output.images).all(axis=(1, 2, 3)).sum())
         if broken:
@@ -325,11 +341,11 @@ class SampleFolder:
         self.sampler.pipeline.set_progress_bar_config(disable=True)
         own = missing[accelerator.process_index :: accelerator.num_processes]
         error: Exception | None = None
-        with logging.tqdm(total=len(own), unit="image", desc=title, disable=not accelerator.is_main_process) as bar:
+        total, hidden = len(own) * self.sampler.num_steps(), not accelerator.is_main_process
+        with logging.tqdm(total=total, unit="step", desc=f"{title} x steps", disable=hidden) as bar:
             try:
                 for start in range(0, len(own), batch_size):
-                    self._draw(own[start : start + batch_size], accelerator.process_index)
-                    bar.update(len(own[start : start + batch_size]))
+                    self._draw(own[start : start + batch_size], accelerator.process_index, bar)
             except Exception as raised:  # raised again below, when the other processes, which wait, know of it
                 error = raised
         failures = [failure for failure in gather_object([error and (type(error), str(error))]) if failure]
@@ -340,9 +356,9 @@ class SampleFolder:
                 raise DiffusersDPMError(message)
             raise RuntimeError(f"another process failed: {kind.__name__}: {message}")
 
-    def _draw(self, seeds: Sequence[int], process: int) -> None:
+    def _draw(self, seeds: Sequence[int], process: int, progress: Progress) -> None:
         start = time.perf_counter()
-        images, labels, calls = self.sampler.draw(seeds)
+        images, labels, calls = self.sampler.draw(seeds, progress)
         seconds = time.perf_counter() - start
         with (self.folder / f"timing-{process}.jsonl").open("a") as file:  # before the images: `cost` needs a line
             file.write(json.dumps({"images": len(seeds), "calls": calls, "seconds": seconds}) + "\n")
@@ -375,14 +391,20 @@ class SampleFolder:
 
 
 def save_images(
-    sampler: Sampler, seeds: Sequence[int], output: str | Path, batch_size: int, accelerator: Accelerator
+    sampler: Sampler,
+    seeds: Sequence[int],
+    output: str | Path,
+    batch_size: int,
+    accelerator: Accelerator,
+    columns: int | None = None,
 ) -> list[Path]:
     """Draw the images of the seeds into a folder of PNG files, or one .npz or .png file. An interrupted call goes on.
 
     Args:
         sampler, seeds, batch_size, accelerator: as in `SampleFolder.fill`.
         output: a folder; an .npz file with arr_0, as guided-diffusion's evaluator reads it, and seeds; or a .png file
-            with a grid of the images, row by row.
+            with a grid of the images, row by row, with their class labels.
+        columns: images in a row of the grid; by default as many as make it nearly square.
 
     Returns:
         Images of other seeds that an interrupted call drew for the same file, and that stay where they are.
@@ -404,7 +426,9 @@ def save_images(
         if kind == ".npz":
             np.savez(file, arr_0=pixels, seeds=np.array(seeds))
         else:
-            to_pil(image_grid(pixels)).save(file, format="PNG")
+            labels = [Image.open(images.path(seed)).info.get("class_label") for seed in seeds]
+            grid = image_grid(pixels, columns, **GRID, labels=labels if all(labels) else None)
+            to_pil(grid).save(file, format="PNG")
     others = images.others(seeds)
     if not others:
         shutil.rmtree(folder)

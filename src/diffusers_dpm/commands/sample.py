@@ -39,6 +39,8 @@ class ImageOptions:
     """scale of guidance by the model's classifier"""
     batch_size: int = 64
     """images per network call"""
+    columns: int | None = None
+    """images in a row of a .png file (default: nearly a square)"""
     cpu: bool = False
     """use the CPU even if there is an accelerator"""
     output: str

@@ -20,7 +20,7 @@ from diffusers_dpm.evaluation.features import Reference, load_features, to_bytes
 from diffusers_dpm.evaluation.report import write_report
 from diffusers_dpm.evaluation.results import Results, sampler_name
 from diffusers_dpm.likelihood.bound import evidence_lower_bound, why_unbounded
-from diffusers_dpm.networks import load_extra, load_pipeline
+from diffusers_dpm.networks import load_extra, load_pipeline, report_cost
 from diffusers_dpm.options import DataSourceOptions
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.records import read_json, short_hash, weights_hash
@@ -143,6 +143,10 @@ class Evaluation:
             report: gets the tables, where they are, and a line for each cell that failed or has no bound.
         """
         failures = []
+        identities = [{**self._identity(cell, self.num_images), **self._extracted} for cell in self.cells]
+        missing = [row["steps"] for row in identities if not self.results.has(row)]
+        unet = self.pipeline.unet.to(self.accelerator.device)
+        report_cost(unet, self.num_images * sum(missing), self.batch_size, self.accelerator)
         try:
             if self.accelerator.is_main_process:
                 self._measure_baselines()
@@ -160,6 +164,10 @@ class Evaluation:
                 if self.unbounded:
                     report(f"no bound on the bits per dimension: {', '.join(self.unbounded)}")
 
+    @property
+    def _extracted(self) -> dict[str, Any]:
+        return {"feature_extractor": self.extractor.name}
+
     def _identity(self, cell: Cell, num_images: int) -> dict[str, Any]:
         return {**cell.row, **self.common, "seeds": f"{self.seed}-{self.seed + num_images - 1}"}
 
@@ -176,7 +184,7 @@ class Evaluation:
             try:
                 lock.acquire(blocking=False)
                 self.results.read()
-                if not self.results.has({**identity, "feature_extractor": self.extractor.name}):
+                if not self.results.has({**identity, **self._extracted}):
                     answer = ["missing"]
             except Timeout:
                 answer = ["taken"]
@@ -240,7 +248,7 @@ class Evaluation:
         for name, images in baselines.items():
             identity: dict[str, Any] = {"scheduler": name, "options": {}, "steps": 0, **self.common}
             identity |= {"weights": None, "weights_sha256": None}
-            if not self.results.has({**identity, "feature_extractor": self.extractor.name, "num_images": len(images)}):
+            if not self.results.has({**identity, **self._extracted, "num_images": len(images)}):
                 rows = quality(images, self.reference, self.extractor, self.num_resamples)
                 self.results.add(baselines=[{**identity, **row} for row in rows])
 
