@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from diffusers_dpm.data import DataError
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.features import FEATURES_FILE
 from diffusers_dpm.pipelines import NoisyClassifier
@@ -44,7 +45,12 @@ class FeatureTrainer(Trainer):
         run_folder = self.folder / "training"
         if self.folder.exists() and not run_folder.exists() and any(self.folder.iterdir()):
             raise DiffusersDPMError(f"{self.folder} holds other files than features: choose another --output-dir")
-        super().__init__(options, run_folder)
+        try:
+            super().__init__(options, run_folder)
+        except DataError as error:
+            others = "inception, or an image model of transformers, for its --features"
+            hint = f"; without labels, evaluate takes {others}" if "no labels" in str(error) else ""
+            raise DataError(f"{error}{hint}") from error
 
     def _build(self) -> tuple[NoisyClassifier, ClassifierLoss]:
         data = self.data

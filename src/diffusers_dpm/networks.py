@@ -57,7 +57,7 @@ def duration(seconds: float) -> str:
     )
 
 
-def report_cost(unet: Any, calls: int, batch_size: int, accelerator: Any) -> None:
+def report_cost(unet: Any, calls: int, batch_size: int, accelerator: Any, classifier: Any = None) -> None:
     """Say on stderr what network calls for so many single images will cost here, by the time of one call.
 
     Args:
@@ -65,6 +65,7 @@ def report_cost(unet: Any, calls: int, batch_size: int, accelerator: Any) -> Non
         calls: images times calls for each, over all processes.
         batch_size: images in a call.
         accelerator: of the processes that share the work.
+        classifier: that guides, by its gradient; it is called as often.
     """
     conditional = is_conditional(unet)
     if not calls or not accelerator.is_main_process or (conditional and unet.config.get("num_class_embeds") is None):
@@ -76,9 +77,13 @@ def report_cost(unet: Any, calls: int, batch_size: int, accelerator: Any) -> Non
     def call(images: int) -> float:
         with torch.no_grad():
             times = torch.zeros(images, dtype=torch.long, device=unet.device)
-            return network_output(unet, x[:images], times, None if labels is None else labels[:images]).sum().item()
+            total = network_output(unet, x[:images], times, None if labels is None else labels[:images]).sum()
+        if classifier is not None:
+            x_t = x[:images].to(classifier.dtype).requires_grad_()
+            total = total + torch.autograd.grad(classifier(x_t, times).logits.sum(), x_t)[0].sum()
+        return total.item()
 
-    with evaluation_mode(unet):
+    with evaluation_mode(unet, classifier):
         seconds = measured_seconds(call, batch) * calls / batch / accelerator.num_processes
     hint = "; fewer images or steps, or a faster device, would cost less" if seconds > LONG else ""
     print(f"{calls:,} network calls for one image each: about {duration(seconds)} here{hint}", file=sys.stderr)

@@ -64,7 +64,8 @@ def sample_run(
     sampler = Sampler(pipeline, num_inference_steps, class_labels, guidance_scale)
     accelerator = Accelerator(cpu=cpu)
     calls = len(seeds) * sampler.num_steps()
-    report_cost(pipeline.to(accelerator.device).unet, calls, batch_size, accelerator)
+    pipeline.to(accelerator.device)
+    report_cost(pipeline.unet, calls, batch_size, accelerator, pipeline.classifier)
     others = save_images(sampler, seeds, output, batch_size, accelerator, columns)
     return others if accelerator.is_main_process else None
 
@@ -187,13 +188,15 @@ def calibrate_run(
     teacher_steps = min(teacher_steps, pipeline.scheduler.config.num_train_timesteps)
     numbers: dict[str, Any] = {"num_images": num_images, "teacher_steps": teacher_steps, "max_walks": max_walks}
     total = network_calls({*steps}, **numbers)
-    report_cost(pipeline.unet.to(accelerator.device), total, options.get("batch_size", 64), accelerator)
+    pipeline.unet.to(accelerator.device)
+    classifier = classifier and classifier.to(accelerator.device)
+    report_cost(pipeline.unet, total, options.get("batch_size", 64), accelerator, classifier)
     with tqdm(total=total, unit="call", desc="images x timesteps") as bar:
         fitted = calibrate(
             pipeline.unet,
             pipeline.scheduler,
             steps,
-            classifier=classifier and classifier.to(accelerator.device),
+            classifier=classifier,
             guidance_scale=guidance_scale,
             accelerator=accelerator,
             folder=folder / "partial",

@@ -145,8 +145,9 @@ class Evaluation:
         failures = []
         identities = [{**self._identity(cell, self.num_images), **self._extracted} for cell in self.cells]
         missing = [row["steps"] for row in identities if not self.results.has(row)]
-        unet = self.pipeline.unet.to(self.accelerator.device)
-        report_cost(unet, self.num_images * sum(missing), self.batch_size, self.accelerator)
+        pipeline = self.pipeline.to(self.accelerator.device)
+        calls = self.num_images * sum(missing)
+        report_cost(pipeline.unet, calls, self.batch_size, self.accelerator, pipeline.classifier)
         try:
             if self.accelerator.is_main_process:
                 self._measure_baselines()
