@@ -39,8 +39,8 @@ class MeasurementOptions:
     """measurement"""
 
     features: str | None = None
-    """required: folder of `diffusers-dpm train-features`, inception (needs torch-fidelity), or the folder or Hub id of an
-    image model of transformers"""
+    """required: folder of `diffusers-dpm train-features`, inception (needs torch-fidelity), or the folder or Hub id of
+    an image model of transformers"""
     inception_weights: str | None = None
     """torch-fidelity's weights file (default: downloaded once)"""
     held_out_split: str | None = None
