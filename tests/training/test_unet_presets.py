@@ -66,7 +66,7 @@ def test_the_first_preset_of_a_size_is_its_default(name):
         ((96, 96), (6, 6), 32.2e6),
         ((160, 120), (20, 15), 20.0e6),
         ((256, 256), (8, 8), 41.8e6),
-        ((5, 7), (5, 7), 0.2e6),
+        ((5, 7), (5, 7), 0.16e6),
     ],
 )
 def test_a_network_is_derived_from_any_size(size, coarsest, parameters):
