@@ -48,7 +48,7 @@ class ClassifierTrainer(Trainer):
             raise DiffusersDPMError(f"{self.model_run.classifier} exists already; --overwrite replaces it")
         self.pipeline = load_pipeline(str(self.folder))
         self.command = f"train-classifier {self.folder}"
-        super().__init__(options, run_folder)
+        super().__init__(options, run_folder, self.model_run.classifier)
 
     def _build(self) -> tuple[NoisyClassifier, ClassifierLoss]:
         data, unet = self.data, self.pipeline.unet
@@ -101,10 +101,6 @@ class ClassifierTrainer(Trainer):
 
     def _accuracy_files(self) -> list[Path]:
         return [self.model_run.classifier_accuracy, self.model_run.classifier_plot]
-
-    @property
-    def _result(self) -> Path:
-        return self.model_run.classifier
 
     def _delete(self) -> None:
         parts = (RunFolder.classifier, RunFolder.classifier_accuracy, RunFolder.classifier_plot)

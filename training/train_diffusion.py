@@ -20,6 +20,7 @@ from diffusers_dpm.networks import Progress, load_pipeline
 from diffusers_dpm.options import flag, values_of
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import TEMPORARY, flush_tree, move_children
+from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.training.loss import DenoisingLoss
 from diffusers_dpm.training.options import LossOptions, NoiseScheduleOptions, TrainingOptions
@@ -37,7 +38,6 @@ class DiffusionTrainer(Trainer):
         DiffusersDPMError: as `Trainer`.
     """
 
-    anew = "--init-from RUN with another --output-dir goes on from its weights, --overwrite trains anew"
     weights = "unet/diffusion_pytorch_model.safetensors"
     command = "train"
 
@@ -47,7 +47,8 @@ class DiffusionTrainer(Trainer):
             if not options.dry_run:
                 log_in(HfApi())
         self.conditional = options.class_conditional
-        super().__init__(options, Path(options.output_dir))
+        run = RunFolder(options.output_dir)
+        super().__init__(options, run.path, run.index)
 
     def run(self, progress: Progress | None = None) -> Path:
         """As `Trainer.run`; then publishes the run folder, if the options say so.
@@ -148,18 +149,17 @@ def build_network(data: ImageDataset, options: TrainingOptions, trained: Any = N
     else:
         config = PRESETS[options.preset][1] if options.preset else default_unet(*data.shape[1:])
     num_classes = data.num_classes + (options.class_dropout_prob > 0) if options.class_conditional else None
-    paper_init = options.init == "papers"
-    shape, source = data.shape, options.init_from
-    if trained is not None and config.get("num_class_embeds") != num_classes:
-        theirs = config.get("num_class_embeds")
-        raise DiffusersDPMError(
-            f"{source} has num_class_embeds {theirs}, this run {num_classes}: see --class-conditional and "
-            "--class-dropout-prob"
-        )
-    unet = build_unet(config, shape, num_class_embeds=num_classes, dropout=options.dropout, paper_init=paper_init)
+    if trained is not None and (theirs := config.get("num_class_embeds")) != num_classes:
+        ways = "see --class-conditional and --class-dropout-prob"
+        raise DiffusersDPMError(f"{options.init_from} has num_class_embeds {theirs}, this run {num_classes}: {ways}")
+    chosen: dict[str, Any] = {
+        "num_class_embeds": num_classes,
+        "dropout": options.dropout,
+        "paper_init": options.init == "papers",
+    }
+    unet = build_unet(config, data.shape, **chosen)
     if trained is not None:
-        with user_error(f"--init-from {source}", RuntimeError):
-            unet.load_state_dict(trained.state_dict())
+        unet.load_state_dict(trained.state_dict())
     return unet
 
 
@@ -169,11 +169,8 @@ def taken_over(options: TrainingOptions, scheduler: DDPMScheduler) -> TrainingOp
     Raises:
         DiffusersDPMError: an option that was given asks for another one.
     """
-    theirs = {item.name: scheduler.config[item.name] for item in dataclasses.fields(NoiseScheduleOptions)}
-    for item in dataclasses.fields(NoiseScheduleOptions):
-        own = getattr(options, item.name)
-        if own not in (item.default, theirs[item.name]):
-            raise DiffusersDPMError(
-                f"{flag(item.name)} is {own}, {options.init_from} has {theirs[item.name]}: leave it out"
-            )
-    return dataclasses.replace(options, **theirs)
+    taken = {item.name: scheduler.config[item.name] for item in dataclasses.fields(NoiseScheduleOptions)}
+    for name, theirs in taken.items():
+        if (own := getattr(options, name)) not in (getattr(TrainingOptions, name), theirs):
+            raise DiffusersDPMError(f"{flag(name)} is {own}, {options.init_from} has {theirs}: leave it out")
+    return dataclasses.replace(options, **taken)

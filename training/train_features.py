@@ -46,7 +46,7 @@ class FeatureTrainer(Trainer):
         if self.folder.exists() and not run_folder.exists() and any(self.folder.iterdir()):
             raise DiffusersDPMError(f"{self.folder} holds other files than features: choose another --output-dir")
         try:
-            super().__init__(options, run_folder)
+            super().__init__(options, run_folder, self.folder / FEATURES_FILE)
         except DataError as error:
             others = "inception, or an image model of transformers, for its --features"
             hint = f"; without labels, evaluate takes {others}" if "no labels" in str(error) else ""
@@ -81,10 +81,6 @@ class FeatureTrainer(Trainer):
         move_children(staged, self.folder)
         shown = "" if accuracy is None else f", accuracy on held-out images {accuracy:.1%}"
         return f"the features are in {self.folder}{shown}"
-
-    @property
-    def _result(self) -> Path:
-        return self.folder / FEATURES_FILE
 
     def _delete(self) -> None:
         super()._delete()

@@ -1,8 +1,8 @@
 """What every training command does: one run with its folder, checkpoints, resuming, plan and log."""
 
-import csv
 import dataclasses
 import math
+import re
 from abc import ABC, abstractmethod
 from importlib import import_module
 from pathlib import Path
@@ -54,6 +54,7 @@ class Trainer(ABC):
     Args:
         options: what to train, on what and how: the groups of options that all commands share, and the subclass's.
         run_folder: where checkpoints, log and options lie.
+        result: what a finished run has left; without checkpoints it cannot be resumed, and must not be replaced.
 
     Attributes:
         data, loss, state: what is trained on, towards, and trained.
@@ -65,16 +66,14 @@ class Trainer(ABC):
 
     conditional: bool = True  # whether the loss gets the labels
     weights: ClassVar[str] = "classifier/diffusion_pytorch_model.safetensors"  # the averaged ones, in a checkpoint
-    anew: str = "--overwrite trains anew"  # what to do instead of resuming without a checkpoint
     command: str  # that starts such a run: subcommand and operands
 
-    def __init__(self, options: Any, run_folder: Path):
+    def __init__(self, options: Any, run_folder: Path, result: Path):
         self.run_folder, self.files = run_folder, RunFolder(run_folder)
         self.checkpoint = checkpoints.find_checkpoint(options, run_folder)
-        if options.resume and self.checkpoint is None and self._result.exists():
-            raise DiffusersDPMError(
-                f"{run_folder} has no checkpoints left, and --resume would replace {self._result}: {self.anew}"
-            )
+        if options.resume and self.checkpoint is None and result.exists():
+            ways = "'train --init-from RUN' goes on from a U-Net's weights, --overwrite trains anew"
+            raise DiffusersDPMError(f"{run_folder} has no checkpoints left, and this would replace {result}: {ways}")
         if options.log_with == "tensorboard":
             import_module("tensorboard")  # now: accelerate would only warn that it is missing
         with user_error("accelerate"):
@@ -109,11 +108,6 @@ class Trainer(ABC):
     @abstractmethod
     def _finish(self) -> str:
         """Leave what the run is for; called by the main process at the end. Returns a line about it."""
-
-    @property
-    def _result(self) -> Path:
-        """What a finished run has left; without checkpoints it cannot be resumed, and must not be replaced."""
-        return self.files.index
 
     def _delete(self) -> None:
         """Delete all that the run has written, and what was made from its model: what `--overwrite` does."""
@@ -158,14 +152,14 @@ class Trainer(ABC):
         num = 1 + (options.max_train_steps - 1) // options.checkpoint_every if options.checkpoint_every else 1
         num = min(num, options.checkpoints_total_limit or num)
         steps = options.max_train_steps - self.state.step
-        seconds = seconds_of_step(self.state, data, self.loss, options, conditional=self.conditional) if steps else 0.0
-        self.seconds = seconds * steps
+        step = seconds_of_step(self.state, data, self.loss, options, conditional=self.conditional) if steps else 0.0
+        self.seconds = step * steps
         lines = {
             "data": f"{len(data):,} images, {describe(data.shape)}{classes}",
             "network": f"{parameters:,} parameters",
             "training": f"{options.max_train_steps:,} steps x {options.batch_size} images = {images:,} images, "
             f"{images / len(data):,.1f} epochs{start}",
-            "time": f"about {duration(seconds)} a step, {duration(seconds * steps)} in all, measured here",
+            "time": f"about {duration(step)} a step, {duration(self.seconds)} in all, measured here",
             "device": f"{accelerator.device}, processes {accelerator.num_processes}, accumulation steps "
             f"{options.gradient_accumulation_steps}, mixed precision {accelerator.mixed_precision}",
             "disk": f"{model + num * checkpoint:,.1f} MB: model {model:,.1f} MB, {num} x checkpoint "
@@ -191,12 +185,10 @@ class Trainer(ABC):
         if self.seconds > LONG:
             smaller = "a smaller network or --resolution, fewer --max-train-steps, or a faster device, would take less"
             warnings.append(f"{self.seconds / 3600:,.0f} hours: {smaller}")
-        epochs = options.max_train_steps * options.batch_size / len(self.data)
+        epochs, enough = options.max_train_steps * options.batch_size / len(self.data), MANY_EPOCHS * len(self.data)
         if epochs > MANY_EPOCHS:
-            enough = f"--max-train-steps {MANY_EPOCHS * len(self.data) // options.batch_size + 1:,} would be "
-            warnings.append(
-                f"{epochs:,.0f} epochs: the network may learn the images by heart; {enough}{MANY_EPOCHS:,}"
-            )
+            fewer = f"--max-train-steps {enough // options.batch_size + 1} would be {MANY_EPOCHS:,}"
+            warnings.append(f"{epochs:,.0f} epochs: the network may learn the images by heart; {fewer}")
         if options.resume and not self.state.step:
             warnings.append(f"no checkpoint in {self.run_folder} to resume: starting at step 0")
         return warnings
@@ -308,20 +300,17 @@ class Trainer(ABC):
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row to a table of comma-separated values; the first one brings the header."""
-    new = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        table = csv.DictWriter(file, row, lineterminator="\n")
-        if new:
-            table.writeheader()
-        table.writerow(row)
+    with path.open("a", encoding="utf-8") as file:
+        lines = [row.values()] if file.tell() else [row, row.values()]
+        file.writelines(",".join(map(str, line)) + "\n" for line in lines)
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Delete the rows of later steps, which a run that is now resumed before them has left."""
+    """Delete the rows of later steps, which a run that is now resumed before them has left, and a torn one."""
     if path.is_file():
-        header, *rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [row for row in rows if row.endswith("\n") and int(row.split(",")[0]) <= step]  # not a torn one
-        write_text(path, "".join([header, *kept]))
+        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        first = re.compile(r"(?:step|(\d+)),.*\n")
+        write_text(path, "".join(row for row in rows if (new := first.match(row)) and int(new[1] or 0) <= step))
 
 
 def saved_options(options: Any) -> dict[str, Any]:

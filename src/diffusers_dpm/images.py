@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 # How grids are shown: tiny images are enlarged, and grey lines tell them apart.
@@ -67,15 +67,12 @@ def label_strip(text: str, width: int, channels: int) -> np.ndarray:
 
 
 def titled_rows(pictures: Mapping[str, Image.Image]) -> Image.Image:
-    """Pictures of one width below each other, each with its title on its left."""
-    font, width = ImageFont.load_default(19), 220
-    total = sum(picture.height + 9 for picture in pictures.values())
-    whole, top = Image.new("RGB", (width + max(picture.width for picture in pictures.values()) + 6, total), "white"), 3
-    for title, picture in pictures.items():
-        whole.paste(picture, (width, top))
-        ImageDraw.Draw(whole).text((width - 12, top + picture.height / 2), title, "black", font, anchor="rm")
-        top += picture.height + 9
-    return whole
+    """Pictures of one size below each other, each with its title on its left."""
+    rows = [ImageOps.expand(picture.convert("RGB"), (220, 3, 6, 3), "white") for picture in pictures.values()]
+    font = ImageFont.load_default(19)
+    for title, row in zip(pictures, rows, strict=True):
+        ImageDraw.Draw(row).text((208, row.height / 2), title, "black", font, anchor="rm")
+    return Image.fromarray(np.concatenate([np.asarray(row) for row in rows]))
 
 
 def to_pil(image: np.ndarray) -> Image.Image:

@@ -19,7 +19,7 @@ class Extra(NamedTuple):
 NETWORK = "config.json diffusion_pytorch_model*"
 SCHEDULER = "scheduler_config.json statistics.json calibration.json partial/partial*"
 TRAINING = (
-    "training_options.json checkpoints/step-*/**/* checkpoints/.incomplete-*/**/* "
+    "training_options.json checkpoints/step-[0-9]*/**/* checkpoints/.incomplete-*/**/* "
     "logs/metrics.csv logs/**/events.out.tfevents.* logs/**/hparams.yml"
 )
 
@@ -52,9 +52,9 @@ class RunFolder:
     scheduler = Part("scheduler", SCHEDULER)
     # its training
     options = Part("training_options.json")
-    checkpoints = Part("checkpoints", "step-*/**/* .incomplete-*/**/*")
+    checkpoints = Part("checkpoints", "step-[0-9]*/**/* .incomplete-*/**/*")
     logs = Part("logs", "metrics.csv **/events.out.tfevents.* **/hparams.yml")
-    samples = Part("samples", "step-*.png")
+    samples = Part("samples", "step-[0-9]*.png")
     # components beside the pipeline
     classifier = Part("classifier", NETWORK, Extra(NoisyClassifier, "classifier-guidance", "train-classifier"))
     classifier_training = Part("classifier_training", TRAINING)

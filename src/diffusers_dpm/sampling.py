@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from diffusers_dpm.calibration import fitted_weights
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 from diffusers_dpm.images import GRID, image_grid, to_pil, to_uint8
-from diffusers_dpm.networks import NoProgress, Progress, load_extra
+from diffusers_dpm.networks import Progress, load_extra
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.records import ResultStore, atomic_file, short_hash, weights_hash
@@ -190,6 +190,9 @@ def parse_seeds(texts: Iterable[str]) -> list[int]:
     return list(dict.fromkeys(seeds))
 
 
+Drawn = tuple[np.ndarray, list[int] | None, int]  # images uint8 (B, H, W, C), labels, network calls
+
+
 @dataclass(frozen=True)
 class Sampler:
     """All that the image of a seed depends on.
@@ -227,7 +230,7 @@ class Sampler:
             adapt(self.pipeline.scheduler).set_timesteps(self.num_inference_steps)
         return len(self.pipeline.scheduler.timesteps)
 
-    def draw(self, seeds: Sequence[int], progress: Progress | None = None) -> tuple[np.ndarray, list[int] | None, int]:
+    def draw(self, seeds: Sequence[int], progress: Progress | None = None) -> Drawn:
         """(images uint8 (B, H, W, C), rounded; their labels or None; network calls).
 
         Args:
@@ -241,7 +244,8 @@ class Sampler:
         calls: list[None] = []
 
         def after_step(*_: Any) -> None:
-            (progress or NoProgress()).update(len(seeds))
+            if progress is not None:
+                progress.update(len(seeds))
 
         name = scheduler_name(self.pipeline.scheduler)
         with self.pipeline.unet.register_forward_hook(lambda *_: calls.append(None)), user_error(name):

@@ -143,8 +143,11 @@ class Evaluation:
             report: gets the tables, where they are, and a line for each cell that failed or has no bound.
         """
         failures = []
-        identities = [{**self._identity(cell, self.num_images), **self._extracted} for cell in self.cells]
-        missing = [row["steps"] for row in identities if not self.results.has(row)]
+        extracted, identities = (
+            {"feature_extractor": self.extractor.name},
+            [self._identity(cell, self.num_images) for cell in self.cells],
+        )
+        missing = [row["steps"] for row in identities if not self.results.has({**row, **extracted})]
         pipeline = self.pipeline.to(self.accelerator.device)
         calls = self.num_images * sum(missing)
         report_cost(pipeline.unet, calls, self.batch_size, self.accelerator, pipeline.classifier)
@@ -165,10 +168,6 @@ class Evaluation:
                 if self.unbounded:
                     report(f"no bound on the bits per dimension: {', '.join(self.unbounded)}")
 
-    @property
-    def _extracted(self) -> dict[str, Any]:
-        return {"feature_extractor": self.extractor.name}
-
     def _identity(self, cell: Cell, num_images: int) -> dict[str, Any]:
         return {**cell.row, **self.common, "seeds": f"{self.seed}-{self.seed + num_images - 1}"}
 
@@ -185,7 +184,7 @@ class Evaluation:
             try:
                 lock.acquire(blocking=False)
                 self.results.read()
-                if not self.results.has({**identity, **self._extracted}):
+                if not self.results.has({**identity, "feature_extractor": self.extractor.name}):
                     answer = ["missing"]
             except Timeout:
                 answer = ["taken"]
@@ -249,7 +248,7 @@ class Evaluation:
         for name, images in baselines.items():
             identity: dict[str, Any] = {"scheduler": name, "options": {}, "steps": 0, **self.common}
             identity |= {"weights": None, "weights_sha256": None}
-            if not self.results.has({**identity, **self._extracted, "num_images": len(images)}):
+            if not self.results.has({**identity, "feature_extractor": self.extractor.name, "num_images": len(images)}):
                 rows = quality(images, self.reference, self.extractor, self.num_resamples)
                 self.results.add(baselines=[{**identity, **row} for row in rows])
 
