@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from diffusers_dpm.commands import demo_steps as demo
+from diffusers_dpm.images import titled_rows
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler
 from tests.models import fitted_scheduler, save_run, tiny_classifier, tiny_unet
@@ -49,7 +50,7 @@ def test_a_picture_of_each_sampler(run):
 
 def test_pictures_are_placed_under_each_other_whole():
     pictures = {name: Image.new("RGB", (680, 68), colour) for name, colour in (("first", "red"), ("second", "blue"))}
-    figure = np.asarray(demo.figure(pictures))
+    figure = np.asarray(titled_rows(pictures))
     for name, colour in (("first", (255, 0, 0)), ("second", (0, 0, 255))):
         assert (figure == colour).all(axis=2).sum() == 680 * 68, name
 

@@ -189,8 +189,8 @@ def recorded_data(run: Path, arguments: Sequence[str]) -> list[str]:
     defaults = {item.name: item.default for item in dataclasses.fields(DataSourceOptions) if item.name != "split"}
     others = "--data" in words and words[words.index("--data") + 1 :][:1] != [values.get("data")]
     names = {"resolution", "channels"} if others else defaults.keys()
-    recorded = {name: values[name] for name in names if name in values and values[name] != defaults[name]}
-    if taken := as_arguments(recorded):
+    known = [name for name in names if name in values and flag(name) not in words]
+    if taken := as_arguments({name: values[name] for name in known if values[name] != defaults[name]}):
         print(f"from {run / RECORD}: {' '.join(taken)}", file=sys.stderr)
     return taken
 

@@ -213,7 +213,7 @@ def test_plan_says_what_the_run_takes(trainer, monkeypatch):
     weights = {name: weight.clone() for name, weight in run.state.model.state_dict().items()}
     plan = run.plan()
     assert re.search(r"time +about [\d.e-]+ seconds a step, [\d.]+ \w+ in all, measured here", plan)
-    assert "20,000 epochs: the network may learn the images by heart; --max-train-steps 10,001" in plan
+    assert "20,000 epochs: the network may learn the images by heart; --max-train-steps 10001 would be 4,000" in plan
     assert "hours: a smaller network" not in plan
     assert all(torch.equal(weight, weights[name]) for name, weight in run.state.model.state_dict().items())
     assert all(weight.grad is None for weight in run.state.parameters)
