@@ -332,7 +332,9 @@ def make_run(folder: Path, *, extras: bool = False, num_train_timesteps: int = 1
     """A run folder with a random network, as `diffusers-dpm train` and the commands after it leave it."""
     network = tiny_unet(attention=True, **unet)
     scheduler = save_run(folder, network, num_train_timesteps=num_train_timesteps, beta_end=0.02).scheduler
-    (folder / "training_options.json").write_text(json.dumps({"data": "digits", "batch_size": 64, "ema": True}))
+    (folder / "training_options.json").write_text(
+        json.dumps({"data": "digits", "batch_size": 64, "ema": True, "checkpoint_every": 9})
+    )
     (folder / "samples").mkdir()
     Image.new("L", (8, 8)).save(folder / "samples" / "step-00001000.png")
     for private in NOT_PUBLISHED:

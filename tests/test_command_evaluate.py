@@ -18,7 +18,7 @@ from diffusers_dpm.data import load_images
 from diffusers_dpm.evaluation.distances import quality
 from diffusers_dpm.evaluation.features import Reference, load_features, to_bytes
 from diffusers_dpm.evaluation.results import Results, metric_tables, read_metrics
-from diffusers_dpm.evaluation.run import describe_source, shuffled_pixels, split_options
+from diffusers_dpm.evaluation.run import describe_source, shuffled_pixels
 from diffusers_dpm.likelihood.bound import evidence_lower_bound
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler
@@ -228,7 +228,7 @@ def test_lists_are_options_too(evaluate):
     ],
 )
 def test_options_are_split_outside_brackets(text, parts):
-    assert split_options(text) == parts
+    assert sampling.split_options(text) == parts
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
@@ -249,7 +249,7 @@ def test_interrupted_in_a_cell_it_goes_on_with_its_images(evaluate, run, monkeyp
     (cell,) = (run / "evaluation").glob("cell-*")
     assert len(list(cell.glob("*.npy"))) == 8
     drawn = []
-    monkeypatch.setattr(sampling.Sampler, "draw", lambda self, seeds: (drawn.extend(seeds), draw(self, seeds))[1])
+    monkeypatch.setattr(sampling.Sampler, "draw", lambda self, seeds, bar: (drawn.extend(seeds), draw(self, seeds, bar))[1])
     assert len(evaluate("--batch-size=8", steps=(3, 2))["rows"]) == 2 * len(METRICS)
     assert drawn == list(range(8, 24))
 

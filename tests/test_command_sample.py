@@ -209,9 +209,10 @@ def test_npz_and_grid(run, sample, tmp_path):
         assert file["arr_0"].dtype == np.uint8
         assert file["seeds"].tolist() == [0, 1, 2, 3, 4]
     grid = np.asarray(Image.open(sample("--seeds=0-4", output="grid.png")))
-    assert grid.shape == (16, 24)
-    assert_same(grid[8:, 8:16], theirs[4])
-    assert not grid[8:, 16:].any()
+    assert grid.shape == (2 * 66, 3 * 66)  # 8x8 is enlarged 8 times, in a frame of 1
+    assert_same(grid[66 + 1 : 131 : 8, 66 + 1 : 131 : 8], theirs[4])
+    assert (grid[66:, 132:] == 255).all()
+    assert Image.open(sample("--seeds=0-4", "--columns=5", output="row.png")).size == (5 * 66, 66)
     assert not list(tmp_path.glob("*.partial"))
     sample("--seeds=0-4", output="grid.png", code=2)
 
@@ -299,6 +300,10 @@ def test_calibrated_rows_lie_beside_the_model(run, sample, capsys):
         (["--seeds=0", "--scheduler-options", "timestep_spacing=3"], "timestep_spacing must be a word, got 3"),
         (["--seeds=0", "--scheduler=diffusers:SchedulerMixin"], "diffusers has no scheduler 'SchedulerMixin'"),
         (["--seeds=0", "--scheduler=diffusers:VQDiffusionScheduler"], "diffusers:VQDiffusionScheduler: "),
+        (["--seeds=0-9", f"--seeds={2**63}"], f"seeds lie below 2**63, at most 10**7 of them, got '{2**63}'"),
+        (["--seeds=0-99999999999"], "at most 10**7 of them, got '0-99999999999'"),
+        (["--seeds=0", "--output=images.tiff"], "--output must be a folder, an .npz or a .png file, got images.tiff"),
+        (["--seeds=0", "--output=a.png", "--columns=0"], "--columns must be at least 1, got 0"),
         (["--seeds=0", "--output=images.jpg"], "--output must be a folder, an .npz or a .png file, got images.jpg"),
         (["--seeds=0", "--num-inference-steps=0"], "--num-inference-steps must be at least 1"),
         ([], "--seeds is missing"),
@@ -326,7 +331,7 @@ def test_images_that_are_not_finite_are_an_error(run, sample, capsys):
 
 
 def test_an_unknown_exception_keeps_its_type_and_traceback(run, tmp_path, monkeypatch):
-    def broken(self, seeds):
+    def broken(self, seeds, progress):
         raise TypeError("a defect")
 
     monkeypatch.setattr(sampling.Sampler, "draw", broken)

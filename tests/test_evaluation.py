@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
 from torchmetrics.image.kid import poly_mmd
@@ -43,8 +44,8 @@ from diffusers_dpm.evaluation.features import (
     load_features,
     to_bytes,
 )
-from diffusers_dpm.evaluation.report import by_calls, by_eta, compare, comparison, markdown, plot, report
-from diffusers_dpm.evaluation.results import metric_tables
+from diffusers_dpm.evaluation.report import by_calls, by_eta, compare, comparison, markdown, plot, plot_lines, report
+from diffusers_dpm.evaluation.results import metric_tables, sampler_name
 from tests.models import tiny_classifier
 from tests.schedulers.helpers import noise as normal
 
@@ -408,6 +409,33 @@ def test_report_separates_measurements_and_shows_baselines(tmp_path):
     plot([*rows, bits], tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.width > 1000
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "scale", "limits"),
+    [
+        ("precision", (0.1, 0.9), "linear", (-0.02, 1.02)),
+        ("recall", (0.0, 1.0), "linear", (-0.02, 1.02)),
+        ("sliced Wasserstein distance", (0.05, 0.055), "linear", None),
+        ("sliced Wasserstein distance", (0.02, 0.09), "log", None),
+        ("kernel distance", (-0.1, 3.0), "linear", None),
+    ],
+)
+def test_axes_can_be_read(metric, values, scale, limits):
+    """Two ticks at least, in plain numbers, also where there is no power of ten between the values."""
+    figure = Figure()
+    axis = figure.subplots()
+    rows = [row(steps=i, value=value, error=0.001, metric=metric) for i, value in enumerate(values, 1)]
+    plot_lines(axis, rows, "calls", "network calls", {sampler_name(rows[0]): {}})
+    assert axis.get_yscale() == scale
+    assert axis.get_ylabel() == metric
+    assert limits is None or axis.get_ylim() == limits
+    figure.canvas.draw()
+    low, high = axis.get_ylim()
+    ticks = zip(axis.get_yticks(), axis.get_yticklabels(), strict=True)
+    shown = [text.get_text() for place, text in ticks if low <= place <= high]
+    assert len(shown) >= 2
+    assert not any("10^" in text for text in shown)
 
 
 def test_report_and_plot_without_the_rows_that_say_no_calls(tmp_path):

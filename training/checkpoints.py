@@ -40,11 +40,11 @@ def find_checkpoint(options: Any, run: Path) -> Path | None:
         if not (Path(options.resume) / TRAINER_STATE).is_dir():
             raise DiffusersDPMError(f"{options.resume} is not a checkpoint")
         return Path(options.resume)
-    if not options.overwrite and run.exists() and (not run.is_dir() or any(run.iterdir())):
-        if not options.resume:
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if not RunFolder(run).is_run():
+            raise DiffusersDPMError(f"{run} is not empty, and not the folder of a training run: choose another one")
+        if not options.resume and not options.overwrite:
             raise DiffusersDPMError(f"{run} is not empty; --resume continues the run in it, --overwrite deletes it")
-        if not RunFolder(run).options.exists():
-            raise DiffusersDPMError(f"{run} is not the folder of a training run")
     return last_checkpoint(run) if options.resume else None
 
 

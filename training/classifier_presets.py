@@ -8,12 +8,16 @@ from diffusers import UNet2DModel
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.pipelines.modeling_noisy_classifier import NoisyClassifier
-from diffusers_dpm.training.unet_presets import check_demands, ddpm_unet, image_keys
+from diffusers_dpm.training.unet_presets import PRESETS, check_demands, ddpm_unet, default_unet, image_keys
 
 
 def ddpm_encoder(block_out_channels: Sequence[int], layers: int, attention: Sequence[int], groups: int = 32) -> dict:
     """Config of the encoder of `ddpm_unet`, without its dropout."""
-    unet = ddpm_unet(block_out_channels, layers, attention, groups)
+    return encoder_of(ddpm_unet(block_out_channels, layers, attention, groups))
+
+
+def encoder_of(unet: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a U-Net's config that its encoder has, without its dropout."""
     return {key: value for key, value in unet.items() if key not in ("up_block_types", "dropout")}
 
 
@@ -25,6 +29,12 @@ CLASSIFIER_PRESETS: dict[str, dict[str, Any]] = {
     "cifar10-ddpm": ddpm_encoder((64, 128, 256, 256), layers=2, attention=(1, 2)),
     "64x64": ddpm_encoder((64, 128, 192, 256), layers=2, attention=(2, 3)),
 }
+
+
+def default_classifier(height: int, width: int) -> dict[str, Any]:
+    """The config for images of this size: the preset's, or the encoder of the derived U-Net. Raises as it does."""
+    made_for = [CLASSIFIER_PRESETS[name] for name, (side, _) in PRESETS.items() if height == width == side]
+    return made_for[0] if made_for else encoder_of(default_unet(height, width))
 
 
 def build_classifier(

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from diffusers_dpm.data import ImageDataset
 from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError
+from diffusers_dpm.networks import measured_seconds
 from diffusers_dpm.random_streams import Stream, torch_generator, torch_seed
 from diffusers_dpm.records import read_json, write_json, write_tensors
 from diffusers_dpm.schedulers import VPNoiseSchedule
@@ -225,7 +226,13 @@ class TrainingState:
             parameter, key = name.rsplit("/", 1)
             moments.setdefault(names[parameter], {})[key] = value
         self.optimizer.load_state_dict({"state": moments, "param_groups": numbers["param_groups"]})
+        rate = self.lr_scheduler.base_lrs[0]  # that of the options, which may have changed
         self.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
+        self.lr_scheduler.base_lrs = [rate]
+        now = rate * self.lr_scheduler.lr_lambdas[0](self.lr_scheduler.last_epoch)
+        self.lr_scheduler._last_lr = [now]
+        for group in self.optimizer.param_groups:
+            group |= {"initial_lr": rate, "lr": now}
         if self.loss_history is not None:
             self.loss_history.load_state_dict(load_file(folder / "loss_history.safetensors"))
         if self.accelerator.scaler is not None:
@@ -406,6 +413,29 @@ def training_steps(
         yield record
     if record is not None:
         record.check_finite()
+
+
+def seconds_of_step(
+    state: TrainingState, data: ImageDataset, loss: Loss, options: Any, *, conditional: bool = False
+) -> float:
+    """What an optimiser step takes here, measured on its forward and backward passes; training does not notice.
+
+    The arguments are those of `training_steps`.
+    """
+    accelerator, shares = state.accelerator, batch_shares(options, state.accelerator)
+    draws = draw_step(options, state.step, data.shape, len(loss.schedule), accelerator.device)[shares[0]]
+
+    def passes(images: int) -> None:
+        drawn = draws[:images]
+        x0, labels = prepare(data[[i % len(data) for i in range(images)]], drawn, data, options, conditional)
+        with accelerator.no_sync(state.network):
+            losses = loss(state.network, x0, drawn.timesteps, drawn.noise, labels)
+            accelerator.backward(losses.mean())
+        state.optimizer.zero_grad()
+        losses.sum().item()  # waits for the device
+
+    state.network.train()
+    return measured_seconds(passes, len(draws.timesteps)) * len(shares)
 
 
 def prepare(

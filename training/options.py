@@ -54,9 +54,11 @@ class ModelOptions:
     """model"""
 
     preset: PresetName | None = None
-    """U-Net (default: the one for the images' size)"""
+    """U-Net (default: the one for the images' size, derived where there is no preset)"""
     unet_config: str | None = None
     """UNet2DModel config.json, or its folder, instead of a preset"""
+    init_from: str | None = None
+    """run folder or Hub id of a model to go on with: its averaged weights and its noise schedule, not a preset"""
     dropout: float | None = None
     """dropout in residual blocks (default: the config's; presets 0.1)"""
     init: Literal["papers", "torch"] = "papers"
@@ -72,7 +74,7 @@ class ClassifierOptions:
     """model"""
 
     preset: PresetName | None = None
-    """classifier (default: the one for the images' size)"""
+    """classifier (default: the one for the images' size, derived where there is no preset)"""
     classifier_config: str | None = None
     """NoisyClassifier config.json, or its folder, instead of a preset"""
     init_from_unet: bool = False

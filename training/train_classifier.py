@@ -16,15 +16,15 @@ from diffusers_dpm.data import ImageDataset, describe
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.networks import Progress, load_pipeline
 from diffusers_dpm.pipelines import NoisyClassifier, image_shape
-from diffusers_dpm.records import atomic_folder, remove, write_json
+from diffusers_dpm.records import atomic_folder, move_children, remove, write_json
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import DDPMScheduler
 from diffusers_dpm.training.classifier_accuracy import accuracy_by_noise_level, accuracy_table, plot_accuracy
-from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS, build_classifier
+from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS, build_classifier, default_classifier
 from diffusers_dpm.training.loss import ClassifierLoss
 from diffusers_dpm.training.options import ClassifierTrainingOptions
 from diffusers_dpm.training.trainer import Trainer
-from diffusers_dpm.training.unet_presets import choose_preset, read_config
+from diffusers_dpm.training.unet_presets import read_config
 
 
 class ClassifierTrainer(Trainer):
@@ -48,7 +48,7 @@ class ClassifierTrainer(Trainer):
             raise DiffusersDPMError(f"{self.model_run.classifier} exists already; --overwrite replaces it")
         self.pipeline = load_pipeline(str(self.folder))
         self.command = f"train-classifier {self.folder}"
-        super().__init__(options, run_folder)
+        super().__init__(options, run_folder, self.model_run.classifier)
 
     def _build(self) -> tuple[NoisyClassifier, ClassifierLoss]:
         data, unet = self.data, self.pipeline.unet
@@ -78,8 +78,10 @@ class ClassifierTrainer(Trainer):
 
     def _finish(self) -> str:
         """Write the classifier and its held-out accuracy beside the pipeline."""
-        with atomic_folder(self.model_run.classifier) as folder:
+        staged = self.run_folder / "model"
+        with atomic_folder(staged) as folder:
             self.model.save_pretrained(folder)
+        move_children(staged, self.model_run.classifier)
         for path in self._accuracy_files():  # of an earlier classifier
             remove(path)
         if self.eval_data is not None:
@@ -100,8 +102,9 @@ class ClassifierTrainer(Trainer):
     def _accuracy_files(self) -> list[Path]:
         return [self.model_run.classifier_accuracy, self.model_run.classifier_plot]
 
-    def _outputs(self) -> list[Path]:
-        return [self.model_run.classifier, *self._accuracy_files(), *super()._outputs()]
+    def _delete(self) -> None:
+        parts = (RunFolder.classifier, RunFolder.classifier_accuracy, RunFolder.classifier_plot)
+        self.model_run.delete(*parts, RunFolder.classifier_training)
 
 
 def train_classifier(
@@ -124,7 +127,7 @@ def build_network(
     elif options.classifier_config:
         config = read_config(options.classifier_config, "NoisyClassifier")
     else:
-        config = CLASSIFIER_PRESETS[options.preset or choose_preset((data.shape[1], data.shape[2]))]
+        config = CLASSIFIER_PRESETS[options.preset] if options.preset else default_classifier(*data.shape[1:])
     names = data.class_names
     id2label = {str(i): name for i, name in enumerate(names)} if names else None
     return build_classifier(

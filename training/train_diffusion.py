@@ -1,6 +1,8 @@
 """Training of a diffusion U-Net; the run folder becomes a pipeline that plain diffusers loads."""
 
+import dataclasses
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,17 @@ from diffusers_dpm.data import ImageDataset
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.hub.publish import check_repo_id, publish
 from diffusers_dpm.hub.upload import PublishError, log_in
-from diffusers_dpm.images import image_grid, to_uint8
-from diffusers_dpm.networks import Progress
-from diffusers_dpm.options import values_of
+from diffusers_dpm.images import GRID, image_grid, to_uint8
+from diffusers_dpm.networks import Progress, load_pipeline
+from diffusers_dpm.options import flag, values_of
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import TEMPORARY, flush_tree, move_children
+from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.training.loss import DenoisingLoss
 from diffusers_dpm.training.options import LossOptions, NoiseScheduleOptions, TrainingOptions
 from diffusers_dpm.training.trainer import Trainer, is_due
-from diffusers_dpm.training.unet_presets import PRESETS, build_unet, choose_preset, read_config
+from diffusers_dpm.training.unet_presets import PRESETS, build_unet, default_unet, read_config
 
 
 class DiffusionTrainer(Trainer):
@@ -44,7 +47,8 @@ class DiffusionTrainer(Trainer):
             if not options.dry_run:
                 log_in(HfApi())
         self.conditional = options.class_conditional
-        super().__init__(options, Path(options.output_dir))
+        run = RunFolder(options.output_dir)
+        super().__init__(options, run.path, run.index)
 
     def run(self, progress: Progress | None = None) -> Path:
         """As `Trainer.run`; then publishes the run folder, if the options say so.
@@ -63,15 +67,23 @@ class DiffusionTrainer(Trainer):
         return run
 
     def _build(self) -> tuple[UNet2DModel, DenoisingLoss]:
-        options = self.options
-        with user_error("noise schedule"):
-            self.scheduler = DDPMScheduler(
-                **values_of(options, NoiseScheduleOptions),
-                # A process that ends in pure noise must be sampled from its very last timestep.
-                timestep_spacing="trailing" if options.rescale_betas_zero_snr else "leading",
-            )
+        options, source = self.options, self.options.init_from
+        if source is None:
+            unet = build_network(self.data, options)
+            with user_error("noise schedule"):
+                self.scheduler = DDPMScheduler(
+                    **values_of(options, NoiseScheduleOptions),
+                    # A process that ends in pure noise must be sampled from its very last timestep.
+                    timestep_spacing="trailing" if options.rescale_betas_zero_snr else "leading",
+                )
+        else:
+            pipeline = load_pipeline(str(self.checkpoint or source))  # a resumed run does not need its source
+            unet = build_network(self.data, options, pipeline.unet)
+            with user_error(f"noise schedule of {source}", TypeError, NotImplementedError):
+                self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+            self.options = options = taken_over(options, self.scheduler)
         loss = DenoisingLoss(self.scheduler.schedule, options.prediction_type, **values_of(options, LossOptions))
-        return build_network(self.data, options), loss
+        return unet, loss
 
     def _save_model(self, folder: Path) -> None:
         DPMPipeline(unet=self.model, scheduler=self.scheduler).save_pretrained(folder)
@@ -84,9 +96,6 @@ class DiffusionTrainer(Trainer):
         move_children(temporary, self.run_folder)
         return f"the pipeline is {self.run_folder}"
 
-    def _outputs(self) -> list[Path]:
-        return self.files.contents()
-
     def _after_step(self, step: int) -> None:
         if is_due(step, self.options.sample_every):
             self._sample()
@@ -95,7 +104,7 @@ class DiffusionTrainer(Trainer):
         """Write a grid of samples from raw weights (left) and EMA weights (right), always from the same noise."""
         if self.accelerator.is_main_process:
             unets = [unet for unet in (self.state.model, self.state.ema_model) if unet is not None]
-            grids = [sample_grid(self._draw(unet)) for unet in unets]
+            grids = [sample_grid(*self._draw(unet)) for unet in unets]
             gap = np.full((grids[0].shape[0], 8, grids[0].shape[2]), 255, dtype=np.uint8)
             picture = np.concatenate([grids[0], *(part for grid in grids[1:] for part in (gap, grid))], axis=1)
             folder = self.files.samples
@@ -106,20 +115,20 @@ class DiffusionTrainer(Trainer):
                 writer.add_image("samples, raw and EMA", picture, self.state.step, dataformats="HWC")
         self.accelerator.wait_for_everyone()
 
-    def _draw(self, unet: UNet2DModel) -> np.ndarray:
-        """(N, H, W, C) samples in [0, 1], in evaluation mode, one after the other through the classes."""
+    def _draw(self, unet: UNet2DModel) -> tuple[np.ndarray, list[int] | None]:
+        """((N, H, W, C) samples in [0, 1], in evaluation mode, and their labels: the classes in turn, or None)."""
         options, seeds = self.options, range(self.options.num_samples)
         labels = [i % self.data.num_classes for i in seeds] if options.class_conditional else None
         pipeline = DPMPipeline(unet=unet, scheduler=DDIMScheduler.from_config(self.scheduler.config))
         pipeline.set_progress_bar_config(disable=True)
         steps = min(options.sample_steps, options.num_train_timesteps)
         output: Any = pipeline(seeds=seeds, class_labels=labels, num_inference_steps=steps, output_type="np")
-        return output.images
+        return output.images, labels
 
 
-def sample_grid(images: np.ndarray) -> np.ndarray:
+def sample_grid(images: np.ndarray, labels: Sequence[object] | None = None) -> np.ndarray:
     """(N, H, W, C) in [0, 1] as one uint8 picture (height, width, 1 or 3); tiny images are enlarged."""
-    return image_grid(to_uint8(images), min_width=64, frame=(1, 1), blank=255)
+    return image_grid(to_uint8(images), **GRID, labels=labels)
 
 
 def train(options: TrainingOptions, progress: Progress | None = None) -> Path:
@@ -127,16 +136,41 @@ def train(options: TrainingOptions, progress: Progress | None = None) -> Path:
     return DiffusionTrainer(options).run(progress)
 
 
-def build_network(data: ImageDataset, options: TrainingOptions) -> UNet2DModel:
-    """The network for the data, from the options' preset or config file."""
-    if options.preset and options.unet_config:
-        raise DiffusersDPMError("pass either --preset or --unet-config, not both")
+def build_network(data: ImageDataset, options: TrainingOptions, trained: Any = None) -> UNet2DModel:
+    """The network for the data, from the options' preset or config file, or with the weights of a trained one."""
+    if sum(map(bool, (options.preset, options.unet_config, options.init_from))) > 1:
+        raise DiffusersDPMError("pass only one of --preset, --unet-config and --init-from")
     if options.class_dropout_prob and not options.class_conditional:
         raise DiffusersDPMError("--class-dropout-prob needs --class-conditional")
-    if options.unet_config:
+    if trained is not None:
+        config = {key: value for key, value in trained.config.items() if not key.startswith("_")}
+    elif options.unet_config:
         config = read_config(options.unet_config, "UNet2DModel")
     else:
-        _, config = PRESETS[options.preset or choose_preset((data.shape[1], data.shape[2]))]
+        config = PRESETS[options.preset][1] if options.preset else default_unet(*data.shape[1:])
     num_classes = data.num_classes + (options.class_dropout_prob > 0) if options.class_conditional else None
-    paper_init = options.init == "papers"
-    return build_unet(config, data.shape, num_class_embeds=num_classes, dropout=options.dropout, paper_init=paper_init)
+    if trained is not None and (theirs := config.get("num_class_embeds")) != num_classes:
+        ways = "see --class-conditional and --class-dropout-prob"
+        raise DiffusersDPMError(f"{options.init_from} has num_class_embeds {theirs}, this run {num_classes}: {ways}")
+    chosen: dict[str, Any] = {
+        "num_class_embeds": num_classes,
+        "dropout": options.dropout,
+        "paper_init": options.init == "papers",
+    }
+    unet = build_unet(config, data.shape, **chosen)
+    if trained is not None:
+        unet.load_state_dict(trained.state_dict())
+    return unet
+
+
+def taken_over(options: TrainingOptions, scheduler: DDPMScheduler) -> TrainingOptions:
+    """The options with the noise schedule of the model that training goes on from.
+
+    Raises:
+        DiffusersDPMError: an option that was given asks for another one.
+    """
+    taken = {item.name: scheduler.config[item.name] for item in dataclasses.fields(NoiseScheduleOptions)}
+    for name, theirs in taken.items():
+        if (own := getattr(options, name)) not in (getattr(TrainingOptions, name), theirs):
+            raise DiffusersDPMError(f"{flag(name)} is {own}, {options.init_from} has {theirs}: leave it out")
+    return dataclasses.replace(options, **taken)

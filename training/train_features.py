@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from diffusers_dpm.data import DataError
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.features import FEATURES_FILE
 from diffusers_dpm.pipelines import NoisyClassifier
-from diffusers_dpm.records import atomic_folder, move_children, weights_hash, write_json
+from diffusers_dpm.records import atomic_folder, move_children, remove, weights_hash, write_json
 from diffusers_dpm.schedulers import VPNoiseSchedule
 from diffusers_dpm.training.classifier_accuracy import accuracy_by_noise_level
 from diffusers_dpm.training.classifier_presets import build_classifier, ddpm_encoder
@@ -44,7 +45,12 @@ class FeatureTrainer(Trainer):
         run_folder = self.folder / "training"
         if self.folder.exists() and not run_folder.exists() and any(self.folder.iterdir()):
             raise DiffusersDPMError(f"{self.folder} holds other files than features: choose another --output-dir")
-        super().__init__(options, run_folder)
+        try:
+            super().__init__(options, run_folder, self.folder / FEATURES_FILE)
+        except DataError as error:
+            others = "inception, or an image model of transformers, for its --features"
+            hint = f"; without labels, evaluate takes {others}" if "no labels" in str(error) else ""
+            raise DataError(f"{error}{hint}") from error
 
     def _build(self) -> tuple[NoisyClassifier, ClassifierLoss]:
         data = self.data
@@ -76,9 +82,10 @@ class FeatureTrainer(Trainer):
         shown = "" if accuracy is None else f", accuracy on held-out images {accuracy:.1%}"
         return f"the features are in {self.folder}{shown}"
 
-    def _outputs(self) -> list[Path]:
-        model = ("config.json", "diffusion_pytorch_model.safetensors", FEATURES_FILE)
-        return [*(self.folder / name for name in model), *super()._outputs()]
+    def _delete(self) -> None:
+        super()._delete()
+        for name in ("config.json", "diffusion_pytorch_model.safetensors", FEATURES_FILE):
+            remove(self.folder / name)
 
 
 def features_config(shape: Sequence[int], num_features: int) -> dict[str, Any]:

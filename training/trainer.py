@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from abc import ABC, abstractmethod
 from importlib import import_module
 from pathlib import Path
@@ -14,24 +15,33 @@ from accelerate.utils import set_seed, tqdm
 
 from diffusers_dpm.data import describe, load_data, load_held_out_data
 from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, user_error
-from diffusers_dpm.networks import NoProgress, Progress
+from diffusers_dpm.networks import LONG, NoProgress, Progress, duration
 from diffusers_dpm.options import flag
-from diffusers_dpm.records import atomic_folder, read_json, remove, write_json
+from diffusers_dpm.records import atomic_folder, read_json, write_json, write_text
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.training import checkpoints
-from diffusers_dpm.training.loop import Loss, StepRecord, TrainingState, batch_shares, training_steps
+from diffusers_dpm.training.loop import Loss, StepRecord, TrainingState, batch_shares, seconds_of_step, training_steps
+
+
+MANY_EPOCHS = 4000  # twice those of the DDPM paper on CIFAR-10
+METRICS_LOG = "metrics.csv"  # beside the events of TensorBoard
 
 
 # Options of the invocation, not of the run; not saved.
 CALL_OPTIONS = frozenset({"resume", "overwrite", "dry_run", "push_to_hub", "hub_private"})
 
 
-# What a resumed run may change: nothing that its weights depend on, beyond rounding.
+# What a resumed run may change of its further course; the log says from which step on.
+LOGGED_CHANGES = ("learning_rate", "batch_size", "max_train_steps")
+
+
+# What else it may change: nothing that its weights depend on, beyond rounding.
 MAY_CHANGE = frozenset(
     {
         *("output_dir", "checkpoint_every", "checkpoints_total_limit", "log_with", "log_every"),
         *("sample_every", "sample_steps", "num_samples", "eval_split", "eval_data", "eval_draws"),
         *("cache_gigabytes", "dataloader_num_workers", "gradient_accumulation_steps", "cpu"),
+        *LOGGED_CHANGES,
     }
 )
 
@@ -44,6 +54,7 @@ class Trainer(ABC):
     Args:
         options: what to train, on what and how: the groups of options that all commands share, and the subclass's.
         run_folder: where checkpoints, log and options lie.
+        result: what a finished run has left; without checkpoints it cannot be resumed, and must not be replaced.
 
     Attributes:
         data, loss, state: what is trained on, towards, and trained.
@@ -57,9 +68,12 @@ class Trainer(ABC):
     weights: ClassVar[str] = "classifier/diffusion_pytorch_model.safetensors"  # the averaged ones, in a checkpoint
     command: str  # that starts such a run: subcommand and operands
 
-    def __init__(self, options: Any, run_folder: Path):
+    def __init__(self, options: Any, run_folder: Path, result: Path):
         self.run_folder, self.files = run_folder, RunFolder(run_folder)
-        checkpoint = checkpoints.find_checkpoint(options, run_folder)
+        self.checkpoint = checkpoints.find_checkpoint(options, run_folder)
+        if options.resume and self.checkpoint is None and result.exists():
+            ways = "'train --init-from RUN' goes on from a U-Net's weights, --overwrite trains anew"
+            raise DiffusersDPMError(f"{run_folder} has no checkpoints left, and this would replace {result}: {ways}")
         if options.log_with == "tensorboard":
             import_module("tensorboard")  # now: accelerate would only warn that it is missing
         with user_error("accelerate"):
@@ -78,8 +92,10 @@ class Trainer(ABC):
         model, self.loss = self._build()
         self.state = TrainingState(model, self.options, self.accelerator, len(self.loss.schedule))
         self.checkpointed_step: int | None = None
-        if checkpoint is not None:
-            self._load(checkpoint)
+        self.changes: list[str] = []  # of the options, on resuming
+        self.images_seen = 0
+        if self.checkpoint is not None:
+            self._load(self.checkpoint)
 
     @abstractmethod
     def _build(self) -> tuple[torch.nn.Module, Loss]:
@@ -93,9 +109,9 @@ class Trainer(ABC):
     def _finish(self) -> str:
         """Leave what the run is for; called by the main process at the end. Returns a line about it."""
 
-    def _outputs(self) -> list[Path]:
-        """All that the run writes, and what was made from its model: what `--overwrite` deletes."""
-        return [self.files.checkpoints, self.files.logs, self.files.options]
+    def _delete(self) -> None:
+        """Delete all that the run has written, and what was made from its model: what `--overwrite` does."""
+        self.files.delete()
 
     def _after_step(self, step: int) -> None:  # noqa: B027 (optional)
         """Called by all processes after each optimiser step."""
@@ -135,11 +151,15 @@ class Trainer(ABC):
         model, checkpoint = 4 * parameters / 1e6, 16 * parameters / 1e6
         num = 1 + (options.max_train_steps - 1) // options.checkpoint_every if options.checkpoint_every else 1
         num = min(num, options.checkpoints_total_limit or num)
+        steps = options.max_train_steps - self.state.step
+        step = seconds_of_step(self.state, data, self.loss, options, conditional=self.conditional) if steps else 0.0
+        self.seconds = step * steps
         lines = {
             "data": f"{len(data):,} images, {describe(data.shape)}{classes}",
             "network": f"{parameters:,} parameters",
             "training": f"{options.max_train_steps:,} steps x {options.batch_size} images = {images:,} images, "
             f"{images / len(data):,.1f} epochs{start}",
+            "time": f"about {duration(step)} a step, {duration(self.seconds)} in all, measured here",
             "device": f"{accelerator.device}, processes {accelerator.num_processes}, accumulation steps "
             f"{options.gradient_accumulation_steps}, mixed precision {accelerator.mixed_precision}",
             "disk": f"{model + num * checkpoint:,.1f} MB: model {model:,.1f} MB, {num} x checkpoint "
@@ -147,6 +167,8 @@ class Trainer(ABC):
             "run folder": str(self.run_folder),
         }
         text = [f"{name:<12}{line}" for name, line in lines.items()]
+        if self.changes:
+            text.append(f"changed     from step {self.state.step + 1:,} on: {'; '.join(self.changes)}")
         return "\n".join(text + [f"warning: {warning}" for warning in self._warnings()])
 
     def _warnings(self) -> list[str]:
@@ -160,6 +182,13 @@ class Trainer(ABC):
                 )
         if options.random_flip and any(name in Path(options.data).name.lower() for name in ("digit", "mnist")):
             warnings.append("--random-flip mirrors the digits too")
+        if self.seconds > LONG:
+            smaller = "a smaller network or --resolution, fewer --max-train-steps, or a faster device, would take less"
+            warnings.append(f"{self.seconds / 3600:,.0f} hours: {smaller}")
+        epochs, enough = options.max_train_steps * options.batch_size / len(self.data), MANY_EPOCHS * len(self.data)
+        if epochs > MANY_EPOCHS:
+            fewer = f"--max-train-steps {enough // options.batch_size + 1} would be {MANY_EPOCHS:,}"
+            warnings.append(f"{epochs:,.0f} epochs: the network may learn the images by heart; {fewer}")
         if options.resume and not self.state.step:
             warnings.append(f"no checkpoint in {self.run_folder} to resume: starting at step 0")
         return warnings
@@ -168,10 +197,11 @@ class Trainer(ABC):
         """Take over a checkpoint, after checking that it is of the same run."""
         folder = checkpoint / checkpoints.TRAINER_STATE
         saved = read_json(RunFolder(folder).options)
-        may_change = MAY_CHANGE | ({"max_train_steps"} if self.options.lr_scheduler == "constant" else set())
         for name, value in saved_options(self.options).items():
             earlier = saved["options"].get(name)
-            if name not in may_change and earlier != value:
+            if earlier != value and name in LOGGED_CHANGES:
+                self.changes.append(f"{flag(name)} {value}, was {earlier}")
+            if name not in MAY_CHANGE and earlier != value:
                 raise DiffusersDPMError(
                     f"{flag(name)} was {earlier} and now is {value}: a resumed run keeps it ({checkpoint}; "
                     f"'diffusers-dpm {self.command} {self.files.options} --resume' keeps all options)"
@@ -181,6 +211,7 @@ class Trainer(ABC):
                 raise DiffusersDPMError(f"{checkpoint} was trained with the {name} {saved.get(name)}, now {value}")
         self.state.load(folder, checkpoint / self.weights)
         self.checkpointed_step = self.state.step
+        self.images_seen = saved.get("images_seen", self.state.step * saved["options"]["batch_size"])
         if self.state.step > self.options.max_train_steps:
             raise DiffusersDPMError(f"{checkpoint} is past --max-train-steps {self.options.max_train_steps}")
 
@@ -192,14 +223,16 @@ class Trainer(ABC):
         self.accelerator.wait_for_everyone()  # all have looked at the folder before it changes
         if self.accelerator.is_main_process:
             if self.options.overwrite:
-                for path in self._outputs():
-                    remove(path)
+                self._delete()
             self.run_folder.mkdir(parents=True, exist_ok=True)
             checkpoints.remove_incomplete(self.run_folder)
             write_json(self.files.options, saved_options(self.options))
+            drop_rows_after(self.files.logs / METRICS_LOG, self.state.step)
         self.accelerator.wait_for_everyone()
         config = {name: str(value) for name, value in saved_options(self.options).items()}
         self.accelerator.init_trackers("train", config=config)
+        if self.changes:
+            self.accelerator.log({"changed options": "; ".join(self.changes)}, step=self.state.step)
 
     def _train(self, progress: Progress) -> None:
         options, recent = self.options, []
@@ -209,6 +242,7 @@ class Trainer(ABC):
                 for record in steps:
                     bar.update()
                     progress.update(1)
+                    self.images_seen += options.batch_size
                     recent.append(record)
                     if is_due(record.step, options.log_every) or record.step == options.max_train_steps:
                         bar.set_postfix_str(self._log(recent))
@@ -231,15 +265,18 @@ class Trainer(ABC):
             "gradient_norm": fmean(record.gradient_norm for record in records),
             "learning_rate": last.learning_rate,
             "images_per_second": harmonic_mean([record.images_per_second for record in records]),
-            "images_seen": last.step * self.options.batch_size,
+            "images_seen": self.images_seen,
+            "batch_size": self.options.batch_size,
             "skipped_steps": fmean(record.skipped for record in records),
         }
         if last.ema_decay is not None:
             values["ema_decay"] = last.ema_decay
         for i, losses in enumerate(by_quartile, 1):
-            if numbers := [loss for loss in losses if not math.isnan(loss)]:
-                values[f"loss_by_timestep/quartile_{i}"] = fmean(numbers)
-        self.accelerator.log(values, step=last.step)
+            numbers = [loss for loss in losses if not math.isnan(loss)]
+            values[f"loss_by_timestep/quartile_{i}"] = fmean(numbers) if numbers else math.nan
+        self.accelerator.log({key: value for key, value in values.items() if not math.isnan(value)}, step=last.step)
+        if self.options.log_with != "none" and self.accelerator.is_main_process:
+            append_row(self.files.logs / METRICS_LOG, {"step": last.step, **values})
         return f"loss {values['loss']:.4f}, {values['images_per_second']:,.0f} images/s"
 
     def _checkpoint(self) -> None:
@@ -249,7 +286,7 @@ class Trainer(ABC):
             with atomic_folder(checkpoints.checkpoint_folder(self.run_folder, step)) as folder:
                 self._save_model(folder)
                 self.state.save(folder / checkpoints.TRAINER_STATE)
-                about = {"options": saved_options(self.options), **self._facts()}
+                about = {"options": saved_options(self.options), "images_seen": self.images_seen, **self._facts()}
                 write_json(RunFolder(folder / checkpoints.TRAINER_STATE).options, about)
             checkpoints.prune_checkpoints(self.run_folder, self.options.checkpoints_total_limit)
         self.checkpointed_step = step
@@ -259,6 +296,21 @@ class Trainer(ABC):
     def model(self) -> Any:
         """What gets saved, a diffusers model: the averaged network, or the raw one without EMA."""
         return self.state.ema_model or self.state.model
+
+
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Add a row to a table of comma-separated values; the first one brings the header."""
+    with path.open("a", encoding="utf-8") as file:
+        lines = [row.values()] if file.tell() else [row, row.values()]
+        file.writelines(",".join(map(str, line)) + "\n" for line in lines)
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Delete the rows of later steps, which a run that is now resumed before them has left, and a torn one."""
+    if path.is_file():
+        rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        first = re.compile(r"(?:step|(\d+)),.*\n")
+        write_text(path, "".join(row for row in rows if (new := first.match(row)) and int(new[1] or 0) <= step))
 
 
 def saved_options(options: Any) -> dict[str, Any]:

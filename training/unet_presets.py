@@ -1,5 +1,6 @@
-"""U-Nets for the usual image sizes, and the initialisation of the papers."""
+"""U-Nets for the usual image sizes and for any other, and the initialisation of the papers."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,18 +43,41 @@ PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def choose_preset(size: tuple[int, int]) -> str:
-    """The first preset made for square images of this size.
+def default_unet(height: int, width: int) -> dict[str, Any]:
+    """The config for images of this size: of the first preset that is made for it, or derived from the size.
+
+    A derived one halves the sides while both are even and one is above 8, has attention up to 16x16, and channels as
+    the presets of the size next to it.
 
     Raises:
-        ValueError: there is none; the message lists the presets.
+        DiffusersDPMError: no number of levels fits; the message names the nearest size for which one does.
     """
-    for name, (side, _) in PRESETS.items():
-        if size == (side, side):
-            return name
-    raise DiffusersDPMError(
-        f"no preset is made for {size[0]}x{size[1]}: pass --preset ({', '.join(PRESETS)}) or --unet-config"
-    )
+    if made_for := [config for side, config in PRESETS.values() if height == width == side]:
+        return made_for[0]
+    sides = halved_sides(height, width)
+    if not is_coarse(sides):
+        near = itertools.product(*(range(max(1, side - 16), side + 17) for side in (height, width)))
+        fits = (size for size in near if is_coarse(halved_sides(*size)))
+        best = min(fits, key=lambda size: max(abs(size[0] - height), abs(size[1] - width)), default=(64, 64))
+        fit = f"pass --resolution {best[0]} {best[1]}"
+        raise DiffusersDPMError(f"no U-Net fits {height}x{width}, which cannot be halved often enough: {fit}")
+    small = max(height, width) < 32
+    channels = [min(32 * 2**i, 128) if small else min(64 * (i + 1), 256) for i in range(len(sides))]
+    attention = [i for i, (rows, columns) in enumerate(sides) if rows * columns <= 256 and i]
+    return ddpm_unet(channels, 1 if small else 2, attention, groups=8 if small else 32)
+
+
+def halved_sides(height: int, width: int) -> list[tuple[int, int]]:
+    """The sizes of a U-Net's levels, the images' own first."""
+    sides = [(height, width)]
+    while min(sides[-1]) > 4 and max(sides[-1]) > 8 and not (sides[-1][0] % 2 or sides[-1][1] % 2):
+        sides.append((sides[-1][0] // 2, sides[-1][1] // 2))
+    return sides
+
+
+def is_coarse(sides: Sequence[tuple[int, int]]) -> bool:
+    """Whether the network sees whole images: attention over its last level is cheap, or they are tiny as they are."""
+    return sides[-1][0] * sides[-1][1] <= (24 * 24 if len(sides) > 1 else 9 * 9)
 
 
 def read_config(path: str | Path, class_name: str) -> dict[str, Any]:
@@ -81,7 +105,10 @@ def check_demands(config: dict[str, Any], required: dict[str, Any]) -> None:
     for key, value in required.items():
         own = config.get(key)
         if own is not None and (tuple(own) if isinstance(own, list) else own) != value:
-            raise DiffusersDPMError(f"the config has {key} {own}, the data needs {value}")
+            hint = {"sample_size": "; --resolution converts it", "in_channels": "; --channels converts it"}.get(
+                key, ""
+            )
+            raise DiffusersDPMError(f"the network's config has {key} {own}, the data needs {value}{hint}")
 
 
 def build_unet(
@@ -113,7 +140,8 @@ def build_unet(
     halvings = len(unet.config.block_out_channels) - 1
     if height % 2**halvings or width % 2**halvings:
         raise DiffusersDPMError(
-            f"a U-Net of {halvings + 1} levels needs sides divisible by {2**halvings}, got {height}x{width}"
+            f"a U-Net of {halvings + 1} levels needs sides divisible by {2**halvings}, got {height}x{width}: see "
+            "--resolution, or leave out --preset and --unet-config for one that fits"
         )
     if paper_init:
         init_as_papers(unet)

@@ -1,9 +1,15 @@
 """Arrays of images as 8-bit pixels, grids and PIL images."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+
+# How grids are shown: tiny images are enlarged, and grey lines tell them apart.
+GRID: dict[str, Any] = {"min_width": 64, "frame": (1, 1), "frame_value": 128, "blank": 255}
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -19,6 +25,7 @@ def image_grid(
     frame: tuple[int, int] = (0, 0),
     frame_value: int = 0,
     blank: int = 0,
+    labels: Sequence[object] | None = None,
 ) -> np.ndarray:
     """One picture of many images, row by row.
 
@@ -29,6 +36,7 @@ def image_grid(
         frame: pixels (before, after) each image, in both directions.
         frame_value: grey of the frame, 0 to 255.
         blank: grey of the cells that are left over.
+        labels: one for each image, written below it.
 
     Returns:
         uint8 (height, width, 1 or 3).
@@ -37,6 +45,9 @@ def image_grid(
     scale = max(1, min_width // pixels.shape[2])
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
     pixels = np.pad(pixels, ((0, 0), frame, frame, (0, 0)), constant_values=frame_value)
+    if labels is not None:
+        strips = [label_strip(str(label), pixels.shape[2], pixels.shape[3]) for label in labels]
+        pixels = np.concatenate([pixels, np.stack(strips)], axis=1)
     num, height, width, channels = pixels.shape
     columns = columns or math.ceil(math.sqrt(num))
     rows = math.ceil(num / columns)
@@ -44,6 +55,24 @@ def image_grid(
     cells[:num] = pixels
     cells = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
     return cells.reshape(rows * height, columns * width, channels)
+
+
+def label_strip(text: str, width: int, channels: int) -> np.ndarray:
+    """Black text on white, uint8 (16, width, channels); its end is cut where it is too long."""
+    strip = Image.new("L", (width, 16), 255)
+    draw, font = ImageDraw.Draw(strip), ImageFont.load_default(12)
+    left = max(1.0, (width - draw.textlength(text, font)) / 2)
+    draw.text((left, 8), text, 0, font, anchor="lm")
+    return np.asarray(strip)[..., None].repeat(channels, axis=2)
+
+
+def titled_rows(pictures: Mapping[str, Image.Image]) -> Image.Image:
+    """Pictures of one size below each other, each with its title on its left."""
+    rows = [ImageOps.expand(picture.convert("RGB"), (220, 3, 6, 3), "white") for picture in pictures.values()]
+    font = ImageFont.load_default(19)
+    for title, row in zip(pictures, rows, strict=True):
+        ImageDraw.Draw(row).text((208, row.height / 2), title, "black", font, anchor="rm")
+    return Image.fromarray(np.concatenate([np.asarray(row) for row in rows]))
 
 
 def to_pil(image: np.ndarray) -> Image.Image:

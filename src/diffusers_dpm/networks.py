@@ -1,6 +1,8 @@
 """Networks: load them, ask for the shape of their images and their classes, call them."""
 
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +12,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
+from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, VPNoiseSchedule
 
@@ -25,6 +28,65 @@ class NoProgress:
 
     def update(self, n: int) -> None:
         pass
+
+
+# Cost ----------------------------------------------------------------------------------------------------------------
+
+LONG = 2 * 86400  # seconds that nobody wants to wait without having been told
+
+
+def measured_seconds(work: Callable[[int], object], count: int) -> float:
+    """Seconds that `work(count)` takes here, for `count` images; where that is long, scaled up from that for a few."""
+
+    def timed(images: int) -> float:
+        start = time.perf_counter()
+        work(images)
+        return time.perf_counter() - start
+
+    few = min(count, 2)
+    first = timed(few)
+    seconds = (first if first > 5 else timed(few)) * count / few  # the first call is slower
+    return seconds if few == count or seconds > 5 else timed(count)
+
+
+def duration(seconds: float) -> str:
+    """About how long, in words."""
+    units = (("days", 86400), ("hours", 3600), ("minutes", 60))
+    return next(
+        (f"{seconds / size:.0f} {unit}" for unit, size in units if seconds >= 2 * size), f"{seconds:.2g} seconds"
+    )
+
+
+def report_cost(unet: Any, calls: int, batch_size: int, accelerator: Any, classifier: Any = None) -> None:
+    """Say on stderr what network calls for so many single images will cost here, by the time of one call.
+
+    Args:
+        unet: the network, where it will run.
+        calls: images times calls for each, over all processes.
+        batch_size: images in a call.
+        accelerator: of the processes that share the work.
+        classifier: that guides, by its gradient; it is called as often.
+    """
+    conditional = is_conditional(unet)
+    if not calls or not accelerator.is_main_process or (conditional and unet.config.get("num_class_embeds") is None):
+        return
+    batch = min(batch_size, calls)
+    x = torch.zeros(batch, *image_shape(unet), device=unet.device)
+    labels = torch.zeros(batch, dtype=torch.long, device=unet.device) if conditional else None
+
+    def call(images: int) -> float:
+        with torch.no_grad():
+            times = torch.zeros(images, dtype=torch.long, device=unet.device)
+            total = network_output(unet, x[:images], times, None if labels is None else labels[:images]).sum()
+        if classifier is not None:
+            x_t = x[:images].to(classifier.dtype).requires_grad_()
+            total = total + torch.autograd.grad(classifier(x_t, times).logits.sum(), x_t)[0].sum()
+        return total.item()
+
+    with evaluation_mode(unet, classifier):
+        seconds = measured_seconds(call, batch) * calls / batch / accelerator.num_processes
+    hint = "; fewer images or steps, or a faster device, would cost less" if seconds > LONG else ""
+    print(f"{calls:,} network calls for one image each: about {duration(seconds)} here{hint}", file=sys.stderr)
 
 
 # Loading -------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import dataclasses
 import io
 import itertools
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
@@ -48,7 +49,7 @@ class DataSourceOptions:
 # Options (several names in a string), the test of a value or of each of a list's, and what an error asks for.
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
-        "num_train_timesteps max_train_steps batch_size gradient_accumulation_steps log_every sample_steps "
+        "num_train_timesteps max_train_steps batch_size gradient_accumulation_steps log_every sample_steps columns "
         "num_samples eval_draws num_classes num_inference_steps steps num_images num_levels num_probes num_passes",
         lambda value: value >= 1,
         "be at least 1",
@@ -63,10 +64,14 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("dropout class_dropout_prob ema_decay adam_beta1 adam_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)"),
     ("decoder_variance tolerance", lambda value: value > 0, "be positive"),
     ("num_features", lambda value: value in range(8, 65, 8), "be a multiple of 8 from 8 to 64"),
+    ("seed", lambda value: value < 2**63, "be below 2**63"),
     ("channels", lambda value: value == "auto" or (value.isdigit() and int(value) > 0), "be auto or a number"),
     ("resolution", lambda value: value > 0, "be one or two positive numbers"),
     ("data output_dir eval_data seeds output schedulers features", lambda value: value != "", "not be empty"),
 )
+
+
+RECORD = "training_options.json"  # of a run, in its folder
 
 
 # By type, in `--help`.
@@ -106,9 +111,10 @@ def values_of(options: Any, group: type) -> dict[str, Any]:
 def parse_options(
     options: type[Options], argv: Sequence[str], *, prog: str, description: str = "", operands: Sequence[str] = ()
 ) -> tuple[list[str], Options]:
-    """The operands and the options of a command line: OPERAND ... [OPTIONS.yaml | OPTIONS.json] [--option value ...].
+    """The operands and the options of a command line: OPERAND ... [OPTIONS.yaml | OPTIONS.json | RUN] [--option ...].
 
-    The command line overrides the file, the file overrides the defaults.
+    The command line overrides the file, the file overrides what a run that is the first operand has recorded of its
+    data, and that the defaults.
 
     Args:
         options: dataclass of options.
@@ -124,7 +130,9 @@ def parse_options(
     usage, about = " ".join([prog, *operands]), description
     if items:
         usage += " [FILE]"
-        about += "\n\nFILE holds options as YAML or JSON; the command line overrides it."
+        about += "\n\nFILE holds options as YAML or JSON, or is the folder of a run; the command line overrides it."
+        if operands and issubclass(options, DataSourceOptions):
+            about += f" Options of the data default to those in {operands[0]}/{RECORD}."
     words = list(itertools.takewhile(lambda text: not text.startswith("-"), argv))
     arguments = list(argv[len(words) :])
     if not {"-h", "--help"} & {*arguments}:
@@ -134,6 +142,8 @@ def parse_options(
             raise DiffusersDPMError(f"unexpected argument {words[len(operands) + 1]!r}")
         for path in words[len(operands) :]:
             arguments = read_options_file(Path(path), items) + arguments
+        if operands and issubclass(options, DataSourceOptions):
+            arguments = recorded_data(Path(words[0]), arguments) + arguments
         check_names(arguments, items)
     values = run_parser(options, arguments, usage, about)
     return words[: len(operands)], options(**values)
@@ -145,17 +155,44 @@ def option_groups(options: type) -> list[Any]:
 
 
 def read_options_file(path: Path, items: Sequence[dataclasses.Field[Any]]) -> list[str]:
-    """The file's options as command-line arguments, so that both are checked by the same rules."""
+    """The file's options as command-line arguments, so that both are checked by the same rules.
+
+    Of a run folder, or that of features, those that its training recorded; it may have moved since.
+    """
+    given, names = read_values(path), [item.name for item in items]
+    for name in given:
+        if name not in names:
+            raise DiffusersDPMError(f"unknown option {name!r} in {path}" + nearest(name, names))
+    return as_arguments({**given, **({"output_dir": str(path)} if path.is_dir() else {})})
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The values in a file of options, or those recorded in a folder, by name."""
+    if path.is_dir():
+        recorded = [path / RECORD, path / "training" / RECORD]
+        path = next(filter(Path.is_file, recorded), recorded[0])
     with user_error(f"cannot read options from {path}", OSError, yaml.YAMLError):
         values = yaml.safe_load(path.read_text())  # JSON is YAML
     if not isinstance(values, dict):
         raise DiffusersDPMError(f"{path} must hold one 'option: value' per line")
-    given = {str(key).replace("-", "_"): value for key, value in values.items()}
-    names = [item.name for item in items]
-    for name in given:
-        if name not in names:
-            raise DiffusersDPMError(f"unknown option {name!r} in {path}" + nearest(name, names))
-    return as_arguments(given)
+    return {str(key).replace("-", "_"): value for key, value in values.items()}
+
+
+def recorded_data(run: Path, arguments: Sequence[str]) -> list[str]:
+    """The arguments that describe the data a run was trained on, but for the split.
+
+    Of other data than the run's, only what the images are made into: the names of columns are those of the run's data.
+    """
+    if not (run / RECORD).is_file():
+        return []
+    values, words = read_values(run / RECORD), [word for text in arguments for word in text.split("=", 1)]
+    defaults = {item.name: item.default for item in dataclasses.fields(DataSourceOptions) if item.name != "split"}
+    others = "--data" in words and words[words.index("--data") + 1 :][:1] != [values.get("data")]
+    names = {"resolution", "channels"} if others else defaults.keys()
+    known = [name for name in names if name in values and flag(name) not in words]
+    if taken := as_arguments({name: values[name] for name in known if values[name] != defaults[name]}):
+        print(f"from {run / RECORD}: {' '.join(taken)}", file=sys.stderr)
+    return taken
 
 
 def as_arguments(options: Mapping[str, Any]) -> list[str]:

@@ -131,6 +131,13 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def remove_empty(folder: Path) -> None:
+    """Delete the folder and those below it in which there is no file."""
+    for path in sorted([folder, *folder.rglob("*")], reverse=True):
+        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+            path.rmdir()
+
+
 def remove_folder(folder: Path) -> None:
     """Delete a folder, if there is one; renamed first, so that a half-deleted one is never taken for complete."""
     if folder.exists():
@@ -157,13 +164,15 @@ def flush(path: Path) -> None:
 
 
 def move_children(source: Path, target: Path) -> None:
-    """Move all of `source` into `target`, replacing what is there; the index of the pipeline last, for it is the sign
-    that the rest is complete.
+    """Move all of `source` into `target`, replacing files of the same names; the index of the pipeline last, for it is
+    the sign that the rest is complete.
     """
+    target.mkdir(exist_ok=True)
     for path in sorted(source.iterdir(), key=lambda path: path.name == "model_index.json"):
         if path.is_dir():
-            remove_folder(target / path.name)
-        path.replace(target / path.name)
+            move_children(path, target / path.name)
+        else:
+            path.replace(target / path.name)
     source.rmdir()
 
 

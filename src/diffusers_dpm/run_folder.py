@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers_dpm.pipelines import NoisyClassifier
+from diffusers_dpm.records import read_json, remove_empty
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler
 
 
@@ -15,11 +16,25 @@ class Extra(NamedTuple):
     command: str = ""  # that makes it
 
 
-class Part:
-    """A file or folder of a run: its path as an attribute of a `RunFolder`, its name as one of the class."""
+NETWORK = "config.json diffusion_pytorch_model*"
+SCHEDULER = "scheduler_config.json statistics.json calibration.json partial/partial*"
+TRAINING = (
+    "training_options.json checkpoints/step-[0-9]*/**/* checkpoints/.incomplete-*/**/* "
+    "logs/metrics.csv logs/**/events.out.tfevents.* logs/**/hparams.yml"
+)
 
-    def __init__(self, name: str, extra: Extra | None = None):
-        self.name, self.extra = name, extra
+
+class Part:
+    """A file or folder of a run: its path as an attribute of a `RunFolder`, its name as one of the class.
+
+    Args:
+        name: of the file or folder.
+        files: of a folder, what the commands write into it, as patterns; all else in it is not ours to delete.
+        extra: what it is, beside the pipeline.
+    """
+
+    def __init__(self, name: str, files: str = "", extra: Extra | None = None):
+        self.name, self.files, self.extra = name, files.split(), extra
 
     def __get__(self, run: "RunFolder | None", owner: type) -> Path:
         return Path(self.name) if run is None else run.path / self.name
@@ -33,25 +48,25 @@ class RunFolder:
 
     # the pipeline
     index = Part("model_index.json")
-    unet = Part("unet")
-    scheduler = Part("scheduler")
+    unet = Part("unet", NETWORK)
+    scheduler = Part("scheduler", SCHEDULER)
     # its training
     options = Part("training_options.json")
-    checkpoints = Part("checkpoints")
-    logs = Part("logs")
-    samples = Part("samples")
+    checkpoints = Part("checkpoints", "step-[0-9]*/**/* .incomplete-*/**/*")
+    logs = Part("logs", "metrics.csv **/events.out.tfevents.* **/hparams.yml")
+    samples = Part("samples", "step-[0-9]*.png")
     # components beside the pipeline
-    classifier = Part("classifier", Extra(NoisyClassifier, "classifier-guidance", "train-classifier"))
-    classifier_training = Part("classifier_training")
+    classifier = Part("classifier", NETWORK, Extra(NoisyClassifier, "classifier-guidance", "train-classifier"))
+    classifier_training = Part("classifier_training", TRAINING)
     classifier_accuracy = Part("classifier_accuracy.json")
     classifier_plot = Part("classifier_accuracy.png")
-    analytic_dpm = Part("analytic_dpm", Extra(AnalyticDPMScheduler, "analytic-dpm", "statistics"))
-    calibrated = Part("calibrated", Extra(CalibratedScheduler, "calibrated-rows", "calibrate"))
+    analytic_dpm = Part("analytic_dpm", SCHEDULER, Extra(AnalyticDPMScheduler, "analytic-dpm", "statistics"))
+    calibrated = Part("calibrated", SCHEDULER, Extra(CalibratedScheduler, "calibrated-rows", "calibrate"))
     # measurements
     metrics = Part("metrics.json")
     metrics_table = Part("metrics.md")
     metrics_plot = Part("metrics.png")
-    evaluation = Part("evaluation")
+    evaluation = Part("evaluation", "*.safetensors *.lock cell-*/**/*")
     likelihood = Part("likelihood.json")
     likelihood_plot = Part("likelihood.png")
     likelihood_terms = Part("likelihood_terms.csv")
@@ -61,9 +76,22 @@ class RunFolder:
     def __init__(self, path: str | Path):
         self.path = Path(path)
 
-    def contents(self) -> list[Path]:
-        """All parts, whether they are there or not."""
-        return [self.path / part.name for part in PARTS]
+    def is_run(self) -> bool:
+        """Whether a training command has marked the folder as its own, by its options."""
+        return self.options.is_file() and "checkpoint_every" in read_json(self.options)
+
+    def delete(self, *parts: Path) -> None:
+        """Delete what the commands wrote of these parts, by default of all; a folder goes if nothing else is in it."""
+        for part in PARTS:
+            path = self.path / part.name
+            if parts and Path(part.name) not in parts:
+                continue
+            if not path.is_dir():
+                path.unlink(missing_ok=True)
+                continue
+            for file in {file for pattern in part.files for file in path.glob(pattern) if not file.is_dir()}:
+                file.unlink()
+            remove_empty(path)
 
     def extras(self) -> list[str]:
         """Names of the `EXTRAS` that are there; an interrupted command leaves one without a config."""

@@ -15,7 +15,7 @@ from accelerate.utils import tqdm
 from diffusers_dpm.calibration import STEPS, Calibration, calibrate, conditions_of, network_calls, solver_for
 from diffusers_dpm.data import load_images
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.networks import load_extra, load_pipeline, noise_schedule_of
+from diffusers_dpm.networks import load_extra, load_pipeline, noise_schedule_of, report_cost
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
 from diffusers_dpm.records import weights_hash
@@ -35,6 +35,7 @@ def sample_run(
     class_labels: Sequence[int] | None = None,
     guidance_scale: float | None = None,
     batch_size: int = 64,
+    columns: int | None = None,
     cpu: bool = False,
 ) -> list[Path] | None:
     """Draw the image of each seed that is not there yet.
@@ -46,6 +47,7 @@ def sample_run(
         scheduler, scheduler_options: as `build_scheduler`; by default the model's own.
         num_inference_steps, class_labels, guidance_scale: as `Sampler`.
         batch_size: images per network call.
+        columns: images in a row of the .png file.
         cpu: use the CPU even if there is an accelerator.
 
     Returns:
@@ -61,7 +63,10 @@ def sample_run(
         pipeline.scheduler = build_scheduler(scheduler, scheduler_options or {}, pipeline, model, guidance_scale)
     sampler = Sampler(pipeline, num_inference_steps, class_labels, guidance_scale)
     accelerator = Accelerator(cpu=cpu)
-    others = save_images(sampler, seeds, output, batch_size, accelerator)
+    calls = len(seeds) * sampler.num_steps()
+    pipeline.to(accelerator.device)
+    report_cost(pipeline.unet, calls, batch_size, accelerator, pipeline.classifier)
+    others = save_images(sampler, seeds, output, batch_size, accelerator, columns)
     return others if accelerator.is_main_process else None
 
 
@@ -111,9 +116,10 @@ def estimate_run(
         dataset = load_images(data, require_labels=is_conditional(unet), **images)
     places = [round(t) for t in even(Grid(schedule, timesteps or len(schedule), len(schedule)))]
     num_pairs = min(num_samples, len(dataset)) * len(places)
+    report_cost(unet.to(accelerator.device), num_pairs, batch_size, accelerator)
     with tqdm(total=num_pairs, unit="call", desc="images x timesteps") as bar:
         statistics = estimate_statistics(
-            unet.to(accelerator.device),
+            unet,
             scheduler,
             dataset,
             num_samples,
@@ -182,12 +188,15 @@ def calibrate_run(
     teacher_steps = min(teacher_steps, pipeline.scheduler.config.num_train_timesteps)
     numbers: dict[str, Any] = {"num_images": num_images, "teacher_steps": teacher_steps, "max_walks": max_walks}
     total = network_calls({*steps}, **numbers)
+    pipeline.unet.to(accelerator.device)
+    classifier = classifier and classifier.to(accelerator.device)
+    report_cost(pipeline.unet, total, options.get("batch_size", 64), accelerator, classifier)
     with tqdm(total=total, unit="call", desc="images x timesteps") as bar:
         fitted = calibrate(
-            pipeline.unet.to(accelerator.device),
+            pipeline.unet,
             pipeline.scheduler,
             steps,
-            classifier=classifier and classifier.to(accelerator.device),
+            classifier=classifier,
             guidance_scale=guidance_scale,
             accelerator=accelerator,
             folder=folder / "partial",

@@ -22,9 +22,10 @@ from PIL.PngImagePlugin import PngInfo
 
 from diffusers_dpm.calibration import fitted_weights
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
-from diffusers_dpm.images import image_grid, to_pil, to_uint8
-from diffusers_dpm.networks import load_extra
+from diffusers_dpm.images import GRID, image_grid, to_pil, to_uint8
+from diffusers_dpm.networks import Progress, load_extra
 from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.records import ResultStore, atomic_file, short_hash, weights_hash
 from diffusers_dpm.run_folder import EXTRAS
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, CalibratedScheduler
@@ -69,6 +70,17 @@ def find_scheduler(name: str) -> type[SchedulerMixin]:
     if name not in SCHEDULERS:
         raise DiffusersDPMError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)} or {STOCK}CLASS")
     return SCHEDULERS[name]
+
+
+def split_options(text: str) -> list[str]:
+    """At the commas outside brackets: "ddim,trained_betas=[0.1,0.2]" -> ["ddim", "trained_betas=[0.1,0.2]"]."""
+    parts = [""]
+    for part in text.split(","):
+        if sum(map(parts[-1].count, "[{")) > sum(map(parts[-1].count, "]}")):
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part)
+    return parts[1:]
 
 
 def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
@@ -172,8 +184,13 @@ def parse_seeds(texts: Iterable[str]) -> list[int]:
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
         if last < first:
             raise DiffusersDPMError(f"seeds are numbers and ranges such as 0-9999, got {text!r}")
+        if last >= 2**63 or last - first >= 10**7:
+            raise DiffusersDPMError(f"seeds lie below 2**63, at most 10**7 of them, got {text!r}")
         seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
+
+
+Drawn = tuple[np.ndarray, list[int] | None, int]  # images uint8 (B, H, W, C), labels, network calls
 
 
 @dataclass(frozen=True)
@@ -207,14 +224,29 @@ class Sampler:
         }
         return json.loads(json.dumps(settings))
 
-    def draw(self, seeds: Sequence[int]) -> tuple[np.ndarray, list[int] | None, int]:
+    def num_steps(self) -> int:
+        """The steps of an image. Raises DiffusersDPMError if the scheduler refuses them."""
+        with user_error(scheduler_name(self.pipeline.scheduler)):
+            adapt(self.pipeline.scheduler).set_timesteps(self.num_inference_steps)
+        return len(self.pipeline.scheduler.timesteps)
+
+    def draw(self, seeds: Sequence[int], progress: Progress | None = None) -> Drawn:
         """(images uint8 (B, H, W, C), rounded; their labels or None; network calls).
+
+        Args:
+            seeds: one for each image.
+            progress: gets `update(len(seeds))` after each step.
 
         Raises:
             ValueError: as the pipeline; an image that is not finite.
         """
         labels = self.class_labels and [self.class_labels[seed % len(self.class_labels)] for seed in seeds]
         calls: list[None] = []
+
+        def after_step(*_: Any) -> None:
+            if progress is not None:
+                progress.update(len(seeds))
+
         name = scheduler_name(self.pipeline.scheduler)
         with self.pipeline.unet.register_forward_hook(lambda *_: calls.append(None)), user_error(name):
             output: Any = self.pipeline(
@@ -223,6 +255,7 @@ class Sampler:
                 class_labels=labels,
                 guidance_scale=self.guidance_scale,
                 output_type="np",
+                callback_on_step_end=after_step,
             )
         broken = len(seeds) - int(np.isfinite(output.images).all(axis=(1, 2, 3)).sum())
         if broken:
@@ -312,11 +345,11 @@ class SampleFolder:
         self.sampler.pipeline.set_progress_bar_config(disable=True)
         own = missing[accelerator.process_index :: accelerator.num_processes]
         error: Exception | None = None
-        with logging.tqdm(total=len(own), unit="image", desc=title, disable=not accelerator.is_main_process) as bar:
+        total, hidden = len(own) * self.sampler.num_steps(), not accelerator.is_main_process
+        with logging.tqdm(total=total, unit="step", desc=f"{title} x steps", disable=hidden) as bar:
             try:
                 for start in range(0, len(own), batch_size):
-                    self._draw(own[start : start + batch_size], accelerator.process_index)
-                    bar.update(len(own[start : start + batch_size]))
+                    self._draw(own[start : start + batch_size], accelerator.process_index, bar)
             except Exception as raised:  # raised again below, when the other processes, which wait, know of it
                 error = raised
         failures = [failure for failure in gather_object([error and (type(error), str(error))]) if failure]
@@ -327,9 +360,9 @@ class SampleFolder:
                 raise DiffusersDPMError(message)
             raise RuntimeError(f"another process failed: {kind.__name__}: {message}")
 
-    def _draw(self, seeds: Sequence[int], process: int) -> None:
+    def _draw(self, seeds: Sequence[int], process: int, progress: Progress) -> None:
         start = time.perf_counter()
-        images, labels, calls = self.sampler.draw(seeds)
+        images, labels, calls = self.sampler.draw(seeds, progress)
         seconds = time.perf_counter() - start
         with (self.folder / f"timing-{process}.jsonl").open("a") as file:  # before the images: `cost` needs a line
             file.write(json.dumps({"images": len(seeds), "calls": calls, "seconds": seconds}) + "\n")
@@ -362,14 +395,20 @@ class SampleFolder:
 
 
 def save_images(
-    sampler: Sampler, seeds: Sequence[int], output: str | Path, batch_size: int, accelerator: Accelerator
+    sampler: Sampler,
+    seeds: Sequence[int],
+    output: str | Path,
+    batch_size: int,
+    accelerator: Accelerator,
+    columns: int | None = None,
 ) -> list[Path]:
     """Draw the images of the seeds into a folder of PNG files, or one .npz or .png file. An interrupted call goes on.
 
     Args:
         sampler, seeds, batch_size, accelerator: as in `SampleFolder.fill`.
         output: a folder; an .npz file with arr_0, as guided-diffusion's evaluator reads it, and seeds; or a .png file
-            with a grid of the images, row by row.
+            with a grid of the images, row by row, with their class labels.
+        columns: images in a row of the grid; by default as many as make it nearly square.
 
     Returns:
         Images of other seeds that an interrupted call drew for the same file, and that stay where they are.
@@ -391,7 +430,9 @@ def save_images(
         if kind == ".npz":
             np.savez(file, arr_0=pixels, seeds=np.array(seeds))
         else:
-            to_pil(image_grid(pixels)).save(file, format="PNG")
+            labels = [Image.open(images.path(seed)).info.get("class_label") for seed in seeds]
+            grid = image_grid(pixels, columns, **GRID, labels=labels if all(labels) else None)
+            to_pil(grid).save(file, format="PNG")
     others = images.others(seeds)
     if not others:
         shutil.rmtree(folder)

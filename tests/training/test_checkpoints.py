@@ -91,10 +91,10 @@ def test_children_are_moved_over_older_ones(tmp_path):
     fill(source)
     (source / "model_index.json").write_text("new")
     fill(target, "old")
-    (target / "sub" / "stale").write_text("old")
+    (target / "sub" / "mine").write_text("mine")
     (target / "other").write_text("kept")
     move_children(source, target)
     assert names(target) == ["model_index.json", "other", "sub"]
     assert (target / "sub" / "file").read_text() == "new"
-    assert names(target / "sub") == ["file"]
+    assert names(target / "sub") == ["file", "mine"]
     assert not source.exists()

@@ -14,7 +14,7 @@ from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError
 from diffusers_dpm.training import CLASSIFIER_PRESETS, PRESETS
 from diffusers_dpm.training.options import PresetName
 from tests.commands import EXTRA_TRAIN, HIDE
-from tests.models import save_run
+from tests.models import make_run, save_run
 
 
 def test_help_lists_the_commands(capsys):
@@ -77,6 +77,20 @@ def test_a_missing_extra_is_named_in_one_line(without, tmp_path):
     assert result.returncode == 1
     message = r"""error: 'diffusers-dpm train' needs \w+: pip install "diffusers-dpm\[train\]"\n"""
     assert re.fullmatch(message, result.stderr)
+
+
+def test_a_damaged_base_installation_is_named_in_one_line(without, tmp_path):
+    result = without("accelerate", "demo", f"--output-dir={tmp_path / 'run'}")
+    assert result.returncode == 1
+    assert result.stderr == "error: 'diffusers-dpm demo' needs accelerate: pip install \"diffusers-dpm[train]\"\n"
+
+
+@pytest.mark.slow
+def test_publishing_needs_no_extra(without, tmp_path):
+    run = make_run(tmp_path / "run", extras=True)
+    result = without(EXTRA_TRAIN, "publish", run, "org/name", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "dry run: nothing was uploaded" in result.stdout
 
 
 @pytest.mark.slow

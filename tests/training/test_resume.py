@@ -1,6 +1,8 @@
 """A run that stops and goes on equals one that did not, bit for bit, however it stopped."""
 
+import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -19,6 +21,7 @@ from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import TEMPORARY
 from diffusers_dpm.training.checkpoints import checkpoint_folder, list_checkpoints
 from diffusers_dpm.training.train_diffusion import DiffusionTrainer, train
+from tests.commands import error_of
 
 
 def contents(folder):
@@ -110,7 +113,6 @@ def test_no_pickles(options):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"learning_rate": 5e-4}, "--learning-rate .*0.001 .*0.0005"),
         ({"seed": 1}, "--seed .*0 .*1"),
         ({"beta_schedule": "squaredcos_cap_v2"}, "--beta-schedule"),
         ({"dropout": 0.3}, "--dropout .*None .*0.3"),
@@ -123,10 +125,40 @@ def test_changes_that_matter_are_refused(options, changes, message):
         DiffusionTrainer(options(**{"max_train_steps": 6, "resume": "latest", **changes}))
 
 
-def test_a_cosine_schedule_keeps_its_length(options):
-    train(options(max_train_steps=3, lr_scheduler="cosine"))
-    with pytest.raises(ValueError, match=r"--max-train-steps.* 3 .* 6"):
-        DiffusionTrainer(options(max_train_steps=6, lr_scheduler="cosine", resume="latest"))
+def test_rate_batch_and_length_may_change(tmp_path, options):
+    """The learning rate goes on from its place in the new schedule, and the log says what is new."""
+    common = {"lr_scheduler": "cosine", "lr_warmup_steps": 0, "log_with": "tensorboard", "log_every": 1}
+    train(options(max_train_steps=3, checkpoint_every=2, **common))
+    last = checkpoint_folder(tmp_path / "run", 2)
+    changes = {"max_train_steps": 8, "learning_rate": 1e-4, "batch_size": 8, "resume": str(last)}
+    run = DiffusionTrainer(options(**common, **changes))
+    new = r"from step 3 on: --max-train-steps 8, was 3; --batch-size 8, was 16; --learning-rate 0.0001, was 0.001"
+    assert re.search(f"changed +{new}", run.plan())
+    run.run()
+    with (tmp_path / "run" / "logs" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, 9))  # step 3 of the first call is gone
+    assert [int(row["images_seen"]) for row in rows] == [16, 32, 40, 48, 56, 64, 72, 80]
+    rates = [1e-4 * (1 + math.cos(math.pi * step / 8)) / 2 for step in range(2, 8)]
+    assert [float(row["learning_rate"]) for row in rows[2:]] == pytest.approx(rates, rel=1e-6)
+
+
+@pytest.mark.parametrize("command", ["train", "train-classifier", "train-features"])
+def test_a_result_without_checkpoints_is_not_replaced(tmp_path, options, arguments, arrays, capsys, command):
+    short = ["--max-train-steps=1", "--batch-size=8", "--cpu", "--log-with=none", f"--data={arrays}"]
+    run, features = train(options(max_train_steps=1)), str(tmp_path / "features")
+    calls = {
+        "train": (arguments(), run),
+        "train-classifier": ([str(run), *short], run / "classifier_training"),
+        "train-features": ([*short, "--output-dir", features], tmp_path / "features" / "training"),
+    }
+    call, folder = calls[command]
+    if command != "train":
+        assert cli([command, *call]) == 0
+    shutil.rmtree(folder / "checkpoints")
+    before = contents(tmp_path)
+    assert f"{folder} has no checkpoints left" in error_of(command, capsys, *call, "--resume")
+    assert contents(tmp_path).keys() == before.keys()
 
 
 def test_other_data_is_refused(options, arrays):

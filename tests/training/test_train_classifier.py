@@ -278,7 +278,6 @@ def test_accuracy_can_be_measured_later(make_pipeline, command, arrays, capsys):
     ("changes", "message"),
     [
         ({"random_shift": 1}, "--random-shift .*0 .*1"),
-        ({"max_train_steps": 8}, "--max-train-steps .*6 .*8"),
         ({"pool": "spatial"}, "--pool .*None .*spatial"),
     ],
 )

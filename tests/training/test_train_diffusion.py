@@ -1,5 +1,6 @@
 """The command as a user runs it: options, run folder, samples, logs, processes."""
 
+import csv
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from diffusers_dpm.options import parse_options
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler
 from diffusers_dpm.training.checkpoints import checkpoint_folder, list_checkpoints
+from diffusers_dpm.training.loop import training_steps
 from diffusers_dpm.training.options import TrainingOptions
 from diffusers_dpm.training.train_diffusion import sample_grid, train
 from tests.commands import assert_named_once, error_of, help_of
@@ -186,6 +188,10 @@ def test_tensorboard(tmp_path, options):
     assert [event.step for event in events.Scalars("loss")] == [2, 4, 6]
     assert [event.value for event in events.Scalars("images_seen")] == [32, 64, 96]
     assert len(events.Images(events.Tags()["images"][0])) == 2
+    with (folder / "logs" / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["loss"]) for row in rows] == pytest.approx([event.value for event in events.Scalars("loss")])
+    assert [int(row["step"]) for row in rows] == [2, 4, 6]
     hyperparameters = next(folder.glob("logs/train/*/hparams.yml")).read_text()
     assert "learning_rate: '0.001'" in hyperparameters
 
@@ -200,6 +206,29 @@ def test_tensorboard(tmp_path, options):
 )
 def test_warns_of_an_ema_longer_than_the_run(trainer, changes, warned):
     assert ("the EMA averages over" in trainer(**changes).plan()) == warned
+
+
+def test_plan_says_what_the_run_takes(trainer, monkeypatch):
+    run = trainer(max_train_steps=50_000)
+    weights = {name: weight.clone() for name, weight in run.state.model.state_dict().items()}
+    plan = run.plan()
+    assert re.search(r"time +about [\d.e-]+ seconds a step, [\d.]+ \w+ in all, measured here", plan)
+    assert "20,000 epochs: the network may learn the images by heart; --max-train-steps 10001 would be 4,000" in plan
+    assert "hours: a smaller network" not in plan
+    assert all(torch.equal(weight, weights[name]) for name, weight in run.state.model.state_dict().items())
+    assert all(weight.grad is None for weight in run.state.parameters)
+    monkeypatch.setattr("diffusers_dpm.training.trainer.LONG", 0.0)
+    assert "hours: a smaller network or --resolution, fewer --max-train-steps" in run.plan()
+
+
+def test_the_measured_steps_change_no_bit(tmp_path, options, trainer):
+    """The command's weights are those of the loop alone, with dropout and accumulation."""
+    choices = {"dropout": 0.5, "gradient_accumulation_steps": 2, "max_train_steps": 3}
+    folder, run = train(options(**choices)), trainer(output_dir=str(tmp_path / "other"), **choices)
+    for _ in training_steps(run.state, run.data, run.loss, run.options):
+        pass
+    saved = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[name], weight) for name, weight in run.model.state_dict().items())
 
 
 def test_warns_of_mirrored_digits(trainer):
@@ -240,10 +269,17 @@ def test_options_file_then_command_line(tmp_path, suffix):
     assert (options.resolution, options.ema, options.clip_sample) == ([16, 8], False, False)
 
 
-def test_saved_options_are_an_options_file(tmp_path, options, arguments):
+@pytest.mark.parametrize("name", ["training_options.json", "."])
+def test_saved_options_are_an_options_file(tmp_path, options, name):
     folder = train(options(max_train_steps=2))
-    assert main([str(folder / "training_options.json"), "--resume", "--max-train-steps", "3"]) == 0
+    assert main([str(folder / name), "--resume", "--max-train-steps", "3"]) == 0
     assert [path.name for path in list_checkpoints(folder)] == ["step-00000002", "step-00000003"]
+
+
+def test_a_run_that_has_moved_resumes_where_it_is(tmp_path, options):
+    moved = train(options(max_train_steps=2)).rename(tmp_path / "moved")
+    assert main([str(moved), "--resume", "--max-train-steps", "3"]) == 0
+    assert list_checkpoints(moved)[-1].name == "step-00000003"
 
 
 def test_resume_with_and_without_a_path():
@@ -269,8 +305,10 @@ def test_resume_with_and_without_a_path():
         (["nowhere.yaml"], "cannot read options from nowhere.yaml"),
         ([], "--data is missing"),
         (["--data", "digits"], "--output-dir is missing"),
-        ([*RUN, "--resolution", "9"], "no preset is made for 9x9"),
-        ([*RUN, "--preset", "64x64", "--unet-config", "y"], "not both"),
+        ([*RUN, "--resolution", "33"], "33x33, which cannot be halved often enough: pass --resolution 32 32"),
+        ([*RUN, "--preset", "64x64", "--unet-config", "y"], "only one of --preset, --unet-config"),
+        ([*RUN, "--seed", str(2**63)], "--seed must be below 2**63"),
+        ([*RUN, "--init-from", "./nowhere"], "cannot load ./nowhere"),
         ([*RUN, "--resume", "--overwrite"], "not both"),
         ([*RUN, "--class-dropout-prob", ".1"], "needs --class-conditional"),
         ([*RUN, "--rescale-betas-zero-snr"], "v_prediction"),
@@ -315,5 +353,6 @@ def test_grids_of_any_shape():
     assert sample_grid(random((4, 64, 32, 3))).shape == (260, 132, 3)
     assert sample_grid(random((4, 64, 64, 5))).shape[2] == 3
     assert sample_grid(random((4, 64, 64, 2))).shape[2] == 1
+    assert sample_grid(random((5, 8, 8, 1)), ["cat"] * 5).shape == (2 * (66 + 16), 198, 1)
     grid = sample_grid(np.linspace(0, 1, 4)[:, None, None, None] * np.ones((4, 64, 64, 1)))[..., 0]
     assert [grid[30, 30], grid[30, 96], grid[96, 30], grid[96, 96]] == [0, 85, 170, 255]

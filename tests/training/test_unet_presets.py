@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from diffusers_dpm.training.unet_presets import PRESETS, build_unet, choose_preset, ddpm_unet, read_config
+from diffusers_dpm.training.unet_presets import PRESETS, build_unet, ddpm_unet, default_unet, read_config
 
 
 def count(unet):
@@ -50,11 +50,46 @@ def test_ten_classes_add_their_embeddings():
         assert count(build_unet(PRESETS["cifar10-ddpm"][1], (3, 32, 32), num_class_embeds=10)) == 35_746_307 + 5_120
 
 
-def test_every_preset_is_found_by_size_or_by_name():
-    assert choose_preset((8, 8)) == "digits-8x8"
-    assert choose_preset((32, 32)) == "cifar10-small"
-    with pytest.raises(ValueError, match="--preset"):
-        choose_preset((32, 64))
+@pytest.mark.parametrize("name", ["digits-8x8", "28x28", "cifar10-small", "64x64"])
+def test_the_first_preset_of_a_size_is_its_default(name):
+    side, config = PRESETS[name]
+    assert default_unet(side, side) == config
+
+
+@pytest.mark.parametrize(
+    ("size", "coarsest", "parameters"),
+    [
+        ((12, 12), (6, 6), 0.7e6),
+        ((30, 30), (15, 15), 0.7e6),
+        ((24, 40), (3, 5), 22.4e6),
+        ((48, 48), (6, 6), 22.1e6),
+        ((96, 96), (6, 6), 32.2e6),
+        ((160, 120), (20, 15), 20.0e6),
+        ((256, 256), (8, 8), 41.8e6),
+        ((5, 7), (5, 7), 0.16e6),
+    ],
+)
+def test_a_network_is_derived_from_any_size(size, coarsest, parameters):
+    config = default_unet(*size)
+    halvings = len(config["block_out_channels"]) - 1
+    assert (size[0] // 2**halvings, size[1] // 2**halvings) == coarsest
+    for channels in (1, 3, 5):
+        with torch.device("meta"):
+            assert count(build_unet(config, (channels, *size))) == pytest.approx(parameters, rel=0.1)
+
+
+@pytest.mark.parametrize("size", [(12, 12), (20, 12), (5, 7), (30, 30)])
+def test_a_derived_network_runs(size):
+    unet = build_unet(default_unet(*size), (2, *size))
+    assert unet(torch.randn(1, 2, *size), 3).sample.shape == (1, 2, *size)
+
+
+@pytest.mark.parametrize(
+    ("size", "fit"), [((33, 33), "32 32"), ((50, 50), "48 48"), ((17, 17), "16 16"), ((3, 1000), "64 64")]
+)
+def test_sizes_that_cannot_be_halved_name_the_nearest(size, fit):
+    with pytest.raises(ValueError, match=rf"{size[0]}x{size[1]}.*--resolution {fit}$"):
+        default_unet(*size)
 
 
 TINY = ddpm_unet((8, 16), layers=1, attention=(1,), groups=4)
@@ -86,9 +121,9 @@ def test_not_square_and_any_number_of_channels():
 @pytest.mark.parametrize(
     ("config", "shape", "message"),
     [
-        (TINY, (1, 8, 9), " 2, .*8x9"),
-        ({**TINY, "in_channels": 3}, (1, 8, 8), "in_channels"),
-        ({**TINY, "sample_size": 32}, (1, 8, 8), "sample_size"),
+        (TINY, (1, 8, 9), " 2, .*8x9.* --resolution"),
+        ({**TINY, "in_channels": 3}, (1, 8, 8), "in_channels.*--channels"),
+        ({**TINY, "sample_size": 32}, (1, 8, 8), "sample_size.*--resolution"),
     ],
 )
 def test_networks_that_do_not_fit_are_refused(config, shape, message):

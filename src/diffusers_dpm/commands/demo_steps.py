@@ -9,24 +9,30 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 import yaml
 from accelerate.utils import tqdm
-from diffusers.utils import logging, make_image_grid
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from diffusers.utils import logging
+from PIL import Image
 
 from diffusers_dpm.calibration import calibrate, network_calls
 from diffusers_dpm.data import load_images
 from diffusers_dpm.hub.publish import publish
+from diffusers_dpm.images import GRID, image_grid, titled_rows, to_pil, to_uint8
 from diffusers_dpm.networks import noise_schedule_of
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.posterior_statistics import estimate_statistics
 from diffusers_dpm.records import write_json
+from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.sampling import build_scheduler
+from diffusers_dpm.schedulers import CalibratedScheduler
 from diffusers_dpm.schedulers.timestep_grids import Grid, even
+from diffusers_dpm.training.checkpoints import find_checkpoint
 from diffusers_dpm.training.options import ClassifierTrainingOptions, TrainingOptions
 from diffusers_dpm.training.train_classifier import train_classifier
 from diffusers_dpm.training.train_diffusion import train
+from diffusers_dpm.training.trainer import saved_options
 from diffusers_dpm.training.unet_presets import ddpm_unet
 
 
@@ -70,12 +76,15 @@ def tell(run: Path, max_train_steps: int | None = None) -> None:
     recipe = yaml.safe_load(card.read_text(encoding="utf-8"))["training"] | SHORT
     recipe["max_train_steps"] = max_train_steps or recipe["max_train_steps"]
     logging.disable_progress_bar()  # of loading: there is one line of progress
+    recipe |= {"preset": None, "unet_config": str(run / "unet_config.json"), "output_dir": str(run), "overwrite": True}
+    options = TrainingOptions(**recipe)
+    find_checkpoint(options, run)  # refuses a folder of other files
     run.mkdir(parents=True, exist_ok=True)
+    write_json(RunFolder(run).options, saved_options(options))  # the mark of a run, before other files
     write_json(run / "unet_config.json", UNET)
-    recipe |= {"preset": None, "unet_config": str(run / "unet_config.json")}
     with (run / "demo.log").open("w", encoding="utf-8") as log:
         screen = Screen(log)
-        train_networks(screen, run, recipe)
+        train_networks(screen, run, options)
         fit_samplers(screen, run)
         draw_and_check(screen, run)
         screen.say(f"\ndone in {screen.bar.format_dict['elapsed']:.0f} s; the model is {run}")
@@ -115,10 +124,10 @@ def command(*words: object, **options: object) -> str:
     return " ".join(["diffusers-dpm", *map(str, words), *flags])
 
 
-def train_networks(screen: Screen, run: Path, recipe: dict[str, Any]) -> None:
-    line = command("train", output_dir=run, **recipe)
-    with screen.step("train a U-Net on 1,500 handwritten digits of 8x8 pixels", line, recipe["max_train_steps"]):
-        train(TrainingOptions(**recipe, output_dir=str(run), overwrite=True), screen)
+def train_networks(screen: Screen, run: Path, options: TrainingOptions) -> None:
+    line = command("train", run / "training_options.json")
+    with screen.step("train a U-Net on 1,500 handwritten digits of 8x8 pixels", line, options.max_train_steps):
+        train(options, screen)
 
     line = command("sample", run, **SOLVER, num_inference_steps=10, seeds="0-39", output=run / "first.png")
     with screen.step("draw a first picture", line):
@@ -145,8 +154,11 @@ def fit_samplers(screen: Screen, run: Path) -> None:
     line = command("calibrate", run, steps="5 10", **CALIBRATION)
     with screen.step("fit rows of coefficients for 5 and 10 steps", line, network_calls((5, 10), **CALIBRATION)):
         calibration = calibrate(unet, scheduler, (5, 10), progress=screen, **CALIBRATION)
-        calibration.scheduler(scheduler).save_pretrained(run / "calibrated")
-        calibration.save(run / "calibrated" / "calibration.json")
+        if calibration.tables:
+            calibration.scheduler(scheduler).save_pretrained(run / "calibrated")
+            calibration.save(run / "calibrated" / "calibration.json")
+        else:
+            screen.say("   none is nearer to the best images than DPM-Solver: a model trained longer has some")
         for table in calibration.tables:
             error, other = table["mean_error"], table["solver_mean_error"]
             screen.say(f"   {len(table['rows'])} steps: error {error:.3f}, {other:.3f} with the best DPM-Solver")
@@ -156,7 +168,7 @@ def draw_and_check(screen: Screen, run: Path) -> None:
     guided = {"class_labels": "0 1 2 3 4 5 6 7 8 9", "guidance_scale": 4, "num_inference_steps": 20}
     line = command("sample", run, **SOLVER, **guided, seeds="0-39", output="guided.png")
     with screen.step("draw the same seeds with every sampler", line, sum(steps for _, _, steps in SAMPLERS.values())):
-        figure(draw_all(run, screen)).save(run / "digits.png")
+        titled_rows(draw_all(run, screen)).save(run / "digits.png")
         screen.say(f"   look at {run / 'digits.png'}")
 
     with screen.step("load the folder with plain diffusers", f'DiffusionPipeline.from_pretrained("{run}")'):
@@ -173,13 +185,22 @@ def draw_all(run: Path, progress: Any) -> dict[str, Image.Image]:
     """Digits of the data set, the same seeds under each sampler, and the digits 0 to 9 in turn."""
     order = torch.randperm(1500, generator=torch.Generator().manual_seed(0))[: len(SEEDS)]
     images = load_images("digits", split="train")[order.tolist()]["images"]
-    pictures = {"data": grid(DPMPipeline.numpy_to_pil((images.permute(0, 2, 3, 1).numpy() + 1) / 2))}
+    pictures = {"data": grid((images.permute(0, 2, 3, 1).numpy() + 1) / 2)}
+    rows = calibrated_steps(run)
     for title, (name, options, steps) in SAMPLERS.items():
-        pictures[title] = draw(run, name, options, steps)
+        if name != "calibrated" or steps in rows:
+            pictures[title] = draw(run, name, options, steps)
         progress.update(steps)
     labels = [seed % 10 for seed in SEEDS]
     guided = draw(run, "dpm-solver", QUADRATIC, 20, class_labels=labels, guidance_scale=4.0)
     return {**pictures, "guided, 20 steps": guided}
+
+
+def calibrated_steps(run: Path) -> list[int]:
+    """Numbers of steps that there are rows for; a poor model has none that are better than DPM-Solver's."""
+    if "calibrated" not in RunFolder(run).extras():
+        return []
+    return CalibratedScheduler.from_pretrained(run, subfolder="calibrated").available_steps
 
 
 def draw(run: Path, name: str, options: dict[str, Any], steps: int, **guidance: Any) -> Image.Image:
@@ -187,19 +208,9 @@ def draw(run: Path, name: str, options: dict[str, Any], steps: int, **guidance: 
     classifier = NoisyClassifier.from_pretrained(run, subfolder="classifier") if guidance else None
     pipe = DPMPipeline.from_pretrained(run, classifier=classifier)
     pipe.scheduler = build_scheduler(name, options, pipe, str(run))
-    return grid(pipe(seeds=SEEDS, num_inference_steps=steps, **guidance).images)
+    return grid(pipe(seeds=SEEDS, num_inference_steps=steps, output_type="np", **guidance).images)
 
 
-def grid(images: list[Image.Image]) -> Image.Image:
-    """All images, enlarged, with grey lines between them."""
-    enlarged = [image.resize((4 * image.width, 4 * image.height), Image.Resampling.NEAREST) for image in images]
-    return make_image_grid([ImageOps.expand(each, 1, "gray") for each in enlarged], len(images) // COLUMNS, COLUMNS)
-
-
-def figure(pictures: dict[str, Image.Image]) -> Image.Image:
-    """The pictures one below the other, each with its title on its left."""
-    rows = [ImageOps.expand(picture, (220, 3, 6, 3), "white") for picture in pictures.values()]
-    font = ImageFont.load_default(19)
-    for title, row in zip(pictures, rows, strict=True):
-        ImageDraw.Draw(row).text((208, row.height / 2), title, "black", font, anchor="rm")
-    return make_image_grid(rows, len(rows), 1)
+def grid(images: np.ndarray) -> Image.Image:
+    """(N, 8, 8, 1) in [0, 1], enlarged, with grey lines between them."""
+    return to_pil(image_grid(to_uint8(images), COLUMNS, **{**GRID, "min_width": 32}))

@@ -38,9 +38,9 @@ class SamplerOptions:
 class MeasurementOptions:
     """measurement"""
 
-    features: str
-    """folder of `diffusers-dpm train-features`, inception (needs torch-fidelity), or the folder or Hub id of an image
-    model of transformers"""
+    features: str | None = None
+    """required: folder of `diffusers-dpm train-features`, inception (needs torch-fidelity), or the folder or Hub id of
+    an image model of transformers"""
     inception_weights: str | None = None
     """torch-fidelity's weights file (default: downloaded once)"""
     held_out_split: str | None = None
@@ -66,6 +66,11 @@ class EvaluateOptions(DataSourceOptions, SamplerOptions, MeasurementOptions):
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.features is None:
+            raise DiffusersDPMError(
+                "--features is missing: 'diffusers-dpm train-features' trains some on labelled images; without labels "
+                "take inception, or the folder or Hub id of an image model of transformers"
+            )
         if self.num_images < 20:
             raise DiffusersDPMError(f"--num-images must be at least 20, got {self.num_images}")
         if self.likelihood_images and self.held_out_split is None:

@@ -46,8 +46,11 @@ COMMANDS = {
 }
 
 
-# Modules that the extra `train` installs.
-TRAIN = {"datasets", "matplotlib", "sklearn", "tensorboard", "torchdiffeq", "torchmetrics", "transformers"}
+# Modules that the extra `train` installs, or the base installation, which it repairs.
+PACKAGES = """
+    datasets filelock matplotlib sklearn tensorboard torchdiffeq torchmetrics transformers
+    PIL accelerate diffusers huggingface_hub numpy packaging safetensors torch tyro yaml
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,7 +81,7 @@ def explain(name: str, error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted{COMMANDS[name].resume}", 130
     if isinstance(error, ModuleNotFoundError):
-        if (error.name or "").split(".")[0] not in TRAIN:
+        if (error.name or "").split(".")[0] not in PACKAGES.split():
             raise error
         return f"'diffusers-dpm {name}' needs {error.name}: pip install \"diffusers-dpm[train]\"", 1
     return " ".join(str(error).split()), 1 if isinstance(error, NonFiniteLossError) else 2

@@ -6,6 +6,9 @@ resumes.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from PIL import Image
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.options import check_ranges
@@ -16,7 +19,8 @@ class SchedulerOptions:
     """scheduler"""
 
     scheduler: str | None = None
-    """ddpm, ddim, analytic-dpm, dpm-solver, calibrated or diffusers:CLASS (default: the model's own)"""
+    """ddpm, ddim, analytic-dpm, dpm-solver, calibrated or diffusers:CLASS (default: the model's own), with options:
+    ddim,eta=0.5"""
     scheduler_options: list[str] | None = None
     """KEY=VALUE for keys of its config, such as eta=0.5"""
     num_inference_steps: int | None = None
@@ -35,6 +39,8 @@ class ImageOptions:
     """scale of guidance by the model's classifier"""
     batch_size: int = 64
     """images per network call"""
+    columns: int | None = None
+    """images in a row of a .png file (default: nearly a square)"""
     cpu: bool = False
     """use the CPU even if there is an accelerator"""
     output: str
@@ -51,7 +57,8 @@ class SampleOptions(SchedulerOptions, ImageOptions):
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        if Path(self.output).suffix.lower() in (".jpg", ".jpeg", ".gif", ".webp", ".npy", ".zip"):
+        others = {*Image.registered_extensions(), ".npy", ".zip", ".tar", ".svg"} - {".png"}
+        if Path(self.output).suffix.lower() in others:
             raise DiffusersDPMError(f"--output must be a folder, an .npz or a .png file, got {self.output}")
         if self.scheduler_options and not self.scheduler:
             raise DiffusersDPMError("--scheduler-options needs --scheduler")
@@ -59,10 +66,12 @@ class SampleOptions(SchedulerOptions, ImageOptions):
 
 def run(model: str, options: SampleOptions) -> None:
     from diffusers_dpm.runs import sample_run
-    from diffusers_dpm.sampling import parse_assignments, parse_seeds
+    from diffusers_dpm.sampling import parse_assignments, parse_seeds, split_options
 
-    seeds, assignments = parse_seeds(options.seeds), parse_assignments(options.scheduler_options or [])
-    others = sample_run(model, **{**vars(options), "seeds": seeds, "scheduler_options": assignments})
+    seeds, (name, *texts) = parse_seeds(options.seeds), split_options(options.scheduler or "")
+    scheduler: dict[str, Any] = {"scheduler": name or None}
+    scheduler["scheduler_options"] = parse_assignments([*texts, *(options.scheduler_options or [])])
+    others = sample_run(model, **{**vars(options), **scheduler, "seeds": seeds})
     if others is not None:
         if others:
             print(f"kept: {len(others)} images of an interrupted call, in {others[0].parent}")

@@ -12,6 +12,7 @@ from diffusers_dpm.records import write_text
 from diffusers_dpm.schedulers import CalibratedScheduler
 
 
+FRACTIONS = ("precision", "recall")  # metrics in [0, 1], of which the highest is the best
 Table = dict[str, dict[int, Row]]  # label of a line -> column -> row
 
 
@@ -150,6 +151,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def plot_lines(axis: Any, rows: Sequence[Row], key: str, label: str, styles: Mapping[str, Any]) -> dict[str, Any]:
     """A line for each sampler over `key`, by its name; the axis disappears where no row has one."""
+    from matplotlib.ticker import LogLocator  # slow to import
+
     rows = [row for row in rows if row.get(key) is not None]
     if not rows:
         axis.set_axis_off()
@@ -158,7 +161,16 @@ def plot_lines(axis: Any, rows: Sequence[Row], key: str, label: str, styles: Map
     for name, cells in by_calls(rows).items():
         points = [(row[key], row["value"], row["error"] or 0) for _, row in sorted(cells.items())]
         lines[name] = axis.errorbar(*zip(*points, strict=True), marker="o", ms=4, **styles[name])
-    axis.set(xlabel=label, xscale="log", yscale="log" if all(row["value"] > 0 for row in rows) else "linear")
+    metric = rows[0]["metric"]
+    axis.set(xlabel=label, ylabel=metric)
+    if metric in FRACTIONS:
+        axis.set_ylim(-0.02, 1.02)
+    for scale, name in ((axis.xaxis, key), (axis.yaxis, "value")):
+        values = [row[name] for row in rows]
+        if max(values) > 3 * min(values) > 0 and not (name == "value" and metric in FRACTIONS):
+            (axis.set_xscale if scale is axis.xaxis else axis.set_yscale)("log")
+            scale.set_major_locator(LogLocator(subs=(1, 2, 5)))  # powers of ten alone may be none or one
+            scale.set_major_formatter("{x:g}")
     if key == "calls":
         calls = sorted({row[key] for row in rows})
         axis.set_xticks(calls, labels=calls)

@@ -20,7 +20,7 @@ from diffusers_dpm.evaluation.features import Reference, load_features, to_bytes
 from diffusers_dpm.evaluation.report import write_report
 from diffusers_dpm.evaluation.results import Results, sampler_name
 from diffusers_dpm.likelihood.bound import evidence_lower_bound, why_unbounded
-from diffusers_dpm.networks import load_extra, load_pipeline
+from diffusers_dpm.networks import load_extra, load_pipeline, report_cost
 from diffusers_dpm.options import DataSourceOptions
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.records import read_json, short_hash, weights_hash
@@ -124,7 +124,7 @@ class Evaluation:
 
     def _cell(self, text: str, steps: int) -> Cell:
         """`text` is a scheduler's name and options, such as "ddim,eta=0.5"."""
-        name, *assignments = split_options(text)
+        name, *assignments = sampling.split_options(text)
         config = sampling.parse_assignments(assignments)
         pipeline = DPMPipeline(**self.pipeline.components)
         pipeline.scheduler = sampling.build_scheduler(name, config, pipeline, self.model, self.guidance_scale)
@@ -143,6 +143,14 @@ class Evaluation:
             report: gets the tables, where they are, and a line for each cell that failed or has no bound.
         """
         failures = []
+        extracted, identities = (
+            {"feature_extractor": self.extractor.name},
+            [self._identity(cell, self.num_images) for cell in self.cells],
+        )
+        missing = [row["steps"] for row in identities if not self.results.has({**row, **extracted})]
+        pipeline = self.pipeline.to(self.accelerator.device)
+        calls = self.num_images * sum(missing)
+        report_cost(pipeline.unet, calls, self.batch_size, self.accelerator, pipeline.classifier)
         try:
             if self.accelerator.is_main_process:
                 self._measure_baselines()
@@ -243,17 +251,6 @@ class Evaluation:
             if not self.results.has({**identity, "feature_extractor": self.extractor.name, "num_images": len(images)}):
                 rows = quality(images, self.reference, self.extractor, self.num_resamples)
                 self.results.add(baselines=[{**identity, **row} for row in rows])
-
-
-def split_options(text: str) -> list[str]:
-    """At the commas outside brackets: "ddim,trained_betas=[0.1,0.2]" -> ["ddim", "trained_betas=[0.1,0.2]"]."""
-    parts = [""]
-    for part in text.split(","):
-        if sum(map(parts[-1].count, "[{")) > sum(map(parts[-1].count, "]}")):
-            parts[-1] += f",{part}"
-        else:
-            parts.append(part)
-    return parts[1:]
 
 
 def check_shape(data: ImageDataset, pipeline: DPMPipeline) -> None:

@@ -1,0 +1,55 @@
+"""Options of the data default to those that the training of a run has recorded."""
+
+import json
+
+import pytest
+
+from diffusers_dpm.commands.statistics import StatisticsOptions
+from diffusers_dpm.options import parse_options
+
+
+RECORDED = {
+    "data": "photos",
+    "resolution": [16, 24],
+    "channels": "1",
+    "image_column": "img",
+    "split": "all",
+    "seed": 9,
+}
+
+
+@pytest.fixture
+def parse(tmp_path):
+    (tmp_path / "training_options.json").write_text(json.dumps({"checkpoint_every": 0, **RECORDED}))
+    return lambda *arguments: parse_options(
+        StatisticsOptions, [str(tmp_path), *arguments], prog="statistics", operands=["RUN"]
+    )[1]
+
+
+def test_they_are_taken_and_shown(parse, capsys):
+    options = parse()
+    assert (options.data, options.resolution, options.channels, options.image_column) == (
+        "photos",
+        [16, 24],
+        "1",
+        "img",
+    )
+    assert (options.split, options.seed) == ("train", 0)
+    assert "training_options.json: " in (shown := capsys.readouterr().err)
+    assert "--resolution 16 24" in shown
+    assert "cache" not in shown  # the default
+
+
+@pytest.mark.parametrize(
+    ("arguments", "data", "resolution", "column"),
+    [
+        (["--resolution", "8"], "photos", [8], "img"),
+        (["--data", "photos"], "photos", [16, 24], "img"),
+        (["--data", "others"], "others", [16, 24], None),
+        (["--data=others", "--image-column=x"], "others", [16, 24], "x"),
+    ],
+)
+def test_the_command_line_goes_first(parse, arguments, data, resolution, column):
+    """The columns of other data have other names."""
+    options = parse(*arguments)
+    assert (options.data, options.resolution, options.image_column) == (data, resolution, column)
