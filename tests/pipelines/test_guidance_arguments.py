@@ -392,7 +392,8 @@ def test_contradictions_are_named(real_pipe, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"guidance_scale": 1.0}, {"clip_order": "both"}, {"guidance_interval": (0, 10)}]
+    "arguments",
+    [{"guidance_scale": 1.0, "clip_order": "both"}, {"clip_order": "both"}, {"guidance_interval": (0, 10)}],
 )
 def test_guidance_without_a_guide_is_an_error(make_pipe, arguments):
     with pytest.raises(ValueError, match=r"classifier .*cond_fn"):
