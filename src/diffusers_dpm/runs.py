@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 
 from diffusers_dpm.calibration import STEPS, Calibration, calibrate, conditions_of, network_calls, solver_for
-from diffusers_dpm.data import load_images
+from diffusers_dpm.data import describe_data, load_images
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.networks import load_extra, load_guide, load_pipeline, noise_schedule_of
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional
@@ -126,7 +126,7 @@ def estimate_run(
         )
     if not accelerator.is_main_process:
         return None
-    facts = {"model": model, "data": data, "split": images.get("split", "train")}
+    facts = {"data": describe_data(data), "split": images.get("split", "train")}
     statistics = dataclasses.replace(statistics, provenance={**statistics.provenance, **facts})
     folder.mkdir(parents=True, exist_ok=True)
     statistics.save(folder / "statistics.json")

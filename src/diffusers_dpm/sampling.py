@@ -130,8 +130,8 @@ def check_process(name: str, scheduler: Any, own: Any) -> None:
     """Raise DiffusersDPMError if a scheduler of diffusers is for other noise than the model's own."""
     theirs, ours = process_of(scheduler), process_of(own)
     if theirs == ours == "DDPM":  # the last level may be the least that a class can compute with
-        tables = [each.alphas_cumprod[:-1].double().cpu() for each in (scheduler, own)]
-        if tables[0].shape != tables[1].shape or not torch.allclose(*tables, rtol=1e-3, atol=1e-6):
+        table, own_table = (each.alphas_cumprod[:-1].double().cpu() for each in (scheduler, own))
+        if table.shape != own_table.shape or not torch.allclose(table, own_table, rtol=1e-3, atol=1e-6):
             theirs = "DDPM with other betas"
     if theirs != ours:
         raise DiffusersDPMError(f"{name} is for another process ({theirs}) than the model's ({ours}): choose another")
