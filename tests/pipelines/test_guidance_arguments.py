@@ -400,6 +400,11 @@ def test_guidance_without_a_guide_is_an_error(make_pipe, arguments):
         path(make_pipe(DDIMScheduler(), num_class_embeds=3), class_labels=0, **arguments)
 
 
+def test_differs_a_scale_without_a_guide_is_refused(make_pipe):
+    with pytest.raises(ValueError, match=r"classifier .*cond_fn"):
+        path(make_pipe(DDIMScheduler()), guidance_scale=7.5)
+
+
 def test_shortcuts_with_their_defaults_ask_for_nothing(make_pipe):
     defaults = {"guidance_mode": "score", "clip_order": "after", "guidance_through_unet": False}
     pipe = make_pipe(DDIMScheduler())

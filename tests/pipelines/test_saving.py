@@ -158,7 +158,7 @@ def test_stock_pipelines_become_ours(make_unet, tmp_path, stock):
         assert set(index_of(tmp_path / "again")) == {"_class_name", "_diffusers_version", "scheduler", "unet"}
 
 
-def test_a_pipeline_with_more_components_is_refused(make_unet, tmp_path):
+def test_differs_more_components_are_refused(make_unet, tmp_path):
     """Such as the autoencoder of latent diffusion: its latents are no images."""
     vqvae = diffusers.VQModel(block_out_channels=(32,), norm_num_groups=8)
     pipe = diffusers.LDMPipeline(vqvae=vqvae, unet=make_unet(), scheduler=diffusers.DDIMScheduler())
