@@ -3,6 +3,7 @@
 Guidance stands between the network and the scheduler's step, so every scheduler can be guided.
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .networks import image_size
+from .networks import image_size, null_class_of, num_classes_of
 from .scheduler_adapter import SchedulerAdapter
 
 
 LogProbability = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, x0_hat) -> (B,)
-Network = Callable[[Tensor], Tensor]  # x_t -> prediction
+Network = Callable[..., Tensor]  # x_t -> prediction; that of the pipeline also takes other `class_labels`
 Prediction = tuple[Tensor, Tensor | None]  # guided, and w times the gradient where one was taken
 Scale = float | Sequence[float] | Tensor
 # prediction type -> (p, q) with network output = p x_t + q x_0, where x_t = alpha x_0 + sigma epsilon
@@ -58,6 +59,67 @@ class Guidance:
     def predict(self, network: Network, x_t: Tensor, t: Any, alpha: float, sigma: float) -> Prediction:
         """(the guided output, w times the gradient where one was taken); see `ClassifierGuidance.__call__`."""
         raise NotImplementedError
+
+    def _scale_of(self, images: Tensor) -> Tensor:
+        """w in the precision and with the dimensions of a batch of images."""
+        return torch.as_tensor(self.scale).to(images).view(-1, *(1,) * (images.ndim - 1))
+
+
+@dataclass(frozen=True)
+class ClassifierFreeGuidance(Guidance):
+    """Goes beyond the prediction for the class, away from that without a label (Ho and Salimans 2022, eq. 6).
+
+        epsilon' = epsilon(null) + w (epsilon(y) - epsilon(null))
+
+    and likewise x_0 and v, which are linear in epsilon. It needs a network that was trained with dropped labels, whose
+    last class is the null class, and one call of it for twice as many images. w = 1 is the network of the class and
+    costs nothing, w = 0 is that without labels; label -1 leaves an image without label.
+
+    Args:
+        scale: w, a number or (B,).
+        class_labels: (2B,), those of the images and the null class; `DPMPipeline` fills them in.
+
+    Raises:
+        ValueError: `scale` has more than one dimension.
+    """
+
+    scale: Scale = 1.0
+    class_labels: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_scale(self.scale)
+
+    def bind(
+        self, unet: Any, classifier: Any, scheduler: SchedulerAdapter, latents: Tensor, labels: Tensor | None
+    ) -> "ClassifierFreeGuidance | None":
+        """This guidance with the labels of both halves; None where every w is 1.
+
+        A network whose config does not say that it has a null class is warned of: its last class is taken for it.
+
+        Raises:
+            ValueError: the network has no classes, or a label is the null class.
+        """
+        num_embeds, null_class = getattr(unet, "config", {}).get("num_class_embeds"), null_class_of(unet)
+        if num_embeds is None or labels is None:
+            raise ValueError("classifier-free guidance needs a network with num_class_embeds, the last the null class")
+        if null_class is None:
+            null_class = num_embeds - 1
+            logging.getLogger(__name__).warning("the network has no _has_null_class: %d is taken for it", null_class)
+        if (labels == null_class).any():
+            raise ValueError(f"class_labels {labels.tolist()} hold {null_class}, the null class of guidance: use -1")
+        scale = torch.as_tensor(self.scale).expand(len(latents)).to(latents)
+        if (scale == 1).all():
+            return None
+        null = torch.full_like(labels, null_class)
+        both = torch.cat([labels.where(labels >= 0, null), null]).to(latents.device)
+        return replace(self, scale=scale, class_labels=both)
+
+    def predict(self, network: Network, x_t: Tensor, t: Any, alpha: float, sigma: float) -> Prediction:
+        """(the guided output with the predicted variance of the class, None)."""
+        output, null = network(torch.cat([x_t, x_t]), class_labels=self.class_labels).chunk(2)
+        mean, null_mean = output[:, : x_t.shape[1]], null[:, : x_t.shape[1]]
+        guided = null_mean + self._scale_of(mean) * (mean - null_mean)
+        return torch.cat([guided, output[:, x_t.shape[1] :]], dim=1), None
 
 
 @dataclass(frozen=True)
@@ -110,8 +172,7 @@ class ClassifierGuidance(Guidance):
     def __post_init__(self) -> None:
         if self.prediction_type not in OUTPUTS:
             raise ValueError(f"guidance needs a prediction_type of {[*OUTPUTS]}, not {self.prediction_type!r}")
-        if len(shape := torch.as_tensor(self.scale).shape) > 1:
-            raise ValueError(f"guidance_scale must be one number or one per image, got shape {tuple(shape)}")
+        check_scale(self.scale)
         if self.mode not in ("score", "mean_shift"):
             raise ValueError(f'guidance_mode must be "score" or "mean_shift", got {self.mode!r}')
         if not self.interval[0] <= self.interval[1]:
@@ -223,15 +284,17 @@ class ClassifierGuidance(Guidance):
         p, q = OUTPUTS[self.prediction_type](alpha, sigma)
         return (output[:, : x_t.shape[1]] - p * x_t) / q
 
-    def _scale_of(self, images: Tensor) -> Tensor:
-        """w in the precision and with the dimensions of a batch of images."""
-        return torch.as_tensor(self.scale).to(images).view(-1, *(1,) * (images.ndim - 1))
+
+def check_scale(scale: Scale) -> None:
+    if len(shape := torch.as_tensor(scale).shape) > 1:
+        raise ValueError(f"guidance_scale must be one number or one per image, got shape {tuple(shape)}")
 
 
-def choose_guidance(guidance: Guidance | None, **shortcuts: Any) -> Guidance | None:
-    """`guidance`, or the `ClassifierGuidance` that the pipeline's shortcuts describe; None if there is neither.
+def choose_guidance(guidance: Guidance | None, classifier_free: bool, **shortcuts: Any) -> Guidance | None:
+    """`guidance`, or what the pipeline's shortcuts describe; None if there is neither.
 
-    A shortcut with its default asks for nothing.
+    A shortcut with its default asks for nothing. A scale alone is that of `ClassifierFreeGuidance` where
+    `classifier_free` says that nothing else can guide.
     """
     defaults = {"guidance_mode": "score", "clip_order": "after", "guidance_through_unet": False}
     options = {name: value for name, value in shortcuts.items() if value is not None}
@@ -239,6 +302,8 @@ def choose_guidance(guidance: Guidance | None, **shortcuts: Any) -> Guidance | N
     if guidance is not None and options:
         raise ValueError(f"pass either guidance or {', '.join(options)}, not both")
     fields = {name.replace("cond_fn", "log_prob").removeprefix("guidance_"): options[name] for name in options}
+    if classifier_free and fields.keys() == {"scale"}:
+        return ClassifierFreeGuidance(**fields)
     return ClassifierGuidance(**fields) if fields else guidance
 
 
@@ -249,7 +314,7 @@ def check_classifier(classifier: Any, unet: Any, latents: Tensor, labels: Tensor
     pairs = {
         "in_channels": (config.get("in_channels"), latents.shape[1]),
         "sample_size": (size and image_size(size), tuple(latents.shape[2:])),
-        "num_classes": (config.get("num_classes"), getattr(unet, "config", {}).get("num_class_embeds")),
+        "num_classes": (config.get("num_classes"), num_classes_of(unet)),
     }
     for key, (theirs, ours) in pairs.items():
         if theirs is not None and ours is not None and theirs != ours:

@@ -1,10 +1,11 @@
-"""What sampling asks of a network: the shape of its images, whether it takes labels, and evaluation mode."""
+"""What sampling asks of a network: the shape of its images, the classes of its labels, and evaluation mode."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers import UNet2DModel
 
 
 def image_size(sample_size: int | Sequence[int]) -> tuple[int, int]:
@@ -34,6 +35,32 @@ def is_conditional(unet: Any) -> bool:
     """Whether the network takes `class_labels`: indices of classes, numbers or embeddings."""
     config = getattr(unet, "config", {})
     return config.get("num_class_embeds") is not None or config.get("class_embed_type") is not None
+
+
+def null_class_of(unet: Any) -> int | None:
+    """The label that means "no label", the last one, of a network that was trained with dropped labels; else None.
+
+    `_has_null_class` in its config says so: diffusers keeps keys with an underscore and warns of none.
+    """
+    config = getattr(unet, "config", {})
+    return config["num_class_embeds"] - 1 if config.get("_has_null_class") and config.get("num_class_embeds") else None
+
+
+def num_classes_of(unet: Any) -> int | None:
+    """How many classes a network with `num_class_embeds` has, the null class not counted; None for any other."""
+    null_class = null_class_of(unet)
+    return getattr(unet, "config", {}).get("num_class_embeds") if null_class is None else null_class
+
+
+def check_network(unet: Any) -> None:
+    """Raise ValueError if this is no network of images (B, C, H, W) -> (B, C, H, W), or (B, 2C, H, W)."""
+    if type(unet).__module__.startswith("diffusers.") and not isinstance(unet, UNet2DModel):
+        raise ValueError(f"DPMPipeline draws images with a UNet2DModel, and cannot with a {type(unet).__name__}")
+    config = getattr(unet, "config", {})
+    channels, out_channels = config.get("in_channels"), config.get("out_channels")
+    if channels is not None and out_channels not in (None, channels, 2 * channels):
+        what = f"in_channels={channels} and out_channels={out_channels}"
+        raise ValueError(f"a network with {what} cannot be sampled from: it must return as many channels, or twice")
 
 
 @contextmanager

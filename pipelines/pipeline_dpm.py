@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from .guidance import ClassifierGuidance, Guidance, check_finite, choose_guidance
-from .networks import evaluation_mode, image_shape, is_conditional
+from .networks import check_network, evaluation_mode, image_shape, is_conditional, null_class_of, num_classes_of
 from .scheduler_adapter import SchedulerAdapter, adapt
 
 
@@ -125,14 +125,16 @@ class DPMPipeline(DiffusionPipeline):
             batch_size: number of images; by default that of the seeds, generators, labels or latents given, else 1.
             generator: one for the whole batch or one per image.
             num_inference_steps: by default all training steps under DDPM, at most 50 under any other scheduler.
-            output_type: "pil" (1 or 3 channels), "np" or "pt".
+            output_type: "pil" (1 or 3 channels), "np" or "pt"; "latent" gives x_0 itself, in model range.
             return_dict: False returns the tuple (images, class_labels, trajectory).
             class_labels: class of all images or of each. They go to the network, if it has classes, and to the
                 classifier, if there is one. If the network has classes, they are by default drawn uniformly, from
-                each image's generator; if it has none, -1 leaves an image without guidance.
-            guidance: a `ClassifierGuidance`, or another object with `Guidance`'s methods. Without it, `class_labels`
-                for a pipeline with a classifier mean `ClassifierGuidance()`, and the next seven arguments are the
-                short form of one: `guidance_scale=4.0` is `guidance=ClassifierGuidance(scale=4.0)`.
+                each image's generator. -1 means no label: no guidance, and for the network its null class.
+            guidance: a `ClassifierGuidance`, `ClassifierFreeGuidance`, or another object with `Guidance`'s methods.
+                Without it, `class_labels` for a pipeline with a classifier mean `ClassifierGuidance()`, and the next
+                seven arguments are the short form of one: `guidance_scale=4.0` is
+                `guidance=ClassifierGuidance(scale=4.0)`, or `ClassifierFreeGuidance(scale=4.0)` for a network with
+                classes and no classifier.
             guidance_scale: its `scale`, one or each image's own; with 0 the classifier is not called.
             guidance_mode: its `mode`, by default "score".
             guidance_interval: its `interval`, (low, high), the timesteps at which to guide, both included.
@@ -167,7 +169,8 @@ class DPMPipeline(DiffusionPipeline):
             "max_gradient_norm": max_gradient_norm,
             "guidance_through_unet": guidance_through_unet,
         }
-        guidance = choose_guidance(guidance, **shortcuts)
+        classifier_free = self.classifier is None and num_classes_of(self.unet) is not None
+        guidance = choose_guidance(guidance, classifier_free, **shortcuts)
         generator = make_generators(generator, seeds)
         labels = None if class_labels is None else torch.as_tensor(class_labels)
         scale = None if guidance is None else torch.as_tensor(guidance.scale)
@@ -203,10 +206,13 @@ class DPMPipeline(DiffusionPipeline):
         """Run the loop over the timesteps; returns x_0 and the trajectory (None if `keep_every` is 0)."""
         conditioning: dict[str, Any] = {}
         if labels is not None and is_conditional(self.unet):
-            conditioning["class_labels"] = labels.to(latents.device)
+            null_class = null_class_of(self.unet)
+            given = labels if null_class is None else labels.masked_fill(labels < 0, null_class)
+            conditioning["class_labels"] = given.to(latents.device)
         # The network reads the time on its device, where copying it step by step would wait; the scheduler looks its
         # tables up on the host.
         timesteps = scheduler.scheduler.timesteps
+        self.num_timesteps = len(timesteps)  # as diffusers' pipelines, for callbacks
         device_timesteps = timesteps.to(latents.device)
         states, finite = [], []
         for i, t in enumerate(self.progress_bar(timesteps)):
@@ -229,9 +235,9 @@ class DPMPipeline(DiffusionPipeline):
         check_finite(finite, timesteps)
         return latents, stack_trajectory(states, latents) if keep_every else None
 
-    def _predict(self, scheduler: SchedulerAdapter, conditioning: dict[str, Any], model_input: Tensor) -> Tensor:
+    def _predict(self, scheduler: SchedulerAdapter, conditioning: dict, model_input: Tensor, **changes: Any) -> Tensor:
         """The U-Net's output in the precision of its input, with the channels that the scheduler can use."""
-        output = self.unet(model_input.to(self.unet.dtype), **conditioning).sample.to(model_input.dtype)
+        output = self.unet(model_input.to(self.unet.dtype), **(conditioning | changes)).sample.to(model_input.dtype)
         channels = model_input.shape[1]
         cut = output.shape[1] == 2 * channels and not scheduler.takes_learned_variance
         return output[:, :channels] if cut else output
@@ -253,15 +259,14 @@ class DPMPipeline(DiffusionPipeline):
         self, labels: Tensor | None, batch_size: int, generator: Generators, guidance: Guidance | None
     ) -> Tensor | None:
         """One label per image, on the CPU; None if there are none."""
-        config = self.unet.config
-        num_classes, embed_type = config.get("num_class_embeds"), config.get("class_embed_type")
+        num_classes: Any = num_classes_of(self.unet)
+        embed_type, lowest = self.unet.config.get("class_embed_type"), 0 if null_class_of(self.unet) is None else -1
         if labels is not None:
             labels = labels.cpu().expand(batch_size) if labels.ndim == 0 else labels.cpu()
         if embed_type is not None:  # the labels are numbers or embeddings: none to draw, no range to check
             if labels is None:
                 raise ValueError(f"a U-Net with class_embed_type={embed_type!r} needs class_labels")
             return labels
-        lowest = 0
         if num_classes is not None:
             # Drawn even if labels are given: an image of a random class can then be drawn again by its seed and label.
             drawn = draw_labels(num_classes, batch_size, generator)
@@ -291,8 +296,9 @@ class DPMPipeline(DiffusionPipeline):
         return guidance
 
     def _check_output(self, output_type: str, return_trajectory: bool | int, tensor_inputs: tuple[str, ...]) -> None:
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f'output_type must be "pil", "np" or "pt", got {output_type!r}')
+        check_network(self.unet)
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f'output_type must be "pil", "np", "pt" or "latent", got {output_type!r}')
         channels = self.unet.config.in_channels
         if output_type == "pil" and channels not in (1, 3):
             raise ValueError(f'PIL images have 1 or 3 channels, these have {channels}: use output_type "np" or "pt"')
@@ -314,6 +320,8 @@ class DPMPipeline(DiffusionPipeline):
                 "%d of %d images hold non-finite values after %d steps of %s",
                 *(broken, len(latents), len(self.scheduler.timesteps), type(self.scheduler).__name__),
             )
+        if output_type == "latent":
+            return latents
         images = (latents / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
@@ -322,6 +330,24 @@ class DPMPipeline(DiffusionPipeline):
             return array
         pixels = (array * 255).round().astype(np.uint8)
         return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> tuple[dict, dict, dict]:
+        """As diffusers reads the index of a pipeline.
+
+        Raises:
+            ValueError: it names components that are not used here, such as the autoencoder of latent diffusion.
+        """
+        named = {name for name, value in config_dict.items() if isinstance(value, list | tuple) and any(value)}
+        if others := sorted(name for name in named - cls._get_init_keys(cls) if not name.startswith("_")):
+            own = config_dict.get("_class_name")
+            raise ValueError(f"{', '.join(others)} of this {own} is not used by DPMPipeline, which draws pixels")
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Those that there are, so that they make any other pipeline: without a classifier that is None."""
+        return {name: component for name, component in super().components.items() if component is not None}
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         """As `DiffusionPipeline.save_pretrained`, with the stock twin of the scheduler in `scheduler/`."""

@@ -53,7 +53,12 @@ class SchedulerAdapter:
 
     def step_arguments(self, generator: Any, eta: float | None) -> dict[str, Any]:
         """The keywords for `step`, as far as it takes them."""
-        parameters = inspect.signature(self.scheduler.step).parameters
+        try:
+            signature = inspect.signature(self.scheduler.step)
+            signature.bind("model_output", "timestep", "sample")
+        except (AttributeError, TypeError) as error:
+            raise ValueError(f"the pipeline cannot step with {self.name} ({error}): use another scheduler") from error
+        parameters = signature.parameters
         if eta is not None and "eta" not in parameters:
             raise ValueError(f"eta={eta} was given, but {self.name}.step takes no eta")
         offered = {"generator": generator, "eta": eta}

@@ -19,6 +19,7 @@ ON_A_RUN = ("analytic_dpm", "calibrated", "calibration_grids", "guidance_quality
 ON_DIGITS = ("analytic_dpm", "calibrated", "guidance_quality", "quality")  # with a judge
 MODULES = ("convergence", "parity")  # which use helpers of the tests
 ALONE = ("convergence", "guidance_overhead", "parity", "scheduler_overhead", "training_throughput")
+ON_A_CHECKOUT = ("peer_tests",)
 
 
 @pytest.fixture(scope="module")
@@ -57,4 +58,27 @@ def test_script_runs(script, folders, tmp_path):
 
 def test_every_script_is_listed():
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts == {*ON_A_RUN, *ALONE, "common"}
+    assert scripts == {*ON_A_RUN, *ALONE, *ON_A_CHECKOUT, "common"}
+
+
+PEER_TESTS = """
+import diffusers
+from diffusers import DDPMScheduler
+
+def test_passes(): assert DDPMScheduler().config.beta_schedule == "linear"
+def test_knows_theirs(): assert DDPMScheduler is diffusers.DDPMScheduler
+def test_fails_with_theirs(): assert hasattr(DDPMScheduler(), "schedule")
+"""
+
+
+def test_peer_tests_counts_what_theirs_pass(tmp_path):
+    path = tmp_path / "tests/schedulers/test_scheduler_ddpm.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(PEER_TESTS)
+    output = tmp_path / "peer_tests.json"
+    command = [sys.executable, "benchmarks/peer_tests.py", str(tmp_path), "--smallest", f"--output={output}"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    written = json.loads(output.read_text())
+    assert written["passed"] == {"ddpm": [1, 2]}
+    assert [row["test"] for row in written["failed"]] == ["test_knows_theirs"]
+    assert "| all | 1 | 2 |" in output.with_suffix(".md").read_text()

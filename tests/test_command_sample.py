@@ -2,6 +2,7 @@
 
 import json
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 
 from diffusers_dpm import sampling
 from diffusers_dpm.commands.main import main as cli
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import weights_hash
 from diffusers_dpm.sampling import build_scheduler, parse_assignments, parse_seeds
@@ -245,6 +247,63 @@ def test_schedulers_by_name(run, tmp_path):
     made.save_pretrained(run / "analytic_dpm")
     analytic = build_scheduler("analytic-dpm", {"reverse_variance": "residual"}, pipeline, str(run))
     assert analytic.posterior_variance() == made.posterior_variance()
+
+
+ZERO_SNR = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+PROCESSES = [
+    (diffusers.DDPMScheduler, {}, "FlowMatchEulerDiscrete", "flow matching"),
+    (diffusers.DDPMScheduler, {}, "EDMEuler", "EDM"),
+    (diffusers.DDPMScheduler, {}, "EDMDPMSolverMultistep", "EDM"),
+    (diffusers.DDPMScheduler, {}, "IPNDM", "IPNDMScheduler"),
+    (diffusers.DDPMScheduler, {}, "CMStochasticIterative", "CMStochasticIterativeScheduler"),
+    (diffusers.DDPMScheduler, {}, "DDIMInverse", "DDIMInverseScheduler"),
+    (diffusers.DDPMScheduler, {}, "CogVideoXDDIM", "other betas"),
+    (diffusers.DDPMScheduler, ZERO_SNR, "PNDM", "other betas"),
+    (diffusers.FlowMatchEulerDiscreteScheduler, {}, "DDIM", r"DDPM.*flow matching"),
+    (diffusers.EDMEulerScheduler, {}, "EulerDiscrete", r"DDPM.*EDM"),
+    (diffusers.DDPMScheduler, {}, "HeunDiscrete", None),
+    (diffusers.DDPMScheduler, {}, "LCM", None),
+    (diffusers.DDPMScheduler, ZERO_SNR, "DPMSolverMultistep", None),
+    (diffusers.FlowMatchEulerDiscreteScheduler, {}, "FlowMatchHeunDiscrete", None),
+    (diffusers.EDMEulerScheduler, {}, "EDMDPMSolverMultistep", None),
+]
+
+
+@pytest.mark.parametrize(("own", "config", "name", "message"), PROCESSES)
+def test_schedulers_of_another_process_are_refused(own, config, name, message, tmp_path):
+    """A model is drawn from by the process that it was trained for, or not at all; with exit code 0 came noise."""
+    own(**config).save_pretrained(tmp_path)
+    pipeline, name = DPMPipeline(tiny_unet(), own.from_pretrained(tmp_path)), f"diffusers:{name}Scheduler"
+    if message is None:
+        assert build_scheduler(name, {}, pipeline, "model").config is not None
+        return
+    with pytest.raises(DiffusersDPMError, match=rf"^{name} .*{message}"):
+        build_scheduler(name, {}, pipeline, "model")
+
+
+def test_a_ddpm_model_is_not_sampled_as_a_flow(run):
+    pipeline = DPMPipeline.from_pretrained(run)
+    with pytest.raises(DiffusersDPMError, match="flow matching"):
+        build_scheduler("diffusers:DPMSolverMultistepScheduler", {"use_flow_sigmas": True}, pipeline, str(run))
+
+
+def test_the_null_class_guides_where_there_is_no_classifier(tmp_path, capsys):
+    """With a classifier beside the model it is that which guides, as in the pipeline."""
+    unet = tiny_unet(num_class_embeds=3)
+    unet.register_to_config(_has_null_class=True)
+    run = tmp_path / "run"
+    save_run(run, unet)
+    command = [str(run), "--scheduler=ddim", "--num-inference-steps=3", "--seeds=0-1", "--class-labels", "0", "1"]
+    assert main([*command, "--guidance-scale=3", f"--output={tmp_path / 'free'}", "--cpu"]) == 0
+    pipeline = DPMPipeline.from_pretrained(run)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    arguments = {"seeds": [0, 1], "class_labels": [0, 1], "guidance_scale": 3.0, "num_inference_steps": 3}
+    assert_same(pixels(tmp_path / "free", [0, 1]), np.stack([*map(np.asarray, pipeline(**arguments).images)]))
+    tiny_classifier(2).save_pretrained(run / "classifier")
+    assert main([*command, "--guidance-scale=3", f"--output={tmp_path / 'by-classifier'}", "--cpu"]) == 0
+    (run / "classifier" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
+    assert main([*command, "--guidance-scale=3", f"--output={tmp_path / 'damaged'}", "--cpu"]) != 0
+    assert "classifier" in last_line(capsys)
 
 
 def save_tables(run, *tables, spacing="linspace", **hashes):

@@ -14,9 +14,11 @@ import pytest
 import torch
 from diffusers.utils import get_class_from_dynamic_module
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from diffusers_dpm.commands import main as cli
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.results import read_baselines, read_metrics
 from diffusers_dpm.hub import checks, remote_code, staging
 from diffusers_dpm.hub import publish as hub
@@ -205,6 +207,100 @@ def test_picture_of_wide_images_with_four_channels(tmp_path):
     assert Image.open(tmp_path / "drawn" / "DDIM-5-steps-seeds-0-to-15.png").size == (4 * 68, 4 * 36)
 
 
+# What must not leave the machine -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "published"),
+    [
+        ("/home/alice/faces", "local path"),
+        ("~/faces, train", "local path, train"),
+        ("/Users/Alice Smith/my faces/x, train", "local path, train"),
+        ("file:///home/alice/faces", "local path"),
+        ("nas:/home/alice", "nas:local path"),
+        ("C:\\Users\\alice\\faces", "local path"),
+        ("\\\\server\\alice", "local path"),
+        *((text, text) for text in ("https://hf.co/org/name", "org/name", "10 / 20", "and/or", "<b>1</b>", "\\alpha")),
+    ],
+)
+def test_texts_without_absolute_paths(text, published):
+    assert staging.without_paths({"key": [text, 1, None]}) == {"key": [published, 1, None]}
+
+
+@subfolder_code
+def test_no_file_names_a_path_or_its_owner(tmp_path):
+    """Whatever of the run names one: statistics, rows, figures, options, networks, pictures and their metadata."""
+    run, home = make_run(tmp_path / "run", extras=True), "/home/alice/faces"
+    for name in ("analytic_dpm/scheduler_config.json", "calibrated/scheduler_config.json"):
+        saved = config(run / name)
+        tables = next(value for value in saved.values() if isinstance(value, dict))
+        tables["provenance"] = {"model": f"{home}/run", "data": home}
+        (run / name).write_text(json.dumps(saved | {"unknown_key": home}))
+    for name in ("unet/config.json", "scheduler/scheduler_config.json", "classifier/config.json"):
+        saved = config(run / name) | {"_name_or_path": home, "auto_map": {"AutoModel": "alice/code--file.Class"}}
+        (run / name).write_text(json.dumps(saved))
+    row = METRIC | {"reference": f"{home}, train", "options": {"note": home}}
+    (run / "metrics.json").write_text(json.dumps({"rows": [row], "baselines": [row]}))
+    (run / "training_options.json").write_text(json.dumps({"data": home, "preset": home, "output_dir": home}))
+    weights = load_file(run / "classifier" / WEIGHTS)
+    save_file(weights, run / "classifier" / WEIGHTS, metadata={"format": "pt", "made_by": "alice"})
+    about = PngInfo()
+    about.add_text("Comment", f"alice {home}")
+    (run / "samples").mkdir(exist_ok=True)
+    Image.new("L", (8, 8), 3).save(run / "samples" / "mine.png", pnginfo=about)
+    facts = tmp_path / "facts.yaml"
+    facts.write_text(f"description: made in {home}\n")
+    stage(run, tmp_path / "staged", "org/name", facts=facts)
+    for path in list_files(tmp_path / "staged"):
+        assert b"alice" not in (tmp_path / "staged" / path).read_bytes(), path
+    assert (np.asarray(Image.open(tmp_path / "staged/samples/mine.png")) == 3).all()
+
+
+@pytest.mark.parametrize("name", ["samples", "samples/x.png", "metrics.json", "training_options.json", "unet"])
+def test_links_out_of_the_run_are_not_followed(name, tmp_path):
+    run, outside = make_run(tmp_path / "run"), tmp_path / "outside"
+    (run / "samples").mkdir(exist_ok=True)
+    path = run / name
+    if path.is_dir():
+        shutil.copytree(path, outside)
+        shutil.rmtree(path)
+    else:
+        outside.write_text("{}")
+        path.unlink(missing_ok=True)
+    path.symlink_to(outside)
+    with pytest.raises(DiffusersDPMError, match=rf"{re.escape(str(path))} is a link out of"):
+        stage(run, tmp_path / "staged", "org/name")
+    assert not (tmp_path / "staged").exists()
+
+
+def test_links_within_the_run_are_files_of_it(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "kept").mkdir()
+    Image.new("L", (8, 8)).save(run / "kept" / "best.png")
+    (run / "samples").mkdir(exist_ok=True)
+    (run / "samples" / "best.png").symlink_to(run / "kept" / "best.png")
+    stage(run, tmp_path / "staged", "org/name")
+    assert (tmp_path / "staged/samples/best.png").is_file()
+    assert not (tmp_path / "staged/samples/best.png").is_symlink()
+
+
+def test_what_is_no_picture_is_left_out(tmp_path):
+    source, lines = tmp_path / "samples", []
+    source.mkdir()
+    (source / "key.png").write_text("secret")
+    Image.new("L", (8, 8)).save(source / "animation.png", format="GIF")
+    Image.new("L", (8, 8)).save(source / "good.png")
+    with (source / "good.png").open("ab") as file:
+        file.write(b"secret")
+    (source / "cut.png").write_bytes((source / "good.png").read_bytes()[:40])
+    pipe = DPMPipeline.from_pretrained(make_run(tmp_path / "run", num_train_timesteps=5))
+    assert stage_pictures(pipe, source, tmp_path / "taken", report=lines.append) == ["good.png"]
+    assert sorted(Path(line.split()[2].rstrip(",")).name for line in lines) == ["animation.png", "cut.png", "key.png"]
+    assert b"secret" not in (tmp_path / "taken" / "good.png").read_bytes()
+    (source / "good.png").unlink()
+    assert stage_pictures(pipe, source, tmp_path / "drawn") == ["DDIM-5-steps-seeds-0-to-15.png"]
+
+
 # Code that ships -----------------------------------------------------------------------------------------------------
 
 
@@ -390,6 +486,29 @@ def test_damage_that_only_others_would_see_is_found(damage, way, run, copy):
     results = Loaded(run).evaluate()
     with pytest.raises(PublishError, match=way):
         check_without_package(Loaded(copy), results)
+
+
+@pytest.mark.slow
+@subfolder_code
+def test_a_snippet_of_the_card_that_fails_is_found(run, staged, monkeypatch):
+    """As it was with a classifier for other classes than the network's."""
+    loaded, results = Loaded(staged), Loaded(run).evaluate()
+    snippets = checks.card_snippets(loaded)
+    assert len(snippets) == 10
+    assert all(str(staged.resolve()) in code for code in snippets)
+    monkeypatch.setattr(checks, "card_snippets", lambda staged: [snippets[-1], "import diffusers_dpm\n1 / 0"])
+    with pytest.raises(PublishError, match="the card's code: import diffusers_dpm 1 / 0: ZeroDivisionError"):
+        check_without_package(loaded, results)
+
+
+@pytest.mark.slow
+@subfolder_code
+@pytest.mark.parametrize("classes", [{}, {"num_class_embeds": 3}])
+def test_a_network_of_many_channels_can_be_published(classes, tmp_path):
+    """Its images are no PIL images, and the card does not ask for any."""
+    run = make_run(tmp_path / "run", num_train_timesteps=5, in_channels=5, out_channels=5, **classes)
+    stage(run, tmp_path / "staged", "org/name")
+    check(run, tmp_path / "staged")
 
 
 def test_a_network_that_diverged_is_not_published(tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from PIL import Image
 
 from diffusers_dpm.evaluation.results import format_value, metric_tables, read_metrics
 from diffusers_dpm.hub import card as model_card
@@ -18,7 +19,7 @@ from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.training.options import TrainingOptions
 from diffusers_dpm.training.unet_presets import PRESETS
 
-from .models import METRIC, fitted_scheduler, make_run
+from .models import METRIC, fitted_scheduler, make_run, tiny_classifier
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
@@ -184,6 +185,21 @@ def test_class_conditional_snippets_run(tmp_path):
     assert "passes no labels" in section(card, "Limits")
 
 
+def test_snippets_of_a_network_with_a_null_class(tmp_path):
+    """It guides itself, and so does a classifier of the real classes."""
+    run = make_run(tmp_path / "run", num_class_embeds=3, num_train_timesteps=100)
+    saved = json.loads((run / "unet" / "config.json").read_text()) | {"_has_null_class": True}
+    (run / "unet" / "config.json").write_text(json.dumps(saved))
+    tiny_classifier(2).save_pretrained(run / "classifier")
+    card = card_of(run, tmp_path / "staged")
+    check_form(card)
+    assert "class-conditional (2 labels)" in card
+    assert "class_labels=0, guidance_scale=2.0," in section(card, "Use")
+    assert json.loads((tmp_path / "staged/unet/config.json").read_text())["_has_null_class"] is True
+    results = run_snippets(card, tmp_path / "staged")
+    assert [len(names["images"]) for names in results] == [4, 4, 4, 4]
+
+
 def test_metrics(tmp_path):
     run = make_run(tmp_path / "run")
     rows = [
@@ -275,6 +291,45 @@ def test_without_facts_the_card_says_what_was_recorded(tmp_path, monkeypatch):
     assert "Hardware: not recorded." in training
 
 
+def test_one_limit_is_one_point(tmp_path):
+    facts = tmp_path / "facts.yaml"
+    points = []
+    for text in ("limits: It draws no hands.", "limits: [It draws no hands.]"):
+        facts.write_text(text)
+        points.append(section(card_of(make_run(tmp_path / "run"), tmp_path / "staged", facts=facts), "Limits"))
+        shutil.rmtree(tmp_path / "run")
+    assert points[0] == points[1]
+    assert points[0].endswith("\n- It draws no hands.")
+
+
+def test_the_licence_is_an_option_too(tmp_path):
+    run, facts = make_run(tmp_path / "run"), tmp_path / "facts.yaml"
+    facts.write_text("license: mit")
+    assert ModelCard(card_of(run, tmp_path / "staged", facts=facts)).data.license == "mit"
+    assert ModelCard(card_of(run, tmp_path / "staged", facts=facts, license="cc-by-4.0")).data.license == "cc-by-4.0"
+    with pytest.raises(ValueError, match=r"'mitt'.* mit"):
+        stage(run, tmp_path / "again", "org/name", license="mitt")
+
+
+def test_what_the_run_recorded_is_shown_as_text(tmp_path):
+    """Options, names of pictures and figures may hold anything; a table keeps its rows, and a card its links."""
+    run = make_run(tmp_path / "run")
+    odd = "a|b\n## Use\n```python\n<img src=x>`c` *d* [e](https://evil.example)"
+    shown = "a\\|b ## Use \\`\\`\\`python \\<img src=x\\>\\`c\\` \\*d\\* [e\\](https://evil.example)"
+    write_options(run, preset=odd, batch_size=64)
+    row = METRIC | {"reference": odd, "metric": odd, "scheduler": odd}
+    (run / "metrics.json").write_text(json.dumps({"rows": [row], "baselines": []}))
+    (run / "samples").mkdir(exist_ok=True)
+    Image.new("L", (8, 8)).save(run / "samples" / "a|b <c>\n## Use.png")
+    card = card_of(run, tmp_path / "staged")
+    assert f"| preset | {shown} |\n" in card
+    assert f"against {shown}:\n" in section(card, "Evaluation")
+    assert re.search(r"^\| `a\\\|b ## Use .*` \| .* \|$", section(card, "Evaluation"), re.M)
+    assert "*a\\|b \\<c\\> ## Use*" in card
+    assert len(re.findall("^## Use$", card, re.M)) == 1
+    assert card.split("---\n", 2)[2].count("```python\n") == 4
+
+
 def test_facts_that_contradict_the_run(tmp_path):
     run = make_run(tmp_path / "run")
     (tmp_path / "facts.yaml").write_text(yaml.safe_dump({"training": {"batch_size": 128}}))
@@ -290,6 +345,12 @@ def test_facts_that_contradict_the_run(tmp_path):
         ("training:", r"facts\.yaml.* 'fact: value'"),
         ("- a", r"facts\.yaml.* 'fact: value'"),
         ("data: [", r"facts\.yaml"),
+        ("limits: {a: b}", r"facts\.yaml: limits .*'a'"),
+        ("limits: 3", r"facts\.yaml: limits .*3"),
+        ("license: Apache License 2.0", r"'Apache License 2\.0'.*apache-2\.0"),
+        ("license: no", "license False"),
+        ("license: MIT", "'MIT'.* mit"),
+        ("license: [mit]", r"\['mit'\]"),
     ],
 )
 def test_facts_that_cannot_be_read(facts, message, tmp_path):

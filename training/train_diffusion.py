@@ -152,14 +152,12 @@ def build_network(data: ImageDataset, options: TrainingOptions, trained: Any = N
     if trained is not None and (theirs := config.get("num_class_embeds")) != num_classes:
         ways = "see --class-conditional and --class-dropout-prob"
         raise DiffusersDPMError(f"{options.init_from} has num_class_embeds {theirs}, this run {num_classes}: {ways}")
-    chosen: dict[str, Any] = {
-        "num_class_embeds": num_classes,
-        "dropout": options.dropout,
-        "paper_init": options.init == "papers",
-    }
-    unet = build_unet(config, data.shape, **chosen)
+    paper_init = options.init == "papers"
+    unet = build_unet(config, data.shape, num_class_embeds=num_classes, dropout=options.dropout, paper_init=paper_init)
     if trained is not None:
         unet.load_state_dict(trained.state_dict())
+    if options.class_dropout_prob:
+        unet.register_to_config(_has_null_class=True)
     return unet
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.networks import whole_config
 from diffusers_dpm.pipelines import evaluation_mode, image_shape
+from diffusers_dpm.pipelines.networks import num_classes_of
 from diffusers_dpm.pipelines.pipeline_dpm import draw_labels, make_generators
 from diffusers_dpm.records import Record, provenance
 from diffusers_dpm.schedulers import CLEAN, DPMSolverScheduler, Level
@@ -462,7 +463,7 @@ def _pilot(
         )
     generators, shape = make_generators(generator, seeds), (num_images, *image_shape(unet))
     noise = randn_tensor(shape, generator=generators, device=unet.device, dtype=unet.dtype)
-    num_classes = unet.config.get("num_class_embeds")
+    num_classes = num_classes_of(unet)
     if class_labels is not None:
         return noise, torch.as_tensor(class_labels)
     return noise, None if num_classes is None else draw_labels(num_classes, num_images, generators)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.pipelines.guidance import ClassifierGuidance, check_classifier, label_log_probability
-from diffusers_dpm.pipelines.networks import image_shape, is_conditional
+from diffusers_dpm.pipelines.networks import image_shape, is_conditional, num_classes_of
 from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.records import fingerprint, weights_hash
 
@@ -32,12 +32,13 @@ def labels_for(
     unet: Any, classifier: Any, class_labels: Sequence[int] | Tensor | None, num_images: int, seed: int
 ) -> Tensor | None:
     """A label for each image, on the CPU; None if neither network nor classifier has classes."""
-    network, key = (unet, "num_class_embeds") if is_conditional(unet) else (classifier, "num_classes")
-    if network is None:
+    if classifier is None and not is_conditional(unet):
         if class_labels is not None:
             raise DiffusersDPMError("class_labels need a network with num_class_embeds, or a classifier.")
         return None
-    num_classes = getattr(network, "config", {}).get(key)
+    num_classes = (
+        num_classes_of(unet) if is_conditional(unet) else getattr(classifier, "config", {}).get("num_classes")
+    )
     if class_labels is None:
         if num_classes is None:
             raise DiffusersDPMError("no config has the number of classes: give class_labels.")

@@ -12,7 +12,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
-from diffusers_dpm.pipelines.networks import evaluation_mode
+from diffusers_dpm.pipelines.networks import check_network, evaluation_mode, null_class_of, num_classes_of
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, VPNoiseSchedule
 
@@ -104,7 +104,9 @@ def load_pipeline(model: str) -> DPMPipeline:
             f"{model} holds no {run.index.name}: it is not a pipeline, or its training has not finished"
         )
     with user_error(f"cannot load {model}", OSError), quiet():
-        return DPMPipeline.from_pretrained(model)
+        pipeline = DPMPipeline.from_pretrained(model)
+        check_network(pipeline.unet)
+        return pipeline
 
 
 def load_extra(model: str, name: str) -> Any:
@@ -116,6 +118,20 @@ def load_extra(model: str, name: str) -> Any:
         if (Path(model) / name / extra.cls.config_name).exists():
             raise DiffusersDPMError(f"{model}/{name} cannot be read ({error})") from error
         raise DiffusersDPMError(f"{model} has no {name}: 'diffusers-dpm {extra.command} {model}' makes it") from error
+
+
+def load_guide(model: str, unet: Any) -> Any:
+    """The model's classifier; None if it has none and its network guides itself, by its null class.
+
+    Raises:
+        DiffusersDPMError: as `load_extra`.
+    """
+    try:
+        return load_extra(model, "classifier")
+    except DiffusersDPMError:
+        if null_class_of(unet) is None or RunFolder(model).classifier.exists():
+            raise
+        return None
 
 
 @contextmanager
@@ -138,7 +154,7 @@ def checked_labels(unet: Any, images: torch.Tensor, labels: torch.Tensor | None)
     Raises:
         DiffusersDPMError: images or labels do not fit the network.
     """
-    shape, num_classes = image_shape(unet, images.shape[2:]), unet.config.get("num_class_embeds")
+    shape, num_classes = image_shape(unet, images.shape[2:]), num_classes_of(unet)
     if images.shape[1:] != shape:
         raise DiffusersDPMError(f"the images have shape {tuple(images.shape[1:])}, the network's have {shape}.")
     if not is_conditional(unet):

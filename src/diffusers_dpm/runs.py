@@ -13,9 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 
 from diffusers_dpm.calibration import STEPS, Calibration, calibrate, conditions_of, network_calls, solver_for
-from diffusers_dpm.data import load_images
+from diffusers_dpm.data import describe_data, load_images
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.networks import load_extra, load_pipeline, noise_schedule_of, report_cost
+from diffusers_dpm.networks import load_extra, load_guide, load_pipeline, noise_schedule_of, report_cost
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
 from diffusers_dpm.records import weights_hash
@@ -58,7 +58,7 @@ def sample_run(
     """
     pipeline = load_pipeline(model)
     if guidance_scale is not None:
-        pipeline.register_modules(classifier=load_extra(model, "classifier"))
+        pipeline.register_modules(classifier=load_guide(model, pipeline.unet))
     if scheduler is not None:
         pipeline.scheduler = build_scheduler(scheduler, scheduler_options or {}, pipeline, model, guidance_scale)
     sampler = Sampler(pipeline, num_inference_steps, class_labels, guidance_scale)
@@ -132,7 +132,7 @@ def estimate_run(
         )
     if not accelerator.is_main_process:
         return None
-    facts = {"model": model, "data": data, "split": images.get("split", "train")}
+    facts = {"data": describe_data(data), "split": images.get("split", "train")}
     statistics = dataclasses.replace(statistics, provenance={**statistics.provenance, **facts})
     folder.mkdir(parents=True, exist_ok=True)
     statistics.save(folder / "statistics.json")

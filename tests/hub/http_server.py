@@ -49,6 +49,7 @@ class Fault:
     - `drop_request` closes the connection without an answer; the request is not carried out.
     - `drop_response=n` carries the request out, sends n bytes of the body, and closes the connection. With n = 0
       not even the status is sent.
+    - `hang` answers nothing until the server ends; the request is not carried out.
     - `corrupt` carries the request out and flips every bit of the body.
     """
 
@@ -59,6 +60,7 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     drop_request: bool = False
     drop_response: int | None = None
+    hang: bool = False
     corrupt: bool = False
     seen: int = 0
 
@@ -83,7 +85,7 @@ class LoggingServer:
     def __init__(self) -> None:
         self.log: list[LogEntry] = []
         self.faults: list[Fault] = []
-        self._lock = threading.Lock()
+        self._lock, self._ended = threading.Lock(), threading.Event()
         self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"owner": self}))
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
 
@@ -92,6 +94,7 @@ class LoggingServer:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._ended.set()
         self._http.shutdown()
         self._http.server_close()
 
@@ -113,13 +116,15 @@ class LoggingServer:
         with self._lock:
             striking = [fault for fault in self.faults if fault.strikes(f"{request.method} {path}")]  # each one counts
             fault = striking[0] if striking else NO_FAULT
-            if fault.drop_request:
+            if fault.drop_request or fault.hang:
                 response = Response()
             elif fault.status is not None:
                 response = Response(fault.status, b'{"error": "injected fault"}', fault.headers)
             else:
                 response = self.answer(request)
             self.log.append(LogEntry(request.method, path, None if fault.bytes_sent == 0 else response.status))
+        if fault.hang:
+            self._ended.wait()
         if fault.corrupt:
             response = response._replace(body=bytes(byte ^ 0xFF for byte in response.body))
         return response, fault.bytes_sent

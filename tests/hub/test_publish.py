@@ -4,7 +4,8 @@ import huggingface_hub
 import pytest
 
 from diffusers_dpm.commands.main import main as cli
-from diffusers_dpm.hub.upload import PublishError, log_in, upload
+from diffusers_dpm.hub import upload as upload_module
+from diffusers_dpm.hub.upload import PublishError, log_in, upload, within
 from tests.models import make_run
 
 
@@ -119,6 +120,28 @@ def test_failed_commit_leaves_what_was_there(fault, hub, folder):
     assert hub.files(REPO) == before
     upload(folder, REPO, force=True, api=hub.api())
     assert hub.files(REPO) == contents(folder)
+
+
+def test_a_hub_that_never_answers_is_given_up(hub, folder, monkeypatch):
+    """The client itself waits for ever."""
+    hub.inject("GET /api/whoami", hang=True)
+    monkeypatch.setattr(upload_module, "ANSWER_SECONDS", 0.2)
+    with pytest.raises(PublishError, match="cannot log in: no end after 0 seconds"):
+        log_in(hub.api())
+    assert log_in(hub.api()) == "alice"
+    hub.inject(COMMIT, hang=True)
+    with pytest.raises(PublishError, match=f"{REPO}: no end after 1 seconds"):
+        within(1, f"cannot publish to {REPO}", lambda: upload(folder, REPO, api=hub.api()))
+    assert hub.files(REPO) == {}
+    within(60, "", lambda: upload(folder, REPO, api=hub.api()))
+    assert hub.files(REPO) == contents(folder)
+
+
+def test_errors_within_the_time_are_the_works_own():
+    with pytest.raises(ZeroDivisionError):
+        within(60, "", lambda: 1 // 0)
+    with pytest.raises(TimeoutError, match="of the work"):
+        within(60, "", lambda: (_ for _ in ()).throw(TimeoutError("of the work")))
 
 
 def test_failed_first_upload_can_be_run_again(hub, folder):

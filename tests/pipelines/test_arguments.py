@@ -4,9 +4,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet1DModel
 
 from diffusers_dpm.pipelines import DPMPipelineOutput
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
+from tests.models import tiny_conditional_unet, tiny_unet
 
 
 def sample(pipe, **arguments):
@@ -188,6 +190,16 @@ def test_four_channels_are_no_pil_image(make_pipe):
         sample(pipe, output_type="pil")
 
 
+def test_latents_are_x0_in_model_range(make_pipe):
+    """As diffusers' pipelines give them, also for networks whose channels are no colours."""
+    pipe = make_pipe(DDIMScheduler(clip_sample=False), in_channels=5, out_channels=5)
+    arguments = {"seeds": [0, 1], "num_inference_steps": 3}
+    latents = pipe(**arguments, output_type="latent").images
+    assert latents.abs().max() > 1
+    assert torch.equal((latents / 2 + 0.5).clamp(0, 1), pipe(**arguments, output_type="pt").images)
+    assert pipe.num_timesteps == 3
+
+
 def test_default_call_gives_one_pil_image(make_pipe):
     output = make_pipe(DDIMScheduler(num_train_timesteps=10))()
     assert isinstance(output, DPMPipelineOutput)
@@ -360,7 +372,7 @@ def test_no_graph_is_kept(make_pipe):
         ({"seeds": []}, "'seeds or generators': 0"),
         ({"batch_size": 0}, "'batch_size': 0"),
         ({"latents": torch.zeros(1, 1, 8, 8)}, r"latents .*\(B, 3, H, W\), .*\(1, 1, 8, 8\)"),
-        ({"output_type": "latent"}, "output_type.*'latent'"),
+        ({"output_type": "latents"}, "output_type.*'latents'"),
         ({"num_inference_steps": 0}, "num_inference_steps.*0"),
         ({"return_trajectory": -1}, "return_trajectory.*-1"),
         ({"callback_on_step_end_tensor_inputs": ["x0"]}, "inputs.*'x0'"),
@@ -369,6 +381,22 @@ def test_no_graph_is_kept(make_pipe):
 def test_contradictions_are_named(make_pipe, arguments, message):
     with pytest.raises(ValueError, match=message):
         sample(make_pipe(DDIMScheduler(), num_class_embeds=10), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("unet", "message"),
+    [
+        (lambda: UNet1DModel(sample_size=512, extra_in_channels=16), "UNet2DModel.*UNet1DModel"),
+        (tiny_conditional_unet, "UNet2DModel.*UNet2DConditionModel"),
+        (lambda: tiny_unet(6, out_channels=3), "in_channels=6 and out_channels=3"),
+        (lambda: tiny_unet(3, out_channels=9), "in_channels=3 and out_channels=9"),
+    ],
+)
+def test_networks_of_something_else_are_refused(make_pipe, unet, message):
+    pipe = make_pipe(DDIMScheduler(), unet())
+    for arguments in ({}, {"latents": torch.zeros(1, 2, 512)}):
+        with pytest.raises(ValueError, match=message):
+            sample(pipe, **arguments)
 
 
 def test_labels_for_an_unconditional_network_are_an_error(make_pipe):

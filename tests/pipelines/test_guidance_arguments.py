@@ -392,11 +392,17 @@ def test_contradictions_are_named(real_pipe, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"guidance_scale": 1.0}, {"clip_order": "both"}, {"guidance_interval": (0, 10)}]
+    "arguments",
+    [{"guidance_scale": 1.0, "clip_order": "both"}, {"clip_order": "both"}, {"guidance_interval": (0, 10)}],
 )
 def test_guidance_without_a_guide_is_an_error(make_pipe, arguments):
     with pytest.raises(ValueError, match=r"classifier .*cond_fn"):
         path(make_pipe(DDIMScheduler(), num_class_embeds=3), class_labels=0, **arguments)
+
+
+def test_differs_a_scale_without_a_guide_is_refused(make_pipe):
+    with pytest.raises(ValueError, match=r"classifier .*cond_fn"):
+        path(make_pipe(DDIMScheduler()), guidance_scale=7.5)
 
 
 def test_shortcuts_with_their_defaults_ask_for_nothing(make_pipe):

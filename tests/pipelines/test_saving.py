@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.networks import load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 
@@ -154,6 +156,30 @@ def test_stock_pipelines_become_ours(make_unet, tmp_path, stock):
         assert (sample(pipe) == expected).all()
         pipe.save_pretrained(tmp_path / "again")
         assert set(index_of(tmp_path / "again")) == {"_class_name", "_diffusers_version", "scheduler", "unet"}
+
+
+def test_differs_more_components_are_refused(make_unet, tmp_path):
+    """Such as the autoencoder of latent diffusion: its latents are no images."""
+    vqvae = diffusers.VQModel(block_out_channels=(32,), norm_num_groups=8)
+    pipe = diffusers.LDMPipeline(vqvae=vqvae, unet=make_unet(), scheduler=diffusers.DDIMScheduler())
+    pipe.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="vqvae of this LDMPipeline"):
+        DPMPipeline.from_pretrained(tmp_path)
+    with pytest.raises(DiffusersDPMError, match=rf"{tmp_path}.* vqvae of this LDMPipeline"):
+        load_pipeline(str(tmp_path))
+
+
+def test_networks_of_something_else_are_refused_when_loaded(make_unet, tmp_path):
+    scheduler = diffusers.DDPMScheduler()
+    diffusers.DDPMPipeline(make_unet(in_channels=6, out_channels=3), scheduler).save_pretrained(tmp_path)
+    with pytest.raises(DiffusersDPMError, match=rf"{tmp_path}.*in_channels=6"):
+        load_pipeline(str(tmp_path))
+
+
+def test_components_make_another_pipeline(make_pipe):
+    pipe = make_pipe(DDIMScheduler())
+    stock = diffusers.DDPMPipeline(**pipe.components)
+    assert stock.unet is DPMPipeline(**pipe.components).unet is pipe.unet
 
 
 def test_our_scheduler_from_the_folder_of_a_pipeline(make_pipe, tmp_path):

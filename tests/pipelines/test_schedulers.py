@@ -179,6 +179,14 @@ def test_scheduler_that_is_no_diffusers_class(gaussian_unet):
     assert (pipe(output_type="pt").images == 0.5).all()
 
 
+@pytest.mark.parametrize(
+    ("name", "message"), [("ScoreSdeVeScheduler", "no attribute 'step'"), ("RePaintScheduler", "'original_image'")]
+)
+def test_schedulers_that_step_otherwise_are_refused(make_pipe, name, message):
+    with pytest.raises(ValueError, match=rf"{name} .*{message}"):
+        make_pipe(getattr(diffusers, name)())(num_inference_steps=2, output_type="pt")
+
+
 # Networks that predict a variance, too ---------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.options import parse_options
 from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.pipelines.networks import null_class_of, num_classes_of
 from diffusers_dpm.schedulers import DDIMScheduler
 from diffusers_dpm.training.checkpoints import checkpoint_folder, list_checkpoints
 from diffusers_dpm.training.loop import training_steps
@@ -157,7 +158,9 @@ def test_class_conditional(tmp_path, options):
     )
     pipe = DPMPipeline.from_pretrained(folder)
     assert pipe.unet.config.num_class_embeds == 3  # two classes, and none
-    images = pipe(class_labels=[0, 1, 2], num_inference_steps=2, output_type="pt").images
+    assert num_classes_of(pipe.unet) == null_class_of(pipe.unet) == 2
+    arguments = {"class_labels": [0, 1, -1], "num_inference_steps": 2, "output_type": "pt"}
+    images = pipe(**arguments, guidance_scale=3.0).images
     assert images.shape == (3, 1, 8, 8)
     assert (folder / "samples" / "step-00000006.png").exists()
 

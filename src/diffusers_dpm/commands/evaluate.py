@@ -27,7 +27,7 @@ class SamplerOptions:
     class_labels: list[int] | None = None
     """one class label, or several in turn (default: random; required to guide an unconditional network)"""
     guidance_scale: float | None = None
-    """scale of guidance by the model's classifier"""
+    """scale of guidance by the model's classifier, or else by its null class"""
     batch_size: int = 64
     """images per network call"""
     cpu: bool = False

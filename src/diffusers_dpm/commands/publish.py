@@ -11,6 +11,8 @@ class PublishOptions:
 
     card: str | None = None
     """YAML file with facts for the model card (default: what the run recorded)"""
+    license: str | None = None
+    """licence of the model, as the Hub names it, such as mit (default: that in the facts)"""
     variant: Literal["fp16"] | None = None
     """add the weights in half precision beside the full ones"""
     private: bool = False

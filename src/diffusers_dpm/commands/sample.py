@@ -36,7 +36,7 @@ class ImageOptions:
     class_labels: list[int] | None = None
     """one class label, or K that seeds take in turn: seed s gets the (s mod K)-th"""
     guidance_scale: float | None = None
-    """scale of guidance by the model's classifier"""
+    """scale of guidance by the model's classifier, or else by its null class"""
     batch_size: int = 64
     """images per network call"""
     columns: int | None = None

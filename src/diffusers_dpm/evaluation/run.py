@@ -20,7 +20,7 @@ from diffusers_dpm.evaluation.features import Reference, load_features, to_bytes
 from diffusers_dpm.evaluation.report import write_report
 from diffusers_dpm.evaluation.results import Results, sampler_name
 from diffusers_dpm.likelihood.bound import evidence_lower_bound, why_unbounded
-from diffusers_dpm.networks import load_extra, load_pipeline, report_cost
+from diffusers_dpm.networks import load_guide, load_pipeline, report_cost
 from diffusers_dpm.options import DataSourceOptions
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.records import read_json, short_hash, weights_hash
@@ -106,7 +106,7 @@ class Evaluation:
     def _load_pipeline(self) -> DPMPipeline:
         pipeline = load_pipeline(self.model)
         if self.guidance_scale is not None:
-            pipeline.register_modules(classifier=load_extra(self.model, "classifier"))
+            pipeline.register_modules(classifier=load_guide(self.model, pipeline.unet))
             if self.class_labels is None and not is_conditional(pipeline.unet):
                 raise DiffusersDPMError("--guidance-scale needs --class-labels, such as 0 1 2")
         return pipeline

@@ -13,9 +13,10 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from diffusers_dpm.data import describe_data
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, nearest
 from diffusers_dpm.evaluation.results import Row, metric_tables, sampler_name
 from diffusers_dpm.pipelines import DPMPipeline, image_shape
+from diffusers_dpm.pipelines.networks import null_class_of, num_classes_of
 from diffusers_dpm.run_folder import EXTRAS
 
 
@@ -48,7 +49,20 @@ def load_facts(path: Path) -> dict[str, Any]:
     for values, known in ((facts, FACTS), (facts.get("data", {}), DATA_FACTS)):
         if unknown := sorted(set(values) - known):
             raise DiffusersDPMError(f"{path}: unknown fact {unknown[0]!r}; known are {', '.join(sorted(known))}")
+    facts["limits"] = [limits] if isinstance(limits := facts.get("limits", []), str) else limits
+    if not isinstance(facts["limits"], list):
+        raise DiffusersDPMError(f"{path}: limits must be a sentence or a list of sentences, not {limits!r}")
+    if "license" in facts:
+        check_license(facts["license"])
     return facts
+
+
+def check_license(name: Any) -> None:
+    """Raise DiffusersDPMError for a licence with which the Hub refuses a card."""
+    known = (files("diffusers_dpm.model_cards") / "licenses.txt").read_text(encoding="utf-8").split()
+    if name not in known:
+        near = nearest(str(name).lower(), known)
+        raise DiffusersDPMError(f"the Hub takes no license {name!r}, but such as mit, cc-by-4.0 or other{near}")
 
 
 def check_recipe(facts: Mapping[str, Any], options: Mapping[str, Any]) -> None:
@@ -86,7 +100,8 @@ def render_card(
     title = facts.get("title") or repo_id.split("/")[1]
     channels, height, width = image_shape(pipe.unet)
     trained = recipe(facts, options)
-    network = {"parameters": f"{pipe.unet.num_parameters():,}", "num_classes": pipe.unet.config.num_class_embeds}
+    network = {"parameters": f"{pipe.unet.num_parameters():,}", "num_classes": num_classes_of(pipe.unet)}
+    network["null_class"] = null_class_of(pipe.unet)
     about = {"repo_id": repo_id, "title": title, "facts": facts, "recipe": trained, "scheduler": pipe.scheduler.config}
     card = ModelCard.from_template(
         card_metadata(facts, title, rows, extras),
@@ -95,11 +110,22 @@ def render_card(
         data={"name": trained.get("data"), **facts.get("data", {})},
         extras=extras,
         fitted_steps=fitted_steps or {},
-        pictures={Path(name).stem.replace("-", " "): quote(f"samples/{name}") for name in pictures},
-        tables=metric_tables(rows, baselines),
+        pictures={escaped(Path(name).stem.replace("-", " ")): quote(f"samples/{name}") for name in pictures},
+        tables=[*map(escaped_table, metric_tables(rows, baselines))],
         diffusers_version=version("diffusers"),
     )
     return re.sub(r"\n{3,}", "\n\n", str(card)).rstrip() + "\n"
+
+
+def escaped(text: Any) -> str:
+    """One line of Markdown that shows the text as it is, in a table too."""
+    return re.sub(r"[\\`*<>|]|\](?=[(\[])", r"\\\g<0>", " ".join(str(text).split()))
+
+
+def escaped_table(table: Mapping[str, Any]) -> dict[str, Any]:
+    """One of `metric_tables`."""
+    rows = {escaped(sampler): cells for sampler, cells in table["rows"].items()}
+    return {**table, "title": escaped(table["title"]), "rows": rows, "others": [*map(escaped, table["others"])]}
 
 
 def card_metadata(facts: Mapping[str, Any], title: str, rows: Sequence[Row], extras: Sequence[str]) -> ModelCardData:
@@ -137,4 +163,6 @@ def recipe(facts: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, An
     """The options that matter, as the run recorded them, or else as the facts say."""
     known = {**facts.get("training", {}), **options}
     chosen = {name: known[name] for name in RECIPE if known.get(name) is not None}
-    return {**chosen, "data": describe_data(chosen["data"])} if "data" in chosen else chosen
+    if "data" in chosen:
+        chosen["data"] = describe_data(chosen["data"])
+    return {name: value if isinstance(value, bool) else escaped(value) for name, value in chosen.items()}

@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,12 +16,15 @@ import torch
 from diffusers import DDPMPipeline
 
 from diffusers_dpm.hub import without_package
+from diffusers_dpm.hub.card import render_card
 from diffusers_dpm.hub.staging import VARIANTS, WEIGHTS, load_extras
 from diffusers_dpm.hub.upload import PublishError
 from diffusers_dpm.hub.without_package import draw
 from diffusers_dpm.networks import load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
+from diffusers_dpm.run_folder import RunFolder
+from diffusers_dpm.sampling import fitted_steps
 
 
 def check(run: str | Path, folder: str | Path) -> None:
@@ -76,6 +80,18 @@ class Loaded:
         return results
 
 
+def card_snippets(staged: Loaded) -> list[str]:
+    """The Python of the folder's card, in few steps; of the template's own text only, as it is going to be run."""
+    extras, folder = RunFolder(staged.folder).extras(), staged.folder.resolve().as_posix()
+    about: dict[str, Any] = {"facts": {"title": "Model"}, "options": {}, "rows": [], "baselines": [], "pictures": []}
+    if "calibrated" in extras:
+        about["fitted_steps"] = fitted_steps(staged.schedulers["calibrated"][0], staged.pipeline.unet, folder)
+    card = render_card(staged.pipeline, folder, extras=extras, **about)
+    few = max([staged.steps, *(steps for _, steps in staged.schedulers.values())])
+    card = re.sub(r"(num_inference_steps)=(\d+)", lambda found: f"{found[1]}={min(int(found[2]), few)}", card)
+    return re.findall(r"```python\n(.*?)```", card.replace("pipe()", f"pipe(num_inference_steps={few})"), re.S)
+
+
 def check_without_package(staged: Loaded, results: Mapping[str, np.ndarray]) -> None:
     """Run without_package.py on the staged folder. Raises PublishError, naming the way of loading that failed."""
     unet = staged.folder / "unet"
@@ -86,6 +102,7 @@ def check_without_package(staged: Loaded, results: Mapping[str, np.ndarray]) -> 
         "schedulers": {
             name: [Path(inspect.getfile(cls)).name, cls.__name__, steps] for name, (cls, steps) in classes.items()
         },
+        "snippets": card_snippets(staged),
         "variants": [name for name in VARIANTS if (unet / WEIGHTS.replace(".", f".{name}.")).is_file()],
     }
     with tempfile.TemporaryDirectory() as scratch:

@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.hub.checks import check
 from diffusers_dpm.hub.staging import list_files, stage
-from diffusers_dpm.hub.upload import first_line, log_in, upload
+from diffusers_dpm.hub.upload import LEAST_SECONDS, LEAST_SPEED, first_line, log_in, upload, within
 
 
 def publish(
@@ -24,6 +24,7 @@ def publish(
     repo_id: str,
     *,
     facts: str | Path | None = None,
+    license: str | None = None,
     variant: str | None = None,
     dry_run: bool = False,
     staging_dir: str | Path | None = None,
@@ -36,7 +37,7 @@ def publish(
         run: folder of a pipeline, as `diffusers-dpm train` leaves it; may also hold the folders of
             `run_folder.EXTRAS`, samples/*.png, metrics.json and training_options.json.
         repo_id: "organisation/name".
-        facts, variant: as in `stage`.
+        facts, license, variant: as in `stage`.
         dry_run: stage and check only, without network and login; returns None.
         staging_dir: keep the staged folder here; default: a temporary folder.
         report: gets a line for what was left out, the table of files, and each stage that has ended well.
@@ -53,14 +54,15 @@ def publish(
         log_in(options.get("api") or HfApi())  # now, and not after minutes of checks
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(staging_dir or temporary)
-        stage(run, folder, repo_id, facts=facts, variant=variant, report=report)
+        stage(run, folder, repo_id, facts=facts, license=license, variant=variant, report=report)
         report(file_table(folder))
         check(run, folder)
         report("checked: plain diffusers, this package and the code in the repository give the run's own samples")
         if dry_run:
             report("dry run: nothing was uploaded")
             return None
-        address = upload(folder, repo_id, **options)
+        limit = LEAST_SECONDS + sum((folder / path).stat().st_size for path in list_files(folder)) / LEAST_SPEED
+        address = within(limit, f"cannot publish to {repo_id}", lambda: upload(folder, repo_id, **options))
     report(f"published, and read back unchanged: {address}")
     return address
 

@@ -2,7 +2,6 @@
 
 import copy
 import re
-import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -12,10 +11,11 @@ import torch
 from diffusers import ModelMixin
 from packaging.version import Version
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.results import read_baselines, read_metrics
-from diffusers_dpm.hub.card import check_recipe, load_facts, render_card
+from diffusers_dpm.hub.card import check_license, check_recipe, load_facts, render_card
 from diffusers_dpm.hub.remote_code import write_code
 from diffusers_dpm.images import image_grid, to_pil, to_uint8
 from diffusers_dpm.networks import load_pipeline, quiet
@@ -41,6 +41,16 @@ SEEDS = range(16)
 DRAWING_STEPS = 50
 
 
+# What is read of a run; `EXTRAS` beside.
+READ = [RunFolder.index, RunFolder.unet, RunFolder.scheduler, RunFolder.options, RunFolder.metrics, RunFolder.samples]
+
+
+# With the spaces before a further slash.
+ABSOLUTE_PATH = re.compile(
+    r"(?<![\w/.<])(?:(?:file:/*|~)?/|[A-Za-z]:[\\/]|\\\\)(?!/)(?:[^\s,;\"'>]| (?=[^,;\"'>]*[\\/]))+"
+)
+
+
 TRAINING_GRID = re.compile(r"step-\d+\.png")  # the trainer's own pictures, of raw beside averaged weights
 
 
@@ -50,6 +60,7 @@ def stage(
     repo_id: str,
     *,
     facts: str | Path | None = None,
+    license: str | None = None,
     variant: str | None = None,
     report: Callable[[str], object] = lambda line: None,
 ) -> None:
@@ -57,12 +68,14 @@ def stage(
 
     Args:
         run, repo_id: as in `publish`.
-        facts: YAML file of what only the author knows about the model (see model_cards/).
+        facts: YAML file of what only the author knows about the model (see docs/publishing.md).
+        license: as the Hub names it, instead of that in the facts.
         variant: "fp16" adds the weights in half precision beside the full ones.
         report: gets a line where something of `run` is left out.
 
     Raises:
-        DiffusersDPMError: `run` is no pipeline, one of its parts cannot be used, or the facts contradict the run.
+        DiffusersDPMError: `run` is no pipeline, one of its parts cannot be used or is a link out of it, or the facts
+            contradict the run.
     """
     run, folder = Path(run), Path(folder)
     if folder.is_dir() and any(folder.iterdir()):
@@ -71,9 +84,13 @@ def stage(
         raise DiffusersDPMError(f"variant={variant!r} is not known; choose one of {', '.join(VARIANTS)}")
     if not run.is_dir():
         raise DiffusersDPMError(f"{run} is no folder")
-    about = load_facts(Path(facts)) if facts else {}
+    check_links(run)
+    about = without_paths(load_facts(Path(facts))) if facts else {}
+    if license is not None:
+        check_license(license)
+        about["license"] = license
     recorded = RunFolder(run).options
-    options = read_json(recorded) if recorded.is_file() else {}
+    options = without_paths(read_json(recorded)) if recorded.is_file() else {}
     check_recipe(about.get("training", {}), options)
 
     loaded = load_pipeline(str(run))
@@ -89,13 +106,31 @@ def stage(
     pipe.save_pretrained(folder)  # after the classifier's weights, which its index tells plain diffusers to leave
     if variant:
         copy.deepcopy(pipe.unet).to(VARIANTS[variant]).save_pretrained(folder / "unet", variant=variant)
-    copy_config(folder / "unet" / "config.json", folder / "unet" / "config.json")
+    for config in (folder / "unet" / "config.json", folder / "scheduler" / pipe.scheduler.config_name):
+        copy_config(config, config)
     write_code(DPMPipeline, folder)
     rows, baselines = stage_metrics(run / "metrics.json", folder / "metrics.json", weights_hash(pipe.unet), report)
-    pictures = stage_pictures(pipe, run / "samples", folder / "samples")
+    pictures = stage_pictures(pipe, run / "samples", folder / "samples", report)
     record: dict[str, Any] = {"facts": about, "options": options, "rows": rows, "baselines": baselines}
     card = render_card(pipe, repo_id, **record, extras=extras, pictures=pictures, fitted_steps=fitted)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def check_links(run: Path) -> None:
+    """Raise DiffusersDPMError for a link out of the run folder: what it leads to was not meant to be published."""
+    for part in (run / name for name in (*map(str, READ), *EXTRAS)):
+        for path in (part, *part.rglob("*")):
+            if not path.resolve().is_relative_to(run.resolve()):
+                raise DiffusersDPMError(f"{path} is a link out of {run}: put the file itself there")
+
+
+def without_paths(value: Any) -> Any:
+    """A JSON value whose texts name no absolute path."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    return ABSOLUTE_PATH.sub("local path", value) if isinstance(value, str) else value
 
 
 def list_files(folder: Path) -> list[Path]:
@@ -121,15 +156,15 @@ def stage_extra(source: Path, target: Path) -> None:
     if issubclass(cls, ModelMixin):
         if not (source / WEIGHTS).is_file():
             raise DiffusersDPMError(f"{source} holds no {WEIGHTS}")
-        shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
+        save_file(load_file(source / WEIGHTS), target / WEIGHTS, metadata={"format": "pt"})  # and no other metadata
         additions = {"auto_map": {"AutoModel": f"{module}.{cls.__name__}"}}
     copy_config(source / cls.config_name, target / cls.config_name, **additions)
 
 
 def copy_config(source: Path, target: Path, **additions: Any) -> None:
-    """A component's config without the folder that it was loaded from, a path of this machine."""
-    config = {key: value for key, value in read_json(source).items() if key != "_name_or_path"}
-    write_json(target, config | additions, sort_keys=True)
+    """A component's config without paths of this machine, and without the code that another repository has for it."""
+    config = {key: value for key, value in read_json(source).items() if key not in ("_name_or_path", "auto_map")}
+    write_json(target, without_paths(config) | additions, sort_keys=True)
 
 
 def load_extras(folder: Path) -> dict[str, Any]:
@@ -147,23 +182,35 @@ def stage_metrics(
     """
     if not source.is_file():
         return [], []
-    measured = read_metrics(source)
+    measured = without_paths(read_metrics(source))
     rows = [row for row in measured if row.get("weights_sha256") in (None, weights_sha256)]
     if others := len(measured) - len(rows):
         report(f"left out: {others} of {len(measured)} rows of {source}, which are of other weights")
-    baselines = read_baselines(source)
+    baselines = without_paths(read_baselines(source))
     if rows:
         write_json(target, {"rows": rows, "baselines": baselines}, indent=1)
     return rows, baselines
 
 
-def stage_pictures(pipe: DPMPipeline, source: Path, target: Path) -> list[str]:
-    """The run's own pictures, or else a grid of samples from fixed seeds. A picture's name is its caption."""
+def stage_pictures(
+    pipe: DPMPipeline, source: Path, target: Path, report: Callable[[str], object] = lambda line: None
+) -> list[str]:
+    """The run's own pictures, or else a grid of samples from fixed seeds. A picture's name is its caption.
+
+    They are written anew, so that nothing but the pixels is published.
+    """
     target.mkdir()
-    found = [path for path in source.glob("*.png") if not TRAINING_GRID.fullmatch(path.name)]
-    for path in found:
-        shutil.copyfile(path, target / path.name)
-    if not found:
+    for path in source.glob("*.png"):
+        if TRAINING_GRID.fullmatch(path.name):
+            continue
+        try:
+            with Image.open(path, formats=["PNG"]) as picture:
+                picture.load()
+                picture.info = {key: picture.info[key] for key in {"transparency"} & {*picture.info}}
+                picture.save(target / path.name, format="PNG")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            report(f"left out: {path}, which is no picture that can be read")
+    if not any(target.iterdir()):
         steps = min(DRAWING_STEPS, pipe.scheduler.config.num_train_timesteps)
         draw_grid(pipe, steps).save(target / f"DDIM-{steps}-steps-seeds-{SEEDS[0]}-to-{SEEDS[-1]}.png")
     return sorted(path.name for path in target.iterdir())

@@ -3,17 +3,22 @@
 import filecmp
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from multiprocessing import TimeoutError
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, errors
 from huggingface_hub.hf_api import RepoFile
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.hub.staging import list_files
+
+
+Result = TypeVar("Result")
 
 
 class PublishError(DiffusersDPMError):
@@ -23,7 +28,7 @@ class PublishError(DiffusersDPMError):
 def log_in(api: HfApi) -> str:
     """The name of the user whose token is used. Raises PublishError if there is none."""
     with explained("cannot log in"):
-        return api.whoami()["name"]
+        return within(ANSWER_SECONDS, "cannot log in", lambda: api.whoami()["name"])
 
 
 def first_line(error: BaseException) -> str:
@@ -34,6 +39,11 @@ def first_line(error: BaseException) -> str:
 # The Hub client's own errors are OSErrors, as are those of requests; newer clients use httpx, whose base is HTTPError.
 # A failed transfer of weights is a RuntimeError.
 CLIENT_ERRORS: tuple[Any, ...] = (OSError, RuntimeError, errors.HTTPError)
+
+
+# The client waits for ever for an answer that does not come.
+ANSWER_SECONDS = 60.0
+LEAST_SECONDS, LEAST_SPEED = 600.0, 50_000  # of an upload; bytes a second, there and back
 
 
 STATUS_HELP: dict[Any, str] = {
@@ -56,6 +66,15 @@ def explained(what: str) -> Iterator[None]:
         status = getattr(getattr(error, "response", None), "status_code", None)
         advice = STATUS_HELP.get(status, "the Hub is not reached or fails; run the command again later")
         raise PublishError(f"{what}: {advice} ({first_line(error)})") from error
+
+
+def within(seconds: float, what: str, work: Callable[[], Result]) -> Result:
+    """The result of `work`. Raises PublishError if it takes longer, and whatever it raises."""
+    with ThreadPool(1) as pool:
+        try:
+            return pool.apply_async(work).get(seconds)
+        except TimeoutError as error:
+            raise PublishError(f"{what}: no end after {seconds:.0f} seconds; run the command again later") from error
 
 
 def upload(

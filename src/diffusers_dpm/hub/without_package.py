@@ -3,7 +3,8 @@
     python without_package.py FOLDER EXPECTED.npz TASK
 
 Prints each way of loading before it is tried. Importing diffusers_dpm fails in this process, so nothing here may need
-it. TASK is JSON: {"threads", "steps", "schedulers": {subfolder: [file, class, steps]}, "variants"}.
+it; but at the end the card's snippets run, also those that use the package. TASK is JSON: {"threads", "steps",
+"schedulers": {subfolder: [file, class, steps]}, "variants", "snippets"}.
 """
 
 import json
@@ -52,6 +53,12 @@ def main(folder: str, expected_file: str, task_json: str) -> None:
     for variant in task["variants"]:
         print(f"the {variant} weights", flush=True)
         check_variant(folder, variant)
+
+    for code in sorted(task["snippets"], key=lambda code: "diffusers_dpm" in code):
+        if "diffusers_dpm" in code:
+            sys.modules.pop("diffusers_dpm", None)
+        print("the card's code: " + " ".join(code.split())[:200], flush=True)
+        exec(compile(code, "README.md", "exec"), {})
 
 
 def draw(pipe: Any, steps: int, **arguments: Any) -> np.ndarray:
