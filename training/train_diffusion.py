@@ -139,4 +139,7 @@ def build_network(data: ImageDataset, options: TrainingOptions) -> UNet2DModel:
         _, config = PRESETS[options.preset or choose_preset((data.shape[1], data.shape[2]))]
     num_classes = data.num_classes + (options.class_dropout_prob > 0) if options.class_conditional else None
     paper_init = options.init == "papers"
-    return build_unet(config, data.shape, num_class_embeds=num_classes, dropout=options.dropout, paper_init=paper_init)
+    unet = build_unet(config, data.shape, num_class_embeds=num_classes, dropout=options.dropout, paper_init=paper_init)
+    if options.class_conditional and data.class_names:  # the underscore: plain diffusers ignores it without a warning
+        unet.register_to_config(_id2label=data.id2label)
+    return unet

@@ -29,8 +29,8 @@ class ImageOptions:
 
     seeds: list[str]
     """one image per seed: numbers and ranges, such as 0-9999"""
-    class_labels: list[int] | None = None
-    """one class label, or K that seeds take in turn: seed s gets the (s mod K)-th"""
+    class_labels: list[str] | None = None
+    """one class, by name or number, or K that seeds take in turn: seed s gets the (s mod K)-th"""
     guidance_scale: float | None = None
     """scale of guidance by the model's classifier"""
     batch_size: int = 64
