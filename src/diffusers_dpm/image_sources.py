@@ -9,7 +9,8 @@ import glob
 import mimetypes
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from io import BytesIO
@@ -28,12 +29,8 @@ from diffusers_dpm.image_values import BrokenImageError, DataError, channels_fir
 from diffusers_dpm.run_folder import RunFolder
 
 
-SPLITS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test", "testing", "eval", "evaluation"),
-}
-SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
+SPLITS = {"train": "train training", "validation": "validation valid val dev", "test": "test testing eval evaluation"}
+SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words.split()}
 IMAGES, ARRAYS, TABLES, OTHERS = "images", ".npy files", "tables", "images that Pillow does not read"
 SAVED = ("state.json", "dataset_dict.json")  # mark what `datasets` saved
 RUN = (RunFolder.index, RunFolder.options)  # mark a run
@@ -121,8 +118,8 @@ def open_source(data: str, request: Request) -> ImageSource:
     if path.is_dir():
         return read_folder(path, request)
     if not path.exists():
-        check_hub_id(data)
-        return read_columns(data, request)
+        with hub(data):
+            return read_columns(data, request)
     kind, split = kind_of(path), split_of_file(path)
     if kind == ARRAYS:
         return read_array(path, request.choose_split([split], data), request.channels)
@@ -185,7 +182,6 @@ def read_folder(path: Path, request: Request) -> ImageSource:
 
 def kind_of(file: Path) -> str:
     """IMAGES, ARRAYS, TABLES or OTHERS; "" for what is no data, such as a caption."""
-    Image.init()
     suffix, guess = file.suffix.lower(), mimetypes.guess_type(file.name)[0] or ""
     if suffix == ".npy" or (suffix in (".parquet", ".arrow") and file.name not in METADATA):
         return ARRAYS if suffix == ".npy" else TABLES
@@ -208,7 +204,7 @@ def list_files(folder: Path) -> list[Path]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         files += [here / name for name in names if not name.startswith(".")]
     return sorted(files)
 
@@ -239,12 +235,19 @@ def divide(folders: Sequence[tuple[str, ...]], path: Path) -> tuple[Sequence[str
 
 def read_classes(folders: Sequence[tuple[str, ...]]) -> tuple[list[int] | None, list[str] | None, str]:
     """(class indices, class names, why there are none) of files in these folders, those that all share left out."""
-    inner = [folder[num_shared(folders) :] for folder in folders]
+    shared = num_shared(folders)
+    inner = [folder[shared:] for folder in folders]
     if all(len(folder) == 1 for folder in inner):
-        names = sorted({folder[0] for folder in inner})
-        return [names.index(folder[0]) for folder in inner], names, ""
+        return *numbered([folder[0] for folder in inner]), ""
     deep = next((f", but {'/'.join(folder)} lies deeper" for folder in inner if len(folder) > 1), "")
     return None, None, f"put the images of each class into one folder of its name{deep}"
+
+
+def numbered(words: Sequence[str | None]) -> tuple[list[int], list[str]]:
+    """The index of each among all, -1 for None, and all, sorted."""
+    names = sorted({word for word in words if word is not None})
+    index = {None: -1} | {name: i for i, name in enumerate(names)}
+    return [index[word] for word in words], names
 
 
 def read_files(
@@ -295,11 +298,16 @@ def missing(data: str) -> str:
     )
 
 
-def check_hub_id(data: str) -> None:
-    """Raise DataError at once for what is no data set on the Hub; `datasets` would ask for half a minute."""
+@contextmanager
+def hub(data: str) -> Iterator[None]:
+    """Inside, `datasets` asks the Hub or, where that is not reached, its cache at once instead of half a minute later.
+
+    Raises:
+        DataError: the name is that of a path, or of no data set on the Hub.
+    """
     import datasets  # slow to import
 
-    path = Path(data)
+    path, offline = Path(data), datasets.config.HF_HUB_OFFLINE
     if kind_of(path) or path.suffix in ARCHIVES or data.startswith(".") or ("/" in data and path.parent.is_dir()):
         raise DataError(missing(data))
     try:
@@ -309,10 +317,12 @@ def check_hub_id(data: str) -> None:
         raise DataError(missing(data)) from None
     except RepositoryNotFoundError:
         raise DataError(f"{missing(data)}; nor is there such a data set on the Hub") from None
-    except HfHubHTTPError:
-        pass  # `datasets` will say it
-    except (OSError, HTTPError):
-        datasets.config.HF_HUB_OFFLINE = True  # it is not reached, but the cache may have it
+    except (OSError, HTTPError) as error:
+        datasets.config.HF_HUB_OFFLINE = offline or not isinstance(error, HfHubHTTPError)
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
 
 
 def load_columns(data: str, request: Request, files: dict[str, set[str]] | None) -> tuple[Any, str]:
@@ -357,10 +367,12 @@ def read_columns(data: str, request: Request, files: dict[str, set[str]] | None 
     for option, column in (("--image-column", request.image_column), ("--label-column", request.label_column)):
         if column is not None and column not in dataset.column_names:
             raise DataError(f"no column {column!r} for {option}: {columns}")
-    images = [request.image_column] if request.image_column else columns_of(dataset, is_image)
+    written_by_others = [name for name in columns_of(dataset, dict) if {*dataset.features[name]} == {"bytes", "path"}]
+    found = [*columns_of(dataset, datasets.Image), *written_by_others]
+    images = [request.image_column] if request.image_column else found
     if len(images) != 1:
         raise DataError(f"{'no' if not images else 'more than one'} image column; pass --image-column: {columns}")
-    classes = [request.label_column] if request.label_column else columns_of(dataset, is_class)
+    classes = [request.label_column] if request.label_column else columns_of(dataset, datasets.ClassLabel)
     labels, names = read_labels(dataset, classes[0]) if len(classes) == 1 else (None, None)
     try:
         if not isinstance(dataset.features[images[0]], datasets.Image | datasets.Value | dict):
@@ -383,17 +395,8 @@ def read_columns(data: str, request: Request, files: dict[str, set[str]] | None 
     return ImageSource(len(dataset), read, name, split, labels, names, why, notes=notes)
 
 
-def columns_of(dataset: Any, holds: Callable[[Any], bool]) -> list[str]:
-    return [column for column, feature in dataset.features.items() if holds(feature)]
-
-
-def is_image(feature: Any) -> bool:
-    """Also of the columns {bytes, path} of a file that another library wrote."""
-    return type(feature).__name__ == "Image" or (isinstance(feature, dict) and {*feature} == {"bytes", "path"})
-
-
-def is_class(feature: Any) -> bool:
-    return type(feature).__name__ == "ClassLabel"
+def columns_of(dataset: Any, kind: type) -> list[str]:
+    return [column for column, feature in dataset.features.items() if isinstance(feature, kind)]
 
 
 def read_labels(dataset: Any, column: str) -> tuple[list[int], list[str] | None]:
@@ -402,8 +405,7 @@ def read_labels(dataset: Any, column: str) -> tuple[list[int], list[str] | None]
     names = getattr(dataset.features[column], "names", None)
     known = [value for value in values if value is not None]
     if names is None and known and all(isinstance(value, str) for value in known):
-        names = sorted(set(known))
-        values = [None if value is None else names.index(value) for value in values]
+        values, names = numbered(values)
     values = [-1 if value is None else value for value in values]
     if not all(isinstance(value, int) and value >= -1 for value in values):
         raise DataError(f"label column {column!r} must hold class names or integers from 0, -1 for none")

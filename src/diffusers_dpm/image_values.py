@@ -12,12 +12,8 @@ from diffusers_dpm.errors import DiffusersDPMError
 
 
 # The values of black and white by the type that an image is stored in; those of other types nobody can know.
-RANGES = {
-    "bool": (0.0, 1.0),
-    "uint8": (0.0, 255.0),
-    "uint16": (0.0, 65535.0),
-    **dict.fromkeys(("float16", "float32", "float64"), (-1.0, 1.0)),
-}
+RANGES = {"bool": (0.0, 1.0), "uint8": (0.0, 255.0), "uint16": (0.0, 65535.0)}
+RANGES |= dict.fromkeys(("float16", "float32", "float64"), (-1.0, 1.0))
 RANGE_HINT = "pass --value-range LOW HIGH, the values of black and white"
 ON_WHITE = "transparent pixels are put on white; --channels 4 keeps alpha"
 

@@ -95,14 +95,8 @@ def stage(
     rows, baselines = stage_metrics(run / "metrics.json", folder / "metrics.json", weights_hash(pipe.unet), report)
     pictures = stage_pictures(pipe, run / "samples", folder / "samples")
     record: dict[str, Any] = {"facts": about, "options": options, "rows": rows, "baselines": baselines}
-    names = class_names(pipe.unet, parts.get("classifier"))
-    parts_shown: dict[str, Any] = {
-        "extras": extras,
-        "pictures": pictures,
-        "fitted_steps": fitted,
-        "class_names": names,
-    }
-    card = render_card(pipe, repo_id, **record, **parts_shown)
+    record |= {"fitted_steps": fitted, "class_names": class_names(pipe.unet, parts.get("classifier"))}
+    card = render_card(pipe, repo_id, **record, extras=extras, pictures=pictures)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

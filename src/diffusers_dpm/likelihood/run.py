@@ -18,6 +18,7 @@ from diffusers_dpm.likelihood import bound as elbo
 from diffusers_dpm.likelihood.ode import ODELikelihood, ode_log_likelihood
 from diffusers_dpm.likelihood.problem import as_analytic_dpm
 from diffusers_dpm.networks import checked_labels, load_pipeline
+from diffusers_dpm.options import DataSourceOptions
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional
 from diffusers_dpm.records import ResultStore, Tensors, read_json, weights_hash, write_json
 from diffusers_dpm.run_folder import RunFolder
@@ -26,10 +27,7 @@ from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, Analytic
 
 
 # The options that say which images there are, and in which form.
-DATA_OPTIONS = (
-    *("data", "data_config", "split", "image_column", "label_column", "resolution", "channels", "value_range"),
-    "skip_broken",
-)
+DATA_OPTIONS = [item.name for item in dataclasses.fields(DataSourceOptions) if item.name != "cache_gigabytes"]
 
 
 CLIPPING = ("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value")
