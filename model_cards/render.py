@@ -30,7 +30,7 @@ def untrained_pipeline(facts: dict[str, Any]) -> tuple[DPMPipeline, dict[str, An
     options = TrainingOptions(**facts["training"], output_dir="run")
     side, config = PRESETS[str(options.preset)]
     unet = build_unet(config, (CHANNELS[facts["data"]["shape"]], side, side))
-    recorded = asdict(options) | {"mixed_precision": "no"}
+    recorded = asdict(options) | {"mixed_precision": "no", "split": "train"}
     return DPMPipeline(unet, DDPMScheduler(variance_type=options.variance_type)), recorded
 
 

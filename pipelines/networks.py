@@ -81,3 +81,10 @@ def evaluation_mode(*networks: torch.nn.Module | None) -> Iterator[None]:
             submodule.training = training
         for weight in weights:
             weight.requires_grad_(True)
+
+
+def class_names(*networks: Any) -> dict[int, str]:
+    """Index -> name, of the first with names in its config: `_id2label` of a U-Net, `id2label` of a classifier."""
+    configs = [getattr(network, "config", {}) for network in networks]
+    names = [config.get("_id2label") or config.get("id2label") or {} for config in configs]
+    return {int(i): name for i, name in next(filter(None, names), {}).items()}

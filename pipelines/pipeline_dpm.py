@@ -7,6 +7,7 @@ but torch, numpy, PIL and diffusers, and hold exactly one pipeline class.
 import json
 import logging
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -23,7 +24,15 @@ from PIL import Image
 from torch import Tensor
 
 from .guidance import ClassifierGuidance, Guidance, check_finite, choose_guidance
-from .networks import check_network, evaluation_mode, image_shape, is_conditional, null_class_of, num_classes_of
+from .networks import (
+    check_network,
+    class_names,
+    evaluation_mode,
+    image_shape,
+    is_conditional,
+    null_class_of,
+    num_classes_of,
+)
 from .scheduler_adapter import SchedulerAdapter, adapt
 
 
@@ -103,7 +112,7 @@ class DPMPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
-        class_labels: int | Sequence[int] | Tensor | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
         guidance: Guidance | None = None,
         guidance_scale: float | Sequence[float] | Tensor | None = None,
         guidance_mode: str = "score",
@@ -127,9 +136,10 @@ class DPMPipeline(DiffusionPipeline):
             num_inference_steps: by default all training steps under DDPM, at most 50 under any other scheduler.
             output_type: "pil" (1 or 3 channels), "np" or "pt"; "latent" gives x_0 itself, in model range.
             return_dict: False returns the tuple (images, class_labels, trajectory).
-            class_labels: class of all images or of each. They go to the network, if it has classes, and to the
-                classifier, if there is one. If the network has classes, they are by default drawn uniformly, from
-                each image's generator. -1 means no label: no guidance, and for the network its null class.
+            class_labels: class of all images or of each, by index or name. They go to the network, if it has
+                classes, and to the classifier, if there is one. If the network has classes, they are by default drawn
+                uniformly, from each image's generator. -1 means no label: no guidance, and for the network its null
+                class.
             guidance: a `ClassifierGuidance`, `ClassifierFreeGuidance`, or another object with `Guidance`'s methods.
                 Without it, `class_labels` for a pipeline with a classifier mean `ClassifierGuidance()`, and the next
                 seven arguments are the short form of one: `guidance_scale=4.0` is
@@ -172,7 +182,7 @@ class DPMPipeline(DiffusionPipeline):
         classifier_free = self.classifier is None and num_classes_of(self.unet) is not None
         guidance = choose_guidance(guidance, classifier_free, **shortcuts)
         generator = make_generators(generator, seeds)
-        labels = None if class_labels is None else torch.as_tensor(class_labels)
+        labels = None if class_labels is None else torch.as_tensor(self.get_label_ids(class_labels))
         scale = None if guidance is None else torch.as_tensor(guidance.scale)
         sizes = {"class_labels": labels, "latents": latents, "guidance_scale": scale}
         batch_size = common_batch_size(batch_size, generator, **sizes)
@@ -254,6 +264,20 @@ class DPMPipeline(DiffusionPipeline):
         else:
             latents = latents.to(self._execution_device, torch.promote_types(latents.dtype, dtype))
         return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def get_label_ids(self, labels: Any) -> Any:
+        """`labels` with texts, names of classes or else numbers, as indices. Raises ValueError for other texts."""
+        if isinstance(labels, list | tuple):
+            return [self.get_label_ids(label) for label in labels]
+        if not isinstance(labels, str):
+            return labels
+        names = class_names(self.unet, self.classifier)
+        found = {name: i for i, name in names.items()}.get(labels)
+        if found is None and not re.fullmatch(r"-?\d+", labels):
+            raise ValueError(
+                f"there is no class {labels!r}; the classes are {', '.join(names.values()) or 'not named'}"
+            )
+        return int(labels) if found is None else found
 
     def _prepare_labels(
         self, labels: Tensor | None, batch_size: int, generator: Generators, guidance: Guidance | None

@@ -319,6 +319,9 @@ def test_names_of_local_data_have_no_path(tmp_path):
         (["--random-flip"], "unknown option --random-flip"),
         (["--features=inception", "--inception-weights=none.pth"], "diffusers-dpm[inception]"),
         (["--guidance-scale=1"], "train-classifier"),
+        (["--class-labels=cat"], "no class 'cat'; the classes are not named"),
+        (["--held-out-split=train"], "1500 of the 1500 held-out images are also trained on"),
+        (["--held-out-split=validation"], "no split 'validation'"),
     ],
 )
 def test_what_cannot_be_used_is_said_in_one_line(evaluate, run, capsys, arguments, message):

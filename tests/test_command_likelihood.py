@@ -233,7 +233,7 @@ def test_bad_options(call, capsys, arguments, message):
 
 
 def test_bad_models_and_data(run, tmp_path, capsys):
-    np.save(tmp_path / "floats.npy", np.zeros((3, 1, 8, 8), dtype=np.float32))
+    np.save(tmp_path / "floats.npy", np.full((3, 1, 8, 8), -0.5, dtype=np.float32))
     for arguments, message in (
         ([], "RUN is missing"),
         ([str(run)], "--data is missing"),

@@ -188,6 +188,18 @@ def test_labels_are_given_by_seed(tmp_path, sample):
     assert found == drawn.tolist()
 
 
+def test_classes_by_name(tmp_path, sample, capsys):
+    """A name that is a number means the class of that name."""
+    unet = tiny_unet(num_class_embeds=3)
+    unet.register_to_config(_id2label={"0": "cat", "1": "0", "2": "a dog"})
+    save_run(tmp_path / "run", unet)
+    folder = sample("--seeds=0-3", "--class-labels", "a dog", "cat", "0", "2")
+    labels = [int(Image.open(folder / f"{seed:06d}.png").text["class_label"]) for seed in range(4)]
+    assert labels == [2, 0, 1, 2]
+    sample("--seeds=0", "--class-labels=dog", code=2, output="other")
+    assert "'dog'; the classes are cat, 0, a dog" in capsys.readouterr().err
+
+
 def test_guidance_by_the_classifier_of_the_run(run, sample, capsys):
     sample("--seeds=0-1", "--guidance-scale=2", "--class-labels=1", code=2)
     assert "train-classifier" in capsys.readouterr().err

@@ -13,7 +13,8 @@ FLOORS = (
     "training",
     "evaluation hub likelihood runs",
     "posterior_statistics calibration calibration_inputs adaptive sampling",
-    "networks run_folder data image_batches images records processes random_streams options errors lazy",
+    "networks run_folder data image_sources image_values image_batches images records processes random_streams "
+    "options errors lazy",
     "pipelines schedulers",
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}

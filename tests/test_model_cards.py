@@ -16,6 +16,7 @@ from diffusers_dpm.hub import card as model_card
 from diffusers_dpm.hub.staging import stage
 from diffusers_dpm.model_cards.render import render, untrained_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.records import read_json, write_json
 from diffusers_dpm.training.options import TrainingOptions
 from diffusers_dpm.training.unet_presets import PRESETS
 
@@ -198,6 +199,16 @@ def test_snippets_of_a_network_with_a_null_class(tmp_path):
     assert json.loads((tmp_path / "staged/unet/config.json").read_text())["_has_null_class"] is True
     results = run_snippets(card, tmp_path / "staged")
     assert [len(names["images"]) for names in results] == [4, 4, 4, 4]
+
+
+def test_class_names(tmp_path):
+    run = make_run(tmp_path / "run", num_class_embeds=2, num_train_timesteps=100)
+    config = read_json(run / "unet" / "config.json")
+    write_json(run / "unet" / "config.json", config | {"_id2label": {"0": "cat", "1": "dog"}})
+    card = card_of(run, tmp_path / "staged")
+    check_form(card)
+    assert "\nThe classes by number: 0 cat, 1 dog.\n" in card
+    assert read_json(tmp_path / "staged" / "unet" / "config.json")["_id2label"] == {"0": "cat", "1": "dog"}
 
 
 def test_metrics(tmp_path):

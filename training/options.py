@@ -31,8 +31,9 @@ PathOrLatest = Annotated[
 class DataOptions(DataSourceOptions):
     """data"""
 
-    split: str = "train"
-    """split of the data to train on"""
+    split: str | None = None
+    """split of the data to train on (default: train, or the only one); 'train[:90%]' is nine tenths of one, in a fixed
+    random order, and 'train[90%:]' the rest, for --eval-split and the like"""
     random_flip: bool = False
     """mirror half of the images left to right (not for digits or text)"""
     dataloader_num_workers: int = 2
@@ -266,9 +267,9 @@ class EvaluationOptions:
     """held-out accuracy"""
 
     eval_split: str | None = None
-    """split of the data to measure on (default: measure only with --eval-data)"""
+    """split of the data to measure on, such as test or 'train[90%:]' (default: measure only with --eval-data)"""
     eval_data: str | None = None
-    """held-out data, as --data (default: --data)"""
+    """held-out data, as --data (default: --data); its split test, or the only one"""
     eval_draws: int = 4
     """noise draws per image and range of timesteps"""
 

@@ -93,7 +93,7 @@ class ClassifierTrainer(Trainer):
         result = accuracy_by_noise_level(
             self.model, data, self.loss.schedule, draws=options.eval_draws, batch_size=options.batch_size
         )
-        source = {"data": options.eval_data or options.data, "split": options.eval_split or options.split}
+        source = {"data": options.eval_data or options.data, "split": data.source.split}
         record, picture = self._accuracy_files()
         write_json(record, {**source, **result})
         print(accuracy_table(result))
@@ -128,10 +128,8 @@ def build_network(
         config = read_config(options.classifier_config, "NoisyClassifier")
     else:
         config = CLASSIFIER_PRESETS[options.preset] if options.preset else default_classifier(*data.shape[1:])
-    names = data.class_names
-    id2label = {str(i): name for i, name in enumerate(names)} if names else None
     return build_classifier(
-        config, data.shape, num_classes, id2label=id2label, pool=options.pool, dropout=options.dropout
+        config, data.shape, num_classes, id2label=data.id2label, pool=options.pool, dropout=options.dropout
     )
 
 

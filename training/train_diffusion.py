@@ -158,6 +158,8 @@ def build_network(data: ImageDataset, options: TrainingOptions, trained: Any = N
         unet.load_state_dict(trained.state_dict())
     if options.class_dropout_prob:
         unet.register_to_config(_has_null_class=True)
+    if options.class_conditional and data.class_names:  # the underscore: plain diffusers ignores it without a warning
+        unet.register_to_config(_id2label=data.id2label)
     return unet
 
 

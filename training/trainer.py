@@ -88,7 +88,8 @@ class Trainer(ABC):
         set_seed(options.seed)
         with self.accelerator.main_process_first():  # which fills the cache of `datasets`
             self.data = load_data(self.options, require_labels=self.conditional)
-            self.eval_data = load_held_out_data(self.options)
+            self.eval_data = load_held_out_data(self.options, self.data)
+        self.options = dataclasses.replace(self.options, split=self.data.source.split)
         model, self.loss = self._build()
         self.state = TrainingState(model, self.options, self.accelerator, len(self.loss.schedule))
         self.checkpointed_step: int | None = None
@@ -145,7 +146,8 @@ class Trainer(ABC):
         options, data, accelerator = self.options, self.data, self.accelerator
         parameters = sum(parameter.numel() for parameter in self.state.parameters)
         images = options.max_train_steps * options.batch_size
-        classes = f", {data.num_classes} classes" if data.num_classes else ""
+        names = ", ".join(data.class_names or ())
+        classes = f", {data.num_classes} classes" + (f": {names}" if names else "") if data.num_classes else ""
         start = f", from step {self.state.step:,}" if self.state.step else ""
         # float32: the model, and in a checkpoint also the raw weights and AdamW's two moments
         model, checkpoint = 4 * parameters / 1e6, 16 * parameters / 1e6

@@ -29,8 +29,9 @@ class DataSourceOptions:
     data set on the Hub"""
     data_config: str | None = None
     """configuration of the data set"""
-    split: str = "train"
-    """split of the data"""
+    split: str | None = None
+    """split of the data (default: train, or the only one); 'train[:90%]' is a part, in a fixed random order, and
+    'train[90%:]' the rest"""
     image_column: str | None = None
     """column of the images (default: found by its type)"""
     label_column: str | None = None
@@ -38,7 +39,11 @@ class DataSourceOptions:
     resolution: list[int] | None = None
     """height and width, or one side of a square (default: as stored)"""
     channels: str = "auto"
-    """1 for grey, 3 for RGB, another number, or auto: as stored"""
+    """1 for grey, 3 for RGB, another number, or auto: as stored, with transparent pixels put on white"""
+    value_range: list[float] | None = None
+    """stored values of black and white (default: 0 and the largest of 8 or 16 bits, -1 and 1 for floating point)"""
+    skip_broken: bool = False
+    """leave out images that cannot be read, instead of failing"""
     cache_gigabytes: float = 1.0
     """decoded data up to this size stays in memory"""
 
@@ -75,7 +80,7 @@ RECORD = "training_options.json"  # of a run, in its folder
 
 
 # By type, in `--help`.
-VALUE_NAMES = {str: "NAME", int: "N", float: "X", list[str]: "NAME ...", list[int]: "N ..."}
+VALUE_NAMES = {str: "NAME", int: "N", float: "X", list[str]: "NAME ...", list[int]: "N ...", list[float]: "X ..."}
 
 
 Options = TypeVar("Options")

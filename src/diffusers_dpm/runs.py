@@ -14,7 +14,7 @@ from accelerate.utils import tqdm
 
 from diffusers_dpm.calibration import STEPS, Calibration, calibrate, conditions_of, network_calls, solver_for
 from diffusers_dpm.data import describe_data, load_images
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.networks import load_extra, load_guide, load_pipeline, noise_schedule_of, report_cost
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
@@ -32,7 +32,7 @@ def sample_run(
     scheduler: str | None = None,
     scheduler_options: dict[str, Any] | None = None,
     num_inference_steps: int | None = None,
-    class_labels: Sequence[int] | None = None,
+    class_labels: Sequence[int | str] | None = None,
     guidance_scale: float | None = None,
     batch_size: int = 64,
     columns: int | None = None,
@@ -61,7 +61,8 @@ def sample_run(
         pipeline.register_modules(classifier=load_guide(model, pipeline.unet))
     if scheduler is not None:
         pipeline.scheduler = build_scheduler(scheduler, scheduler_options or {}, pipeline, model, guidance_scale)
-    sampler = Sampler(pipeline, num_inference_steps, class_labels, guidance_scale)
+    with user_error("--class-labels"):
+        sampler = Sampler(pipeline, num_inference_steps, pipeline.get_label_ids(class_labels), guidance_scale)
     accelerator = Accelerator(cpu=cpu)
     calls = len(seeds) * sampler.num_steps()
     pipeline.to(accelerator.device)
@@ -132,7 +133,7 @@ def estimate_run(
         )
     if not accelerator.is_main_process:
         return None
-    facts = {"data": describe_data(data), "split": images.get("split", "train")}
+    facts = {"data": describe_data(data), "split": dataset.source.split}
     statistics = dataclasses.replace(statistics, provenance={**statistics.provenance, **facts})
     folder.mkdir(parents=True, exist_ok=True)
     statistics.save(folder / "statistics.json")

@@ -366,6 +366,7 @@ def test_dry_run_writes_nothing(make_pipeline, command, capsys):
         ({"channels": "3"}, "8x8 with 1 channel, .*8x8 with 3 channels"),
         ({"eval_data": "digits"}, " 10: 0, 1, "),
         ({"data": "digits", "eval_split": "dev"}, "'dev'.* train, test, all"),
+        ({"data": "digits", "eval_split": "all"}, "1500 of the 1797 .*'all' of 'train'"),
     ],
 )
 def test_options_that_do_not_fit(make_pipeline, classifier_options, changes, message):

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -163,6 +164,21 @@ def test_class_conditional(tmp_path, options):
     images = pipe(**arguments, guidance_scale=3.0).images
     assert images.shape == (3, 1, 8, 8)
     assert (folder / "samples" / "step-00000006.png").exists()
+
+
+def test_class_names_go_with_the_network(options, capsys):
+    """Through checkpoints and plain diffusers, which says nothing of them."""
+    folder = train(options(class_conditional=True, max_train_steps=1))
+    assert "2 classes: class_0, class_1" in capsys.readouterr().out
+    for path in (folder, *(folder / "checkpoints").iterdir()):
+        pipe = DiffusionPipeline.from_pretrained(path)
+        assert pipe.unet.config["_id2label"] == {"0": "class_0", "1": "class_1"}
+    assert "_id2label" not in capsys.readouterr().err
+    again = DPMPipeline.from_pretrained(folder)
+    assert again.get_label_ids(["class_1", "0", 1, "class_0"]) == [1, 0, 1, 0]
+    assert (
+        "_id2label" not in train(options(max_train_steps=1, overwrite=True)).joinpath("unet/config.json").read_text()
+    )
 
 
 def test_samples_show_raw_and_ema_side_by_side_without_dropout(tmp_path, trainer):

@@ -24,8 +24,9 @@ class SamplerOptions:
     """images per scheduler and number of steps"""
     seed: int = 0
     """seed of the first image; the others follow"""
-    class_labels: list[int] | None = None
-    """one class label, or several in turn (default: random; required to guide an unconditional network)"""
+    class_labels: list[str] | None = None
+    """one class, by name or number, or several in turn (default: random; required to guide an unconditional
+    network)"""
     guidance_scale: float | None = None
     """scale of guidance by the model's classifier, or else by its null class"""
     batch_size: int = 64
@@ -44,8 +45,8 @@ class MeasurementOptions:
     inception_weights: str | None = None
     """torch-fidelity's weights file (default: downloaded once)"""
     held_out_split: str | None = None
-    """split that was not trained on, measured for comparison; the fewer images it has, the larger its Fréchet and
-    Wasserstein distances"""
+    """split that was not trained on, such as test or 'train[90%:]', measured for comparison; the fewer images it has,
+    the larger its Fréchet and Wasserstein distances"""
     likelihood_images: int = 0
     """held-out images to bound the bits per dimension on, for samplers that have a bound"""
     num_resamples: int = 50

@@ -15,8 +15,8 @@ from diffusers_dpm.options import DataSourceOptions, check_ranges
 class ImageOptions(DataSourceOptions):
     """data"""
 
-    split: str = "test"
-    """split of the data"""
+    split: str | None = None
+    """split of the data (default: test, or the only one)"""
 
 
 @dataclass(kw_only=True)

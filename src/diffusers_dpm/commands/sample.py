@@ -33,8 +33,8 @@ class ImageOptions:
 
     seeds: list[str]
     """one image per seed: numbers and ranges, such as 0-9999"""
-    class_labels: list[int] | None = None
-    """one class label, or K that seeds take in turn: seed s gets the (s mod K)-th"""
+    class_labels: list[str] | None = None
+    """one class, by name or number, or K that seeds take in turn: seed s gets the (s mod K)-th"""
     guidance_scale: float | None = None
     """scale of guidance by the model's classifier, or else by its null class"""
     batch_size: int = 64

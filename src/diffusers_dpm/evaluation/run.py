@@ -13,8 +13,8 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 
 from diffusers_dpm import sampling
-from diffusers_dpm.data import LOCAL_DATA, ImageDataset, describe_data, find_num_levels, load_data
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.data import LOCAL_DATA, ImageDataset, check_disjoint, describe_data, find_num_levels, load_data
+from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.evaluation.distances import Score, quality, score_row
 from diffusers_dpm.evaluation.features import Reference, load_features, to_bytes
 from diffusers_dpm.evaluation.report import write_report
@@ -70,7 +70,7 @@ class Evaluation:
     num_images: int = 10_000
     seed: int = 0
     batch_size: int = 64
-    class_labels: Sequence[int] | None = None
+    class_labels: Sequence[int | str] | None = None
     guidance_scale: float | None = None
     likelihood_images: int = 0
     num_resamples: int = 50
@@ -109,6 +109,8 @@ class Evaluation:
             pipeline.register_modules(classifier=load_guide(self.model, pipeline.unet))
             if self.class_labels is None and not is_conditional(pipeline.unet):
                 raise DiffusersDPMError("--guidance-scale needs --class-labels, such as 0 1 2")
+        with user_error("--class-labels"):
+            self.class_labels = pipeline.get_label_ids(self.class_labels)
         return pipeline
 
     def _load_data(self) -> tuple[Reference, ImageDataset | None]:
@@ -116,7 +118,8 @@ class Evaluation:
         check_shape(data, self.pipeline)
         if self.held_out_split is not None:
             held_out = load_data(self.source, require_labels=False, split=self.held_out_split)
-        name = self._data_name(self.source.split)
+            check_disjoint(data, held_out)
+        name = self._data_name(data.source.split)
         return Reference.of(name, all_bytes(data), self.extractor, RunFolder(self.folder).evaluation), held_out
 
     def _data_name(self, split: str) -> str:

@@ -83,6 +83,7 @@ def render_card(
     extras: Sequence[str],
     pictures: Sequence[str],
     fitted_steps: Mapping[float | None, Sequence[int]] | None = None,
+    class_names: Mapping[int, str] | None = None,
 ) -> str:
     """The model card as Markdown.
 
@@ -96,17 +97,19 @@ def render_card(
         extras: which of `EXTRAS` the repository has.
         pictures: file names in samples/.
         fitted_steps: guidance scale (None: without) -> numbers of steps, what the extra "calibrated" has rows for.
+        class_names: by index, as far as they are known.
     """
     title = facts.get("title") or repo_id.split("/")[1]
     channels, height, width = image_shape(pipe.unet)
     trained = recipe(facts, options)
+    named = {i: name for i, name in (class_names or {}).items() if name != str(i)}
     network = {"parameters": f"{pipe.unet.num_parameters():,}", "num_classes": num_classes_of(pipe.unet)}
     network["null_class"] = null_class_of(pipe.unet)
     about = {"repo_id": repo_id, "title": title, "facts": facts, "recipe": trained, "scheduler": pipe.scheduler.config}
     card = ModelCard.from_template(
         card_metadata(facts, title, rows, extras),
         template_str=(files("diffusers_dpm.model_cards") / "template.md").read_text(encoding="utf-8"),
-        **{**about, **network, "channels": channels, "shape": f"{height}x{width}"},
+        **{**about, **network, "channels": channels, "shape": f"{height}x{width}", "class_names": named},
         data={"name": trained.get("data"), **facts.get("data", {})},
         extras=extras,
         fitted_steps=fitted_steps or {},

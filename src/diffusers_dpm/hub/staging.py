@@ -20,6 +20,7 @@ from diffusers_dpm.hub.remote_code import write_code
 from diffusers_dpm.images import image_grid, to_pil, to_uint8
 from diffusers_dpm.networks import load_pipeline, quiet
 from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.pipelines.networks import class_names
 from diffusers_dpm.records import read_json, weights_hash, write_json
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.sampling import fitted_steps
@@ -112,7 +113,8 @@ def stage(
     rows, baselines = stage_metrics(run / "metrics.json", folder / "metrics.json", weights_hash(pipe.unet), report)
     pictures = stage_pictures(pipe, run / "samples", folder / "samples", report)
     record: dict[str, Any] = {"facts": about, "options": options, "rows": rows, "baselines": baselines}
-    card = render_card(pipe, repo_id, **record, extras=extras, pictures=pictures, fitted_steps=fitted)
+    record |= {"fitted_steps": fitted, "class_names": class_names(pipe.unet, parts.get("classifier"))}
+    card = render_card(pipe, repo_id, **record, extras=extras, pictures=pictures)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

@@ -1,6 +1,7 @@
 """Measure the likelihood of a data set under a model, and write what was measured."""
 
 import csv
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from itertools import groupby, product
@@ -17,6 +18,7 @@ from diffusers_dpm.likelihood import bound as elbo
 from diffusers_dpm.likelihood.ode import ODELikelihood, ode_log_likelihood
 from diffusers_dpm.likelihood.problem import as_analytic_dpm
 from diffusers_dpm.networks import checked_labels, load_pipeline
+from diffusers_dpm.options import DataSourceOptions
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional
 from diffusers_dpm.records import ResultStore, Tensors, read_json, weights_hash, write_json
 from diffusers_dpm.run_folder import RunFolder
@@ -25,7 +27,7 @@ from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, Analytic
 
 
 # The options that say which images there are, and in which form.
-DATA_OPTIONS = ("data", "data_config", "split", "image_column", "label_column", "resolution", "channels")
+DATA_OPTIONS = [item.name for item in dataclasses.fields(DataSourceOptions) if item.name != "cache_gigabytes"]
 
 
 CLIPPING = ("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value")
@@ -117,7 +119,8 @@ def open_task(model: str, options: Any) -> Task:
     """
     folder = result_folder(model, options.output_dir, ".")
     pipeline = load_pipeline(model)
-    data = load_data(options, require_labels=is_conditional(pipeline.unet))
+    data = load_data(options, require_labels=is_conditional(pipeline.unet), default_split="test")
+    options = dataclasses.replace(options, split=data.source.split)
     checked_labels(pipeline.unet, data[[0]]["images"], data.labels)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
