@@ -17,7 +17,7 @@ from diffusers_dpm.images import image_grid, to_uint8
 from diffusers_dpm.networks import Progress
 from diffusers_dpm.options import values_of
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.records import TEMPORARY, flush_tree, move_children
+from diffusers_dpm.records import TEMPORARY, atomic_file, atomic_folder, move_children
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.training.loss import DenoisingLoss
 from diffusers_dpm.training.options import LossOptions, NoiseScheduleOptions, TrainingOptions
@@ -78,10 +78,10 @@ class DiffusionTrainer(Trainer):
 
     def _finish(self) -> str:
         """Make the run folder itself the trained pipeline."""
-        temporary = self.run_folder / f"{TEMPORARY}pipeline"
-        self._save_model(temporary)
-        flush_tree(temporary)
-        move_children(temporary, self.run_folder)
+        staged = self.run_folder / f"{TEMPORARY}pipeline"  # which the next start of the run deletes
+        with atomic_folder(staged) as temporary:
+            self._save_model(temporary)
+        move_children(staged, self.run_folder)
         return f"the pipeline is {self.run_folder}"
 
     def _outputs(self) -> list[Path]:
@@ -100,7 +100,8 @@ class DiffusionTrainer(Trainer):
             picture = np.concatenate([grids[0], *(part for grid in grids[1:] for part in (gap, grid))], axis=1)
             folder = self.files.samples
             folder.mkdir(exist_ok=True)
-            Image.fromarray(picture.squeeze()).save(folder / f"step-{self.state.step:08d}.png")
+            with atomic_file(folder / f"step-{self.state.step:08d}.png") as temporary:
+                Image.fromarray(picture.squeeze()).save(temporary)
             if self.options.log_with == "tensorboard":
                 writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
                 writer.add_image("samples, raw and EMA", picture, self.state.step, dataformats="HWC")

@@ -13,10 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 
 from diffusers_dpm.data import describe, load_data, load_held_out_data
-from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, user_error
-from diffusers_dpm.networks import NoProgress, Progress
+from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, deferred_interrupts, user_error
+from diffusers_dpm.networks import NoProgress, Progress, check_finite
 from diffusers_dpm.options import flag
-from diffusers_dpm.records import atomic_folder, read_json, remove, write_json
+from diffusers_dpm.processes import Processes
+from diffusers_dpm.records import LOCK, atomic_folder, fingerprint, remove, remove_folder, short_hash, write_json
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.training import checkpoints
 from diffusers_dpm.training.loop import Loss, StepRecord, TrainingState, batch_shares, training_steps
@@ -29,11 +30,15 @@ CALL_OPTIONS = frozenset({"resume", "overwrite", "dry_run", "push_to_hub", "hub_
 # What a resumed run may change: nothing that its weights depend on, beyond rounding.
 MAY_CHANGE = frozenset(
     {
+        *("data", "unet_config", "classifier_config"),  # their content is compared
         *("output_dir", "checkpoint_every", "checkpoints_total_limit", "log_with", "log_every"),
         *("sample_every", "sample_steps", "num_samples", "eval_split", "eval_data", "eval_draws"),
         *("cache_gigabytes", "dataloader_num_workers", "gradient_accumulation_steps", "cpu"),
     }
 )
+
+
+NUM_COMPARED = 64  # images by which the data of a resumed run is known again
 
 
 class Trainer(ABC):
@@ -59,7 +64,7 @@ class Trainer(ABC):
 
     def __init__(self, options: Any, run_folder: Path):
         self.run_folder, self.files = run_folder, RunFolder(run_folder)
-        checkpoint = checkpoints.find_checkpoint(options, run_folder)
+        self.found = checkpoints.find_checkpoints(options, run_folder)
         if options.log_with == "tensorboard":
             import_module("tensorboard")  # now: accelerate would only warn that it is missing
         with user_error("accelerate"):
@@ -78,8 +83,15 @@ class Trainer(ABC):
         model, self.loss = self._build()
         self.state = TrainingState(model, self.options, self.accelerator, len(self.loss.schedule))
         self.checkpointed_step: int | None = None
-        if checkpoint is not None:
-            self._load(checkpoint)
+        self.damaged: dict[Path, str] = {}  # checkpoints, and why
+        for checkpoint in self.found:
+            try:
+                self._load(checkpoint)
+                break
+            except checkpoints.DamagedCheckpointError as error:
+                self.damaged[checkpoint] = str(error)
+        if self.damaged and self.checkpointed_step is None:
+            raise DiffusersDPMError(f"no whole checkpoint: {'; '.join(self.damaged.values())}")
 
     @abstractmethod
     def _build(self) -> tuple[torch.nn.Module, Loss]:
@@ -112,15 +124,16 @@ class Trainer(ABC):
         """
         self.accelerator.print(self.plan())
         if not self.options.dry_run:
-            self._open_run_folder()
-            try:
-                self._train(progress or NoProgress())
-                self._checkpoint()
-                done = self._finish() if self.accelerator.is_main_process else ""
-                self.accelerator.wait_for_everyone()
-            finally:
-                self.state.release_network()
-                self.accelerator.end_training()
+            with Processes(self.accelerator).locked(self.run_folder / LOCK):
+                self._open_run_folder()
+                try:
+                    self._train(progress or NoProgress())
+                    self._checkpoint()
+                    done = self._finish() if self.accelerator.is_main_process else ""
+                    self.accelerator.wait_for_everyone()
+                finally:
+                    self.state.release_network()
+                    self.accelerator.end_training()
             self.accelerator.print(f"trained {self.state.step} steps; {done}")
         return self.run_folder
 
@@ -150,7 +163,8 @@ class Trainer(ABC):
         return "\n".join(text + [f"warning: {warning}" for warning in self._warnings()])
 
     def _warnings(self) -> list[str]:
-        options, warnings = self.options, []
+        options = self.options
+        warnings = [f"{why}: resuming from step {self.state.step:,}" for why in self.damaged.values()]
         if self.state.ema is not None:
             horizon = 1 / (1 - self.state.ema.decay_at(options.max_train_steps))
             if horizon > options.max_train_steps:
@@ -166,45 +180,62 @@ class Trainer(ABC):
 
     def _load(self, checkpoint: Path) -> None:
         """Take over a checkpoint, after checking that it is of the same run."""
-        folder = checkpoint / checkpoints.TRAINER_STATE
-        saved = read_json(RunFolder(folder).options)
+        folder, saved = checkpoint / checkpoints.TRAINER_STATE, checkpoints.unseal(checkpoint)
+        with checkpoints.reading(checkpoint):
+            before = dict(saved["options"])
         may_change = MAY_CHANGE | ({"max_train_steps"} if self.options.lr_scheduler == "constant" else set())
         for name, value in saved_options(self.options).items():
-            earlier = saved["options"].get(name)
+            earlier = before.get(name)
             if name not in may_change and earlier != value:
                 raise DiffusersDPMError(
                     f"{flag(name)} was {earlier} and now is {value}: a resumed run keeps it ({checkpoint}; "
                     f"'diffusers-dpm {self.command} {self.files.options} --resume' keeps all options)"
                 )
         for name, value in self._facts().items():
-            if saved.get(name) != value:
+            if saved.get(name, value) != value:
                 raise DiffusersDPMError(f"{checkpoint} was trained with the {name} {saved.get(name)}, now {value}")
-        self.state.load(folder, checkpoint / self.weights)
+        with checkpoints.reading(checkpoint):
+            self.state.load(folder, checkpoint / self.weights)
+            for network in (self.state.model, self.model):
+                check_finite(network, str(checkpoint))
         self.checkpointed_step = self.state.step
         if self.state.step > self.options.max_train_steps:
             raise DiffusersDPMError(f"{checkpoint} is past --max-train-steps {self.options.max_train_steps}")
 
     def _facts(self) -> dict[str, Any]:
-        """What the weights depend on beside the options, as JSON."""
-        return {"data": f"{len(self.data)} images of {describe(self.data.shape)}"}
+        """What the weights depend on beside the options, as JSON; the data by its content, wherever it lies."""
+        few = [len(self.data) * i // NUM_COMPARED for i in range(min(NUM_COMPARED, len(self.data)))]
+        some = self.data[few]
+        labels = self.data.labels if self.conditional else None
+        about = [tensor for tensor in (some["images"], labels) if tensor is not None]
+        return {
+            "data": f"{len(self.data)} images of {describe(self.data.shape)}",
+            "sha256 of some images and all labels": fingerprint(about)[:16],
+            "network": short_hash({key: value for key, value in self.model.config.items() if key[0] != "_"}),
+        }
 
     def _open_run_folder(self) -> None:
         self.accelerator.wait_for_everyone()  # all have looked at the folder before it changes
         if self.accelerator.is_main_process:
+            if checkpoints.find_checkpoints(self.options, self.run_folder) != self.found:
+                raise DiffusersDPMError(f"another process has just trained in {self.run_folder}")
             if self.options.overwrite:
                 for path in self._outputs():
                     remove(path)
             self.run_folder.mkdir(parents=True, exist_ok=True)
             checkpoints.remove_incomplete(self.run_folder)
+            for path in self.damaged:
+                remove_folder(path)
             write_json(self.files.options, saved_options(self.options))
         self.accelerator.wait_for_everyone()
         config = {name: str(value) for name, value in saved_options(self.options).items()}
         self.accelerator.init_trackers("train", config=config)
 
     def _train(self, progress: Progress) -> None:
-        options, recent = self.options, []
+        options, recent, count = self.options, [], self.accelerator.num_processes
         steps = training_steps(self.state, self.data, self.loss, options, conditional=self.conditional)
-        with tqdm(total=options.max_train_steps, initial=self.state.step, unit="step") as bar:
+        bar = tqdm(total=options.max_train_steps, initial=self.state.step, unit="step")
+        with bar, deferred_interrupts() as signals:
             try:
                 for record in steps:
                     bar.update()
@@ -214,13 +245,20 @@ class Trainer(ABC):
                         bar.set_postfix_str(self._log(recent))
                         recent = []
                     self._after_step(record.step)
-                    if is_due(record.step, options.checkpoint_every):
+                    # several processes ask each other, where the host waits for the device anyway
+                    stop = signals if count == 1 else is_due(record.step, options.log_every) and self._any(signals)
+                    if stop or is_due(record.step, options.checkpoint_every):
                         record.check_finite()
                         self._checkpoint()
+                    if stop:
+                        raise KeyboardInterrupt(f"step {record.step} is kept in {self.files.checkpoints}")
             except NonFiniteLossError as error:
                 good = checkpoints.last_checkpoint(self.run_folder)
                 hint = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
                 raise NonFiniteLossError(f"{error}; {hint}") from error
+
+    def _any(self, signals: list[int]) -> bool:
+        return bool(Processes(self.accelerator).sum(torch.tensor([float(len(signals))])).item())
 
     def _log(self, records: list[StepRecord]) -> str:
         """Log the means of the steps since the last call; returns the progress bar's text."""
@@ -249,8 +287,7 @@ class Trainer(ABC):
             with atomic_folder(checkpoints.checkpoint_folder(self.run_folder, step)) as folder:
                 self._save_model(folder)
                 self.state.save(folder / checkpoints.TRAINER_STATE)
-                about = {"options": saved_options(self.options), **self._facts()}
-                write_json(RunFolder(folder / checkpoints.TRAINER_STATE).options, about)
+                checkpoints.seal(folder, {"options": saved_options(self.options), **self._facts()})
             checkpoints.prune_checkpoints(self.run_folder, self.options.checkpoints_total_limit)
         self.checkpointed_step = step
         self.accelerator.wait_for_everyone()

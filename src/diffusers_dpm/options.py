@@ -133,7 +133,7 @@ def parse_options(
         if len(words) > len(operands) + 1:
             raise DiffusersDPMError(f"unexpected argument {words[len(operands) + 1]!r}")
         for path in words[len(operands) :]:
-            arguments = read_options_file(Path(path), items) + arguments
+            arguments = read_options_file(Path(path), items, "--resume" in arguments) + arguments
         check_names(arguments, items)
     values = run_parser(options, arguments, usage, about)
     return words[: len(operands)], options(**values)
@@ -144,10 +144,19 @@ def option_groups(options: type) -> list[Any]:
     return [base for base in options.__bases__ if dataclasses.is_dataclass(base)] or [options]
 
 
-def read_options_file(path: Path, items: Sequence[dataclasses.Field[Any]]) -> list[str]:
-    """The file's options as command-line arguments, so that both are checked by the same rules."""
-    with user_error(f"cannot read options from {path}", OSError, yaml.YAMLError):
-        values = yaml.safe_load(path.read_text())  # JSON is YAML
+def read_options_file(path: Path, items: Sequence[dataclasses.Field[Any]], resume: bool = False) -> list[str]:
+    """The file's options as command-line arguments, so that both are checked by the same rules.
+
+    A run is resumed where its own file of options lies, wherever it lay when the file was written.
+    """
+    with user_error(f"cannot read options from {path}", OSError, yaml.YAMLError, RecursionError):
+        text = path.read_text(encoding="utf-8")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):  # a few bytes of nested or repeated lists can fill the memory
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 2 or isinstance(event, yaml.AliasEvent):
+                raise DiffusersDPMError(f"{path} must hold one 'option: value' per line, without nesting or aliases")
+        values = yaml.safe_load(text)  # JSON is YAML
     if not isinstance(values, dict):
         raise DiffusersDPMError(f"{path} must hold one 'option: value' per line")
     given = {str(key).replace("-", "_"): value for key, value in values.items()}
@@ -155,6 +164,12 @@ def read_options_file(path: Path, items: Sequence[dataclasses.Field[Any]]) -> li
     for name in given:
         if name not in names:
             raise DiffusersDPMError(f"unknown option {name!r} in {path}" + nearest(name, names))
+        if isinstance(given[name], dict):
+            raise DiffusersDPMError(f"{path}: {name} must be a value or a list of values")
+    if resume and path.name == "training_options.json" and "output_dir" in given:
+        given["output_dir"] = str(
+            path.parent.parent if "num_features" in given else path.parent
+        )  # they are in training/
     return as_arguments(given)
 
 
