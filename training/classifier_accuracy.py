@@ -13,6 +13,7 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from diffusers_dpm.data import ImageDataset
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.random_streams import Stream, torch_generator
+from diffusers_dpm.records import atomic_file
 from diffusers_dpm.schedulers import VPNoiseSchedule
 
 
@@ -131,4 +132,5 @@ def plot_accuracy(result: dict[str, Any], path: Path, num_classes: int) -> None:
         axis.axhline(guess, color="grey", linestyle=":")
         axis.set(title=title, xlabel="timestep", ylim=(0, None))
     axis.legend()
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)

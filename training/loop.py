@@ -8,6 +8,7 @@ and goes on equals one that did not, and the same global batch gives the same up
 import copy
 import itertools
 import math
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -19,14 +20,13 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator, DistributedType
 from diffusers.optimization import get_scheduler
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader, Sampler
 
 from diffusers_dpm.data import ImageDataset
 from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError
 from diffusers_dpm.networks import measured_seconds
 from diffusers_dpm.random_streams import Stream, torch_generator, torch_seed
-from diffusers_dpm.records import read_json, write_json, write_tensors
+from diffusers_dpm.records import read_json, read_tensors, write_json, write_tensors
 from diffusers_dpm.schedulers import VPNoiseSchedule
 from diffusers_dpm.training.augmentation import random_crop, random_flip, random_shift
 from diffusers_dpm.training.loss_history import LossHistory
@@ -219,10 +219,10 @@ class TrainingState:
     def load(self, folder: Path, ema_weights: Path) -> None:
         """Restore what `save` wrote, and the averaged weights from the model's own safetensors file."""
         numbers = read_json(folder / "state.json")
-        self.model.load_state_dict(load_file(folder / "model.safetensors"))
+        self.model.load_state_dict(read_tensors(folder / "model.safetensors")[1])
         moments: dict[int, dict[str, torch.Tensor]] = {}
         names = {name: i for i, (name, _) in enumerate(self.model.named_parameters())}
-        for name, value in load_file(folder / "optimizer.safetensors").items():
+        for name, value in read_tensors(folder / "optimizer.safetensors")[1].items():
             parameter, key = name.rsplit("/", 1)
             moments.setdefault(names[parameter], {})[key] = value
         self.optimizer.load_state_dict({"state": moments, "param_groups": numbers["param_groups"]})
@@ -234,11 +234,11 @@ class TrainingState:
         for group in self.optimizer.param_groups:
             group |= {"initial_lr": rate, "lr": now}
         if self.loss_history is not None:
-            self.loss_history.load_state_dict(load_file(folder / "loss_history.safetensors"))
+            self.loss_history.load_state_dict(read_tensors(folder / "loss_history.safetensors")[1])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
         if self.ema is not None:
-            self.ema.network.load_state_dict(load_file(ema_weights))
+            self.ema.network.load_state_dict(read_tensors(ema_weights)[1])
             self.ema.num_updates = numbers["ema_step"]
         self.step = numbers["step"]
 
@@ -377,6 +377,7 @@ def training_steps(
         batch_size=None,  # the sampler yields batches
         num_workers=0 if data.in_memory else options.dataloader_num_workers,  # they only decode
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=ignore_signals,
     )
     batches = iter(loader)
     state.network.train()
@@ -436,6 +437,12 @@ def seconds_of_step(
 
     state.network.train()
     return measured_seconds(passes, len(draws.timesteps)) * len(shares)
+
+
+def ignore_signals(worker: int) -> None:
+    """Ctrl-C reaches the workers of the loader too, but it is the trainer who decides when to stop."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def prepare(

@@ -19,7 +19,7 @@ from diffusers_dpm.images import GRID, image_grid, to_uint8
 from diffusers_dpm.networks import Progress, load_pipeline
 from diffusers_dpm.options import flag, values_of
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.records import TEMPORARY, flush_tree, move_children
+from diffusers_dpm.records import TEMPORARY, atomic_file, atomic_folder, move_children
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.training.loss import DenoisingLoss
@@ -77,7 +77,7 @@ class DiffusionTrainer(Trainer):
                     timestep_spacing="trailing" if options.rescale_betas_zero_snr else "leading",
                 )
         else:
-            pipeline = load_pipeline(str(self.checkpoint or source))  # a resumed run does not need its source
+            pipeline = load_pipeline(str([*self.found, source][0]))  # a resumed run does not need its source
             unet = build_network(self.data, options, pipeline.unet)
             with user_error(f"noise schedule of {source}", TypeError, NotImplementedError):
                 self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -90,10 +90,10 @@ class DiffusionTrainer(Trainer):
 
     def _finish(self) -> str:
         """Make the run folder itself the trained pipeline."""
-        temporary = self.run_folder / f"{TEMPORARY}pipeline"
-        self._save_model(temporary)
-        flush_tree(temporary)
-        move_children(temporary, self.run_folder)
+        staged = self.run_folder / f"{TEMPORARY}pipeline"  # which the next start of the run deletes
+        with atomic_folder(staged) as temporary:
+            self._save_model(temporary)
+        move_children(staged, self.run_folder)
         return f"the pipeline is {self.run_folder}"
 
     def _after_step(self, step: int) -> None:
@@ -109,7 +109,8 @@ class DiffusionTrainer(Trainer):
             picture = np.concatenate([grids[0], *(part for grid in grids[1:] for part in (gap, grid))], axis=1)
             folder = self.files.samples
             folder.mkdir(exist_ok=True)
-            Image.fromarray(picture.squeeze()).save(folder / f"step-{self.state.step:08d}.png")
+            with atomic_file(folder / f"step-{self.state.step:08d}.png") as temporary:
+                Image.fromarray(picture.squeeze()).save(temporary)
             if self.options.log_with == "tensorboard":
                 writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
                 writer.add_image("samples, raw and EMA", picture, self.state.step, dataformats="HWC")

@@ -14,10 +14,19 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed, tqdm
 
 from diffusers_dpm.data import describe, load_data, load_held_out_data
-from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, user_error
-from diffusers_dpm.networks import LONG, NoProgress, Progress, duration
+from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, deferred_interrupts, user_error
+from diffusers_dpm.networks import LONG, NoProgress, Progress, check_finite, duration
 from diffusers_dpm.options import flag
-from diffusers_dpm.records import atomic_folder, read_json, write_json, write_text
+from diffusers_dpm.processes import Processes
+from diffusers_dpm.records import (
+    LOCK,
+    atomic_folder,
+    fingerprint,
+    remove_folder,
+    short_hash,
+    write_json,
+    write_text,
+)
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.training import checkpoints
 from diffusers_dpm.training.loop import Loss, StepRecord, TrainingState, batch_shares, seconds_of_step, training_steps
@@ -38,12 +47,16 @@ LOGGED_CHANGES = ("learning_rate", "batch_size", "max_train_steps")
 # What else it may change: nothing that its weights depend on, beyond rounding.
 MAY_CHANGE = frozenset(
     {
+        *("data", "unet_config", "classifier_config"),  # their content is compared
         *("output_dir", "checkpoint_every", "checkpoints_total_limit", "log_with", "log_every"),
         *("sample_every", "sample_steps", "num_samples", "eval_split", "eval_data", "eval_draws"),
         *("cache_gigabytes", "dataloader_num_workers", "gradient_accumulation_steps", "cpu"),
         *LOGGED_CHANGES,
     }
 )
+
+
+NUM_COMPARED = 64  # images by which the data of a resumed run is known again
 
 
 class Trainer(ABC):
@@ -70,8 +83,8 @@ class Trainer(ABC):
 
     def __init__(self, options: Any, run_folder: Path, result: Path):
         self.run_folder, self.files = run_folder, RunFolder(run_folder)
-        self.checkpoint = checkpoints.find_checkpoint(options, run_folder)
-        if options.resume and self.checkpoint is None and result.exists():
+        self.found = checkpoints.find_checkpoints(options, run_folder)
+        if options.resume and not self.found and result.exists():
             ways = "'train --init-from RUN' goes on from a U-Net's weights, --overwrite trains anew"
             raise DiffusersDPMError(f"{run_folder} has no checkpoints left, and this would replace {result}: {ways}")
         if options.log_with == "tensorboard":
@@ -95,8 +108,15 @@ class Trainer(ABC):
         self.checkpointed_step: int | None = None
         self.changes: list[str] = []  # of the options, on resuming
         self.images_seen = 0
-        if self.checkpoint is not None:
-            self._load(self.checkpoint)
+        self.damaged: dict[Path, str] = {}  # checkpoints, and why
+        for checkpoint in self.found:
+            try:
+                self._load(checkpoint)
+                break
+            except checkpoints.DamagedCheckpointError as error:
+                self.damaged[checkpoint] = str(error)
+        if self.damaged and self.checkpointed_step is None:
+            raise DiffusersDPMError(f"no whole checkpoint: {'; '.join(self.damaged.values())}")
 
     @abstractmethod
     def _build(self) -> tuple[torch.nn.Module, Loss]:
@@ -129,15 +149,16 @@ class Trainer(ABC):
         """
         self.accelerator.print(self.plan())
         if not self.options.dry_run:
-            self._open_run_folder()
-            try:
-                self._train(progress or NoProgress())
-                self._checkpoint()
-                done = self._finish() if self.accelerator.is_main_process else ""
-                self.accelerator.wait_for_everyone()
-            finally:
-                self.state.release_network()
-                self.accelerator.end_training()
+            with Processes(self.accelerator).locked(self.run_folder / LOCK):
+                self._open_run_folder()
+                try:
+                    self._train(progress or NoProgress())
+                    self._checkpoint()
+                    done = self._finish() if self.accelerator.is_main_process else ""
+                    self.accelerator.wait_for_everyone()
+                finally:
+                    self.state.release_network()
+                    self.accelerator.end_training()
             self.accelerator.print(f"trained {self.state.step} steps; {done}")
         return self.run_folder
 
@@ -174,7 +195,8 @@ class Trainer(ABC):
         return "\n".join(text + [f"warning: {warning}" for warning in self._warnings()])
 
     def _warnings(self) -> list[str]:
-        options, warnings = self.options, []
+        options = self.options
+        warnings = [f"{why}: resuming from step {self.state.step:,}" for why in self.damaged.values()]
         if self.state.ema is not None:
             horizon = 1 / (1 - self.state.ema.decay_at(options.max_train_steps))
             if horizon > options.max_train_steps:
@@ -197,10 +219,12 @@ class Trainer(ABC):
 
     def _load(self, checkpoint: Path) -> None:
         """Take over a checkpoint, after checking that it is of the same run."""
-        folder = checkpoint / checkpoints.TRAINER_STATE
-        saved = read_json(RunFolder(folder).options)
+        folder, saved = checkpoint / checkpoints.TRAINER_STATE, checkpoints.unseal(checkpoint)
+        with checkpoints.reading(checkpoint):
+            before = dict(saved["options"])
+        self.changes = []
         for name, value in saved_options(self.options).items():
-            earlier = saved["options"].get(name)
+            earlier = before.get(name)
             if earlier != value and name in LOGGED_CHANGES:
                 self.changes.append(f"{flag(name)} {value}, was {earlier}")
             if name not in MAY_CHANGE and earlier != value:
@@ -209,25 +233,40 @@ class Trainer(ABC):
                     f"'diffusers-dpm {self.command} {self.files.options} --resume' keeps all options)"
                 )
         for name, value in self._facts().items():
-            if saved.get(name) != value:
+            if saved.get(name, value) != value:
                 raise DiffusersDPMError(f"{checkpoint} was trained with the {name} {saved.get(name)}, now {value}")
-        self.state.load(folder, checkpoint / self.weights)
+        with checkpoints.reading(checkpoint):
+            self.state.load(folder, checkpoint / self.weights)
+            for network in (self.state.model, self.model):
+                check_finite(network, str(checkpoint))
         self.checkpointed_step = self.state.step
         self.images_seen = saved.get("images_seen", self.state.step * saved["options"]["batch_size"])
         if self.state.step > self.options.max_train_steps:
             raise DiffusersDPMError(f"{checkpoint} is past --max-train-steps {self.options.max_train_steps}")
 
     def _facts(self) -> dict[str, Any]:
-        """What the weights depend on beside the options, as JSON."""
-        return {"data": f"{len(self.data)} images of {describe(self.data.shape)}"}
+        """What the weights depend on beside the options, as JSON; the data by its content, wherever it lies."""
+        few = [len(self.data) * i // NUM_COMPARED for i in range(min(NUM_COMPARED, len(self.data)))]
+        some = self.data[few]
+        labels = self.data.labels if self.conditional else None
+        about = [tensor for tensor in (some["images"], labels) if tensor is not None]
+        return {
+            "data": f"{len(self.data)} images of {describe(self.data.shape)}",
+            "sha256 of some images and all labels": fingerprint(about)[:16],
+            "network": short_hash({key: value for key, value in self.model.config.items() if key[0] != "_"}),
+        }
 
     def _open_run_folder(self) -> None:
         self.accelerator.wait_for_everyone()  # all have looked at the folder before it changes
         if self.accelerator.is_main_process:
+            if checkpoints.find_checkpoints(self.options, self.run_folder) != self.found:
+                raise DiffusersDPMError(f"another process has just trained in {self.run_folder}")
             if self.options.overwrite:
                 self._delete()
             self.run_folder.mkdir(parents=True, exist_ok=True)
             checkpoints.remove_incomplete(self.run_folder)
+            for path in self.damaged:
+                remove_folder(path)
             write_json(self.files.options, saved_options(self.options))
             drop_rows_after(self.files.logs / METRICS_LOG, self.state.step)
         self.accelerator.wait_for_everyone()
@@ -237,9 +276,10 @@ class Trainer(ABC):
             self.accelerator.log({"changed options": "; ".join(self.changes)}, step=self.state.step)
 
     def _train(self, progress: Progress) -> None:
-        options, recent = self.options, []
+        options, recent, count = self.options, [], self.accelerator.num_processes
         steps = training_steps(self.state, self.data, self.loss, options, conditional=self.conditional)
-        with tqdm(total=options.max_train_steps, initial=self.state.step, unit="step") as bar:
+        bar = tqdm(total=options.max_train_steps, initial=self.state.step, unit="step")
+        with bar, deferred_interrupts() as signals:
             try:
                 for record in steps:
                     bar.update()
@@ -250,13 +290,20 @@ class Trainer(ABC):
                         bar.set_postfix_str(self._log(recent))
                         recent = []
                     self._after_step(record.step)
-                    if is_due(record.step, options.checkpoint_every):
+                    # several processes ask each other, where the host waits for the device anyway
+                    stop = signals if count == 1 else is_due(record.step, options.log_every) and self._any(signals)
+                    if stop or is_due(record.step, options.checkpoint_every):
                         record.check_finite()
                         self._checkpoint()
+                    if stop:
+                        raise KeyboardInterrupt(f"step {record.step} is kept in {self.files.checkpoints}")
             except NonFiniteLossError as error:
                 good = checkpoints.last_checkpoint(self.run_folder)
                 hint = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
                 raise NonFiniteLossError(f"{error}; {hint}") from error
+
+    def _any(self, signals: list[int]) -> bool:
+        return bool(Processes(self.accelerator).sum(torch.tensor([float(len(signals))])).item())
 
     def _log(self, records: list[StepRecord]) -> str:
         """Log the means of the steps since the last call; returns the progress bar's text."""
@@ -289,7 +336,7 @@ class Trainer(ABC):
                 self._save_model(folder)
                 self.state.save(folder / checkpoints.TRAINER_STATE)
                 about = {"options": saved_options(self.options), "images_seen": self.images_seen, **self._facts()}
-                write_json(RunFolder(folder / checkpoints.TRAINER_STATE).options, about)
+                checkpoints.seal(folder, about)
             checkpoints.prune_checkpoints(self.run_folder, self.options.checkpoints_total_limit)
         self.checkpointed_step = step
         self.accelerator.wait_for_everyone()

@@ -28,7 +28,7 @@ from functools import cache, partial
 from inspect import signature
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from diffusers_dpm.errors import DiffusersDPMError, check_at_least
 from diffusers_dpm.networks import NoProgress, Progress, noise_schedule_of, whole_config
 from diffusers_dpm.pipelines import ClassifierGuidance, evaluation_mode
 from diffusers_dpm.processes import Processes
-from diffusers_dpm.records import Record, ResultStore, provenance
+from diffusers_dpm.records import Record, ResultStore, check_types, provenance
 from diffusers_dpm.schedulers import CalibratedScheduler, DPMSolverScheduler, Level, Update
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
 
@@ -58,6 +58,16 @@ NO_TENSORS: Tensors = ()
 MAX_HISTORY = 4
 RIDGE = 1e-6  # relative to each unknown's own sum of squares
 CHOICES = tuple(product((1, 2, 3, MAX_HISTORY), (RIDGE, 1e-4, 1e-2)))  # (predictions in a row, ridge)
+
+
+class FittedTable(TypedDict):
+    """The types of what sampling and reports read in one of `Calibration.tables`."""
+
+    timesteps: list[int]
+    rows: list[list[float]]
+    guidance_scale: float | None
+    mean_error: float
+    solver_mean_error: float
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,8 @@ class Calibration(Record):
             raise DiffusersDPMError("`tables` must be a list, `provenance` a dict.")
         if not all(isinstance(table, dict) and needed <= table.keys() for table in self.tables):
             raise DiffusersDPMError(f"every table must have the keys {', '.join(sorted(needed))}.")
+        for table in self.tables:
+            check_types(FittedTable, table)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Calibration":
@@ -355,6 +367,7 @@ def calibrate(
     seed: int = 0,
     accelerator: Any = None,
     folder: str | Path | None = None,
+    keep: bool = False,
     progress: Progress | None = None,
 ) -> Calibration:
     """Fit rows to a network for each of some numbers of steps. No images are needed, only noise.
@@ -382,6 +395,7 @@ def calibrate(
         folder: keeps the teacher's states, teacher_steps + 1 times the size of the noise, and finished tables, from
             which the same call goes on after an interruption; for a `torch.nn.Module`, whose weights identify it.
             Deleted when done.
+        keep: leave `folder` to the caller, who deletes it when the tables are written.
         progress: gets `update(n)` for n images in a network call, at most `network_calls(...)` in all.
 
     Raises:
@@ -415,7 +429,7 @@ def calibrate(
         student = Student(network, teacher, teacher_states(network, teacher, noise, store), num_images)
         tables = fit_tables(student, scheduler, steps, max_walks, saved, store)
     processes.wait()
-    if processes.is_main:
+    if processes.is_main and not keep:
         store.delete()
     better = [{**table, **guide} for table in tables if table["mean_error"] < table["solver_mean_error"]]
     facts["left_out"] = sorted({*steps} - {len(table["timesteps"]) for table in better})

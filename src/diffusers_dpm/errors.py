@@ -1,8 +1,11 @@
-"""Errors that the commands show as one line, and what turns another error into one."""
+"""Errors that the commands show as one line, what turns another error into one, and signals, which end a command."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class DiffusersDPMError(ValueError):
@@ -46,4 +49,36 @@ def user_error(prefix: str, *kinds: type[Exception]) -> Iterator[None]:
     except DiffusersDPMError:
         raise
     except mendable as error:
-        raise DiffusersDPMError(f"{prefix}: {' '.join(str(error).split())}") from error
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "  # 'step' says little
+        raise DiffusersDPMError(f"{prefix}: {kind}{' '.join(str(error).split())}") from error
+
+
+def interrupt(number: int, frame: Any = None) -> None:
+    """A handler of signals: SIGTERM ends a command as Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def handling(handler: Callable[[int, Any], Any], *signals: int) -> Iterator[None]:
+    """Inside, the handler gets these signals; only the main thread can see to it."""
+    main = threading.current_thread() is threading.main_thread()
+    earlier = {number: signal.signal(number, handler) for number in signals if main}
+    try:
+        yield
+    finally:
+        for number, former in earlier.items():
+            signal.signal(number, former)
+
+
+@contextmanager
+def deferred_interrupts() -> Iterator[list[int]]:
+    """Inside, the first SIGINT or SIGTERM is only noted in the list, for work that must not stop just anywhere."""
+    noted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if noted:
+            interrupt(number)
+        noted.append(number)
+
+    with handling(note, signal.SIGINT, signal.SIGTERM):
+        yield noted

@@ -1,20 +1,39 @@
 """Networks: load them, ask for the shape of their images and their classes, call them."""
 
+import inspect
+import math
+import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import diffusers
 import torch
+from diffusers import SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
+from safetensors import SafetensorError, safe_open
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.pipelines.networks import check_network, evaluation_mode, null_class_of, num_classes_of
+from diffusers_dpm.records import read_json, weights_hash
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
-from diffusers_dpm.schedulers import AnalyticDPMScheduler, VPNoiseSchedule
+from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, VPNoiseSchedule
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+OWN = {cls.__name__: cls for cls in (*ALL_SCHEDULERS, *(extra.cls for extra in EXTRAS.values()))}
+DEFAULTS = {"sample_size": 1, "trained_betas": [0.0]}  # for what their classes have None
+LARGEST = {"num_train_timesteps": 10**6, "layers_per_block": 1000}  # whole numbers in a config; of any other: 2^31
+KINDS: dict[type, tuple[tuple[type, ...], str]] = {  # of a key's default -> types of its values, and their name
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a word"),
+}
 
 
 class Progress(Protocol):
@@ -103,21 +122,128 @@ def load_pipeline(model: str) -> DPMPipeline:
         raise DiffusersDPMError(
             f"{model} holds no {run.index.name}: it is not a pipeline, or its training has not finished"
         )
-    with user_error(f"cannot load {model}", OSError), quiet():
+    if run.path.is_dir():
+        for name, entry in read_json(run.index).items():
+            if not name.startswith("_") and isinstance(entry, list) and any(entry):
+                if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
+                    raise DiffusersDPMError(f"{run.index}: {name} must be a library and a class, got {entry}")
+                check_part(run.path / name)
+    with user_error(f"cannot load {model}", Exception), quiet():
         pipeline = DPMPipeline.from_pretrained(model)
         check_network(pipeline.unet)
-        return pipeline
+    check_finite(pipeline.unet, f"{model}/unet")
+    return pipeline
 
 
 def load_extra(model: str, name: str) -> Any:
     """One of `EXTRAS`, beside a model's pipeline. Raises DiffusersDPMError, naming the command that makes it."""
-    extra = EXTRAS[name]
-    try:
-        return extra.cls.from_pretrained(model, subfolder=name)
-    except (OSError, ValueError) as error:
-        if (Path(model) / name / extra.cls.config_name).exists():
-            raise DiffusersDPMError(f"{model}/{name} cannot be read ({error})") from error
-        raise DiffusersDPMError(f"{model} has no {name}: 'diffusers-dpm {extra.command} {model}' makes it") from error
+    extra, folder = EXTRAS[name], Path(model) / name
+    if Path(model).is_dir() and not (folder / extra.cls.config_name).exists():
+        raise DiffusersDPMError(f"{model} has no {name}: 'diffusers-dpm {extra.command} {model}' makes it")
+    return load_part(extra.cls, model, name)
+
+
+def load_part(cls: Any, model: str, name: str = "") -> Any:
+    """A network or scheduler from a folder, or from a folder of a Hub repository.
+
+    Raises:
+        DiffusersDPMError: it cannot be loaded; names the file, and the key or the tensor.
+    """
+    where = str(Path(model) / name)
+    if Path(model).is_dir():
+        check_part(Path(where), cls)
+    with user_error(f"cannot load {where}", Exception), quiet():
+        part = cls.from_pretrained(model, subfolder=name or None)
+    if isinstance(part, torch.nn.Module):
+        check_finite(part, where)
+    return part
+
+
+def check_part(folder: Path, cls: Any = None) -> None:
+    """Check a component's files as far as diffusers takes them without a word, or fails without their name.
+
+    Raises:
+        DiffusersDPMError: a file that cannot be read; a value of a config that its class cannot have; weights that are
+            not those of the config's network.
+    """
+    is_scheduler = (folder / "scheduler_config.json").exists()
+    path, weights = folder / ("scheduler_config.json" if is_scheduler else "config.json"), folder / WEIGHTS
+    config = read_json(path)
+    name = config.get("_class_name")
+    cls = cls or OWN.get(str(name)) or getattr(diffusers, str(name), None)
+    if not isinstance(name, str) or not hasattr(cls, "from_config"):
+        raise DiffusersDPMError(f"{path}: _class_name must be the class that saved it, got {name!r}")
+    check_config(path, cls, config)
+    if is_scheduler or not weights.exists():
+        return
+    with user_error(f"cannot read {weights}", OSError, SafetensorError), safe_open(weights, framework="pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        found = {key: (tuple(value.get_shape()), value.get_dtype()) for key, value in slices.items()}
+    deepest = max([0, *(number for key, number in numbers_in(config) if "layers" in key)])
+    if deepest > len(found):
+        raise DiffusersDPMError(f"{path}: {deepest} layers, but {weights} has {len(found)} tensors")
+    with user_error(f"{path} describes no network", Exception), quiet(), torch.device("meta"):
+        network = cls.from_config(config)
+    for key, value in network.state_dict().items():
+        shape, dtype = found.pop(key, (None, ""))
+        if shape is None:
+            raise DiffusersDPMError(f"{weights} lacks {key}, which {path} asks for")
+        if shape != tuple(value.shape) or not dtype.startswith(("F", "BF")):
+            raise DiffusersDPMError(f"{weights}: {key} is {dtype} {[*shape]}, {path} asks for F32 {[*value.shape]}")
+    if found:
+        raise DiffusersDPMError(f"{weights}: {path} knows no {next(iter(found))}")
+
+
+def check_config(path: Path, cls: Any, config: Mapping[str, Any]) -> None:
+    """Check the values in a config by the defaults that the class has for its keys; a list by each of its entries.
+
+    Raises:
+        DiffusersDPMError: names the file, the key and the value.
+    """
+    keys, is_network = inspect.signature(cls.__init__).parameters, not issubclass(cls, SchedulerMixin)
+    for key, value in config.items():
+        default = DEFAULTS.get(key, keys[key].default if key in keys else None)
+        takes_none = key in DEFAULTS or isinstance(default, bool) or re.search("None|Optional", str(keys.get(key)))
+        first = next((leaf for _, leaf in leaves(key, default)), None)
+        kind = next((kind for kind in KINDS if isinstance(first, kind)), None)  # bool is an int, too
+        found = [leaf for _, leaf in leaves(key, value)]
+        takes_list = is_network or isinstance(default, (list, tuple))
+        fits = found and (takes_list or not isinstance(value, list))
+        fits = fits and all(takes_none if leaf is None else kind and type(leaf) in KINDS[kind][0] for leaf in found)
+        if kind is not None and not fits:
+            raise DiffusersDPMError(f"{path}: {key} must be {KINDS[kind][1]}, got {str(value)[:60]}")
+    low = 0 if is_network else -math.inf
+    for key, number in numbers_in(config):
+        high = LARGEST.get(key, math.inf if isinstance(number, float) else 2**31)
+        if not low <= number <= high:
+            raise DiffusersDPMError(f"{path}: {key} must lie in {low} .. {high}, got {number}")
+
+
+def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) of what lists in lists hold, or of the value itself."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from leaves(key, item)
+    else:
+        yield key, value
+
+
+def numbers_in(config: Mapping[str, Any]) -> list[tuple[str, float]]:
+    pairs = [pair for key, value in config.items() for pair in leaves(key, value)]
+    return [(key, value) for key, value in pairs if isinstance(value, (int, float))]
+
+
+def check_finite(network: torch.nn.Module, where: str) -> None:
+    """Raise DiffusersDPMError for a network with weights that are infinite or not numbers."""
+    for key, value in network.state_dict().items():
+        if not value.isfinite().all():
+            raise DiffusersDPMError(f"{where}/{WEIGHTS}: {key} is not finite: the weights are lost")
+
+
+def check_weights(fitted_to: str | None, network: torch.nn.Module, where: str | Path, what: str, command: str) -> None:
+    """Raise DiffusersDPMError for what says that it was made for other weights than the network's (a hash)."""
+    if fitted_to not in (None, weights_hash(network)):
+        raise DiffusersDPMError(f"{where} has {what} other weights: delete them, and repeat {command!r}")
 
 
 def load_guide(model: str, unet: Any) -> Any:

@@ -146,7 +146,7 @@ def parse_options(
         if len(words) > len(operands) + 1:
             raise DiffusersDPMError(f"unexpected argument {words[len(operands) + 1]!r}")
         for path in words[len(operands) :]:
-            arguments = read_options_file(Path(path), items) + arguments
+            arguments = read_options_file(Path(path), items, "--resume" in arguments) + arguments
         if operands and issubclass(options, DataSourceOptions):
             arguments = recorded_data(Path(words[0]), arguments) + arguments
         check_names(arguments, items)
@@ -159,16 +159,23 @@ def option_groups(options: type) -> list[Any]:
     return [base for base in options.__bases__ if dataclasses.is_dataclass(base)] or [options]
 
 
-def read_options_file(path: Path, items: Sequence[dataclasses.Field[Any]]) -> list[str]:
+def read_options_file(path: Path, items: Sequence[dataclasses.Field[Any]], resume: bool = False) -> list[str]:
     """The file's options as command-line arguments, so that both are checked by the same rules.
 
-    Of a run folder, or that of features, those that its training recorded; it may have moved since.
+    Of a run folder, or that of features, those that its training recorded. A run is resumed where its own file of
+    options lies, wherever it lay when the file was written.
     """
     given, names = read_values(path), [item.name for item in items]
     for name in given:
         if name not in names:
             raise DiffusersDPMError(f"unknown option {name!r} in {path}" + nearest(name, names))
-    return as_arguments({**given, **({"output_dir": str(path)} if path.is_dir() else {})})
+        if isinstance(given[name], dict):
+            raise DiffusersDPMError(f"{path}: {name} must be a value or a list of values")
+    if path.is_dir():
+        given["output_dir"] = str(path)
+    elif resume and path.name == RECORD and "output_dir" in given:
+        given["output_dir"] = str(path.parent.parent if "num_features" in given else path.parent)
+    return as_arguments(given)
 
 
 def read_values(path: Path) -> dict[str, Any]:
@@ -176,8 +183,14 @@ def read_values(path: Path) -> dict[str, Any]:
     if path.is_dir():
         recorded = [path / RECORD, path / "training" / RECORD]
         path = next(filter(Path.is_file, recorded), recorded[0])
-    with user_error(f"cannot read options from {path}", OSError, yaml.YAMLError):
-        values = yaml.safe_load(path.read_text())  # JSON is YAML
+    with user_error(f"cannot read options from {path}", OSError, yaml.YAMLError, RecursionError):
+        text = path.read_text(encoding="utf-8")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):  # a few bytes of nested or repeated lists can fill the memory
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 2 or isinstance(event, yaml.AliasEvent):
+                raise DiffusersDPMError(f"{path} must hold one 'option: value' per line, without nesting or aliases")
+        values = yaml.safe_load(text)  # JSON is YAML
     if not isinstance(values, dict):
         raise DiffusersDPMError(f"{path} must hold one 'option: value' per line")
     return {str(key).replace("-", "_"): value for key, value in values.items()}

@@ -60,6 +60,7 @@ class PosteriorStatistics(Record):
         schedule_hash: of the noise schedule.
         prediction_type: of the network.
         num_images: how many images were averaged over; None if unknown.
+        weights: SHA-256 of the network's weights; None if unknown.
         provenance: of the statistics; for people, nothing depends on it.
 
     Raises:
@@ -76,6 +77,7 @@ class PosteriorStatistics(Record):
     schedule_hash: str
     prediction_type: str
     num_images: int | None = None
+    weights: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -142,6 +144,7 @@ def estimate_statistics(
     accelerator: Any = None,
     folder: str | Path | None = None,
     save_every: float = 60.0,
+    keep: bool = False,
     progress: Progress | None = None,
 ) -> PosteriorStatistics:
     """Both estimates of C_t from one network call for each of `num_samples` images and each timestep.
@@ -167,6 +170,7 @@ def estimate_statistics(
         accelerator: an `accelerate.Accelerator` whose processes share the work, with the network on its device.
         folder: keeps partial results, from which the same call goes on after an interruption. Deleted when done.
         save_every: seconds between saves; an exception, KeyboardInterrupt included, also saves.
+        keep: leave `folder` to the caller, who deletes it when the statistics are written.
         progress: gets `update(n)` for n (image, timestep) pairs, those of other processes and of `folder` included.
 
     Raises:
@@ -186,12 +190,16 @@ def estimate_statistics(
     store = ResultStore(folder, settings, process=processes.rank, save_every=save_every)
     with evaluation_mode(unet):
         values = measure(problem, batch_size, processes, store, NoProgress() if progress is None else progress)
+    if processes.is_main:
+        store.save_values(values) if keep else store.delete()
+    processes.wait()
     estimates = values.unbind(-1)
     means = (estimate.mean(dim=0).tolist() for estimate in estimates)
     lines = (*means, *map(standard_errors, estimates))
     residual, analytic, residual_error, analytic_error = (interpolate(schedule, grid, line) for line in lines)
     facts = provenance(seed=seed, dtype=str(unet.dtype).removeprefix("torch."), images_available=num_available)
-    origin = (grid, schedule.hash, problem.prediction_type, len(x0))
+    weights = weights_hash(unet) if isinstance(unet, torch.nn.Module) else None
+    origin = (grid, schedule.hash, problem.prediction_type, len(x0), weights)
     return PosteriorStatistics(residual, analytic, residual_error, analytic_error, *origin, facts)
 
 
@@ -301,9 +309,6 @@ def measure(
         raise
     if processes.count > 1:  # each value is NaN in all processes but one
         own = processes.sum(own.nan_to_num())
-    if processes.is_main:
-        store.delete()
-    processes.wait()
     return merged(saved, own)
 
 
@@ -327,6 +332,7 @@ def import_ms_eps(
     *,
     prediction_type: str = "epsilon",
     num_images: int | None = None,
+    weights: str | None = None,
     allow_pickle: bool = False,
 ) -> PosteriorStatistics:
     """Statistics from a vector of E|epsilon_hat|^2 / d, the form in which those of Bao et al. are distributed.
@@ -339,6 +345,7 @@ def import_ms_eps(
         schedule: that the statistics are of; the file does not say.
         prediction_type: of the network; the file does not say.
         num_images: over which they are averaged, if the source says.
+        weights: `weights_hash` of the network, if the source says: the commands refuse them for any other.
         allow_pickle: read files of `torch.save`, which can run any code: only from sources that you trust.
 
     Raises:
@@ -363,6 +370,7 @@ def import_ms_eps(
         schedule_hash=schedule.hash,
         prediction_type=prediction_type,
         num_images=num_images,
+        weights=weights,
         provenance={"imported_from": Path(path).name},
     )
 

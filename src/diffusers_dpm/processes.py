@@ -1,10 +1,15 @@
-"""The processes of an accelerator that share work, or this one alone."""
+"""The processes of an accelerator that share work, or this one alone, and what keeps other commands out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
+from filelock import FileLock, Timeout
+
+from diffusers_dpm.errors import DiffusersDPMError
 
 
 class Processes:
@@ -40,3 +45,32 @@ class Processes:
         if self.count == 1:
             return list(values)
         return broadcast(torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)).tolist()
+
+    @contextmanager
+    def locked(self, path: Path) -> Iterator[None]:
+        """Keep other commands out, as far as they ask for the same lock file; its folder is made.
+
+        Raises:
+            DiffusersDPMError: on all processes: another command holds it, or the folder cannot be written to.
+        """
+        lock, refusal = FileLock(path), [""]
+        if self.is_main:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                lock.acquire(blocking=False)
+            except Timeout:
+                refusal = [f"{path.parent} is in use by another process: wait for its end, or choose another folder"]
+            except OSError as error:
+                refusal = [f"cannot write to {path.parent}: {error}"]
+        if self.count > 1:
+            broadcast_object_list(refusal)
+        if refusal[0]:
+            raise DiffusersDPMError(refusal[0])
+        try:
+            yield
+        finally:
+            if lock.is_locked:
+                path.unlink(missing_ok=True)  # a process that has already opened it will see the results
+                lock.release()
+                with suppress(OSError):  # a folder that was made for the lock alone
+                    path.parent.rmdir()

@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, fields
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,8 @@ from diffusers_dpm.errors import DiffusersDPMError, user_error
 
 Tensors = dict[str, torch.Tensor]
 TEMPORARY = ".incomplete-"
+LOCK = ".lock"
+MAX_JSON_BYTES = 2**28
 RecordType = TypeVar("RecordType", bound="Record")
 
 
@@ -35,6 +38,20 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def digest(tensors: Tensors) -> str:
+    """What identifies tensors with their names."""
+    return short_hash({name: fingerprint([tensor]) for name, tensor in tensors.items()})
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
     return digest.hexdigest()
 
 
@@ -65,25 +82,68 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        DiffusersDPMError: the file cannot be read or holds no object.
+        DiffusersDPMError: the file cannot be read, is far too large, holds NaN or no object.
     """
-    with user_error(f"cannot read {path}", OSError):
-        values = json.loads(path.read_text(encoding="utf-8"))
+    with user_error(f"cannot read {path}", OSError, RecursionError):
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise DiffusersDPMError(f"{path} has more than {MAX_JSON_BYTES // 2**20} MB")
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=infinity)
     if not isinstance(values, dict):
         raise DiffusersDPMError(f"{path} must hold a JSON object")
     return values
 
 
+def infinity(text: str) -> float:
+    """Configs of diffusers hold infinities, and NaN never."""
+    if text == "NaN":
+        raise ValueError("it holds NaN")
+    return float(text)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, str], Tensors]:
+    """(metadata, tensors) of a safetensors file. Raises DiffusersDPMError if it cannot be read."""
+    with user_error(f"cannot read {path}", OSError, SafetensorError), safe_open(path, framework="pt") as file:
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+
+
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, renamed to `path` when the block ends well: the whole file or none of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # of this process: another may write the same file
+def disk_error() -> Iterator[None]:
+    """Inside, what safetensors cannot write is an OSError, as it is of any other file."""
     try:
-        yield temporary
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+@contextmanager
+def atomic_file(path: Path, durable: bool = True) -> Iterator[Path]:
+    """A path beside `path` to write to, renamed to `path` when the block ends well: the whole file or none of it.
+
+    It has the ending of `path`. A process that is killed leaves it: see `is_leftover`.
+
+    Args:
+        durable: the file is whole after a power cut, too; False where a broken one is noticed and made again.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")  # of this process: another may write the same
+    try:
+        with disk_error():
+            yield temporary
+        if durable:
+            flush(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a process that was killed left this half-written, or it is a lock."""
+    return path.name.startswith(TEMPORARY) or path.name == LOCK
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether there is nothing in a folder, or nothing but leftovers."""
+    return all(map(is_leftover, folder.iterdir()))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -113,7 +173,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with disk_error():
+            yield temporary
         flush_tree(temporary)
         remove_folder(target)
         temporary.rename(target)
@@ -179,6 +240,28 @@ def move_children(source: Path, target: Path) -> None:
 # Records -------------------------------------------------------------------------------------------------------------
 
 
+def fits(value: Any, annotation: Any) -> bool:
+    """Whether a value from JSON has an annotation's type; numbers must be finite, and neither true nor false."""
+    arguments = get_args(annotation)
+    if isinstance(annotation, UnionType):
+        return any(fits(value, argument) for argument in arguments)
+    if get_origin(annotation) is list:
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+    if annotation in (int, float):
+        return isinstance(value, int | annotation) and not isinstance(value, bool) and math.isfinite(value)
+    return annotation is Any or isinstance(value, get_origin(annotation) or annotation)
+
+
+def check_types(cls: type, values: Mapping[str, Any], where: str | Path = "") -> None:
+    """Raise DiffusersDPMError for a value that is not of the type of the class's field of its name."""
+    if not isinstance(values, Mapping):
+        raise DiffusersDPMError(f"{where}{where and ': '}{str(values)[:60]} is no object")
+    for name, annotation in get_type_hints(cls).items():
+        if name in values and not fits(values[name], annotation):
+            wanted = str(getattr(annotation, "__name__", annotation)) if not get_args(annotation) else str(annotation)
+            raise DiffusersDPMError(f"{where}{where and ': '}{name} must be {wanted}, got {str(values[name])[:60]}")
+
+
 @dataclass(frozen=True)
 class Record:
     """A frozen dataclass of plain JSON values that is kept in a file.
@@ -201,6 +284,7 @@ class Record:
             ValueError: values that contradict each other.
         """
         renamed = {"provenance" if key == "made" else key: value for key, value in values.items()}
+        check_types(cls, renamed)
         try:
             return cls(**renamed)
         except TypeError as error:
@@ -281,10 +365,13 @@ class ResultStore:
 
     def _read_tensors(self, path: Path) -> Tensors | None:
         try:
-            with safe_open(path, framework="pt") as file:
-                settings = json.loads((file.metadata() or {})["settings"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, KeyError) as error:
+            metadata, tensors = read_tensors(path)
+            settings = dict(json.loads(metadata["settings"]))
+            if metadata.get("digest", whole := digest(tensors)) != whole:
+                raise ValueError("its tensors are not those that were written")
+        except (KeyError, TypeError, ValueError) as error:
+            if self.replace:
+                return None
             raise DiffusersDPMError(f"{path} is broken ({error}): delete it") from error
         return tensors if self.is_current(settings) else None
 
@@ -293,7 +380,7 @@ class ResultStore:
         if not self.enabled:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(self.own, tensors, metadata={"settings": json.dumps(self.settings)})
+        write_tensors(self.own, tensors, {"settings": json.dumps(self.settings), "digest": digest(tensors)})
         self.last_save = time.monotonic()
 
     def load_values(self, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -347,6 +434,8 @@ class ResultStore:
             document = read_json(self.document)
             settings, values = dict(document["settings"]), document.get("values", {})
         except (KeyError, TypeError, ValueError) as error:
+            if self.replace:
+                return {}
             raise DiffusersDPMError(f"{self.document} is broken ({error}): delete it") from error
         return values if self.is_current(settings) else {}
 
@@ -361,7 +450,7 @@ class ResultStore:
         """Delete the files of all processes, and the folder if nothing else is in it."""
         if not self.enabled:
             return
-        for path in [self.document, *self.folder.glob(self.pattern), *self.folder.glob(f".{self.name}*.tmp")]:
+        for path in [self.document, *self.folder.glob(self.pattern)]:
             path.unlink(missing_ok=True)
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        if self.folder.is_dir() and is_empty(self.folder):
+            shutil.rmtree(self.folder)

@@ -5,6 +5,7 @@ same call resumes.
 """
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.networks import load_extra, load_guide, load_pipeline, noise_schedule_of, report_cost
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
-from diffusers_dpm.records import weights_hash
+from diffusers_dpm.processes import Processes
+from diffusers_dpm.records import LOCK, weights_hash, write_text
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.sampling import Sampler, build_scheduler, save_images
 from diffusers_dpm.schedulers.timestep_grids import Grid, even
@@ -118,7 +120,8 @@ def estimate_run(
     places = [round(t) for t in even(Grid(schedule, timesteps or len(schedule), len(schedule)))]
     num_pairs = min(num_samples, len(dataset)) * len(places)
     report_cost(unet.to(accelerator.device), num_pairs, batch_size, accelerator)
-    with tqdm(total=num_pairs, unit="call", desc="images x timesteps") as bar:
+    lock = Processes(accelerator).locked(folder / LOCK)
+    with lock, tqdm(total=num_pairs, unit="call", desc="images x timesteps") as bar:
         statistics = estimate_statistics(
             unet,
             scheduler,
@@ -129,16 +132,22 @@ def estimate_run(
             seed=seed,
             accelerator=accelerator,
             folder=folder / "partial",
+            keep=True,
             progress=bar,
         )
-    if not accelerator.is_main_process:
-        return None
-    facts = {"data": describe_data(data), "split": dataset.source.split}
-    statistics = dataclasses.replace(statistics, provenance={**statistics.provenance, **facts})
-    folder.mkdir(parents=True, exist_ok=True)
-    statistics.save(folder / "statistics.json")
-    statistics.scheduler(scheduler, timestep_spacing="linspace").save_pretrained(folder)
+        if not accelerator.is_main_process:
+            return None
+        facts = {"data": describe_data(data), "split": dataset.source.split}
+        statistics = dataclasses.replace(statistics, provenance={**statistics.provenance, **facts})
+        statistics.save(folder / "statistics.json")
+        save_scheduler(statistics.scheduler(scheduler, timestep_spacing="linspace"), folder)
+        shutil.rmtree(folder / "partial")
     return statistics, folder
+
+
+def save_scheduler(scheduler: Any, folder: Path) -> None:
+    """As `save_pretrained`, whole or not at all."""
+    write_text(folder / scheduler.config_name, scheduler.to_json_string())
 
 
 class Fit(NamedTuple):
@@ -192,7 +201,8 @@ def calibrate_run(
     pipeline.unet.to(accelerator.device)
     classifier = classifier and classifier.to(accelerator.device)
     report_cost(pipeline.unet, total, options.get("batch_size", 64), accelerator, classifier)
-    with tqdm(total=total, unit="call", desc="images x timesteps") as bar:
+    lock = Processes(accelerator).locked(folder / LOCK)
+    with lock, tqdm(total=total, unit="call", desc="images x timesteps") as bar:
         fitted = calibrate(
             pipeline.unet,
             pipeline.scheduler,
@@ -201,22 +211,25 @@ def calibrate_run(
             guidance_scale=guidance_scale,
             accelerator=accelerator,
             folder=folder / "partial",
+            keep=True,
             progress=bar,
             **numbers,
             **options,
         )
         bar.update(total - bar.n)  # a search that finds nothing better ends early
-    if not accelerator.is_main_process:
-        return None
-    left_out = sorted({*steps} - {len(table["timesteps"]) for table in fitted.tables})
+        if not accelerator.is_main_process:
+            return None
+        left_out = sorted({*steps} - {len(table["timesteps"]) for table in fitted.tables})
+        calibration = fitted if earlier is None else earlier.with_tables_of(fitted)
+        if fitted.tables:
+            save_scheduler(calibration.scheduler(pipeline.scheduler), folder)
+            calibration.save(folder / "calibration.json")
+        shutil.rmtree(folder / "partial")
     if not fitted.tables:
         raise DiffusersDPMError(
             f"for {', '.join(map(str, left_out))} steps, DPM-Solver is as near to the teacher as fitted rows: nothing "
             "written"
         )
-    calibration = fitted if earlier is None else earlier.with_tables_of(fitted)
-    calibration.scheduler(pipeline.scheduler).save_pretrained(folder)
-    calibration.save(folder / "calibration.json")
     return Fit(calibration, pipeline.scheduler, left_out, folder)
 
 

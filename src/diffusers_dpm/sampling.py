@@ -20,20 +20,32 @@ from diffusers.utils import logging
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffusers_dpm.calibration import fitted_weights
+from diffusers_dpm.calibration import Calibration, FittedTable, fitted_weights
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 from diffusers_dpm.images import GRID, image_grid, to_pil, to_uint8
-from diffusers_dpm.networks import Progress, load_extra
-from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.networks import KINDS, Progress, check_weights, load_extra
+from diffusers_dpm.pipelines import DPMPipeline, image_shape
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
-from diffusers_dpm.records import ResultStore, atomic_file, short_hash, weights_hash
+from diffusers_dpm.posterior_statistics import PosteriorStatistics
+from diffusers_dpm.processes import Processes
+from diffusers_dpm.records import (
+    LOCK,
+    ResultStore,
+    atomic_file,
+    check_types,
+    is_empty,
+    is_leftover,
+    short_hash,
+    weights_hash,
+)
 from diffusers_dpm.run_folder import EXTRAS
-from diffusers_dpm.schedulers import ALL_SCHEDULERS, CalibratedScheduler
+from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import STATISTICS
 from diffusers_dpm.schedulers.scheduling_calibrated import CALIBRATION
 
 
 STOCK = "diffusers:"
+MAX_SEEDS = 10_000_000
 
 
 def command_name(scheduler_class: type) -> str:
@@ -43,15 +55,6 @@ def command_name(scheduler_class: type) -> str:
 
 
 SCHEDULERS = {command_name(scheduler_class): scheduler_class for scheduler_class in ALL_SCHEDULERS}
-
-
-# Kind of a config key's default -> the types that its values may have, and what they are called.
-KINDS: dict[type, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-    str: ((str,), "a word"),
-}
 
 
 def find_scheduler(name: str) -> type[SchedulerMixin]:
@@ -128,6 +131,8 @@ def build_scheduler(
     if subfolder is not None:
         saved = load_extra(model, subfolder)
         config = saved.config
+        if scheduler_class is AnalyticDPMScheduler:
+            check_statistics(saved, pipeline.unet, f"{model}/{subfolder}")
         if scheduler_class is CalibratedScheduler:
             steps = fitted_steps(saved, pipeline.unet, f"{model}/{subfolder}", pipeline.classifier)
             options = {"guidance_scale": guidance_scale, **options} if guidance_scale in steps else options
@@ -170,6 +175,13 @@ def check_options(name: str, scheduler_class: type[SchedulerMixin], options: dic
             raise DiffusersDPMError(f"{name}: {key} must be {KINDS[kind][1]}, got {value!r}")
 
 
+def check_statistics(scheduler: AnalyticDPMScheduler, unet: torch.nn.Module, where: str | Path) -> None:
+    """Raise DiffusersDPMError for statistics that are damaged, or say that they are of another network's."""
+    statistics = scheduler.statistics or {}
+    check_types(PosteriorStatistics, statistics, where)
+    check_weights(statistics.get("weights"), unet, where, "statistics of", "diffusers-dpm statistics")
+
+
 def fitted_steps(
     scheduler: CalibratedScheduler, unet: torch.nn.Module, where: str | Path, classifier: torch.nn.Module | None = None
 ) -> dict[float | None, list[int]]:
@@ -179,11 +191,15 @@ def fitted_steps(
         ValueError: there are no rows of that scale, or they say that they were fitted to another network, or under
             guidance by another classifier; names `where` they are.
     """
-    calibration = scheduler.calibration
-    if calibration is None or not scheduler.available_steps:
+    calibration: Any = scheduler.calibration or {}
+    check_types(Calibration, calibration, where)
+    for table in calibration.get("tables", ()):
+        if missing := {"timesteps", "rows", "guidance_scale"} - table.keys():
+            raise DiffusersDPMError(f"{where}: a table has no {', '.join(sorted(missing))}")
+        check_types(FittedTable, table, where)
+    if not scheduler.available_steps:
         raise DiffusersDPMError(f"{where} has no fitted rows: 'diffusers-dpm calibrate' makes some")
-    if fitted_weights(calibration) not in (None, weights_hash(unet)):
-        raise DiffusersDPMError(f"{where} has rows fitted to other weights: delete them, and repeat 'calibrate'")
+    check_weights(fitted_weights(calibration), unet, where, "rows fitted to", "diffusers-dpm calibrate")
     guides = {table.get("classifier") for table in calibration["tables"]} - {None}
     if classifier is not None and guides - {weights_hash(classifier)}:
         raise DiffusersDPMError(
@@ -203,12 +219,12 @@ def parse_seeds(texts: Iterable[str]) -> list[int]:
     """
     seeds: list[int] = []
     for text in texts:
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+        match = re.fullmatch(r"(\d{1,20})(?:-(\d{1,20}))?", text)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, -1)
-        if last < first:
-            raise DiffusersDPMError(f"seeds are numbers and ranges such as 0-9999, got {text!r}")
-        if last >= 2**63 or last - first >= 10**7:
-            raise DiffusersDPMError(f"seeds lie below 2**63, at most 10**7 of them, got {text!r}")
+        if not first <= last < 2**64:
+            raise DiffusersDPMError(f"seeds are numbers below 2^64 and ranges such as 0-9999, got {text!r}")
+        if len(seeds) + last - first >= MAX_SEEDS:
+            raise DiffusersDPMError(f"{text!r} makes more than {MAX_SEEDS:,} seeds: draw them in several calls")
         seeds += range(first, last + 1)
     return list(dict.fromkeys(seeds))
 
@@ -329,7 +345,8 @@ class SampleFolder:
 
     def others(self, seeds: Iterable[int] = ()) -> list[Path]:
         """The images there but those of the seeds."""
-        return sorted({*self.folder.glob(f"*{self.suffix}")} - {*map(self.path, seeds)})
+        found = {path for path in self.folder.glob(f"*{self.suffix}") if not is_leftover(path)}
+        return sorted(found - {*map(self.path, seeds)})
 
     def open(self) -> ResultStore:
         """The store of the folder's settings.
@@ -340,7 +357,7 @@ class SampleFolder:
         # A call that failed at once leaves settings, and no image that has them.
         replace = not self.others()
         store = ResultStore(self.folder, self.sampler.settings(), name="sampling", what="images", replace=replace)
-        in_use = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        in_use = self.folder.exists() and not (self.folder.is_dir() and is_empty(self.folder))
         if in_use and not store.document.is_file():
             raise DiffusersDPMError(f"{self.folder} exists and holds no {store.document.name}: choose another folder")
         store.load_json()  # checks the settings
@@ -359,7 +376,7 @@ class SampleFolder:
         """
         accelerator = accelerator or Accelerator()
         store = self.open()
-        missing = [seed for seed in seeds if not self.path(seed).exists()]
+        missing = [seed for seed in seeds if not self._is_whole(seed)]
         accelerator.wait_for_everyone()  # all have looked at the folder before it changes
         if accelerator.is_main_process:
             store.save_json({})
@@ -392,8 +409,25 @@ class SampleFolder:
         for i, seed in enumerate(seeds):
             self._write(seed, images[i], None if labels is None else labels[i])
 
+    def _read(self, seed: int) -> np.ndarray:
+        """uint8 (H, W, C)."""
+        path = self.path(seed)
+        image = np.load(path) if self.suffix == ".npy" else np.asarray(Image.open(path))
+        return image[..., None] if image.ndim == 2 else image
+
+    def _is_whole(self, seed: int) -> bool:
+        """Whether there is an image; what a crash has left of one is drawn again."""
+        if not self.path(seed).exists():
+            return False
+        try:
+            channels, height, width = image_shape(self.sampler.pipeline.unet)
+            image = self._read(seed)
+        except (OSError, SyntaxError, ValueError, EOFError):
+            return False
+        return image.dtype == np.uint8 and image.shape == (height, width, channels)
+
     def _write(self, seed: int, image: np.ndarray, label: int | None) -> None:
-        with atomic_file(self.path(seed)) as temporary, temporary.open("wb") as file:
+        with atomic_file(self.path(seed), durable=False) as temporary, temporary.open("wb") as file:
             if self.suffix == ".npy":
                 np.save(file, image)
             else:
@@ -405,14 +439,12 @@ class SampleFolder:
 
     def read(self, seeds: Sequence[int]) -> np.ndarray:
         """uint8 (N, H, W, C), of seeds that are there."""
-        paths = [self.path(seed) for seed in seeds]
-        images = [np.load(path) if self.suffix == ".npy" else np.asarray(Image.open(path)) for path in paths]
-        return np.stack([image[..., None] if image.ndim == 2 else image for image in images])
+        return np.stack([self._read(seed) for seed in seeds])
 
     def cost(self) -> tuple[int, float]:
         """(network calls for each image, seconds of a device for each image), of what was drawn."""
         lines = [line for path in self.folder.glob("timing-*.jsonl") for line in path.read_text().splitlines()]
-        batches = [json.loads(line) for line in lines]
+        batches = [json.loads(line) for line in lines if line.endswith("}")]  # a crash cuts the last one
         images = sum(batch["images"] for batch in batches)
         return batches[0]["calls"], sum(batch["seconds"] for batch in batches) / images
 
@@ -445,18 +477,19 @@ def save_images(
         raise DiffusersDPMError(f"{output} exists already")
     folder = output.with_name(f"{output.name}.partial") if packed else output
     images = SampleFolder(folder, sampler, ".npy" if kind == ".npz" else ".png")
-    images.fill(seeds, batch_size, accelerator)
-    if not packed or not accelerator.is_main_process:
-        return []
-    pixels = images.read(seeds)
-    with atomic_file(output) as temporary, temporary.open("wb") as file:
-        if kind == ".npz":
-            np.savez(file, arr_0=pixels, seeds=np.array(seeds))
-        else:
-            labels = [Image.open(images.path(seed)).info.get("class_label") for seed in seeds]
-            grid = image_grid(pixels, columns, **GRID, labels=labels if all(labels) else None)
-            to_pil(grid).save(file, format="PNG")
-    others = images.others(seeds)
-    if not others:
-        shutil.rmtree(folder)
+    with Processes(accelerator).locked(folder / LOCK):
+        images.fill(seeds, batch_size, accelerator)
+        if not packed or not accelerator.is_main_process:
+            return []
+        pixels = images.read(seeds)
+        with atomic_file(output) as temporary, temporary.open("wb") as file:
+            if kind == ".npz":
+                np.savez(file, arr_0=pixels, seeds=np.array(seeds))
+            else:
+                labels = [Image.open(images.path(seed)).info.get("class_label") for seed in seeds]
+                grid = image_grid(pixels, columns, **GRID, labels=labels if all(labels) else None)
+                to_pil(grid).save(file, format="PNG")
+        others = images.others(seeds)
+        if not others:
+            shutil.rmtree(folder)
     return others

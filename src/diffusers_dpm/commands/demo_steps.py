@@ -28,7 +28,7 @@ from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.sampling import build_scheduler
 from diffusers_dpm.schedulers import CalibratedScheduler
 from diffusers_dpm.schedulers.timestep_grids import Grid, even
-from diffusers_dpm.training.checkpoints import find_checkpoint
+from diffusers_dpm.training.checkpoints import find_checkpoints
 from diffusers_dpm.training.options import ClassifierTrainingOptions, TrainingOptions
 from diffusers_dpm.training.train_classifier import train_classifier
 from diffusers_dpm.training.train_diffusion import train
@@ -78,7 +78,7 @@ def tell(run: Path, max_train_steps: int | None = None) -> None:
     logging.disable_progress_bar()  # of loading: there is one line of progress
     recipe |= {"preset": None, "unet_config": str(run / "unet_config.json"), "output_dir": str(run), "overwrite": True}
     options = TrainingOptions(**recipe)
-    find_checkpoint(options, run)  # refuses a folder of other files
+    find_checkpoints(options, run)  # refuses a folder of other files
     run.mkdir(parents=True, exist_ok=True)
     write_json(RunFolder(run).options, saved_options(options))  # the mark of a run, before other files
     write_json(run / "unet_config.json", UNET)

@@ -9,13 +9,14 @@ import argparse
 import difflib
 import importlib
 import inspect
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
-from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError
+from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, handling, interrupt
 from diffusers_dpm.options import parse_options
 
 
@@ -57,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
     0: done. 1: a failed training run, or a missing extra. 2: input that cannot be used, or a file or host that cannot
-    be reached. 130: interrupted. Each but 0 is one line on stderr, after a traceback with `--debug`; any other
-    exception is a defect and passes through.
+    be reached. 130: interrupted, by Ctrl-C or SIGTERM. Each but 0 is one line on stderr, after a traceback with
+    `--debug`; any other exception is a defect and passes through.
     """
     words = sys.argv[1:] if argv is None else argv
     debug, arguments = "--debug" in words, [word for word in words if word != "--debug"]
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return show_help(arguments)
     name, *rest = arguments
     try:
-        run(name, rest)
+        with handling(interrupt, signal.SIGTERM):
+            run(name, rest)
     except (DiffusersDPMError, OSError, NonFiniteLossError, ModuleNotFoundError, KeyboardInterrupt) as error:
         message, code = explain(name, error)
         if debug:
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explain(name: str, error: BaseException) -> tuple[str, int]:
     """One line and the exit code; raises a missing module that no extra installs."""
     if isinstance(error, KeyboardInterrupt):
-        return f"interrupted{COMMANDS[name].resume}", 130
+        return f"interrupted{': ' if str(error) else ''}{error}{COMMANDS[name].resume}", 130
     if isinstance(error, ModuleNotFoundError):
         if (error.name or "").split(".")[0] not in PACKAGES.split():
             raise error

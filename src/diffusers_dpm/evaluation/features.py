@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torchmetrics.image.fid import NoTrainInceptionV3
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
+from diffusers_dpm.networks import load_part
 from diffusers_dpm.pipelines import NoisyClassifier
-from diffusers_dpm.records import fingerprint, read_json, write_tensors
+from diffusers_dpm.records import fingerprint, read_json, read_tensors, write_tensors
 
 
 FEATURES_FILE = "features.json"
@@ -173,7 +173,7 @@ def load_features(where: str, inception_weights: str | None = None) -> FeatureEx
         return InceptionFeatures(inception_weights)
     folder = Path(where)
     if (folder / FEATURES_FILE).is_file():
-        return ClassifierFeatures(NoisyClassifier.from_pretrained(where))
+        return ClassifierFeatures(load_part(NoisyClassifier, where))
     config = folder / "config.json"
     if folder.exists() and not (config.is_file() and "model_type" in read_json(config)):
         need = f"no {FEATURES_FILE}, which 'diffusers-dpm train-features' writes, and no model of transformers"
@@ -220,9 +220,12 @@ class Reference:
         """With the features from the folder `cache`, if it has those of the same images and extractor."""
         digest = fingerprint([images])
         path = cache / f"{digest[:16]}-{extractor.name.replace(' ', '-')}.safetensors"
-        if path.is_file():
-            features = load_file(path)["features"]
-        else:
+        try:
+            features = read_tensors(path)[1]["features"]
+            whole = features.shape == (len(images), extractor.num_features) and bool(features.isfinite().all())
+        except (DiffusersDPMError, KeyError):  # not there, or damaged
+            whole = False
+        if not whole:
             features = extract(extractor, images)
             cache.mkdir(parents=True, exist_ok=True)
             write_tensors(path, {"features": features})

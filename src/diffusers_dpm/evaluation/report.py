@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.results import Results, Row, by_column, format_value, grouped, measurement, sampler_name
-from diffusers_dpm.records import write_text
+from diffusers_dpm.records import atomic_file, write_text
 from diffusers_dpm.schedulers import CalibratedScheduler
 
 
@@ -146,7 +146,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         for key, panel in zip(keys, line_of_panels, strict=True):
             lines |= plot_lines(panel, group, key, axes[key], styles)
     figure.legend([*lines.values()], [*lines], loc="outside lower left", ncols=2, fontsize="x-small")
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
 
 
 def plot_lines(axis: Any, rows: Sequence[Row], key: str, label: str, styles: Mapping[str, Any]) -> dict[str, Any]:

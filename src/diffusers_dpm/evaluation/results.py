@@ -10,7 +10,7 @@ from typing import Any
 from filelock import FileLock
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.records import read_json, versions, write_json
+from diffusers_dpm.records import fits, read_json, versions, write_json
 from diffusers_dpm.run_folder import RunFolder
 
 
@@ -21,12 +21,17 @@ METRIC_KEYS: dict[str, Any] = {
     "options": dict,
     "steps": int,
     "metric": str,
-    "value": int | float,
-    "error": int | float | None,
+    "value": float,
+    "error": float | None,
     "num_images": int,
     "feature_extractor": str | None,
     "weights": str | None,
     "reference": str | None,
+}
+# keys that a row may lack
+OPTIONAL_KEYS: dict[str, Any] = {
+    **dict.fromkeys(("seeds", "device", "weights_sha256", "reference_sha256", "carried_hash"), str | None),
+    **{"calls": int | None, "seconds": float | None, "classifier_sha256": str | None, "versions": dict | None},
 }
 OUTCOMES = {"value", "error", "calls", "seconds", "device", "versions"}  # keys that do not identify a measurement
 
@@ -49,11 +54,15 @@ def check_rows(path: Path, name: str, rows: Any) -> list[dict[str, Any]]:
     if not isinstance(rows, list):
         raise DiffusersDPMError(f'{path} must hold {{"{name}": [...]}}')
     for i, row in enumerate(rows):
-        for key, kind in METRIC_KEYS.items():
-            if not isinstance(row, dict) or key not in row or not isinstance(row[key], kind):
-                raise DiffusersDPMError(f"{path}: row {i} has no valid {key!r}")
-        if not math.isfinite(row["value"]):
-            raise DiffusersDPMError(f"{path}: row {i} has the value {row['value']}")
+        if not isinstance(row, dict):
+            raise DiffusersDPMError(f"{path}: row {i} of {name} is no object")
+        for key, kind in (
+            METRIC_KEYS | {key: OPTIONAL_KEYS[key] for key in OPTIONAL_KEYS.keys() & row.keys()}
+        ).items():
+            value = row.get(key)
+            counts = key in ("steps", "num_images", "calls", "seconds", "error")
+            if key not in row or not fits(value, kind) or (counts and (value or 0) < 0):
+                raise DiffusersDPMError(f"{path}: row {i} of {name} has no valid {key!r}, but {value!r}")
     return rows
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 
 from diffusers_dpm import sampling
 from diffusers_dpm.data import LOCAL_DATA, ImageDataset, check_disjoint, describe_data, find_num_levels, load_data
@@ -23,6 +22,7 @@ from diffusers_dpm.likelihood.bound import evidence_lower_bound, why_unbounded
 from diffusers_dpm.networks import load_guide, load_pipeline, report_cost
 from diffusers_dpm.options import DataSourceOptions
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
+from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import read_json, short_hash, weights_hash
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.runs import result_folder
@@ -97,6 +97,8 @@ class Evaluation:
         """Whether the model has EMA or raw weights; None if that is unknown."""
         path = RunFolder(self.model).options
         averaged = read_json(path).get("ema") if path.is_file() else None
+        if averaged not in (None, True, False):
+            raise DiffusersDPMError(f"{path}: ema must be true or false, got {averaged!r}")
         recorded = None if averaged is None else "EMA" if averaged else "raw"
         if self.weights and recorded and self.weights != recorded:
             conflict = f"{self.model} has {recorded} weights, according to its {path.name}"
@@ -144,8 +146,11 @@ class Evaluation:
 
         Args:
             report: gets the tables, where they are, and a line for each cell that failed or has no bound.
+
+        Raises:
+            DiffusersDPMError: at the end, if a cell could not be measured.
         """
-        failures = []
+        failures: list[str] = []
         extracted, identities = (
             {"feature_extractor": self.extractor.name},
             [self._identity(cell, self.num_images) for cell in self.cells],
@@ -170,6 +175,8 @@ class Evaluation:
                     report(text)
                 if self.unbounded:
                     report(f"no bound on the bits per dimension: {', '.join(self.unbounded)}")
+        if failures:
+            raise DiffusersDPMError(f"{len(failures)} of {len(self.cells)} cells {failures[-1]}")
 
     def _identity(self, cell: Cell, num_images: int) -> dict[str, Any]:
         return {**cell.row, **self.common, "seeds": f"{self.seed}-{self.seed + num_images - 1}"}
@@ -181,25 +188,13 @@ class Evaluation:
         Raises:
             DiffusersDPMError: another evaluation is measuring it.
         """
-        path = RunFolder(self.folder).evaluation / f"{short_hash(identity)}.lock"
-        lock, answer = FileLock(path), ["measured"]
-        if self.accelerator.is_main_process:
-            try:
-                lock.acquire(blocking=False)
+        path, answer = RunFolder(self.folder).evaluation / f"{short_hash(identity)}.lock", [False]
+        with Processes(self.accelerator).locked(path):
+            if self.accelerator.is_main_process:
                 self.results.read()
-                if not self.results.has({**identity, "feature_extractor": self.extractor.name}):
-                    answer = ["missing"]
-            except Timeout:
-                answer = ["taken"]
-        try:
+                answer = [not self.results.has({**identity, "feature_extractor": self.extractor.name})]
             broadcast_object_list(answer)
-            if answer == ["taken"]:
-                raise DiffusersDPMError("another evaluation into this folder is drawing it")
-            yield answer == ["missing"]
-        finally:
-            if lock.is_locked:
-                path.unlink(missing_ok=True)  # a process that has already opened it will see the results
-                lock.release()
+            yield answer[0]
 
     def _measure_quality(self, cell: Cell, title: str) -> None:
         """Draw the images into a folder, which goes when they are measured."""

@@ -17,12 +17,14 @@ from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.likelihood import bound as elbo
 from diffusers_dpm.likelihood.ode import ODELikelihood, ode_log_likelihood
 from diffusers_dpm.likelihood.problem import as_analytic_dpm
-from diffusers_dpm.networks import checked_labels, load_pipeline
+from diffusers_dpm.networks import checked_labels, load_part, load_pipeline
 from diffusers_dpm.options import DataSourceOptions
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional
-from diffusers_dpm.records import ResultStore, Tensors, read_json, weights_hash, write_json
+from diffusers_dpm.processes import Processes
+from diffusers_dpm.records import ResultStore, Tensors, atomic_file, read_json, weights_hash, write_json
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.runs import result_folder
+from diffusers_dpm.sampling import check_statistics
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, AnalyticDPMScheduler
 
 
@@ -94,8 +96,10 @@ class Task(NamedTuple):
                 progress.update(rows.start * calls - progress.n)
                 return work(progress=progress, **self.batch(rows))
 
-            store = ResultStore(self.folder, self.settings(**settings), name=f"likelihood_{method}", replace=True)
-            return store.measure_rows(len(self.indices), block, measure_rows)
+            name = f"likelihood_{method}"
+            store = ResultStore(self.folder, self.settings(**settings), name=name, replace=True)
+            with Processes().locked(self.folder / f".{name}.lock"):
+                return store.measure_rows(len(self.indices), block, measure_rows)
 
     def write(self, method: str, results: dict[str, Any]) -> None:
         """Put one method's results into likelihood.json, beside the other's; JSON has no NaN, they become null."""
@@ -144,16 +148,26 @@ class ReverseSampler(NamedTuple):
     scheduler: AnalyticDPMScheduler
 
 
-def find_statistics(model: str, folder: str | None) -> AnalyticDPMScheduler | None:
-    """The scheduler that holds the model's statistics; None if there is none and `folder` names none."""
-    if folder is not None:
-        if not (Path(folder) / "scheduler_config.json").is_file():
-            raise DiffusersDPMError(f"no statistics in {folder}: it holds no scheduler_config.json")
-        return AnalyticDPMScheduler.from_pretrained(folder)
-    try:
-        return AnalyticDPMScheduler.from_pretrained(model, subfolder=RunFolder.analytic_dpm.name)
-    except OSError:
-        return None
+def find_statistics(task: Task, folder: str | None) -> AnalyticDPMScheduler | None:
+    """The scheduler that holds the model's statistics; None if there is none and `folder` names none.
+
+    Raises:
+        DiffusersDPMError: no statistics in `folder`; they are damaged, or of other weights.
+    """
+    where = Path(folder) if folder is not None else RunFolder(task.model).analytic_dpm
+    if folder is not None or Path(task.model).is_dir():
+        if not (where / AnalyticDPMScheduler.config_name).exists():
+            if folder is None:
+                return None
+            raise DiffusersDPMError(f"no statistics in {folder}: it holds no {AnalyticDPMScheduler.config_name}")
+        scheduler = load_part(AnalyticDPMScheduler, str(where))
+    else:
+        try:
+            scheduler = AnalyticDPMScheduler.from_pretrained(task.model, subfolder=RunFolder.analytic_dpm.name)
+        except OSError:
+            return None
+    check_statistics(scheduler, task.pipeline.unet, where)
+    return scheduler
 
 
 def build_samplers(task: Task) -> list[ReverseSampler]:
@@ -163,7 +177,7 @@ def build_samplers(task: Task) -> list[ReverseSampler]:
         DiffusersDPMError: one of them is invalid or has no finite bound.
     """
     options = task.options
-    with_statistics = find_statistics(task.model, options.statistics)
+    with_statistics = find_statistics(task, options.statistics)
     config = task.pipeline.scheduler.config if with_statistics is None else with_statistics.config
     process = {"forward_process": options.forward_process, "eta": options.eta}
     variances = options.reverse_variance
@@ -243,7 +257,7 @@ def measure_ode(task: Task) -> ODELikelihood:
 
 def write_terms(path: Path, bounds: Sequence[tuple[ReverseSampler, elbo.EvidenceLowerBound]]) -> None:
     """Every term of every bound as one table."""
-    with path.open("w", newline="") as file:
+    with atomic_file(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["spacing", "steps", "variance", *elbo.Term._fields])
         for sampler, bound in bounds:
@@ -269,4 +283,5 @@ def plot(path: Path, bounds: Sequence[tuple[ReverseSampler, elbo.EvidenceLowerBo
     right.set(xlabel="timestep t of the step", ylabel="bits per dimension of a step", yscale="log")
     for axes in (left, right):
         axes.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
