@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
-import yaml
 
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 
@@ -171,6 +170,8 @@ def read_values(path: Path) -> dict[str, Any]:
     if path.is_dir():
         recorded = [path / RECORD, path / "training" / RECORD]
         path = next(filter(Path.is_file, recorded), recorded[0])
+    import yaml  # only files need it
+
     with user_error(f"cannot read options from {path}", OSError, yaml.YAMLError):
         values = yaml.safe_load(path.read_text())  # JSON is YAML
     if not isinstance(values, dict):
