@@ -162,7 +162,7 @@ def read_options_file(path: Path, items: Sequence[dataclasses.Field[Any]]) -> li
     for name in given:
         if name not in names:
             raise DiffusersDPMError(f"unknown option {name!r} in {path}" + nearest(name, names))
-    return as_arguments({**given, **({"output_dir": str(path)} if path.is_dir() else {})})
+    return as_arguments({**given, **({"output_dir": str(path)} if path.is_dir() and "output_dir" in names else {})})
 
 
 def read_values(path: Path) -> dict[str, Any]:
