@@ -249,9 +249,8 @@ def test_interrupted_in_a_cell_it_goes_on_with_its_images(evaluate, run, monkeyp
     (cell,) = (run / "evaluation").glob("cell-*")
     assert len(list(cell.glob("*.npy"))) == 8
     drawn = []
-    monkeypatch.setattr(
-        sampling.Sampler, "draw", lambda self, seeds, bar: (drawn.extend(seeds), draw(self, seeds, bar))[1]
-    )
+    counted = lambda self, seeds, bar: (drawn.extend(seeds), draw(self, seeds, bar))[1]  # noqa: E731
+    monkeypatch.setattr(sampling.Sampler, "draw", counted)
     assert len(evaluate("--batch-size=8", steps=(3, 2))["rows"]) == 2 * len(METRICS)
     assert drawn == list(range(8, 24))
 

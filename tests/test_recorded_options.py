@@ -6,6 +6,7 @@ import pytest
 
 from diffusers_dpm.commands.statistics import StatisticsOptions
 from diffusers_dpm.options import parse_options
+from diffusers_dpm.training.options import ClassifierTrainingOptions, FeatureTrainingOptions
 
 
 RECORDED = {
@@ -53,3 +54,19 @@ def test_the_command_line_goes_first(parse, arguments, data, resolution, column)
     """The columns of other data have other names."""
     options = parse(*arguments)
     assert (options.data, options.resolution, options.image_column) == (data, resolution, column)
+
+
+def test_the_folder_of_a_run_is_a_file_of_options(tmp_path):
+    """Its place now is the output folder, where the command has one."""
+    (tmp_path / "run" / "training").mkdir(parents=True)
+    record = {"data": "photos", "output_dir": "elsewhere", "max_train_steps": 7}
+    (tmp_path / "run" / "training" / "training_options.json").write_text(json.dumps(record))
+    features = parse_options(FeatureTrainingOptions, [str(tmp_path / "run"), "--batch-size=3"], prog="train-features")[
+        1
+    ]
+    assert (features.output_dir, features.max_train_steps, features.batch_size) == (str(tmp_path / "run"), 7, 3)
+    del record["output_dir"]
+    (tmp_path / "run" / "training_options.json").write_text(json.dumps(record))
+    arguments = [str(tmp_path), str(tmp_path / "run")]
+    classifier = parse_options(ClassifierTrainingOptions, arguments, prog="train-classifier", operands=["RUN"])[1]
+    assert classifier.max_train_steps == 7

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
-import yaml
 
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 
@@ -171,7 +170,7 @@ def read_options_file(path: Path, items: Sequence[dataclasses.Field[Any]], resum
             raise DiffusersDPMError(f"unknown option {name!r} in {path}" + nearest(name, names))
         if isinstance(given[name], dict):
             raise DiffusersDPMError(f"{path}: {name} must be a value or a list of values")
-    if path.is_dir():
+    if path.is_dir() and "output_dir" in names:
         given["output_dir"] = str(path)
     elif resume and path.name == RECORD and "output_dir" in given:
         given["output_dir"] = str(path.parent.parent if "num_features" in given else path.parent)
@@ -183,6 +182,8 @@ def read_values(path: Path) -> dict[str, Any]:
     if path.is_dir():
         recorded = [path / RECORD, path / "training" / RECORD]
         path = next(filter(Path.is_file, recorded), recorded[0])
+    import yaml  # only files need it
+
     with user_error(f"cannot read options from {path}", OSError, yaml.YAMLError, RecursionError):
         text = path.read_text(encoding="utf-8")
         depth = 0

@@ -60,7 +60,7 @@ def without():
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if name != "demo"])
 def test_help_needs_no_torch(without, name):
-    result = without("torch diffusers accelerate " + EXTRA_TRAIN, name, "--help")
+    result = without("torch diffusers accelerate yaml " + EXTRA_TRAIN, name, "--help")
     assert result.returncode == 0, result.stderr
     assert f"usage: diffusers-dpm {' '.join([name, *COMMANDS[name].operands])}" in result.stdout
 
