@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from diffusers_dpm.data import DataError, load_images
-from diffusers_dpm.image_values import channels_first
+from diffusers_dpm.image_values import BrokenImageError, channels_first
 
 
 RNG = np.random.default_rng(0)
@@ -164,6 +165,23 @@ def test_sixteen_bit_portable_pixmap(tmp_path):
     (tmp_path / "1.ppm").write_bytes(b"P6 8 8 65535\n" + bytes(8 * 8 * 6))
     with pytest.raises(DataError, match=r"1\.ppm .*16 bits"):
         load_images(tmp_path, channels=1)
+
+
+@pytest.mark.parametrize("header", [b"P6 8 8 255\n", b"P6 8 8 100\n", b"P3 8 8 255\n"])
+def test_portable_pixmap_of_eight_bits(tmp_path, header):
+    (tmp_path / "0.ppm").write_bytes(header + (b"0 " if header[1:2] == b"3" else b"\0") * 192)
+    assert (first_image(tmp_path) == -1).all()
+
+
+@pytest.mark.parametrize(("damage", "error"), [(b"no image", BrokenImageError), (None, DataError)])
+def test_a_worker_of_the_loader_names_the_error_alone(tmp_path, damage, error):
+    for i in range(2):
+        Image.new("L", (8, 8)).save(tmp_path / f"{i}.png")
+    data = load_images(tmp_path, cache_bytes=0)
+    (tmp_path / "1.png").write_bytes(damage) if damage else Image.new("L", (4, 4)).save(tmp_path / "1.png")
+    with pytest.raises(error) as raised:
+        list(DataLoader(data, batch_size=2, num_workers=1))
+    assert re.match(r"broken image /\S+1\.png: \w" if damage else "images of mixed sizes", str(raised.value))
 
 
 @pytest.mark.parametrize("suffix", ["gif", "tif", "webp", "png"])

@@ -1,5 +1,6 @@
 """The values of one image: decoded, channels first, converted, resized, in [-1, 1]; nothing is cut without a word."""
 
+import re
 import struct
 from io import BytesIO
 
@@ -21,17 +22,7 @@ TRANSPARENT_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 SAMPLES_PER_PIXEL = 277  # tag of TIFF
 
 # What Pillow raises for damaged files.
-DAMAGE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    LookupError,
-    TypeError,
-    ArithmeticError,
-    EOFError,
-    MemoryError,
-    struct.error,
-)
+DAMAGE = (OSError, SyntaxError, ValueError, LookupError, TypeError, ArithmeticError, EOFError, struct.error)
 
 
 class DataError(DiffusersDPMError):
@@ -39,7 +30,7 @@ class DataError(DiffusersDPMError):
 
     def __init__(self, message: str):
         # A worker process of the DataLoader puts its traceback before the message.
-        super().__init__(message.strip().split("\n")[-1].split("Error: ")[-1])
+        super().__init__(message.strip().split("\n")[-1].split(f"{type(self).__name__}: ")[-1])
 
 
 class BrokenImageError(DataError):
@@ -96,8 +87,9 @@ def check_whole(image: Image.Image, name: str) -> None:
     stored = getattr(image, "tag_v2", {}).get(SAMPLES_PER_PIXEL, bands)
     if stored != bands:
         raise DataError(f"{name} has {stored} bands, of which Pillow reads {bands}: save it as .npy")
-    how = str(getattr(image, "tile", ""))
-    if bands > 1 and (";16" in how or (image.format == "PPM" and "255" not in how.replace("65535", ""))):
+    how = str([tile[3] for tile in getattr(image, "tile", ())])  # such as 'RGB;16B', or ('RGB', 65535) in PPM
+    deep = ";16" in how or (image.format == "PPM" and any(int(number) > 255 for number in re.findall(r"\d+", how)))
+    if bands > 1 and deep:
         raise DataError(f"{name} has 16 bits per channel, which Pillow cuts to 8: save it as .npy, or with 8 bits")
 
 
