@@ -189,8 +189,7 @@ class LinearScheduler(StockInterface, ABC):
 
     def _begin(self, others: dict[str, Any]) -> None:
         """What every `set_timesteps` does first."""
-        if others:
-            refuse(others)
+        refuse(others)
         self._notice_writing()
 
     def _grid(self, num_inference_steps: int | None, timesteps: Timesteps | None) -> list[Any]:

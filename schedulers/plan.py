@@ -50,8 +50,8 @@ class Update(NamedTuple):
         for factor, tensor in zip(factors, tensors, strict=True):
             if factor:  # 0 * inf must not appear
                 total = tensor * factor if total is None else total.add_(tensor, alpha=factor)
-        if total is None:
-            raise ValueError("a row needs at least one factor that is not zero.")
+        if total is None:  # from pure noise to pure noise
+            total = torch.zeros_like(x)
         return total if noise is None or not self.noise else total.add_(noise, alpha=self.noise)
 
     def defect(self, source: Level, target: Level) -> tuple[float, float]:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
@@ -61,11 +60,10 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
 
     def _options(self, eta: Any = 0.0, clipped: bool | None = None, encode: bool = False) -> DDIMOptions:
         """The options in force: what a step is given, or else what the config says."""
-        if isinstance(eta, (torch.Generator, list)):
-            raise ValueError(
-                f"eta={eta}: the fourth argument of step is eta, as in diffusers; give generator by name."
-            )
-        eta = float(eta) or self.config.eta
+        try:
+            eta = float(eta) or self.config.eta
+        except TypeError:
+            raise ValueError(f"{eta=}: it is the fourth argument of step, as in diffusers; name generator.") from None
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} must lie in 0 (deterministic) .. 1 (DDPM).")
         if eta and encode:

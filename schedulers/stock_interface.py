@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import unwrap
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -22,11 +22,12 @@ FOREIGN_ARGUMENTS = {
 }
 
 
-def refuse(arguments: Mapping[str, object]) -> NoReturn:
-    """Raises ValueError for arguments of another scheduler, and TypeError, as Python does, for any others."""
+def refuse(arguments: Mapping[str, object]) -> None:
+    """Raises ValueError for an argument of another scheduler, and TypeError, as Python does, for any other."""
     for key in arguments.keys() & FOREIGN_ARGUMENTS.keys():
         raise ValueError(f"{key}={arguments[key]} is an argument of {FOREIGN_ARGUMENTS[key]}: use diffusers' class.")
-    raise TypeError(f"unexpected keyword argument {', '.join(map(repr, arguments))}.")
+    for key in arguments:
+        raise TypeError(f"got an unexpected keyword argument {key!r}")
 
 
 def betas_of_products(alphas_cumprod: Tensor) -> Tensor:
@@ -126,9 +127,7 @@ class StockInterface(SchedulerMixin, ConfigMixin):
             unwrap(type(self).__init__)(self, **{key: value for key, value in self.config.items() if key in known})
             if plan.index:
                 if plan.levels[-1] != end:
-                    raise ValueError(
-                        f"{', '.join(keys)}: this loop ends elsewhere than usual; call set_timesteps first."
-                    )
+                    raise ValueError(f"{', '.join(keys)}: this loop ends elsewhere than usual; call set_timesteps.")
                 grid = self._explicit_grid([*plan.index])
                 levels = [*map(self.schedule.level, grid), self._last_level()]
                 options = self._options() if plan.options == options else plan.options
@@ -182,6 +181,6 @@ class StockInterface(SchedulerMixin, ConfigMixin):
         t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device="cpu")
         if not ((t >= 0) & (t < len(self.schedule))).all():
             raise ValueError(f"timestep {timestep} is outside 0 .. {len(self.schedule) - 1}.")
-        grid = torch.tensor([*self._plan.index, -1], device=t.device)
+        grid = torch.tensor([*self._plan.index, -1], dtype=self._plan.timesteps.dtype, device=t.device)
         passed = grid[:-1] <= t[..., None] if self._plan.ascends else grid[:-1] >= t[..., None]
         return grid[passed.sum(-1)]

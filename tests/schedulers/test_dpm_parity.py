@@ -366,3 +366,79 @@ def test_differs_the_noise_form_ends_at_clean_data():
     ours = DPMSolverScheduler(algorithm_type="dpmsolver", final_sigmas_type="zero")
     ours.set_timesteps(5)
     assert ours.updates[-1].defect(*ours.levels[-2:]) == (0.0, 0.0)
+
+
+def test_differs_a_written_clip_sample_holds():
+    config = diffusers.DDPMScheduler(clip_sample=True, clip_sample_range=0.5).config
+    x = noise(1, 2, 3, dtype=torch.float32)
+    for scheduler, largest in ((MULTI.from_config(config), 2), (DPMSolverScheduler.from_config(config), 0.5)):
+        scheduler.set_timesteps(10)
+        scheduler.step(network(x, 5), scheduler.timesteps[0], x)
+        assert (scheduler.model_outputs[-1].abs().max() > largest) == (largest == 2)
+    default = DPMSolverScheduler.from_config(diffusers.DDPMScheduler().config)
+    assert not default.config.clip_sample
+
+
+def test_differs_a_timestep_off_the_grid_is_the_last_one():
+    ours, stock = DPMSolverScheduler(), MULTI()
+    x, z = noise(1, 2, dtype=torch.float32), noise(1, 2, seed=1, dtype=torch.float32)
+    for scheduler in (ours, stock):
+        scheduler.set_timesteps(10)
+    stock.step(z, 437, x)
+    assert stock.step_index == 10
+    level = ours.schedule[437]
+    x0 = ours.step(z, 437, x).pred_original_sample
+    torch.testing.assert_close(x0, (x - level.sigma * z) / level.alpha, rtol=1e-5, atol=1e-5)
+    ours.step(z, ours.timesteps[0], x)
+    with pytest.raises(ValueError, match="timestep 437 "):
+        ours.step(z, 437, x)
+
+
+def exact_error(scheduler, data):
+    """Distance of a loop with the exact network from the solution, which is 0.5 for data N(0, 1/4)."""
+    x = torch.ones(1, dtype=torch.float64)
+    end = data.flow(x, scheduler.levels[0], scheduler.levels[-1]).item()
+    for t in scheduler.timesteps:
+        x = scheduler.step(data.network(scheduler.schedule)(x, t), t, x).prev_sample
+    return abs(x.item() - end)
+
+
+@pytest.mark.parametrize("solver_order", [2, 3])
+def test_differs_blocks_too_wide_for_the_noise_form(solver_order, caplog):
+    data = Gaussian(0.0, 0.25)
+    config = {"beta_schedule": "squaredcos_cap_v2", "algorithm_type": "dpmsolver", "solver_order": solver_order}
+    stock = SINGLE(**config, final_sigmas_type="sigma_min")
+    ours = DPMSolverScheduler(**config, method="singlestep")
+    x = torch.ones(1, 1, dtype=torch.float64)
+    for scheduler in (stock, ours):
+        caplog.clear()
+        scheduler.set_timesteps(10)
+        assert ("lambda_min_clipped=-5.1" in caplog.text) == (scheduler is ours)
+    for t in stock.timesteps:
+        x = stock.step(data.network(ours.schedule)(x.double(), t), t, x).prev_sample
+    assert abs(x.item()) > 5
+    assert exact_error(ours, data) > 5
+    caplog.clear()
+    for cure, limit in (({"lambda_min_clipped": -5.1}, 0.7), ({"algorithm_type": "dpmsolver++"}, 0.2)):
+        cured = DPMSolverScheduler(**{**config, **cure}, method="singlestep")
+        cured.set_timesteps(20)
+        assert exact_error(cured, data) < limit / 10
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "quadratic", "trailing"])
+@pytest.mark.parametrize("method", ["singlestep", "singlestep_fixed"])
+def test_a_loop_far_from_the_solution_is_told(method, spacing, caplog):
+    data = Gaussian(0.0, 0.25)
+    for n in (10, 20, 50):
+        for order in (2, 3):
+            caplog.clear()
+            scheduler = DPMSolverScheduler(
+                beta_schedule="squaredcos_cap_v2",
+                algorithm_type="dpmsolver",
+                method=method,
+                solver_order=order,
+                timestep_spacing=spacing,
+            )
+            scheduler.set_timesteps(n)
+            assert caplog.text or exact_error(scheduler, data) < 0.25

@@ -400,3 +400,68 @@ def test_differs_a_steps_eta_of_zero_is_the_configs():
         results[0], stock.step(network(x, 500), 500, x, generator=seeded(), eta=0.5).prev_sample, rtol=1e-5, atol=1e-5
     )
     assert (results[0] - results[1]).abs().max() > 0.1
+
+
+def test_differs_a_step_from_between_leads_to_the_grid():
+    ours, stock = DDPMScheduler(clip_sample=False), diffusers.DDPMScheduler(clip_sample=False)
+    ddim, stock_ddim = DDIMScheduler(clip_sample=False), diffusers.DDIMScheduler(clip_sample=False)
+    for scheduler in (ours, stock, ddim, stock_ddim):
+        scheduler.set_timesteps(10)
+    with pytest.raises(IndexError):
+        stock.step(noise(1, 2), 437, noise(1, 2))
+    ddim.alphas_cumprod = stock_ddim.alphas_cumprod = ddim.schedule.alphas_cumprod
+    for scheduler, lands_on in ((stock_ddim, 337), (ddim, 400)):
+        assert landing(scheduler, 437) == pytest.approx(ddim.schedule[lands_on][:2], rel=1e-9)
+    assert ours.previous_timestep(437) == 400
+
+
+def test_differs_noising_at_minus_one_is_clean():
+    x0, z, t = noise(2, 3), noise(2, 3, seed=1), torch.tensor([-1, 999])
+    ours, stock = (c().add_noise(x0, z, t) for c in (DDPMScheduler, diffusers.DDPMScheduler))
+    torch.testing.assert_close(ours[1], stock[1], rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours[0], x0[0])
+    assert (stock[0] - z[0]).abs().max() < 0.05
+    real = DDPMScheduler().add_noise(x0, z, t.double())
+    torch.testing.assert_close(real, ours, rtol=1e-12, atol=0)
+
+
+def test_differs_betas_that_are_replaced_count():
+    ours, stock = DDPMScheduler(), diffusers.DDPMScheduler()
+    before = stock.add_noise(noise(1, 2), noise(1, 2, seed=1), torch.tensor([500]))
+    for scheduler in (ours, stock):
+        scheduler.betas = scheduler.betas / 2
+    after = [s.add_noise(noise(1, 2), noise(1, 2, seed=1), torch.tensor([500])) for s in (ours, stock)]
+    assert torch.equal(after[1], before)
+    halved = DDPMScheduler(beta_start=5e-5, beta_end=0.01)
+    expected = halved.add_noise(noise(1, 2), noise(1, 2, seed=1), torch.tensor([500]))
+    torch.testing.assert_close(after[0], expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(DDIMScheduler.from_config(ours.config).betas, ours.betas, rtol=0, atol=0)
+    assert diffusers.DDIMScheduler.from_config(stock.config).betas[-1] == pytest.approx(0.02)
+
+
+def test_differs_a_schedule_that_is_registered_counts():
+    ours, stock = DDPMScheduler(), diffusers.DDPMScheduler()
+    for scheduler in (ours, stock):
+        scheduler.register_to_config(beta_end=0.01)
+    assert stock.betas[-1] == pytest.approx(0.02)
+    assert torch.equal(ours.betas, DDPMScheduler(beta_end=0.01).betas)
+
+
+def test_differs_own_keys_at_default_are_not_written(tmp_path):
+    DDIMScheduler().save_pretrained(tmp_path)
+    assert set(DDIMScheduler.from_pretrained(tmp_path).config["_use_default_values"]) == {*DDIMScheduler.own_keys}
+    assert "_use_default_values" not in diffusers.DDIMScheduler.from_pretrained(tmp_path).config
+
+
+def test_betas_up_to_two_are_pure_noise_as_in_diffusers():
+    """Where alphas_cumprod has long underflowed; so trainers' configs with beta_end=2 load."""
+    ours, stock = (c(beta_start=0.1, beta_end=2.0) for c in (DDPMScheduler, diffusers.DDPMScheduler))
+    torch.testing.assert_close(ours.alphas_cumprod, stock.alphas_cumprod.abs(), rtol=1e-4, atol=1e-30)
+    for scheduler in (ours, stock):
+        scheduler.set_timesteps(50)
+    x, output = noise(1, 2).float(), noise(1, 2, seed=1).float()
+    pair = [s.step(output, 0, x).prev_sample for s in (ours, stock)]
+    torch.testing.assert_close(*pair, rtol=1e-5, atol=1e-5)
+    fine = DDPMScheduler(beta_start=0.1, beta_end=2.0, prediction_type="v_prediction")
+    fine.set_timesteps(50)
+    assert walk(fine, network, noise(1, 2), seeded())[0].isfinite().all()
