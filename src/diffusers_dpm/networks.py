@@ -31,11 +31,11 @@ class NoProgress:
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
-def load_pipeline(model: str) -> DPMPipeline:
+def load_pipeline(model: str, any_process: bool = False) -> DPMPipeline:
     """The pipeline of a run folder or Hub id, without diffusers' warnings.
 
     Raises:
-        DiffusersDPMError: there is none.
+        DiffusersDPMError: there is none, its network is not of images, or its process is not DDPM's nor `any_process`.
     """
     run = RunFolder(model)
     if run.path.is_dir() and not run.index.is_file():
@@ -45,7 +45,9 @@ def load_pipeline(model: str) -> DPMPipeline:
     with user_error(f"cannot load {model}", OSError), quiet():
         pipeline = DPMPipeline.from_pretrained(model)
         check_network(pipeline.unet)
-        return pipeline
+    if (process := process_of(pipeline.scheduler)) != "DDPM" and not any_process:
+        raise DiffusersDPMError(f"{model} is for another process ({process}): this needs one of DDPM")
+    return pipeline
 
 
 def load_extra(model: str, name: str) -> Any:
@@ -106,6 +108,15 @@ def checked_labels(unet: Any, images: torch.Tensor, labels: torch.Tensor | None)
 
 
 # Calling -------------------------------------------------------------------------------------------------------------
+
+
+def process_of(scheduler: Any) -> str:
+    """The kind of noise that a scheduler removes; an unknown one, and one that adds noise, is its own."""
+    name = type(scheduler).__name__
+    if "FlowMatch" in name or scheduler.config.get("use_flow_sigmas"):
+        return "flow matching"
+    known = hasattr(scheduler, "alphas_cumprod") and "prediction_type" in scheduler.config and "Inverse" not in name
+    return "EDM" if name.startswith("EDM") else "DDPM" if known else name
 
 
 def noise_schedule_of(scheduler: Any) -> VPNoiseSchedule:
