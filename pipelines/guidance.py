@@ -46,6 +46,10 @@ class Guidance:
     mode: str = "score"
     clip_order: str = "after"
 
+    def __post_init__(self) -> None:
+        if len(shape := torch.as_tensor(self.scale).shape) > 1:
+            raise ValueError(f"guidance_scale must be one number or one per image, got shape {tuple(shape)}")
+
     @property
     def uses_classifier(self) -> bool:
         return False
@@ -85,9 +89,6 @@ class ClassifierFreeGuidance(Guidance):
 
     scale: Scale = 1.0
     class_labels: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        check_scale(self.scale)
 
     def bind(
         self, unet: Any, classifier: Any, scheduler: SchedulerAdapter, latents: Tensor, labels: Tensor | None
@@ -172,7 +173,7 @@ class ClassifierGuidance(Guidance):
     def __post_init__(self) -> None:
         if self.prediction_type not in OUTPUTS:
             raise ValueError(f"guidance needs a prediction_type of {[*OUTPUTS]}, not {self.prediction_type!r}")
-        check_scale(self.scale)
+        super().__post_init__()
         if self.mode not in ("score", "mean_shift"):
             raise ValueError(f'guidance_mode must be "score" or "mean_shift", got {self.mode!r}')
         if not self.interval[0] <= self.interval[1]:
@@ -283,11 +284,6 @@ class ClassifierGuidance(Guidance):
     def _x0(self, output: Tensor, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
         p, q = OUTPUTS[self.prediction_type](alpha, sigma)
         return (output[:, : x_t.shape[1]] - p * x_t) / q
-
-
-def check_scale(scale: Scale) -> None:
-    if len(shape := torch.as_tensor(scale).shape) > 1:
-        raise ValueError(f"guidance_scale must be one number or one per image, got shape {tuple(shape)}")
 
 
 def choose_guidance(guidance: Guidance | None, classifier_free: bool, **shortcuts: Any) -> Guidance | None:

@@ -57,10 +57,9 @@ def check_network(unet: Any) -> None:
     if type(unet).__module__.startswith("diffusers.") and not isinstance(unet, UNet2DModel):
         raise ValueError(f"DPMPipeline draws images with a UNet2DModel, and cannot with a {type(unet).__name__}")
     config = getattr(unet, "config", {})
-    channels, out_channels = config.get("in_channels"), config.get("out_channels")
-    if channels is not None and out_channels not in (None, channels, 2 * channels):
-        what = f"in_channels={channels} and out_channels={out_channels}"
-        raise ValueError(f"a network with {what} cannot be sampled from: it must return as many channels, or twice")
+    in_channels, out_channels = config.get("in_channels"), config.get("out_channels")
+    if in_channels is not None and out_channels not in (None, in_channels, 2 * in_channels):
+        raise ValueError(f"a network of images returns as many channels or twice: {in_channels=}, {out_channels=}")
 
 
 @contextmanager

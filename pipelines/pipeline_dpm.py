@@ -179,8 +179,7 @@ class DPMPipeline(DiffusionPipeline):
             "max_gradient_norm": max_gradient_norm,
             "guidance_through_unet": guidance_through_unet,
         }
-        classifier_free = self.classifier is None and num_classes_of(self.unet) is not None
-        guidance = choose_guidance(guidance, classifier_free, **shortcuts)
+        guidance = choose_guidance(guidance, self.classifier is None and bool(num_classes_of(self.unet)), **shortcuts)
         generator = make_generators(generator, seeds)
         labels = None if class_labels is None else torch.as_tensor(self.get_label_ids(class_labels))
         scale = None if guidance is None else torch.as_tensor(guidance.scale)

@@ -273,6 +273,9 @@ PROCESSES = [
     (diffusers.DDPMScheduler, ZERO_SNR, "PNDM", "other betas"),
     (diffusers.FlowMatchEulerDiscreteScheduler, {}, "DDIM", r"DDPM.*flow matching"),
     (diffusers.EDMEulerScheduler, {}, "EulerDiscrete", r"DDPM.*EDM"),
+    (diffusers.IPNDMScheduler, {}, "ours", "IPNDMScheduler"),
+    (diffusers.KarrasVeScheduler, {}, "ours", "KarrasVeScheduler"),
+    (diffusers.DDPMScheduler, {}, "ours", None),
     (diffusers.DDPMScheduler, {}, "HeunDiscrete", None),
     (diffusers.DDPMScheduler, {}, "LCM", None),
     (diffusers.DDPMScheduler, ZERO_SNR, "DPMSolverMultistep", None),
@@ -285,7 +288,8 @@ PROCESSES = [
 def test_schedulers_of_another_process_are_refused(own, config, name, message, tmp_path):
     """A model is drawn from by the process that it was trained for, or not at all; with exit code 0 came noise."""
     own(**config).save_pretrained(tmp_path)
-    pipeline, name = DPMPipeline(tiny_unet(), own.from_pretrained(tmp_path)), f"diffusers:{name}Scheduler"
+    pipeline = DPMPipeline(tiny_unet(), own.from_pretrained(tmp_path))
+    name = "ddim" if name == "ours" else f"diffusers:{name}Scheduler"
     if message is None:
         assert build_scheduler(name, {}, pipeline, "model").config is not None
         return

@@ -111,11 +111,11 @@ def report_cost(unet: Any, calls: int, batch_size: int, accelerator: Any, classi
 # Loading -------------------------------------------------------------------------------------------------------------
 
 
-def load_pipeline(model: str) -> DPMPipeline:
+def load_pipeline(model: str, any_process: bool = False) -> DPMPipeline:
     """The pipeline of a run folder or Hub id, without diffusers' warnings.
 
     Raises:
-        DiffusersDPMError: there is none.
+        DiffusersDPMError: there is none, its network is not of images, or its process is not DDPM's nor `any_process`.
     """
     run = RunFolder(model)
     if run.path.is_dir() and not run.index.is_file():
@@ -132,6 +132,8 @@ def load_pipeline(model: str) -> DPMPipeline:
         pipeline = DPMPipeline.from_pretrained(model)
         check_network(pipeline.unet)
     check_finite(pipeline.unet, f"{model}/unet")
+    if (process := process_of(pipeline.scheduler)) != "DDPM" and not any_process:
+        raise DiffusersDPMError(f"{model} is for another process ({process}): this needs one of DDPM")
     return pipeline
 
 
@@ -298,6 +300,15 @@ def checked_labels(unet: Any, images: torch.Tensor, labels: torch.Tensor | None)
 def whole_config(scheduler: Any) -> dict[str, Any]:
     """A scheduler's config with what it has by default, in place of which `from_config` takes the other's defaults."""
     return {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+
+
+def process_of(scheduler: Any) -> str:
+    """The kind of noise that a scheduler removes; an unknown one, and one that adds noise, is its own."""
+    name = type(scheduler).__name__
+    if "FlowMatch" in name or scheduler.config.get("use_flow_sigmas"):
+        return "flow matching"
+    known = hasattr(scheduler, "alphas_cumprod") and "prediction_type" in scheduler.config and "Inverse" not in name
+    return "EDM" if name.startswith("EDM") else "DDPM" if known else name
 
 
 def noise_schedule_of(scheduler: Any) -> VPNoiseSchedule:

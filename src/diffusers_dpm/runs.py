@@ -58,7 +58,7 @@ def sample_run(
     Raises:
         DiffusersDPMError: the model or the arguments cannot be used; the output holds other images.
     """
-    pipeline = load_pipeline(model)
+    pipeline = load_pipeline(model, any_process=True)
     if guidance_scale is not None:
         pipeline.register_modules(classifier=load_guide(model, pipeline.unet))
     if scheduler is not None:

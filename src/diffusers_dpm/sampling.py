@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 from diffusers_dpm.calibration import Calibration, FittedTable, fitted_weights
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 from diffusers_dpm.images import GRID, image_grid, to_pil, to_uint8
-from diffusers_dpm.networks import KINDS, Progress, check_weights, load_extra
+from diffusers_dpm.networks import KINDS, Progress, check_weights, load_extra, process_of
 from diffusers_dpm.pipelines import DPMPipeline, image_shape
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.posterior_statistics import PosteriorStatistics
@@ -122,7 +122,7 @@ def build_scheduler(
 
     Raises:
         DiffusersDPMError: no such scheduler, option or value; a scheduler of `EXTRAS` that the model does not have, or
-            that was fitted to other weights; one of diffusers' that is for another process than the model's.
+            that was fitted to other weights; one that is for another process than the model's.
     """
     scheduler_class = find_scheduler(name)
     check_options(name, scheduler_class, options)
@@ -138,13 +138,12 @@ def build_scheduler(
             options = {"guidance_scale": guidance_scale, **options} if guidance_scale in steps else options
     with user_error(name, AttributeError, NotImplementedError, RuntimeError, TypeError):  # diffusers raises all
         scheduler = scheduler_class.from_config(config, **options)
-    if name.startswith(STOCK):
-        check_process(name, scheduler, pipeline.scheduler)
+    check_process(name, scheduler, pipeline.scheduler)
     return scheduler
 
 
 def check_process(name: str, scheduler: Any, own: Any) -> None:
-    """Raise DiffusersDPMError if a scheduler of diffusers is for other noise than the model's own."""
+    """Raise DiffusersDPMError if a scheduler is for other noise than the model's own."""
     theirs, ours = process_of(scheduler), process_of(own)
     if theirs == ours == "DDPM":  # the last level may be the least that a class can compute with
         table, own_table = (each.alphas_cumprod[:-1].double().cpu() for each in (scheduler, own))
@@ -152,15 +151,6 @@ def check_process(name: str, scheduler: Any, own: Any) -> None:
             theirs = "DDPM with other betas"
     if theirs != ours:
         raise DiffusersDPMError(f"{name} is for another process ({theirs}) than the model's ({ours}): choose another")
-
-
-def process_of(scheduler: Any) -> str:
-    """The kind of noise that a scheduler of diffusers removes; an unknown one, and one that adds noise, is its own."""
-    name = type(scheduler).__name__
-    if "FlowMatch" in name or scheduler.config.get("use_flow_sigmas"):
-        return "flow matching"
-    known = "DDPM" if hasattr(scheduler, "alphas_cumprod") and "Inverse" not in name else name
-    return "EDM" if name.startswith("EDM") else known
 
 
 def check_options(name: str, scheduler_class: type[SchedulerMixin], options: dict[str, Any]) -> None:

@@ -388,8 +388,8 @@ def test_contradictions_are_named(make_pipe, arguments, message):
     [
         (lambda: UNet1DModel(sample_size=512, extra_in_channels=16), "UNet2DModel.*UNet1DModel"),
         (tiny_conditional_unet, "UNet2DModel.*UNet2DConditionModel"),
-        (lambda: tiny_unet(6, out_channels=3), "in_channels=6 and out_channels=3"),
-        (lambda: tiny_unet(3, out_channels=9), "in_channels=3 and out_channels=9"),
+        (lambda: tiny_unet(6, out_channels=3), "in_channels=6, out_channels=3"),
+        (lambda: tiny_unet(3, out_channels=9), "in_channels=3, out_channels=9"),
     ],
 )
 def test_networks_of_something_else_are_refused(make_pipe, unet, message):

@@ -176,6 +176,30 @@ def test_networks_of_something_else_are_refused_when_loaded(make_unet, tmp_path)
         load_pipeline(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("name", "process"),
+    [
+        ("FlowMatchEulerDiscrete", "flow matching"),
+        ("EDMEuler", "EDM"),
+        ("IPNDM", "IPNDMScheduler"),
+        ("CMStochasticIterative", "CMStochasticIterativeScheduler"),
+        ("RePaint", "RePaintScheduler"),
+        ("LMSDiscrete", None),
+    ],
+)
+def test_models_of_another_process_are_refused(make_unet, tmp_path, name, process):
+    """By all commands but those that can sample with the model's own scheduler."""
+    pipe = diffusers.DDPMPipeline(make_unet(), diffusers.DDPMScheduler())
+    pipe.scheduler = getattr(diffusers, f"{name}Scheduler")()
+    pipe.save_pretrained(tmp_path)
+    assert type(load_pipeline(str(tmp_path), any_process=True).scheduler) is type(pipe.scheduler)
+    if process is None:
+        assert load_pipeline(str(tmp_path)).unet is not None
+        return
+    with pytest.raises(DiffusersDPMError, match=rf"^{tmp_path} .*\({process}\)"):
+        load_pipeline(str(tmp_path))
+
+
 def test_components_make_another_pipeline(make_pipe):
     pipe = make_pipe(DDIMScheduler())
     stock = diffusers.DDPMPipeline(**pipe.components)

@@ -106,7 +106,7 @@ class Evaluation:
         return recorded or self.weights
 
     def _load_pipeline(self) -> DPMPipeline:
-        pipeline = load_pipeline(self.model)
+        pipeline = load_pipeline(self.model, any_process=True)
         if self.guidance_scale is not None:
             pipeline.register_modules(classifier=load_guide(self.model, pipeline.unet))
             if self.class_labels is None and not is_conditional(pipeline.unet):

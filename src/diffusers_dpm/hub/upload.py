@@ -9,16 +9,13 @@ from importlib.metadata import version
 from multiprocessing import TimeoutError
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from huggingface_hub import HfApi, errors
 from huggingface_hub.hf_api import RepoFile
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.hub.staging import list_files
-
-
-Result = TypeVar("Result")
 
 
 class PublishError(DiffusersDPMError):
@@ -68,7 +65,7 @@ def explained(what: str) -> Iterator[None]:
         raise PublishError(f"{what}: {advice} ({first_line(error)})") from error
 
 
-def within(seconds: float, what: str, work: Callable[[], Result]) -> Result:
+def within(seconds: float, what: str, work: Callable[[], Any]) -> Any:
     """The result of `work`. Raises PublishError if it takes longer, and whatever it raises."""
     with ThreadPool(1) as pool:
         try:
