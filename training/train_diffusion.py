@@ -14,7 +14,7 @@ from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.hub.publish import check_repo_id, publish
 from diffusers_dpm.hub.upload import PublishError, log_in
 from diffusers_dpm.images import image_grid, to_uint8
-from diffusers_dpm.networks import Progress
+from diffusers_dpm.networks import Progress, check_noise_schedule
 from diffusers_dpm.options import values_of
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import TEMPORARY, atomic_file, atomic_folder, move_children
@@ -70,6 +70,7 @@ class DiffusionTrainer(Trainer):
                 # A process that ends in pure noise must be sampled from its very last timestep.
                 timestep_spacing="trailing" if options.rescale_betas_zero_snr else "leading",
             )
+        check_noise_schedule(self.scheduler, "noise schedule")
         loss = DenoisingLoss(self.scheduler.schedule, options.prediction_type, **values_of(options, LossOptions))
         return build_network(self.data, options), loss
 
