@@ -153,8 +153,8 @@ def check_config(where: str | Path, cls: Any, config: Mapping[str, Any]) -> None
         takes_none = key in DEFAULTS or isinstance(default, bool) or re.search("None|Optional", str(keys.get(key)))
         fits = found and (is_network or isinstance(default, (list, tuple)) or not isinstance(value, list))
         if kind and not (fits and all(takes_none if x is None else type(x) in KINDS[kind][0] for x in found)):
-            raise DiffusersDPMError(f"{where}: {key} must be {KINDS[kind][1]}, got {str(value)[:60]!r}")
-        low = 0 if is_network else -math.inf
+            raise DiffusersDPMError(f"{where}: {key} must be {KINDS[kind][1]}, got {repr(value)[:60]}")
+        low = 0 if is_network or kind is int else -math.inf
         for number in found:
             high = LARGEST.get(key, math.inf if isinstance(number, float) else 2**31)
             if isinstance(number, (int, float)) and not low <= number <= high:
@@ -183,7 +183,7 @@ def check_noise_schedule(scheduler: Any, where: str | Path) -> None:
     lowest = levels[:-1].min() if scheduler.config.get("rescale_betas_zero_snr") else levels.min()
     if not lowest >= torch.finfo(torch.float32).tiny:
         raise DiffusersDPMError(
-            f"{where}: alphas_cumprod falls to {lowest:.0e}, which float32 does not hold: lower beta_end, or take pure "
+            f"{where}: alphas_cumprod falls to {lowest:.0e}, less than float32 holds: lower beta_end, or take pure "
             "noise at the end by rescale_betas_zero_snr"
         )
 
