@@ -204,10 +204,9 @@ class Trainer(ABC):
 
     def _facts(self) -> dict[str, Any]:
         """What the weights depend on beside the options, as JSON; the data by its content, wherever it lies."""
-        few = [len(self.data) * i // NUM_COMPARED for i in range(min(NUM_COMPARED, len(self.data)))]
-        some = self.data[few]
-        labels = self.data.labels if self.conditional else None
-        about = [tensor for tensor in (some["images"], labels) if tensor is not None]
+        count = min(NUM_COMPARED, len(self.data))
+        some = self.data[[len(self.data) * i // count for i in range(count)]]["images"]
+        about = [some, self.data.labels] if self.conditional else [some]
         return {
             "data": f"{len(self.data)} images of {describe(self.data.shape)}",
             "sha256 of some images and all labels": fingerprint(about)[:16],

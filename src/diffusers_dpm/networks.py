@@ -62,11 +62,13 @@ def load_pipeline(model: str) -> DPMPipeline:
             f"{model} holds no {run.index.name}: it is not a pipeline, or its training has not finished"
         )
     if run.path.is_dir():
-        for name, entry in read_json(run.index).items():
-            if not name.startswith("_") and isinstance(entry, list) and any(entry):
-                if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
-                    raise DiffusersDPMError(f"{run.index}: {name} must be a library and a class, got {entry}")
-                check_part(run.path / name)
+        index = read_json(run.index)
+        for part in (run.unet, run.scheduler):
+            match index.get(part.name):
+                case [str(), str(name)]:
+                    check_part(part, OWN.get(name) or getattr(diffusers, name, None))
+                case entry:
+                    raise DiffusersDPMError(f"{run.index}: {part.name} must be a library and a class, got {entry}")
     with user_error(f"cannot load {model}", Exception), quiet():
         pipeline = DPMPipeline.from_pretrained(model)
     check_finite(pipeline.unet, f"{model}/unet")
@@ -98,8 +100,8 @@ def load_part(cls: Any, model: str, name: str = "") -> Any:
     return part
 
 
-def check_part(folder: Path, cls: Any = None) -> None:
-    """Check a component's files as far as diffusers takes them without a word, or fails without their name.
+def check_part(folder: Path, cls: Any) -> None:
+    """Check the files of a component of a class, as far as diffusers takes them without a word, or without their name.
 
     Raises:
         DiffusersDPMError: a file that cannot be read; a value of a config that its class cannot have; weights that are
@@ -108,10 +110,10 @@ def check_part(folder: Path, cls: Any = None) -> None:
     is_scheduler = (folder / "scheduler_config.json").exists()
     path, weights = folder / ("scheduler_config.json" if is_scheduler else "config.json"), folder / WEIGHTS
     config = read_json(path)
-    name = config.get("_class_name")
-    cls = cls or OWN.get(str(name)) or getattr(diffusers, str(name), None)
-    if not isinstance(name, str) or not hasattr(cls, "from_config"):
+    if not isinstance(name := config.get("_class_name"), str):
         raise DiffusersDPMError(f"{path}: _class_name must be the class that saved it, got {name!r}")
+    if not hasattr(cls, "from_config"):  # of another library: it says what it has to say
+        return
     check_config(path, cls, config)
     if is_scheduler or not weights.exists():
         return
@@ -147,9 +149,8 @@ def check_config(where: str | Path, cls: Any, config: Mapping[str, Any]) -> None
     keys, is_network = inspect.signature(cls.__init__).parameters, not issubclass(cls, SchedulerMixin)
     for key, value in config.items():
         default, found = DEFAULTS.get(key, keys[key].default if key in keys else None), [*leaves(value)]
-        kind = next(
-            (kind for kind in KINDS if isinstance(next(leaves(default), None), kind)), None
-        )  # a bool is an int
+        first = next(leaves(default), None)
+        kind = next((kind for kind in KINDS if isinstance(first, kind)), None)  # bool is an int, too
         takes_none = key in DEFAULTS or isinstance(default, bool) or re.search("None|Optional", str(keys.get(key)))
         fits = found and (is_network or isinstance(default, (list, tuple)) or not isinstance(value, list))
         if kind and not (fits and all(takes_none if x is None else type(x) in KINDS[kind][0] for x in found)):

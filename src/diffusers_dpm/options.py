@@ -180,9 +180,7 @@ def read_options_file(path: Path, items: Sequence[dataclasses.Field[Any]], resum
         if isinstance(given[name], dict):
             raise DiffusersDPMError(f"{path}: {name} must be a value or a list of values")
     if resume and path.name == "training_options.json" and "output_dir" in given:
-        given["output_dir"] = str(
-            path.parent.parent if "num_features" in given else path.parent
-        )  # they are in training/
+        given["output_dir"] = str(path.parents["num_features" in given])  # those of features are in training/
     return as_arguments(given)
 
 

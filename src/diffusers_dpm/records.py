@@ -228,7 +228,7 @@ def check_types(cls: type, values: Mapping[str, Any], where: str | Path = "") ->
         raise DiffusersDPMError(f"{where}{where and ': '}{str(values)[:60]} is no object")
     for name, annotation in get_type_hints(cls).items():
         if name in values and not fits(values[name], annotation):
-            wanted = str(getattr(annotation, "__name__", annotation)) if not get_args(annotation) else str(annotation)
+            wanted = getattr(annotation, "__name__", annotation)
             raise DiffusersDPMError(f"{where}{where and ': '}{name} must be {wanted}, got {str(values[name])[:60]}")
 
 

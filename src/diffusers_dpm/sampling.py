@@ -27,16 +27,7 @@ from diffusers_dpm.networks import check_config, check_weights, load_extra
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.posterior_statistics import PosteriorStatistics
 from diffusers_dpm.processes import Processes
-from diffusers_dpm.records import (
-    LOCK,
-    ResultStore,
-    atomic_file,
-    check_types,
-    is_empty,
-    is_leftover,
-    short_hash,
-    weights_hash,
-)
+from diffusers_dpm.records import LOCK, ResultStore, atomic_file, check_types, is_empty, short_hash, weights_hash
 from diffusers_dpm.run_folder import EXTRAS
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import STATISTICS
@@ -288,8 +279,7 @@ class SampleFolder:
 
     def others(self, seeds: Iterable[int] = ()) -> list[Path]:
         """The images there but those of the seeds."""
-        found = {path for path in self.folder.glob(f"*{self.suffix}") if not is_leftover(path)}
-        return sorted(found - {*map(self.path, seeds)})
+        return sorted({*self.folder.glob(f"[!.]*{self.suffix}")} - {*map(self.path, seeds)})
 
     def open(self) -> ResultStore:
         """The store of the folder's settings.

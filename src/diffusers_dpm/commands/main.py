@@ -53,6 +53,9 @@ COMMANDS = {
 TRAIN = {"datasets", "matplotlib", "sklearn", "tensorboard", "torchdiffeq", "torchmetrics", "transformers"}
 
 
+SHOWN = (DiffusersDPMError, OSError, SafetensorError, NonFiniteLossError, ModuleNotFoundError, KeyboardInterrupt)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
@@ -68,14 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with handling(interrupt, signal.SIGTERM):
             run(name, rest)
-    except (
-        DiffusersDPMError,
-        OSError,
-        SafetensorError,
-        NonFiniteLossError,
-        ModuleNotFoundError,
-        KeyboardInterrupt,
-    ) as error:
+    except SHOWN as error:
         message, code = explain(name, error)
         if debug:
             traceback.print_exc()
