@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from diffusers_dpm.errors import DiffusersDPMError, user_error
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.records import TEMPORARY, file_hash, is_empty, read_json, remove_folder, short_hash, write_json
 from diffusers_dpm.run_folder import RunFolder
 
@@ -38,11 +38,10 @@ class DamagedCheckpointError(DiffusersDPMError):
 def reading(checkpoint: Path) -> Iterator[None]:
     """Inside, whatever fails is the checkpoint's fault: as `DamagedCheckpointError`."""
     try:
-        with user_error(f"{checkpoint} is damaged", Exception):
-            yield
-    except DiffusersDPMError as error:
-        text = str(error) if str(checkpoint) in str(error) else f"{checkpoint} is damaged: {error}"
-        raise DamagedCheckpointError(text) from error
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, DiffusersDPMError) else f"{type(error).__name__}: "
+        raise DamagedCheckpointError(f"{checkpoint} is damaged: {kind}{' '.join(str(error).split())}") from error
 
 
 def seal(checkpoint: Path, about: Mapping[str, Any]) -> None:

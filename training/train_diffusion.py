@@ -16,7 +16,7 @@ from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.hub.publish import check_repo_id, publish
 from diffusers_dpm.hub.upload import PublishError, log_in
 from diffusers_dpm.images import GRID, image_grid, to_uint8
-from diffusers_dpm.networks import Progress, load_pipeline
+from diffusers_dpm.networks import Progress, check_noise_schedule, load_pipeline
 from diffusers_dpm.options import flag, values_of
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import TEMPORARY, atomic_file, atomic_folder, move_children
@@ -82,6 +82,7 @@ class DiffusionTrainer(Trainer):
             with user_error(f"noise schedule of {source}", TypeError, NotImplementedError):
                 self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
             self.options = options = taken_over(options, self.scheduler)
+        check_noise_schedule(self.scheduler, "noise schedule")
         loss = DenoisingLoss(self.scheduler.schedule, options.prediction_type, **values_of(options, LossOptions))
         return unet, loss
 

@@ -246,10 +246,9 @@ class Trainer(ABC):
 
     def _facts(self) -> dict[str, Any]:
         """What the weights depend on beside the options, as JSON; the data by its content, wherever it lies."""
-        few = [len(self.data) * i // NUM_COMPARED for i in range(min(NUM_COMPARED, len(self.data)))]
-        some = self.data[few]
-        labels = self.data.labels if self.conditional else None
-        about = [tensor for tensor in (some["images"], labels) if tensor is not None]
+        count = min(NUM_COMPARED, len(self.data))
+        some = self.data[[len(self.data) * i // count for i in range(count)]]["images"]
+        about = [some, self.data.labels] if self.conditional else [some]
         return {
             "data": f"{len(self.data)} images of {describe(self.data.shape)}",
             "sha256 of some images and all labels": fingerprint(about)[:16],
@@ -276,7 +275,7 @@ class Trainer(ABC):
             self.accelerator.log({"changed options": "; ".join(self.changes)}, step=self.state.step)
 
     def _train(self, progress: Progress) -> None:
-        options, recent, count = self.options, [], self.accelerator.num_processes
+        options, recent, processes = self.options, [], Processes(self.accelerator)
         steps = training_steps(self.state, self.data, self.loss, options, conditional=self.conditional)
         bar = tqdm(total=options.max_train_steps, initial=self.state.step, unit="step")
         with bar, deferred_interrupts() as signals:
@@ -290,8 +289,10 @@ class Trainer(ABC):
                         bar.set_postfix_str(self._log(recent))
                         recent = []
                     self._after_step(record.step)
-                    # several processes ask each other, where the host waits for the device anyway
-                    stop = signals if count == 1 else is_due(record.step, options.log_every) and self._any(signals)
+                    stop = len(signals)
+                    if processes.count > 1:  # they ask each other, where the host waits for the device anyway
+                        asked = is_due(record.step, options.log_every)
+                        stop = int(processes.sum(torch.tensor([float(stop)]))) if asked else 0
                     if stop or is_due(record.step, options.checkpoint_every):
                         record.check_finite()
                         self._checkpoint()
@@ -301,9 +302,6 @@ class Trainer(ABC):
                 good = checkpoints.last_checkpoint(self.run_folder)
                 hint = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
                 raise NonFiniteLossError(f"{error}; {hint}") from error
-
-    def _any(self, signals: list[int]) -> bool:
-        return bool(Processes(self.accelerator).sum(torch.tensor([float(len(signals))])).item())
 
     def _log(self, records: list[StepRecord]) -> str:
         """Log the means of the steps since the last call; returns the progress bar's text."""

@@ -9,6 +9,8 @@ import torch
 from diffusers import UNet2DModel
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
+from diffusers_dpm.networks import build_without_memory, check_config
+from diffusers_dpm.pipelines import NoisyClassifier
 from diffusers_dpm.records import read_json
 
 
@@ -91,6 +93,9 @@ def read_config(path: str | Path, class_name: str) -> dict[str, Any]:
     config = read_json(path)
     if config.get("_class_name", class_name) != class_name:
         raise DiffusersDPMError(f"{path} is not the config of a {class_name}")
+    cls = {"UNet2DModel": UNet2DModel}.get(class_name, NoisyClassifier)
+    check_config(path, cls, config)
+    build_without_memory(path, cls, {"num_classes": 2, **config})
     return {key: value for key, value in config.items() if not key.startswith("_")}
 
 

@@ -27,7 +27,8 @@ from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, VPNoi
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OWN = {cls.__name__: cls for cls in (*ALL_SCHEDULERS, *(extra.cls for extra in EXTRAS.values()))}
 DEFAULTS = {"sample_size": 1, "trained_betas": [0.0]}  # for what their classes have None
-LARGEST = {"num_train_timesteps": 10**6, "layers_per_block": 1000}  # whole numbers in a config; of any other: 2^31
+MAX_PARAMETERS = 10**11
+LARGEST = {"num_train_timesteps": 10**6, "layers_per_block": 100}  # whole numbers in a config; of any other: 2^31
 KINDS: dict[type, tuple[tuple[type, ...], str]] = {  # of a key's default -> types of its values, and their name
     bool: ((bool,), "true or false"),
     int: ((int,), "a whole number"),
@@ -123,17 +124,20 @@ def load_pipeline(model: str, any_process: bool = False) -> DPMPipeline:
             f"{model} holds no {run.index.name}: it is not a pipeline, or its training has not finished"
         )
     if run.path.is_dir():
-        for name, entry in read_json(run.index).items():
-            if not name.startswith("_") and isinstance(entry, list) and any(entry):
-                if len(entry) != 2 or not all(isinstance(word, str) for word in entry):
-                    raise DiffusersDPMError(f"{run.index}: {name} must be a library and a class, got {entry}")
-                check_part(run.path / name)
+        index = read_json(run.index)
+        for part in (run.unet, run.scheduler):
+            match index.get(part.name):
+                case [str(), str(name)]:
+                    check_part(part, OWN.get(name) or getattr(diffusers, name, None))
+                case entry:
+                    raise DiffusersDPMError(f"{run.index}: {part.name} must be a library and a class, got {entry}")
     with user_error(f"cannot load {model}", Exception), quiet():
         pipeline = DPMPipeline.from_pretrained(model)
         check_network(pipeline.unet)
     check_finite(pipeline.unet, f"{model}/unet")
     if (process := process_of(pipeline.scheduler)) != "DDPM" and not any_process:
         raise DiffusersDPMError(f"{model} is for another process ({process}): this needs one of DDPM")
+    check_noise_schedule(pipeline.scheduler, model)
     return pipeline
 
 
@@ -161,8 +165,8 @@ def load_part(cls: Any, model: str, name: str = "") -> Any:
     return part
 
 
-def check_part(folder: Path, cls: Any = None) -> None:
-    """Check a component's files as far as diffusers takes them without a word, or fails without their name.
+def check_part(folder: Path, cls: Any) -> None:
+    """Check the files of a component of a class, as far as diffusers takes them without a word, or without their name.
 
     Raises:
         DiffusersDPMError: a file that cannot be read; a value of a config that its class cannot have; weights that are
@@ -171,21 +175,17 @@ def check_part(folder: Path, cls: Any = None) -> None:
     is_scheduler = (folder / "scheduler_config.json").exists()
     path, weights = folder / ("scheduler_config.json" if is_scheduler else "config.json"), folder / WEIGHTS
     config = read_json(path)
-    name = config.get("_class_name")
-    cls = cls or OWN.get(str(name)) or getattr(diffusers, str(name), None)
-    if not isinstance(name, str) or not hasattr(cls, "from_config"):
+    if not isinstance(name := config.get("_class_name"), str):
         raise DiffusersDPMError(f"{path}: _class_name must be the class that saved it, got {name!r}")
+    if not hasattr(cls, "from_config"):  # of another library: it says what it has to say
+        return
     check_config(path, cls, config)
     if is_scheduler or not weights.exists():
         return
     with user_error(f"cannot read {weights}", OSError, SafetensorError), safe_open(weights, framework="pt") as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         found = {key: (tuple(value.get_shape()), value.get_dtype()) for key, value in slices.items()}
-    deepest = max([0, *(number for key, number in numbers_in(config) if "layers" in key)])
-    if deepest > len(found):
-        raise DiffusersDPMError(f"{path}: {deepest} layers, but {weights} has {len(found)} tensors")
-    with user_error(f"{path} describes no network", Exception), quiet(), torch.device("meta"):
-        network = cls.from_config(config)
+    network = build_without_memory(path, cls, config)
     for key, value in network.state_dict().items():
         shape, dtype = found.pop(key, (None, ""))
         if shape is None:
@@ -196,43 +196,44 @@ def check_part(folder: Path, cls: Any = None) -> None:
         raise DiffusersDPMError(f"{weights}: {path} knows no {next(iter(found))}")
 
 
-def check_config(path: Path, cls: Any, config: Mapping[str, Any]) -> None:
+def build_without_memory(path: Path, cls: Any, config: Mapping[str, Any]) -> torch.nn.Module:
+    """A config's network, its weights without numbers. Raises DiffusersDPMError if there is none, or a huge one."""
+    with user_error(f"{path} describes no network", Exception), quiet(), torch.device("meta"):
+        network = cls.from_config(config)
+    if (size := sum(value.numel() for value in network.parameters())) > MAX_PARAMETERS:
+        raise DiffusersDPMError(f"{path} describes a network of {size:,} parameters, more than {MAX_PARAMETERS:,}")
+    return network
+
+
+def check_config(where: str | Path, cls: Any, config: Mapping[str, Any]) -> None:
     """Check the values in a config by the defaults that the class has for its keys; a list by each of its entries.
 
     Raises:
-        DiffusersDPMError: names the file, the key and the value.
+        DiffusersDPMError: names the file or class, the key and the value.
     """
     keys, is_network = inspect.signature(cls.__init__).parameters, not issubclass(cls, SchedulerMixin)
     for key, value in config.items():
-        default = DEFAULTS.get(key, keys[key].default if key in keys else None)
-        takes_none = key in DEFAULTS or isinstance(default, bool) or re.search("None|Optional", str(keys.get(key)))
-        first = next((leaf for _, leaf in leaves(key, default)), None)
+        default, found = DEFAULTS.get(key, keys[key].default if key in keys else None), [*leaves(value)]
+        first = next(leaves(default), None)
         kind = next((kind for kind in KINDS if isinstance(first, kind)), None)  # bool is an int, too
-        found = [leaf for _, leaf in leaves(key, value)]
-        takes_list = is_network or isinstance(default, (list, tuple))
-        fits = found and (takes_list or not isinstance(value, list))
-        fits = fits and all(takes_none if leaf is None else kind and type(leaf) in KINDS[kind][0] for leaf in found)
-        if kind is not None and not fits:
-            raise DiffusersDPMError(f"{path}: {key} must be {KINDS[kind][1]}, got {str(value)[:60]}")
-    low = 0 if is_network else -math.inf
-    for key, number in numbers_in(config):
-        high = LARGEST.get(key, math.inf if isinstance(number, float) else 2**31)
-        if not low <= number <= high:
-            raise DiffusersDPMError(f"{path}: {key} must lie in {low} .. {high}, got {number}")
+        takes_none = key in DEFAULTS or isinstance(default, bool) or re.search("None|Optional", str(keys.get(key)))
+        fits = found and (is_network or isinstance(default, (list, tuple)) or not isinstance(value, list))
+        if kind and not (fits and all(takes_none if x is None else type(x) in KINDS[kind][0] for x in found)):
+            raise DiffusersDPMError(f"{where}: {key} must be {KINDS[kind][1]}, got {repr(value)[:60]}")
+        low = 0 if is_network or kind is int else -math.inf
+        for number in found:
+            high = LARGEST.get(key, math.inf if isinstance(number, float) else 2**31)
+            if isinstance(number, (int, float)) and not low <= number <= high:
+                raise DiffusersDPMError(f"{where}: {key} must lie in {low} .. {high}, got {number}")
 
 
-def leaves(key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """(key, value) of what lists in lists hold, or of the value itself."""
+def leaves(value: Any) -> Iterator[Any]:
+    """What lists in lists hold, or the value itself."""
     if isinstance(value, (list, tuple)):
         for item in value:
-            yield from leaves(key, item)
+            yield from leaves(item)
     else:
-        yield key, value
-
-
-def numbers_in(config: Mapping[str, Any]) -> list[tuple[str, float]]:
-    pairs = [pair for key, value in config.items() for pair in leaves(key, value)]
-    return [(key, value) for key, value in pairs if isinstance(value, (int, float))]
+        yield value
 
 
 def check_finite(network: torch.nn.Module, where: str) -> None:
@@ -240,6 +241,17 @@ def check_finite(network: torch.nn.Module, where: str) -> None:
     for key, value in network.state_dict().items():
         if not value.isfinite().all():
             raise DiffusersDPMError(f"{where}/{WEIGHTS}: {key} is not finite: the weights are lost")
+
+
+def check_noise_schedule(scheduler: Any, where: str | Path) -> None:
+    """Raise DiffusersDPMError for betas whose signal falls below what float32 holds; of pure noise the last may be."""
+    levels = getattr(scheduler, "alphas_cumprod", torch.ones(1))
+    lowest = levels[:-1].min() if scheduler.config.get("rescale_betas_zero_snr") else levels.min()
+    if not lowest >= torch.finfo(torch.float32).tiny:
+        raise DiffusersDPMError(
+            f"{where}: alphas_cumprod falls to {lowest:.0e}, less than float32 holds: lower beta_end, or take pure "
+            "noise at the end by rescale_betas_zero_snr"
+        )
 
 
 def check_weights(fitted_to: str | None, network: torch.nn.Module, where: str | Path, what: str, command: str) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -60,15 +61,23 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "cache_gigabytes dataloader_num_workers lr_warmup_steps learning_rate adam_weight_decay max_grad_norm seed "
-        "checkpoint_every checkpoints_total_limit sample_every huber_delta random_shift max_walks num_resamples "
-        "likelihood_images",
+        "checkpoint_every checkpoints_total_limit sample_every random_shift max_walks num_resamples likelihood_images "
+        "p2_gamma",
         lambda value: value >= 0,
         "not be negative",
     ),
     ("dropout class_dropout_prob ema_decay adam_beta1 adam_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)"),
-    ("decoder_variance tolerance", lambda value: value > 0, "be positive"),
+    (
+        "decoder_variance tolerance huber_delta min_snr_gamma p2_k adam_epsilon ema_inv_gamma ema_power",
+        lambda value: value > 0,
+        "be positive",
+    ),
+    ("num_train_timesteps", lambda value: value <= 10**6, "be at most 1000000"),
+    ("beta_start beta_end", lambda value: 0 < value < 1, "lie between 0 and 1"),
+    ("eta", lambda value: 0 <= value <= 1, "lie in [0, 1]"),
+    ("seed", lambda value: value < 2**64, "be below 2^64"),
+    ("timesteps teacher_steps", lambda value: value >= 2, "be at least 2"),
     ("num_features", lambda value: value in range(8, 65, 8), "be a multiple of 8 from 8 to 64"),
-    ("seed", lambda value: value < 2**63, "be below 2**63"),
     ("channels", lambda value: value == "auto" or (value.isdigit() and int(value) > 0), "be auto or a number"),
     ("resolution", lambda value: value > 0, "be one or two positive numbers"),
     ("data output_dir eval_data seeds output schedulers features", lambda value: value != "", "not be empty"),
@@ -86,11 +95,14 @@ Options = TypeVar("Options")
 
 
 def check_ranges(options: Any) -> None:
-    """Check all numbers, and the texts that must have a form, by `RULES`.
+    """Check that all numbers are finite, and numbers and texts that must have a form by `RULES`.
 
     Raises:
         DiffusersDPMError: names the option and the value.
     """
+    for name, value in vars(options).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DiffusersDPMError(f"{flag(name)} must be a number, got {value}")
     for names, holds, demand in RULES:
         for name in names.split():
             value = getattr(options, name, None)
@@ -173,7 +185,7 @@ def read_options_file(path: Path, items: Sequence[dataclasses.Field[Any]], resum
     if path.is_dir() and "output_dir" in names:
         given["output_dir"] = str(path)
     elif resume and path.name == RECORD and "output_dir" in given:
-        given["output_dir"] = str(path.parent.parent if "num_features" in given else path.parent)
+        given["output_dir"] = str(path.parents["num_features" in given])  # those of features are in training/
     return as_arguments(given)
 
 

@@ -51,7 +51,7 @@ class Processes:
         """Keep other commands out, as far as they ask for the same lock file; its folder is made.
 
         Raises:
-            DiffusersDPMError: on all processes: another command holds it, or the folder cannot be written to.
+            DiffusersDPMError: on all processes: another command holds it.
         """
         lock, refusal = FileLock(path), [""]
         if self.is_main:
@@ -60,8 +60,6 @@ class Processes:
                 lock.acquire(blocking=False)
             except Timeout:
                 refusal = [f"{path.parent} is in use by another process: wait for its end, or choose another folder"]
-            except OSError as error:
-                refusal = [f"cannot write to {path.parent}: {error}"]
         if self.count > 1:
             broadcast_object_list(refusal)
         if refusal[0]:

@@ -26,6 +26,7 @@ Tensors = dict[str, torch.Tensor]
 TEMPORARY = ".incomplete-"
 LOCK = ".lock"
 MAX_JSON_BYTES = 2**28
+INFINITIES = {"Infinity": math.inf, "-Infinity": -math.inf}  # configs of diffusers hold them, and NaN never
 RecordType = TypeVar("RecordType", bound="Record")
 
 
@@ -48,11 +49,7 @@ def digest(tensors: Tensors) -> str:
 
 def file_hash(path: Path) -> str:
     """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def weights_hash(network: torch.nn.Module) -> str:
@@ -84,35 +81,19 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         DiffusersDPMError: the file cannot be read, is far too large, holds NaN or no object.
     """
-    with user_error(f"cannot read {path}", OSError, RecursionError):
+    with user_error(f"cannot read {path}", OSError, RecursionError, KeyError):
         if path.stat().st_size > MAX_JSON_BYTES:
             raise DiffusersDPMError(f"{path} has more than {MAX_JSON_BYTES // 2**20} MB")
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=infinity)
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=INFINITIES.__getitem__)
     if not isinstance(values, dict):
         raise DiffusersDPMError(f"{path} must hold a JSON object")
     return values
-
-
-def infinity(text: str) -> float:
-    """Configs of diffusers hold infinities, and NaN never."""
-    if text == "NaN":
-        raise ValueError("it holds NaN")
-    return float(text)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], Tensors]:
     """(metadata, tensors) of a safetensors file. Raises DiffusersDPMError if it cannot be read."""
     with user_error(f"cannot read {path}", OSError, SafetensorError), safe_open(path, framework="pt") as file:
         return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
-
-
-@contextmanager
-def disk_error() -> Iterator[None]:
-    """Inside, what safetensors cannot write is an OSError, as it is of any other file."""
-    try:
-        yield
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
 
 
 @contextmanager
@@ -126,8 +107,7 @@ def atomic_file(path: Path, durable: bool = True) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")  # of this process: another may write the same
     try:
-        with disk_error():
-            yield temporary
+        yield temporary
         if durable:
             flush(temporary)
         os.replace(temporary, path)
@@ -173,8 +153,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with disk_error():
-            yield temporary
+        yield temporary
         flush_tree(temporary)
         remove_folder(target)
         temporary.rename(target)
@@ -258,7 +237,7 @@ def check_types(cls: type, values: Mapping[str, Any], where: str | Path = "") ->
         raise DiffusersDPMError(f"{where}{where and ': '}{str(values)[:60]} is no object")
     for name, annotation in get_type_hints(cls).items():
         if name in values and not fits(values[name], annotation):
-            wanted = str(getattr(annotation, "__name__", annotation)) if not get_args(annotation) else str(annotation)
+            wanted = getattr(annotation, "__name__", annotation)
             raise DiffusersDPMError(f"{where}{where and ': '}{name} must be {wanted}, got {str(values[name])[:60]}")
 
 

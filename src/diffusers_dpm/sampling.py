@@ -23,21 +23,12 @@ from PIL.PngImagePlugin import PngInfo
 from diffusers_dpm.calibration import Calibration, FittedTable, fitted_weights
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 from diffusers_dpm.images import GRID, image_grid, to_pil, to_uint8
-from diffusers_dpm.networks import KINDS, Progress, check_weights, load_extra, process_of
-from diffusers_dpm.pipelines import DPMPipeline, image_shape
+from diffusers_dpm.networks import Progress, check_config, check_weights, load_extra, process_of
+from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.posterior_statistics import PosteriorStatistics
 from diffusers_dpm.processes import Processes
-from diffusers_dpm.records import (
-    LOCK,
-    ResultStore,
-    atomic_file,
-    check_types,
-    is_empty,
-    is_leftover,
-    short_hash,
-    weights_hash,
-)
+from diffusers_dpm.records import LOCK, ResultStore, atomic_file, check_types, is_empty, short_hash, weights_hash
 from diffusers_dpm.run_folder import EXTRAS
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import STATISTICS
@@ -156,13 +147,10 @@ def check_process(name: str, scheduler: Any, own: Any) -> None:
 def check_options(name: str, scheduler_class: type[SchedulerMixin], options: dict[str, Any]) -> None:
     """Raise ValueError for a key that is not in the class's config, or a value of another kind than its default."""
     keys = inspect.signature(scheduler_class.__init__).parameters
-    for key, value in options.items():
+    for key in options:
         if key not in keys:
             raise DiffusersDPMError(f"{name} has no option {key!r}{nearest(key, keys)}")
-        default = keys[key].default
-        kind = next((kind for kind in KINDS if isinstance(default, kind)), None)  # bool is an int, too
-        if kind is not None and value is not None and type(value) not in KINDS[kind][0]:
-            raise DiffusersDPMError(f"{name}: {key} must be {KINDS[kind][1]}, got {value!r}")
+    check_config(name, scheduler_class, options)
 
 
 def check_statistics(scheduler: AnalyticDPMScheduler, unet: torch.nn.Module, where: str | Path) -> None:
@@ -335,8 +323,7 @@ class SampleFolder:
 
     def others(self, seeds: Iterable[int] = ()) -> list[Path]:
         """The images there but those of the seeds."""
-        found = {path for path in self.folder.glob(f"*{self.suffix}") if not is_leftover(path)}
-        return sorted(found - {*map(self.path, seeds)})
+        return sorted({*self.folder.glob(f"[!.]*{self.suffix}")} - {*map(self.path, seeds)})
 
     def open(self) -> ResultStore:
         """The store of the folder's settings.
@@ -407,14 +394,11 @@ class SampleFolder:
 
     def _is_whole(self, seed: int) -> bool:
         """Whether there is an image; what a crash has left of one is drawn again."""
-        if not self.path(seed).exists():
-            return False
         try:
-            channels, height, width = image_shape(self.sampler.pipeline.unet)
-            image = self._read(seed)
+            self._read(seed)
         except (OSError, SyntaxError, ValueError, EOFError):
             return False
-        return image.dtype == np.uint8 and image.shape == (height, width, channels)
+        return True
 
     def _write(self, seed: int, image: np.ndarray, label: int | None) -> None:
         with atomic_file(self.path(seed), durable=False) as temporary, temporary.open("wb") as file:

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -216,3 +217,82 @@ def test_killed_in_the_middle_of_a_checkpoint(tmp_path, options, arguments):
     assert not list((run / "checkpoints").glob(f"{TEMPORARY}*"))
     assert len(list_checkpoints(run)) == 6
     assert_same_run(train(options(output_dir=str(tmp_path / "whole"), **common)), run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_a_checkpoint_of_the_steps_done(tmp_path, options, arguments, monkeypatch, capsys, number):
+    def stop(self, step):
+        if step == 3:
+            os.kill(os.getpid(), number)
+
+    common = {"sample_every": 6, "sample_steps": 3, "num_samples": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusionTrainer, "_after_step", stop)
+        assert cli(["train", *arguments(checkpoint_every=0, **common)]) == 130
+    assert (
+        f"error: interrupted: step 3 is kept in {tmp_path / 'run' / 'checkpoints'}; --resume"
+        in capsys.readouterr().err
+    )
+    assert cli(["train", *arguments(checkpoint_every=0, **common), "--resume"]) == 0
+    assert_same_run(train(options(output_dir=str(tmp_path / "whole"), **common)), tmp_path / "run")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("trainer_state/optimizer.safetensors", cut),
+        ("trainer_state/state.json", lambda path: path.write_text("{}")),
+        ("trainer_state/training_options.json", Path.unlink),
+        ("trainer_state", shutil.rmtree),
+        ("unet", shutil.rmtree),
+    ],
+)
+def test_resuming_takes_the_newest_whole_checkpoint(tmp_path, options, file, damage, capsys):
+    run = train(options(checkpoint_every=2, checkpoints_total_limit=0))
+    found = contents(checkpoint_folder(run, 6))
+    before = {
+        name: value.clone() for name, value in found.items() if torch.is_tensor(value)
+    }  # not the file's own bytes
+    damage(checkpoint_folder(run, 6) / file)
+    train(options(resume="latest"))
+    said = capsys.readouterr().out
+    assert f"{checkpoint_folder(run, 6)} is damaged" in said
+    assert "resuming from step 4" in said
+    after = contents(checkpoint_folder(run, 6))
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_an_average_that_is_lost_is_not_resumed(options, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        step = DiffusionTrainer._after_step
+        lose = lambda self, number: number == 6 and self.model.conv_out.bias.fill_(torch.nan)  # noqa: E731
+        patch.setattr(DiffusionTrainer, "_after_step", lambda *given: (step(*given), lose(*given)))
+        run = train(options(checkpoint_every=3))
+    DiffusionTrainer(options(resume="latest", dry_run=True)).run()
+    assert "conv_out.bias is not finite" in (said := capsys.readouterr().out)
+    assert "resuming from step 3" in said
+    shutil.rmtree(checkpoint_folder(run, 3))
+    with pytest.raises(ValueError, match=r"no whole checkpoint: .*step-00000006.*conv_out.bias"):
+        DiffusionTrainer(options(resume="latest"))
+
+
+def test_a_moved_run_with_data_spelt_otherwise_goes_on(tmp_path, options, arrays, monkeypatch):
+    run = train(options(max_train_steps=3))
+    run.rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    resumed = ["moved/training_options.json", "--resume", "--max-train-steps=6", f"--data={Path(arrays).name}"]
+    assert cli(["train", *resumed]) == 0
+    assert not run.exists()
+    assert [path.name for path in list_checkpoints(tmp_path / "moved")] == ["step-00000003", "step-00000006"]
+
+
+def test_data_of_other_content_is_refused(options, arrays):
+    train(options(max_train_steps=1))
+    path = Path(arrays) / "class_0" / "00.npy"
+    np.save(path, -np.load(path))
+    with pytest.raises(ValueError, match="sha256 of some images"):
+        DiffusionTrainer(options(resume="latest"))

@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
+from safetensors import SafetensorError  # of a full disk
+
 from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, handling, interrupt
 from diffusers_dpm.options import parse_options
 
@@ -54,6 +56,9 @@ PACKAGES = """
 """
 
 
+SHOWN = (DiffusersDPMError, OSError, SafetensorError, NonFiniteLossError, ModuleNotFoundError, KeyboardInterrupt)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code.
 
@@ -69,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with handling(interrupt, signal.SIGTERM):
             run(name, rest)
-    except (DiffusersDPMError, OSError, NonFiniteLossError, ModuleNotFoundError, KeyboardInterrupt) as error:
+    except SHOWN as error:
         message, code = explain(name, error)
         if debug:
             traceback.print_exc()

@@ -45,8 +45,6 @@ class StatisticsOptions(DataSourceOptions, EstimationOptions):
         super().__post_init__()
         if self.num_samples < 2:
             raise DiffusersDPMError(f"--num-samples must be at least 2, for standard errors, got {self.num_samples}")
-        if self.timesteps is not None and self.timesteps < 2:
-            raise DiffusersDPMError(f"--timesteps must be at least 2, the first and the last, got {self.timesteps}")
 
 
 def run(model: str, options: StatisticsOptions) -> None:
