@@ -35,7 +35,7 @@ def test_they_are_taken_and_shown(parse, capsys):
         "1",
         "img",
     )
-    assert (options.split, options.seed) == ("train", 0)
+    assert (options.split, options.seed) == (None, 0)
     assert "training_options.json: " in (shown := capsys.readouterr().err)
     assert "--resolution 16 24" in shown
     assert "cache" not in shown  # the default

@@ -128,7 +128,8 @@ def load_pipeline(model: str, any_process: bool = False) -> DPMPipeline:
         for part in (run.unet, run.scheduler):
             match index.get(part.name):
                 case [str(), str(name)]:
-                    check_part(part, OWN.get(name) or getattr(diffusers, name, None))
+                    if part.is_dir():  # the oldest repositories have all files in one folder
+                        check_part(part, OWN.get(name) or getattr(diffusers, name, None))
                 case entry:
                     raise DiffusersDPMError(f"{run.index}: {part.name} must be a library and a class, got {entry}")
     with user_error(f"cannot load {model}", Exception), quiet():

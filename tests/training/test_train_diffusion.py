@@ -326,7 +326,7 @@ def test_resume_with_and_without_a_path():
         (["--data", "digits"], "--output-dir is missing"),
         ([*RUN, "--resolution", "33"], "33x33, which cannot be halved often enough: pass --resolution 32 32"),
         ([*RUN, "--preset", "64x64", "--unet-config", "y"], "only one of --preset, --unet-config"),
-        ([*RUN, "--seed", str(2**63)], "--seed must be below 2**63"),
+        ([*RUN, "--seed", str(2**64)], "--seed must be below 2^64"),
         ([*RUN, "--init-from", "./nowhere"], "cannot load ./nowhere"),
         ([*RUN, "--resume", "--overwrite"], "not both"),
         ([*RUN, "--class-dropout-prob", ".1"], "needs --class-conditional"),
