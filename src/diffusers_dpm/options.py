@@ -148,7 +148,12 @@ def parse_options(
         for path in words[len(operands) :]:
             arguments = read_options_file(Path(path), items, "--resume" in arguments) + arguments
         check_names(arguments, items)
-    values = run_parser(options, arguments, usage, about)
+    try:
+        values = run_parser(options, arguments, usage, about)
+    except DiffusersDPMError as error:
+        raise DiffusersDPMError(
+            " ".join([str(error), *(f"(with {path})" for path in words[len(operands) :])])
+        ) from error
     return words[: len(operands)], options(**values)
 
 
