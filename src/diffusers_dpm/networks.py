@@ -218,9 +218,10 @@ def check_config(where: str | Path, cls: Any, config: Mapping[str, Any]) -> None
         first = next(leaves(default), None)
         kind = next((kind for kind in KINDS if isinstance(first, kind)), None)  # bool is an int, too
         takes_none = key in DEFAULTS or isinstance(default, bool) or re.search("None|Optional", str(keys.get(key)))
-        fits = found and (is_network or isinstance(default, (list, tuple)) or not isinstance(value, list))
-        if kind and not (fits and all(takes_none if x is None else type(x) in KINDS[kind][0] for x in found)):
-            raise DiffusersDPMError(f"{where}: {key} must be {KINDS[kind][1]}, got {repr(value)[:60]}")
+        plain = is_network or isinstance(default, (list, tuple)) or not isinstance(value, list)
+        fits = kind is None or (plain and all(takes_none if x is None else type(x) in KINDS[kind][0] for x in found))
+        if not fits or not (found or key.startswith("_")):
+            raise DiffusersDPMError(f"{where}: {key} must be {KINDS[kind or str][1]}, got {repr(value)[:60]}")
         low = 0 if is_network or kind is int else -math.inf
         for number in found:
             high = LARGEST.get(key, math.inf if isinstance(number, float) else 2**31)

@@ -161,7 +161,12 @@ def parse_options(
         if operands and issubclass(options, DataSourceOptions):
             arguments = recorded_data(Path(words[0]), arguments) + arguments
         check_names(arguments, items)
-    values = run_parser(options, arguments, usage, about)
+    try:
+        values = run_parser(options, arguments, usage, about)
+    except DiffusersDPMError as error:
+        raise DiffusersDPMError(
+            " ".join([str(error), *(f"(with {path})" for path in words[len(operands) :])])
+        ) from error
     return words[: len(operands)], options(**values)
 
 
