@@ -675,7 +675,7 @@ def test_saving_is_exact(fitted, tmp_path):
     assert Calibration.from_dict(former) == replace(fitted, provenance=former["made"])
     whole, table = fitted.to_dict(), fitted.to_dict()["tables"][0]
     for change in ({"extra": 1}, {"tables": [5]}, {"tables": None}, {"provenance": None}):
-        with pytest.raises(ValueError, match=r"\b(extra|tables?)\b"):
+        with pytest.raises(ValueError, match=r"\b(extra|tables?|provenance)\b"):
             Calibration.from_dict({**whole, **change})
     del table["mean_error"]
     for text in ("{}", "[]", "no JSON", json.dumps({**whole, "tables": [table]})):
