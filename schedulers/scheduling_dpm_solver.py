@@ -351,8 +351,10 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         algorithm_type, solver_type = self._algorithm, self._solver_type
         clean = levels[-1].sigma == 0
         if config.method != "multistep" or self._plan.options:
-            own = last_orders(self._plan.options, n)
-            orders = own or self._block_orders(n, clean or levels[-1].alpha == 0, levels[0].alpha == 0)
+            known, last_alone = self._plan.levels, clean or levels[-1].alpha == 0
+            whole = known if known[-n - 1 :] == levels else levels  # a loop that begins in mid-grid keeps the blocks
+            orders = self._plan.options or self._block_orders(len(whole) - 1, last_alone, whole[0].alpha == 0)
+            orders = last_orders(orders, n)
             blocks = (levels[a : b + 1] for a, b in pairwise([0, *accumulate(orders)]))
             rows = [row for block in blocks for row in singlestep_rows(algorithm_type, solver_type, block)]
             largest = max((abs(factor) for row in rows for factor in row.epsilon), default=0.0)

@@ -277,6 +277,23 @@ def test_differs_even_counts_of_singlestep_end_in_first_order():
     assert [row.anchored for row in ours.updates] == [False, True] * 4
 
 
+@pytest.mark.parametrize(("order", "n"), [(2, 7), (2, 10), (3, 7), (3, 8)])
+def test_a_singlestep_loop_that_begins_anywhere(order, n):
+    """The rest of a block is one of lower order, and those after it stay as they are."""
+    config = {"final_sigmas_type": "sigma_min", "solver_order": order, "lower_order_final": n % order > 0}
+    config |= {"solver_type": "heun"} if order == 3 else {}
+    for begin in range(n):
+        ours, stock = pair(SINGLE, n, **config)
+        x = noise(2, 3, 4, 4, dtype=torch.float32)
+        paths = []
+        for scheduler in (ours, stock):
+            y = x
+            for t in scheduler.timesteps[begin:]:
+                y = scheduler.step(network(y, t), t, y).prev_sample
+            paths.append(y)
+        assert (paths[0] - paths[1]).abs().max() < 3e-5 * paths[1].abs().max(), begin
+
+
 def test_differs_second_stage_of_third_order_singlestep():
     """[6.1, 5] The error is up to twice as large there; the block's other rows are the same."""
     ours, stock = pair(SINGLE, 11, solver_order=3, algorithm_type="dpmsolver", final_sigmas_type="sigma_min")
