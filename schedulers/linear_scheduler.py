@@ -54,10 +54,6 @@ class LinearSchedulerOutput(BaseOutput):
         OrderedDict.__setitem__(self, "pred_original_sample", self.pred_original_sample)
 
 
-# Keys of configs for other processes than DDPM's: of schedulers that have no betas.
-OTHER_PROCESSES = {"shift": "flow matching", "sigma_data": "EDM"}
-
-
 class LinearScheduler(StockInterface, ABC):
     """A scheduler whose steps are rows of coefficients. Subclasses implement `plan`, and `__init__` with their config.
 
@@ -108,23 +104,10 @@ class LinearScheduler(StockInterface, ABC):
         self._forget_grid()
 
     def _forget_grid(self) -> None:
-        self._timesteps = torch.arange(len(self.schedule) - 1, -1, -1, device="cpu")
+        self._hand_out("timesteps", torch.arange(len(self.schedule) - 1, -1, -1, device="cpu"))
         self._num_inference_steps: int | None = None
         self._plan = self._new_plan([], [], None)
         self._history = History([])
-
-    @classmethod
-    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As `ConfigMixin.from_config`: what the other scheduler has by default does not cross.
-
-        Raises:
-            ValueError: the config is one of flow matching or of EDM.
-        """
-        if isinstance(config, dict):
-            for key, process in OTHER_PROCESSES.items():
-                if key in config:
-                    raise ValueError(f"{key}={config[key]!r} is of {process}; this scheduler is for a DDPM process.")
-        return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
     def _get_compatibles(cls) -> list[type]:
@@ -133,6 +116,7 @@ class LinearScheduler(StockInterface, ABC):
 
     def to_json_string(self) -> str:
         """The config as JSON; own keys at their default are left out, so that diffusers' class reads it silently."""
+        self._notice_writing()
         config = json.loads(super().to_json_string())
         defaults = signature(type(self).__init__).parameters
         entries = {k: v for k, v in config.items() if k not in self.own_keys or v != defaults[k].default}
@@ -216,8 +200,7 @@ class LinearScheduler(StockInterface, ABC):
         return spread([round(t) for t in SPACINGS[config.timestep_spacing](grid)], top)
 
     def _ensure_grid(self) -> None:
-        if self._handed_out:
-            self._notice_writing()
+        self._notice_writing()
         if not self.updates:  # before set_timesteps is called diffusers' DDPM walks the full chain; so do we
             self._walk(self._explicit_grid(range(len(self.schedule) - 1, -1, -1)), None)
 
@@ -253,7 +236,8 @@ class LinearScheduler(StockInterface, ABC):
         threshold = (config.dynamic_thresholding_ratio, config.sample_max_value) if config.thresholding else None
         clipping = Clipping(threshold, config.clip_sample_range if config.clip_sample else None)
         dtype = torch.float32 if timesteps and isinstance(timesteps[-1], float) else torch.int64
-        tensor = torch.tensor(timesteps, dtype=dtype, device="cpu").to(device)
+        with torch.inference_mode(False):
+            tensor = torch.tensor(timesteps, dtype=dtype, device="cpu").to(device)
         return Plan(tensor, {t: i for i, t in enumerate(timesteps)}, levels, clipping, self._options())
 
     def _follow(self, plan: Plan) -> None:
@@ -261,9 +245,9 @@ class LinearScheduler(StockInterface, ABC):
         self._plan = plan  # `plan` looks at its options
         self._plan = replace(plan, rows=self.plan(plan.levels))
         self._history = History(self._plan.rows)
-        self._timesteps, self._num_inference_steps = plan.timesteps, len(plan.index)
-        self.step_index = self.begin_index = None
         self._handed_out = {name: table for name, table in self._handed_out.items() if name != "sigmas"}
+        self._hand_out("timesteps", plan.timesteps)
+        self._num_inference_steps, self._step_index, self._begin_index = len(plan.index), None, None
 
     def _enter(self, index: int) -> None:
         """Begin a loop at row `index`, in mid-grid for image to image: from there the rows are those of a new walk."""
@@ -282,7 +266,7 @@ class LinearScheduler(StockInterface, ABC):
         """Say at which entry of `timesteps` the loop will begin. Pipelines call it; `step` finds out by itself."""
         self._ensure_grid()
         self._enter(begin_index)
-        self.begin_index = begin_index
+        self._begin_index = begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """The sample itself: the network sees x_t. Present because pipelines call it."""
@@ -363,7 +347,7 @@ class LinearScheduler(StockInterface, ABC):
         places = self._places(timestep, len(x))
         walk, index = places[0]
         if walk is self:
-            self.step_index = index + 1
+            self._step_index = index + 1
             if self._has_state and index != self._history.next:
                 self._enter(index)
         if noise is None and any(walk.updates[i].noise for walk, i in places):

@@ -394,3 +394,22 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
             past = past[: self._plan.history_length - 1]
             in_x0 = self._algorithm.endswith("++")
             self._history = history._replace(x0s=past) if in_x0 else history._replace(epsilons=past)
+
+    @property
+    def lower_order_nums(self) -> int:
+        """Steps of the loop so far, at most `solver_order`; assigning a smaller number forgets the oldest outputs."""
+        return min(self._history.next - self._history.entry, self.config.solver_order)
+
+    @lower_order_nums.setter
+    def lower_order_nums(self, number: int) -> None:
+        self.model_outputs = self.model_outputs[-number:] if number else []
+
+    def convert_model_output(self, model_output: Tensor, *args: Any, sample: Tensor | None = None) -> Tensor:
+        """x_0 or epsilon, as the algorithm has it, at the level of `step_index`; a timestep in between is ignored."""
+        self._ensure_grid()
+        x = args[-1] if sample is None else sample
+        return self.predict(model_output, x, self.levels[self.step_index or 0])[not self._algorithm.endswith("++")]
+
+    def _sigma_to_alpha_sigma_t(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = 1 / (sigma**2 + 1) ** 0.5
+        return alpha, sigma * alpha

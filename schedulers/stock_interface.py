@@ -1,6 +1,6 @@
 """What code that was written for diffusers' schedulers reads, replaces and registers: in force here, or refused."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from inspect import unwrap
 from typing import Any
@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from .noise_schedule import HOST, VPNoiseSchedule, on_host
-from .plan import Plan
+from .plan import Plan, dynamic_threshold
 
 
 # Arguments of methods of other schedulers, which their pipelines pass -> whose they are.
@@ -19,6 +19,14 @@ FOREIGN_ARGUMENTS = {
     "original_inference_steps": "LCMScheduler and its distilled models",
     "prev_timestep": "UnCLIPScheduler; here step goes to the next entry of timesteps",
     "mu": "flow matching",
+}
+# Keys of configs for other processes than that of the betas: whose they are, and values that say nothing.
+OTHER_PROCESSES: dict[str, tuple[str, Sequence[object]]] = {
+    "shift": ("flow matching", ()),
+    "sigma_data": ("EDM", ()),
+    "timestep_type": ("EDM", ("discrete",)),
+    "snr": ("variance-exploding diffusion", ()),
+    "snr_shift_scale": ("CogVideoX", (1,)),
 }
 
 
@@ -34,11 +42,6 @@ def betas_of_products(alphas_cumprod: Tensor) -> Tensor:
     """The betas whose cumulative products of 1 - beta these are; 1 where no signal is left."""
     before = torch.cat([torch.ones(1, **HOST), alphas_cumprod[:-1]])
     return torch.where(before > 0, 1 - alphas_cumprod / before, 1.0)
-
-
-def version(tensor: Tensor) -> int:
-    """Changes when the tensor is written to, which torch does not count in inference mode."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class Table:
@@ -58,8 +61,9 @@ class Table:
     def __get__(self, scheduler: Any, owner: type | None = None) -> Any:
         if scheduler is None:
             return self
+        scheduler._notice_writing(self.name)
         if self.name not in scheduler._handed_out:
-            self._keep(scheduler, self.read(scheduler).float())
+            scheduler._hand_out(self.name, self.read(scheduler).float())
         return scheduler._handed_out[self.name][0]
 
     def __set__(self, scheduler: Any, value: Any) -> None:
@@ -71,10 +75,7 @@ class Table:
                 raise ValueError(f"{self.name} follows from alphas_cumprod, the config and the timesteps: set those.")
             betas = self.betas(given).tolist()
             scheduler.register_to_config(trained_betas=betas, rescale_betas_zero_snr=False)
-        self._keep(scheduler, value)
-
-    def _keep(self, scheduler: Any, tensor: Tensor) -> None:
-        scheduler._handed_out = {**scheduler._handed_out, self.name: (tensor, version(tensor))}  # copies keep theirs
+        scheduler._hand_out(self.name, value)
 
 
 class StockInterface(SchedulerMixin, ConfigMixin):
@@ -86,7 +87,7 @@ class StockInterface(SchedulerMixin, ConfigMixin):
 
     schedule: VPNoiseSchedule
     _plan: Plan
-    _handed_out: dict[str, tuple[Tensor, int]]
+    _handed_out: dict[str, tuple[Tensor, int]] = {}  # noqa: RUF012  # replaced, never changed; (it, its version)
 
     betas = Table(lambda scheduler: scheduler.schedule.betas, lambda betas: betas)
     alphas = Table(lambda scheduler: 1 - scheduler.schedule.betas, lambda alphas: 1 - alphas)
@@ -95,16 +96,47 @@ class StockInterface(SchedulerMixin, ConfigMixin):
     one = Table(lambda scheduler: torch.ones((), **HOST))
 
     custom_timesteps = False
-    begin_index: int | None = None  # what `set_begin_index` was given
-    step_index: int | None = None  # the entry of `timesteps` that comes next; None before the first step
+    _begin_index: int | None = None
+    _step_index: int | None = None
+    begin_index = property(lambda self: self._begin_index, doc="What `set_begin_index` was given.")
+    step_index = property(lambda self: self._step_index, doc="The entry of `timesteps` that comes next, or None.")
 
-    def _notice_writing(self) -> None:
-        """Take over what the caller wrote into a table in place."""
+    def _hand_out(self, name: str, tensor: Tensor) -> None:
+        """Keep what the caller may write to."""
+        if tensor.is_inference():  # such tensors have no version
+            with torch.inference_mode(False):
+                tensor = tensor.clone()
+        self._handed_out = {**self._handed_out, name: (tensor, tensor._version)}  # copies keep theirs
+
+    def _notice_writing(self, but: str = "") -> None:
+        """Take over what the caller wrote into tables or timesteps in place; what is refused is forgotten."""
         for name, (tensor, before) in self._handed_out.items():
-            if version(tensor) != before:
-                return setattr(self, name, tensor)
+            if tensor._version != before and name != but:  # that one may be written to element by element
+                self._handed_out = {key: kept for key, kept in self._handed_out.items() if key != name}
+                if name == "timesteps":
+                    self._forget_grid()
+                setattr(self, name, tensor)
 
     # The config --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As `ConfigMixin.from_config`: what the other scheduler has by default does not cross.
+
+        Raises:
+            ValueError: the config is for one of `OTHER_PROCESSES`.
+        """
+        if isinstance(config, dict):
+            for key, (process, harmless) in OTHER_PROCESSES.items():
+                if key in config and config[key] not in harmless:
+                    raise ValueError(f"{key}={config[key]!r} is of {process}; this scheduler is for a DDPM process.")
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @property
+    def config(self) -> Any:
+        """As `ConfigMixin.config`, with what was written into tables."""
+        self._notice_writing()
+        return super().config
 
     def register_to_config(self, **kwargs: Any) -> None:
         """As `ConfigMixin.register_to_config`; after construction the scheduler is built again, its timesteps kept.
@@ -117,6 +149,7 @@ class StockInterface(SchedulerMixin, ConfigMixin):
         keys = kwargs.keys() & known if "schedule" in self.__dict__ else ()
         if not keys:
             return super().register_to_config(**kwargs)
+        self._notice_writing()
         if "_use_default_values" in self.config:  # what is written crosses a swap
             unwritten = [key for key in self.config["_use_default_values"] if key not in keys]
             kwargs = {**kwargs, "_use_default_values": unwritten}
@@ -136,12 +169,12 @@ class StockInterface(SchedulerMixin, ConfigMixin):
             self.__dict__.update(state)
             raise
 
-    # The grid ----------------------------------------------------------------------------------------------------
+    # The grid and the step ---------------------------------------------------------------------------------------
 
     @property
     def timesteps(self) -> Tensor:
         """What the loop visits, shape (n,). Others, or the last of these, may be assigned and are then visited."""
-        return self._timesteps
+        return self._handed_out["timesteps"][0]
 
     @timesteps.setter
     def timesteps(self, timesteps: Any) -> None:
@@ -152,9 +185,9 @@ class StockInterface(SchedulerMixin, ConfigMixin):
             self._walk(self._explicit_grid(timesteps), timesteps.device)
         elif len(given) == len(self._plan.index):  # moved
             self._plan = replace(self._plan, timesteps=timesteps.clone())
-            self._timesteps = self._plan.timesteps
+            self._hand_out("timesteps", self._plan.timesteps)
         else:
-            self._timesteps = timesteps
+            self._hand_out("timesteps", timesteps)
 
     @property
     def num_inference_steps(self) -> int | None:
@@ -165,11 +198,11 @@ class StockInterface(SchedulerMixin, ConfigMixin):
     def num_inference_steps(self, number: int | None) -> None:
         if number is None:
             self._forget_grid()
-        elif number not in (len(self._plan.index), len(self._timesteps)):
-            raise ValueError(f"num_inference_steps={number} for {len(self._timesteps)} timesteps: call set_timesteps.")
+        elif number not in (len(self._plan.index), len(self.timesteps)):
+            raise ValueError(f"num_inference_steps={number} for {len(self.timesteps)} timesteps: call set_timesteps.")
 
     def previous_timestep(self, timestep: Any) -> Any:
-        """Where a step from `timestep` leads: to the next timestep of the loop, or to -1 behind the last one.
+        """Where a step from `timestep` leads: to the next timestep of the loop, or to its end, -1 for clean data.
 
         Before `set_timesteps` it is `timestep - 1`; then a tensor, of the shape of `timestep`.
 
@@ -181,6 +214,15 @@ class StockInterface(SchedulerMixin, ConfigMixin):
         t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device="cpu")
         if not ((t >= 0) & (t < len(self.schedule))).all():
             raise ValueError(f"timestep {timestep} is outside 0 .. {len(self.schedule) - 1}.")
-        grid = torch.tensor([*self._plan.index, -1], dtype=self._plan.timesteps.dtype, device=t.device)
+        end = self.schedule.timestep_of(on_host(self.levels[-1].lambda_)).item() if self._plan.ascends else -1
+        grid = torch.tensor([*self._plan.index, end], dtype=self._plan.timesteps.dtype, device=t.device)
         passed = grid[:-1] <= t[..., None] if self._plan.ascends else grid[:-1] >= t[..., None]
         return grid[passed.sum(-1)]
+
+    def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
+        """Where a timestep is in the loop, or in others. Raises ValueError if it is not there."""
+        timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        return timesteps.tolist().index(timestep)
+
+    def _threshold_sample(self, sample: Tensor) -> Tensor:
+        return dynamic_threshold(sample, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)

@@ -149,6 +149,12 @@ def test_bad_grids_are_refused_with_the_reason(scheduler_class, arguments, messa
         working(scheduler_class).set_timesteps(**arguments)
 
 
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), DPMSolverScheduler()])
+def test_the_end_of_encoding_is_no_clean_data(scheduler):
+    scheduler.set_timesteps(timesteps=[900, 500, 3], encode=True)
+    assert [int(scheduler.previous_timestep(t)) for t in scheduler.timesteps] == [3, 500, 900]
+
+
 @pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
 def test_previous_timestep_is_the_next_entry(scheduler_class):
     scheduler = working(scheduler_class, walks=([700, 30, 2],))

@@ -256,6 +256,37 @@ def test_model_outputs_that_are_replaced_are_used():
     assert torch.equal(fresh.step(outputs, second, x).prev_sample, row.step(outputs, second, x).prev_sample)
 
 
+@pytest.mark.parametrize("algorithm_type", ["dpmsolver++", "dpmsolver", "sde-dpmsolver++"])
+def test_what_pipelines_with_steps_of_their_own_call(algorithm_type):
+    config = {"algorithm_type": algorithm_type, "final_sigmas_type": "sigma_min", "solver_order": 3}
+    pair = DPMSolverScheduler(**config), diffusers.DPMSolverMultistepScheduler(**config)
+    x, z = noise(*SHAPE).float(), noise(*SHAPE, seed=1).float()
+    for scheduler in pair:
+        scheduler.set_timesteps(10)
+    for i, t in enumerate(pair[0].timesteps[:4]):
+        assert [scheduler.index_for_timestep(t) for scheduler in pair] == [i, i]
+        for scheduler in pair:
+            scheduler.step(network(x, t), t, x, generator=seeded())
+        assert pair[0].lower_order_nums == pair[1].lower_order_nums
+        assert (pair[0]._step_index, pair[0]._begin_index) == (pair[1]._step_index, None)
+        outputs = [scheduler.convert_model_output(z, sample=x) for scheduler in pair]
+        torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+        assert torch.equal(pair[0].convert_model_output(z, t, x), outputs[0])
+        pairs = [scheduler._sigma_to_alpha_sigma_t(scheduler.sigmas[i]) for scheduler in pair]
+        torch.testing.assert_close(*pairs, rtol=1e-3, atol=1e-4)
+    pair[0].lower_order_nums = 0
+    assert (pair[0].model_outputs, pair[0].lower_order_nums) == ([None] * 3, 0)
+    with pytest.raises(ValueError, match="5"):
+        pair[0].index_for_timestep(5)
+
+
+@pytest.mark.parametrize(("ours", "stock"), PAIRS)
+def test_thresholding_as_pipelines_call_it(ours, stock):
+    x = 3 * noise(*SHAPE).float()
+    pair = [scheduler(thresholding=True, sample_max_value=2.5)._threshold_sample(x) for scheduler in (ours, stock)]
+    torch.testing.assert_close(*pair)
+
+
 @pytest.mark.parametrize("kind", ["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range"])
 @pytest.mark.parametrize("n", [None, 10])
 def test_ddpm_variances_are_those_of_diffusers(kind, n):
@@ -321,6 +352,42 @@ def test_tables_that_are_replaced_are_in_force(scheduler_class, change):
         torch.testing.assert_close(*paths, rtol=1e-3, atol=1e-3)
         again = scheduler_class.from_config(scheduler.config)  # and they cross a swap
         assert torch.equal(again.schedule.betas, scheduler.schedule.betas)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize(("table", "factor"), [("betas", 1.5), ("alphas", 0.99), ("alphas_cumprod", 0.999)])
+def test_what_is_written_in_place_is_read_and_saved(table, factor, inference, tmp_path):
+    with torch.inference_mode(inference):
+        scheduler, usual = DDIMScheduler(), DDIMScheduler()
+        read = scheduler.alphas_cumprod
+        getattr(scheduler, table)[-1] *= factor
+        if table != "alphas_cumprod":
+            assert scheduler.alphas_cumprod[-1] < read[-1]
+        copies = [DDIMScheduler.from_config(scheduler.config)]
+        scheduler.save_pretrained(tmp_path)
+        copies.append(DDIMScheduler.from_pretrained(tmp_path))
+        for each in (scheduler, *copies):
+            assert each.schedule.alphas_cumprod[-1] < usual.schedule.alphas_cumprod[-1]
+
+
+def test_what_is_written_counts_when_keys_are_registered():
+    scheduler = DDIMScheduler()
+    scheduler.betas[-1] = 0.5
+    scheduler.register_to_config(prediction_type="v_prediction")
+    assert scheduler.schedule.betas[-1] == 0.5
+
+
+def test_what_is_written_and_refused_is_forgotten():
+    scheduler = gridded(DDPMScheduler)
+    scheduler.alphas_cumprod[-1] = 2
+    with pytest.raises(ValueError, match="betas"):
+        scheduler.set_timesteps(5)
+    assert scheduler.alphas_cumprod[-1] < 1
+    scheduler.set_timesteps(5)
+    scheduler.timesteps[0] = 1500
+    with pytest.raises(ValueError, match="1500"):
+        scheduler.step(noise(*SHAPE), 500, noise(*SHAPE))
+    assert scheduler.num_inference_steps is None
 
 
 @pytest.mark.parametrize("table", ["betas", "alphas", "alphas_cumprod"])
@@ -407,6 +474,17 @@ def test_timesteps_that_are_replaced_are_visited(scheduler_class, pick):
     assert [int(scheduler.previous_timestep(t)) for t in chosen] == [*chosen.tolist()[1:], -1]
     paths = [walk(s, network, noise(*SHAPE), seeded())[0] for s in (scheduler, expected)]
     assert torch.equal(*paths)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("scheduler_class", PLANNING)
+def test_timesteps_that_are_written_to_are_visited(scheduler_class, inference):
+    with torch.inference_mode(inference):
+        scheduler, expected = gridded(scheduler_class), working(scheduler_class)
+        scheduler.timesteps[:4] -= 7
+        expected.set_timesteps(timesteps=scheduler.timesteps.tolist())
+        paths = [walk(s, network, noise(*SHAPE), seeded())[0] for s in (scheduler, expected)]
+        assert torch.equal(*paths)
 
 
 @pytest.mark.parametrize("move", [torch.clone, lambda t: t.to(torch.int32), lambda t: t.float()])
