@@ -47,8 +47,9 @@ class Guidance:
     clip_order: str = "after"
 
     def __post_init__(self) -> None:
-        if len(shape := torch.as_tensor(self.scale).shape) > 1:
-            raise ValueError(f"guidance_scale must be one number or one per image, got shape {tuple(shape)}")
+        scale = torch.as_tensor(self.scale)
+        if scale.ndim > 1 or not scale.isfinite().all():
+            raise ValueError(f"guidance_scale must be one finite number or one per image, got {self.scale}")
 
     @property
     def uses_classifier(self) -> bool:

@@ -220,11 +220,18 @@ def test_picture_of_wide_images_with_four_channels(tmp_path):
         ("nas:/home/alice", "nas:local path"),
         ("C:\\Users\\alice\\faces", "local path"),
         ("\\\\server\\alice", "local path"),
-        *((text, text) for text in ("https://hf.co/org/name", "org/name", "10 / 20", "and/or", "<b>1</b>", "\\alpha")),
+        ("//server/alice, FILE:/home/alice", "local path, local path"),
+        ("~alice/faces", "local path"),
+        ("sftp://alice@nas/faces alice@nas:/faces", "local path local path"),
+        ("https://alice:token@hf.co/faces and mine", "local path and mine"),
+        *(
+            (text, text)
+            for text in ("https://hf.co/@org/name", "org/name", "10 / 20", "and/or", "<b>1</b>", "\\alpha")
+        ),
     ],
 )
 def test_texts_without_absolute_paths(text, published):
-    assert staging.without_paths({"key": [text, 1, None]}) == {"key": [published, 1, None]}
+    assert staging.without_paths({text: [text, 1, None]}) == {published: [published, 1, None]}
 
 
 @subfolder_code

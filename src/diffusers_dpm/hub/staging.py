@@ -46,9 +46,11 @@ DRAWING_STEPS = 50
 READ = [RunFolder.index, RunFolder.unet, RunFolder.scheduler, RunFolder.options, RunFolder.metrics, RunFolder.samples]
 
 
-# With the spaces before a further slash.
+# With the spaces before a further slash; URLs are none, but for those with a user's name.
 ABSOLUTE_PATH = re.compile(
-    r"(?<![\w/.<])(?:(?:file:/*|~)?/|[A-Za-z]:[\\/]|\\\\)(?!/)(?:[^\s,;\"'>]| (?=[^,;\"'>]*[\\/]))+"
+    r"(?:\w+://)?[^\s/@]+@[\w.-]+:?/\S*|(?<![\w/.<])(?:(?:file:/*|~\w*|(?<!:)/)?/|[A-Za-z]:[\\/]|\\\\)(?!/)"
+    r"(?:[^\s,;\"'>]| (?=[^,;\"'>]*[\\/]))+",
+    re.IGNORECASE,
 )
 
 
@@ -113,7 +115,7 @@ def stage(
     rows, baselines = stage_metrics(run / "metrics.json", folder / "metrics.json", weights_hash(pipe.unet), report)
     pictures = stage_pictures(pipe, run / "samples", folder / "samples", report)
     record: dict[str, Any] = {"facts": about, "options": options, "rows": rows, "baselines": baselines}
-    record |= {"fitted_steps": fitted, "class_names": class_names(pipe.unet, parts.get("classifier"))}
+    record |= {"fitted_steps": fitted, "class_names": without_paths(class_names(pipe.unet, parts.get("classifier")))}
     card = render_card(pipe, repo_id, **record, extras=extras, pictures=pictures)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -129,7 +131,7 @@ def check_links(run: Path) -> None:
 def without_paths(value: Any) -> Any:
     """A JSON value whose texts name no absolute path."""
     if isinstance(value, dict):
-        return {key: without_paths(item) for key, item in value.items()}
+        return {without_paths(key): without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_paths(item) for item in value]
     return ABSOLUTE_PATH.sub("local path", value) if isinstance(value, str) else value
