@@ -49,7 +49,8 @@ class Guidance:
     def __post_init__(self) -> None:
         scale = torch.as_tensor(self.scale)
         if scale.ndim > 1 or not scale.isfinite().all():
-            raise ValueError(f"guidance_scale must be one finite number or one per image, got {self.scale}")
+            got = f"{scale.tolist()} of shape {tuple(scale.shape)}"
+            raise ValueError(f"guidance_scale must be one finite number or one per image, got {got}")
 
     @property
     def uses_classifier(self) -> bool:

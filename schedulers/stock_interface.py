@@ -24,10 +24,16 @@ FOREIGN_ARGUMENTS = {
 OTHER_PROCESSES: dict[str, tuple[str, Sequence[object]]] = {
     "shift": ("flow matching", ()),
     "sigma_data": ("EDM", ()),
-    "timestep_type": ("EDM", ("discrete",)),
+    "timestep_type": ("continuous EDM", ("discrete",)),
     "snr": ("variance-exploding diffusion", ()),
     "snr_shift_scale": ("CogVideoX", (1,)),
 }
+
+
+def foreign_key(config: Mapping[str, Any]) -> str | None:
+    """The first key of `OTHER_PROCESSES` that says that the config is for one of them."""
+    keys = (key for key, (_, harmless) in OTHER_PROCESSES.items() if key in config and config[key] not in harmless)
+    return next(keys, None)
 
 
 def refuse(arguments: Mapping[str, object]) -> None:
@@ -126,10 +132,9 @@ class StockInterface(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: the config is for one of `OTHER_PROCESSES`.
         """
-        if isinstance(config, dict):
-            for key, (process, harmless) in OTHER_PROCESSES.items():
-                if key in config and config[key] not in harmless:
-                    raise ValueError(f"{key}={config[key]!r} is of {process}; this scheduler is for a DDPM process.")
+        if isinstance(config, dict) and (key := foreign_key(config)):
+            process = OTHER_PROCESSES[key][0]
+            raise ValueError(f"{key}={config[key]!r} is of {process}; this scheduler is for a DDPM process.")
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @property

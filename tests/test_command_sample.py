@@ -269,7 +269,7 @@ PROCESSES = [
     (diffusers.DDPMScheduler, {}, "IPNDM", "IPNDMScheduler"),
     (diffusers.DDPMScheduler, {}, "CMStochasticIterative", "CMStochasticIterativeScheduler"),
     (diffusers.DDPMScheduler, {}, "DDIMInverse", "DDIMInverseScheduler"),
-    (diffusers.DDPMScheduler, {}, "CogVideoXDDIM", "other betas"),
+    (diffusers.DDPMScheduler, {}, "CogVideoXDDIM", "CogVideoX"),
     (diffusers.DDPMScheduler, ZERO_SNR, "PNDM", "other betas"),
     (diffusers.FlowMatchEulerDiscreteScheduler, {}, "DDIM", r"DDPM.*flow matching"),
     (diffusers.EDMEulerScheduler, {}, "EulerDiscrete", r"DDPM.*EDM"),

@@ -22,6 +22,7 @@ from diffusers_dpm.pipelines.networks import check_network, evaluation_mode, nul
 from diffusers_dpm.records import read_json, weights_hash
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, VPNoiseSchedule
+from diffusers_dpm.schedulers.stock_interface import OTHER_PROCESSES, foreign_key
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -322,6 +323,9 @@ def process_of(scheduler: Any) -> str:
     if "FlowMatch" in name or scheduler.config.get("use_flow_sigmas"):
         return "flow matching"
     known = hasattr(scheduler, "alphas_cumprod") and "prediction_type" in scheduler.config and "Inverse" not in name
+    own = inspect.signature(type(scheduler)).parameters  # a swap also keeps keys that say nothing to the new class
+    if known and (key := foreign_key({key: value for key, value in scheduler.config.items() if key in own})):
+        return OTHER_PROCESSES[key][0]
     return "EDM" if name.startswith("EDM") else "DDPM" if known else name
 
 

@@ -176,3 +176,9 @@ def test_files_say_that_there_is_a_null_class(real_pipe, tmp_path, caplog):
         assert (num_classes_of(unet), null_class_of(unet)) == (2, 2)
     assert (num_classes_of(tiny_unet(num_class_embeds=3)), null_class_of(tiny_unet(num_class_embeds=3))) == (3, None)
     assert (num_classes_of(tiny_unet()), null_class_of(with_null_class(tiny_unet()))) == (None, None)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), [1.0, float("inf")], [[1.0]]])
+def test_scales_that_are_no_finite_numbers_are_refused(scale):
+    with pytest.raises(ValueError, match="guidance_scale must be one finite number"):
+        ClassifierFreeGuidance(scale=scale)

@@ -184,6 +184,7 @@ def test_networks_of_something_else_are_refused_when_loaded(make_unet, tmp_path)
         ("IPNDM", "IPNDMScheduler"),
         ("CMStochasticIterative", "CMStochasticIterativeScheduler"),
         ("RePaint", "RePaintScheduler"),
+        ("CogVideoXDDIM", "CogVideoX"),
         ("LMSDiscrete", None),
     ],
 )

@@ -202,7 +202,11 @@ def test_dpm_solver_takes_what_the_other_config_says(source, config, tmp_path):
         (STOCK[3], {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
         (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, "shift=3.0"),
         (diffusers.EDMDPMSolverMultistepScheduler, {}, "sigma_data=0.5"),
-        (diffusers.EulerDiscreteScheduler, {"timestep_type": "continuous"}, "timestep_type='continuous' is of EDM"),
+        (
+            diffusers.EulerDiscreteScheduler,
+            {"timestep_type": "continuous"},
+            "timestep_type='continuous' is of continuous EDM",
+        ),
         (diffusers.CogVideoXDDIMScheduler, {"snr_shift_scale": 2.0}, "snr_shift_scale=2.0 is of CogVideoX"),
         (diffusers.ScoreSdeVeScheduler, {"snr": 0.1}, "snr=0.1 is of variance-exploding"),
     ],
