@@ -154,7 +154,6 @@ class StockInterface(SchedulerMixin, ConfigMixin):
         keys = kwargs.keys() & known if "schedule" in self.__dict__ else ()
         if not keys:
             return super().register_to_config(**kwargs)
-        self._notice_writing()
         if "_use_default_values" in self.config:  # what is written crosses a swap
             unwritten = [key for key in self.config["_use_default_values"] if key not in keys]
             kwargs = {**kwargs, "_use_default_values": unwritten}
@@ -226,8 +225,7 @@ class StockInterface(SchedulerMixin, ConfigMixin):
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
         """Where a timestep is in the loop, or in others. Raises ValueError if it is not there."""
-        timesteps = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        return timesteps.tolist().index(timestep)
+        return (self.timesteps if schedule_timesteps is None else schedule_timesteps).tolist().index(timestep)
 
     def _threshold_sample(self, sample: Tensor) -> Tensor:
         return dynamic_threshold(sample, self.config.dynamic_thresholding_ratio, self.config.sample_max_value)
