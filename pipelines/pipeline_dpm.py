@@ -272,11 +272,12 @@ class DPMPipeline(DiffusionPipeline):
             return labels
         names = class_names(self.unet, self.classifier)
         found = {name: i for i, name in names.items()}.get(labels)
-        if found is None and not re.fullmatch(r"-?\d+", labels):
+        number = int(labels) if re.fullmatch(r"-?\d+", labels) else None
+        if found is None and (number is None or (names and number not in {-1, *names})):
             raise ValueError(
                 f"there is no class {labels!r}; the classes are {', '.join(names.values()) or 'not named'}"
             )
-        return int(labels) if found is None else found
+        return number if found is None else found
 
     def _prepare_labels(
         self, labels: Tensor | None, batch_size: int, generator: Generators, guidance: Guidance | None

@@ -12,6 +12,7 @@ from PIL import Image
 from diffusers_dpm import sampling
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.images import label_strip
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import weights_hash
 from diffusers_dpm.sampling import build_scheduler, parse_assignments, parse_seeds
@@ -196,8 +197,11 @@ def test_classes_by_name(tmp_path, sample, capsys):
     folder = sample("--seeds=0-3", "--class-labels", "a dog", "cat", "0", "2")
     labels = [int(Image.open(folder / f"{seed:06d}.png").text["class_label"]) for seed in range(4)]
     assert labels == [2, 0, 1, 2]
-    sample("--seeds=0", "--class-labels=dog", code=2, output="other")
-    assert "'dog'; the classes are cat, 0, a dog" in capsys.readouterr().err
+    grid = np.asarray(Image.open(sample("--seeds=0-3", "--class-labels=a dog", output="grid.png")))
+    assert_same(grid[66:82, :66], label_strip("a dog", 66, 1)[..., 0])
+    for wrong in ("dog", "3"):
+        sample("--seeds=0", f"--class-labels={wrong}", code=2, output="other")
+        assert f"{wrong!r}; the classes are cat, 0, a dog" in capsys.readouterr().err
 
 
 def test_guidance_by_the_classifier_of_the_run(run, sample, capsys):

@@ -139,9 +139,17 @@ def test_words_in_other_names_are_no_splits(tmp_path, names):
     assert (data.class_names or []) == folders
 
 
-def test_images_beside_splits_are_refused(tmp_path):
-    save(tmp_path, "train/0.png", "test/1.png", "extra/2.png")
-    with pytest.raises(DataError, match=r"test, train.*extra"):
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("train/0.png", "test/1.png", "extra/2.png"), "test, train.*extra"),
+        (("test/0.png", "1.png"), "holds splits, test, but also images"),
+        (("cat/train/0.png", "cat/test/1.png", "dog/train/2.png"), "holds test, train within other folders"),
+    ],
+)
+def test_images_beside_splits_are_refused(tmp_path, names, message):
+    save(tmp_path, *names)
+    with pytest.raises(DataError, match=message):
         load_images(tmp_path)
 
 
@@ -340,3 +348,9 @@ def test_broken_images_are_skipped_on_request(tmp_path, caplog, cache_bytes):
     data = load_images(tmp_path, skip_broken=True, cache_bytes=cache_bytes)
     assert (values(data), data.labels.tolist()) == ([1, 3], [0, 1])
     assert re.search(rf"3 of 5 .*{re.escape(os.fspath(tmp_path))}/a/0\.png", caplog.text)
+
+
+def test_damaged_table_says_why(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"cannot load .*: Parquet file size is 4 bytes"):
+        load_images(tmp_path / "x.parquet")

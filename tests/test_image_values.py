@@ -269,3 +269,26 @@ def test_no_channel_of_an_array_is_dropped(tmp_path):
     assert load_images(tmp_path / "x.npy").shape == (4, 8, 8)
     with pytest.raises(DataError, match="4 channels, which cannot become 3"):
         load_images(tmp_path / "x.npy", channels=3)
+
+
+def test_alpha_of_images_without_it_is_opaque(tmp_path):
+    for mode in ("L", "RGB", "CMYK"):
+        Image.new(mode, (4, 4)).save(tmp_path / f"{mode}.tiff")
+    data = load_images(tmp_path, channels=4)
+    assert data.shape == (4, 4, 4)
+    assert (data[[0, 1, 2]]["images"][:, 3] == 1).all()
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_a_grey_array_gets_no_other_channels(tmp_path, channels):
+    np.save(tmp_path / "x.npy", np.zeros((2, 1, 8, 8), np.uint8))
+    with pytest.raises(DataError, match=f"1 channel, which cannot become {channels}"):
+        load_images(tmp_path, channels=channels)
+
+
+@pytest.mark.parametrize("content", [b"", b"not numbers", np.array([{}])])
+def test_npy_without_numbers(tmp_path, content):
+    path = tmp_path / "x.npy"
+    path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
+    with pytest.raises(DataError, match=r"cannot read .*x\.npy: it is no whole \.npy file of numbers"):
+        load_images(path)

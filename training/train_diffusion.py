@@ -117,15 +117,16 @@ class DiffusionTrainer(Trainer):
                 writer.add_image("samples, raw and EMA", picture, self.state.step, dataformats="HWC")
         self.accelerator.wait_for_everyone()
 
-    def _draw(self, unet: UNet2DModel) -> tuple[np.ndarray, list[int] | None]:
-        """((N, H, W, C) samples in [0, 1], in evaluation mode, and their labels: the classes in turn, or None)."""
+    def _draw(self, unet: UNet2DModel) -> tuple[np.ndarray, Sequence[object] | None]:
+        """((N, H, W, C) samples in [0, 1], in evaluation mode, and their classes, which take turns, or None)."""
         options, seeds = self.options, range(self.options.num_samples)
         labels = [i % self.data.num_classes for i in seeds] if options.class_conditional else None
         pipeline = DPMPipeline(unet=unet, scheduler=DDIMScheduler.from_config(self.scheduler.config))
         pipeline.set_progress_bar_config(disable=True)
         steps = min(options.sample_steps, options.num_train_timesteps)
         output: Any = pipeline(seeds=seeds, class_labels=labels, num_inference_steps=steps, output_type="np")
-        return output.images, labels
+        names = self.data.class_names or range(self.data.num_classes)
+        return output.images, labels and [names[i] for i in labels]
 
 
 def sample_grid(images: np.ndarray, labels: Sequence[object] | None = None) -> np.ndarray:

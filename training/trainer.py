@@ -182,7 +182,9 @@ class Trainer(ABC):
             "network": f"{parameters:,} parameters",
             "training": f"{options.max_train_steps:,} steps x {options.batch_size} images = {images:,} images, "
             f"{images / len(data):,.1f} epochs{start}",
-            "time": f"about {duration(step)} a step, {duration(self.seconds)} in all, measured here",
+            "time": f"about {duration(step)} a step, {duration(self.seconds)} in all, measured here"
+            if steps
+            else "none: all steps are done",
             "device": f"{accelerator.device}, processes {accelerator.num_processes}, accumulation steps "
             f"{options.gradient_accumulation_steps}, mixed precision {accelerator.mixed_precision}",
             "disk": f"{model + num * checkpoint:,.1f} MB: model {model:,.1f} MB, {num} x checkpoint "
@@ -211,7 +213,7 @@ class Trainer(ABC):
             warnings.append(f"{self.seconds / 3600:,.0f} hours: {smaller}")
         epochs, enough = options.max_train_steps * options.batch_size / len(self.data), MANY_EPOCHS * len(self.data)
         if epochs > MANY_EPOCHS:
-            fewer = f"--max-train-steps {enough // options.batch_size + 1} would be {MANY_EPOCHS:,}"
+            fewer = f"--max-train-steps {enough // options.batch_size or 1} would be {MANY_EPOCHS:,} epochs"
             warnings.append(f"{epochs:,.0f} epochs: the network may learn the images by heart; {fewer}")
         if options.resume and not self.state.step:
             warnings.append(f"no checkpoint in {self.run_folder} to resume: starting at step 0")

@@ -221,15 +221,20 @@ def divide(folders: Sequence[tuple[str, ...]], path: Path) -> tuple[Sequence[str
     Folders named train, val, test ... are splits if all files lie in such; else all files are "train".
 
     Raises:
-        DataError: several such folders, and files beside them.
+        DataError: several such folders, or one beside loose files, and files in no such; such folders within others.
     """
-    for depth in range(num_shared(folders) + 1):
+    shared = num_shared(folders)
+    for depth in range(min(map(len, folders)) + 1):
         splits = [SPLIT_OF.get("".join(folder[depth : depth + 1]).lower(), "") for folder in folders]
-        if all(splits):
+        found = ", ".join(sorted({*splits} - {""}))
+        if depth > shared:
+            if all(splits) and len({*splits}) > 1:
+                raise DataError(f"{path} holds {found} within other folders: put those into folders of the splits")
+        elif all(splits):
             return splits, [folder[depth + 1 :] for folder in folders]
-        if len({*splits} - {""}) > 1:
+        elif "," in found or (found and any(len(folder) == depth for folder in folders)):
             stray = path.joinpath(*folders[splits.index("")])
-            raise DataError(f"{path} holds splits, {', '.join(sorted({*splits} - {''}))}, but also images in {stray}")
+            raise DataError(f"{path} holds splits, {found}, but also images in {stray}")
     return ["train"] * len(folders), folders
 
 
@@ -279,7 +284,8 @@ def load_npy(path: str | Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise BrokenImageError(f"cannot read {path}: {first_line(error)}") from error
+        why = error.strerror if isinstance(error, OSError) else "it is no whole .npy file of numbers"
+        raise BrokenImageError(f"cannot read {path}: {why}") from error
 
 
 def split_of_file(path: Path) -> str:
@@ -362,7 +368,10 @@ def read_columns(data: str, request: Request, files: dict[str, set[str]] | None 
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         wanted = request.split or request.default
         unknown = "" if Path(data).exists() else f"{missing(data)}; "
-        raise DataError(f"{unknown}cannot load {data!r}, split {wanted!r}: {first_line(error)}") from error
+        cause: BaseException = error
+        while cause.__cause__:  # what `datasets` says of it does not help
+            cause = cause.__cause__
+        raise DataError(f"{unknown}cannot load {data!r}, split {wanted!r}: {first_line(cause)}") from error
     columns = f"the columns are {', '.join(dataset.column_names)}"
     for option, column in (("--image-column", request.image_column), ("--label-column", request.label_column)):
         if column is not None and column not in dataset.column_names:

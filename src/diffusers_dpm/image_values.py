@@ -37,7 +37,7 @@ class BrokenImageError(DataError):
     """One image that cannot be read; the others can."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """An exception's message without its later lines."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 
@@ -71,6 +71,8 @@ def decode(file: str | BytesIO, name: str, channels: int | None, notes: set[str]
                     pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels)
             if channels != 4 or pixels.mode != "RGBA":
                 pixels = pixels.convert("L" if grey else "RGB")
+            if channels == 4:  # opaque where there is no alpha
+                pixels = pixels.convert("RGBA")
             return np.atleast_3d(np.asarray(pixels)).transpose(2, 0, 1)
     except DataError:
         raise
@@ -123,12 +125,12 @@ def convert_channels(image: np.ndarray, channels: int | None, name: str) -> np.n
     stored = len(image)
     if channels in (None, stored):
         return image
-    if stored == 1:
+    if stored == 1 and channels == 3:
         return np.repeat(image, channels, axis=0)
     if stored == 3 and channels == 1:
         grey = np.tensordot([0.299, 0.587, 0.114], image, axes=1)[None]  # ITU-R 601 luma, as PIL's mode L
         return round_to(grey, image.dtype)
-    raise DataError(f"{name} has {stored} channels, which cannot become {channels}")
+    raise DataError(f"{name} has {stored} channel{'s' * (stored > 1)}, which cannot become {channels}")
 
 
 def crop_and_resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

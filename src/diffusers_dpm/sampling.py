@@ -25,6 +25,7 @@ from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 from diffusers_dpm.images import GRID, image_grid, to_pil, to_uint8
 from diffusers_dpm.networks import Progress, check_config, check_weights, load_extra, process_of
 from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.pipelines.networks import class_names
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.posterior_statistics import PosteriorStatistics
 from diffusers_dpm.processes import Processes
@@ -437,7 +438,7 @@ def save_images(
     Args:
         sampler, seeds, batch_size, accelerator: as in `SampleFolder.fill`.
         output: a folder; an .npz file with arr_0, as guided-diffusion's evaluator reads it, and seeds; or a .png file
-            with a grid of the images, row by row, with their class labels.
+            with a grid of the images, row by row, with the names of their classes.
         columns: images in a row of the grid; by default as many as make it nearly square.
 
     Returns:
@@ -461,7 +462,10 @@ def save_images(
             if kind == ".npz":
                 np.savez(file, arr_0=pixels, seeds=np.array(seeds))
             else:
+                names = class_names(sampler.pipeline.unet, sampler.pipeline.classifier)
+                names_of = {str(i): name for i, name in names.items()}
                 labels = [Image.open(images.path(seed)).info.get("class_label") for seed in seeds]
+                labels = [names_of.get(str(label), label) for label in labels]
                 grid = image_grid(pixels, columns, **GRID, labels=labels if all(labels) else None)
                 to_pil(grid).save(file, format="PNG")
         others = images.others(seeds)

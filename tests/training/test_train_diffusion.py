@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_dpm.commands.main import main as cli
+from diffusers_dpm.images import label_strip
 from diffusers_dpm.options import parse_options
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.pipelines.networks import null_class_of, num_classes_of
@@ -163,7 +164,8 @@ def test_class_conditional(tmp_path, options):
     arguments = {"class_labels": [0, 1, -1], "num_inference_steps": 2, "output_type": "pt"}
     images = pipe(**arguments, guidance_scale=3.0).images
     assert images.shape == (3, 1, 8, 8)
-    assert (folder / "samples" / "step-00000006.png").exists()
+    picture = np.asarray(Image.open(folder / "samples" / "step-00000006.png"))
+    assert (picture[66:82, :66] == label_strip("class_0", 66, 1)[..., 0]).all()
 
 
 def test_class_names_go_with_the_network(options, capsys):
@@ -232,7 +234,10 @@ def test_plan_says_what_the_run_takes(trainer, monkeypatch):
     weights = {name: weight.clone() for name, weight in run.state.model.state_dict().items()}
     plan = run.plan()
     assert re.search(r"time +about [\d.e-]+ seconds a step, [\d.]+ \w+ in all, measured here", plan)
-    assert "20,000 epochs: the network may learn the images by heart; --max-train-steps 10001 would be 4,000" in plan
+    assert (
+        "20,000 epochs: the network may learn the images by heart; --max-train-steps 10000 would be 4,000 epochs"
+        in plan
+    )
     assert "hours: a smaller network" not in plan
     assert all(torch.equal(weight, weights[name]) for name, weight in run.state.model.state_dict().items())
     assert all(weight.grad is None for weight in run.state.parameters)
