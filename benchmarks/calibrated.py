@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from diffusers_dpm import DPMSolverScheduler
 from diffusers_dpm.calibration import Calibration, calibrate, network_calls
 from diffusers_dpm.evaluation.distances import frechet_distance
-from diffusers_dpm.networks import load_classifier, load_pipeline
+from diffusers_dpm.networks import load_extra, load_pipeline
 from diffusers_dpm.records import fingerprint
 
 
@@ -158,7 +158,7 @@ class Benchmark:
 
     def measure_guided(self, num_images: int, counts: tuple[int, ...] = GUIDED_COUNTS) -> None:
         labels = torch.arange(num_images) % 10
-        self.pipe.register_modules(classifier=load_classifier(str(self.run)))
+        self.pipe.register_modules(classifier=load_extra(str(self.run), "classifier"))
         guidance = {"classifier": self.pipe.classifier, "guidance_scale": SCALE}
         guided = self.calibration("guided", self.scheduler, counts, **guidance)
         plain = self.calibration("plain", self.scheduler, counts)

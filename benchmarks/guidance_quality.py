@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from diffusers_dpm import AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler, DPMSolverScheduler
-from diffusers_dpm.networks import load_classifier, load_pipeline
+from diffusers_dpm.networks import load_extra, load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import fingerprint
 
@@ -55,7 +55,7 @@ class Benchmark:
     """The guided pipeline, the judge, and the results."""
 
     def __init__(self, run: Path, features: Path, output: Path, batch_size: int):
-        plain, classifier = load_pipeline(str(run)), load_classifier(str(run)).eval().requires_grad_(False)
+        plain, classifier = load_pipeline(str(run)), load_extra(str(run), "classifier").eval().requires_grad_(False)
         self.pipe = DPMPipeline(plain.unet, plain.scheduler, classifier)
         self.pipe.set_progress_bar_config(leave=False)
         self.config, self.batch_size = plain.scheduler.config, batch_size

@@ -29,7 +29,8 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm import tqdm
 
-from diffusers_dpm.data import ImageDataset, ImageSource, read_digits
+from diffusers_dpm.data import ImageDataset
+from diffusers_dpm.image_sources import ImageSource, Request, read_digits
 from diffusers_dpm.schedulers import DDPMScheduler, VPNoiseSchedule
 from diffusers_dpm.training import PRESETS, DenoisingLoss, TrainingState, build_unet
 from diffusers_dpm.training import loop as our_module
@@ -76,7 +77,7 @@ class OurLoop:
     def __init__(self, images: np.ndarray, levels: int, unet: torch.nn.Module, options: TrainingOptions, folder: str):
         self.options = options
         self.accelerator = make_accelerator(options, folder)
-        self.data = ImageDataset(ImageSource(len(images), images.__getitem__, levels=levels))
+        self.data = ImageDataset(ImageSource(len(images), images.__getitem__, value_range=(0, levels)))
         self.loss = DenoisingLoss(DDPMScheduler().schedule)
         self.state = TrainingState(unet, options, self.accelerator)
 
@@ -206,8 +207,8 @@ def example_dataset(images: np.ndarray, levels: int, resolution: list[int]) -> d
 def load(preset: str) -> tuple[np.ndarray, int]:
     """uint8 images (N, C, H, W) and the value of white."""
     if preset == "digits-8x8":
-        source = read_digits("all")
-        return np.stack([source.read(i) for i in range(source.num_images)]), source.levels
+        source = read_digits(Request(split="all"))
+        return np.stack([source.read(i) for i in range(source.num_images)]), 16
     side, channels = PRESETS[preset][0], 3
     return np.random.default_rng(0).integers(0, 256, (1024, channels, side, side), dtype=np.uint8), 255
 

@@ -465,7 +465,8 @@ def break_scheduler(folder):
 def break_rows(folder):
     path = folder / "calibrated" / "scheduler_config.json"
     changed = config(path)
-    changed[CALIBRATION]["tables"][0]["rows"][0][0] *= 1.01
+    rows = changed[CALIBRATION]["tables"][0]["rows"]
+    rows[-1] = [-factor for factor in rows[-1]]  # less would be lost in clipping
     path.write_text(json.dumps(changed))
 
 
