@@ -196,11 +196,9 @@ class DPMPipeline(DiffusionPipeline):
         steps = (scheduler, guidance, step_arguments, after_step, int(return_trajectory))
         with evaluation_mode(self.unet, self.classifier):
             latents, trajectory = self._denoise(latents, labels, *steps)
-        images = self._to_images(latents, output_type)
+        output = DPMPipelineOutput(self._to_images(latents, output_type), labels, trajectory)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return images, labels, trajectory
-        return DPMPipelineOutput(images=images, class_labels=labels, trajectory=trajectory)
+        return output if return_dict else (output.images, labels, trajectory)
 
     def _denoise(
         self,
