@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from diffusers_dpm import sampling
 from diffusers_dpm.commands.main import main
 from diffusers_dpm.errors import DiffusersDPMError, deferred_interrupts
-from diffusers_dpm.networks import WEIGHTS, load_pipeline, noise_schedule_of
+from diffusers_dpm.networks import WEIGHTS, load_extra, load_pipeline, noise_schedule_of
 from diffusers_dpm.posterior_statistics import PosteriorStatistics
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import LOCK, TEMPORARY, atomic_file, read_json, weights_hash
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.training.unet_presets import read_config
 from tests.commands import error_of
-from tests.models import add_extras, save_run, tiny_unet
+from tests.models import add_extras, save_run, tiny_classifier, tiny_unet
 
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -59,6 +59,11 @@ def test_a_value_that_a_config_cannot_have(run, file, key, value):
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(DiffusersDPMError, match=rf"{file}.*{'network' if 'block_out' in key else key}"):
         load_pipeline(str(run))
+
+
+def test_a_classifier_with_names_of_classes_loads(run):
+    tiny_classifier(num_classes=2, id2label={"0": "cat", "1": "dog"}).save_pretrained(run / "classifier")
+    assert load_extra(str(run), "classifier").config.id2label == {"0": "cat", "1": "dog"}
 
 
 def test_an_unknown_prediction_is_a_users_error(run):

@@ -228,7 +228,9 @@ def check_config(where: str | Path, cls: Any, config: Mapping[str, Any]) -> None
         takes_none = key in DEFAULTS or re.search("None|Optional", str(keys.get(key))) or (is_network and kind is bool)
         plain = is_network or isinstance(default, (list, tuple)) or not isinstance(value, list)
         fits = kind is None or (plain and all(takes_none if x is None else type(x) in KINDS[kind][0] for x in found))
-        fits &= not isinstance(value, dict) or key not in keys or "ict" in str(keys[key])
+        fits = fits and (
+            not isinstance(value, dict) or key not in keys or re.search("ict|Mapping", str(keys[key])) is not None
+        )
         if not fits or (all(x == "" for x in found) and not key.startswith("_")):
             raise DiffusersDPMError(f"{where}: {key} must be {KINDS[kind or str][1]}, got {repr(value)[:60]}")
         low = 0 if is_network or (kind in (int, float) and first >= 0) else -LARGEST_FLOAT
