@@ -233,7 +233,7 @@ def check_config(where: str | Path, cls: Any, config: Mapping[str, Any]) -> None
         )
         if not fits or (all(x == "" for x in found) and not key.startswith("_")):
             raise DiffusersDPMError(f"{where}: {key} must be {KINDS[kind or str][1]}, got {repr(value)[:60]}")
-        low = 0 if is_network or (kind in (int, float) and first >= 0) else -LARGEST_FLOAT
+        low = 0 if is_network or (isinstance(first, (int, float)) and first >= 0) else -LARGEST_FLOAT
         for number in found:
             high = LARGEST.get(key, LARGEST_FLOAT if isinstance(number, float) else 2**31)
             if isinstance(number, (int, float)) and not low <= number <= high and number not in (first, math.inf):
