@@ -13,14 +13,14 @@ from safetensors.torch import load_file, save_file
 from diffusers_dpm import sampling
 from diffusers_dpm.commands.main import main
 from diffusers_dpm.errors import DiffusersDPMError, deferred_interrupts
-from diffusers_dpm.networks import WEIGHTS, load_pipeline
+from diffusers_dpm.networks import WEIGHTS, load_extra, load_pipeline, noise_schedule_of
 from diffusers_dpm.posterior_statistics import PosteriorStatistics
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import LOCK, TEMPORARY, atomic_file, read_json, weights_hash
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.training.unet_presets import read_config
 from tests.commands import error_of
-from tests.models import add_extras, save_run, tiny_unet
+from tests.models import add_extras, save_run, tiny_classifier, tiny_unet
 
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -38,14 +38,19 @@ def test_json_that_is_damaged(tmp_path, text):
     ("file", "key", "value"),
     [
         ("unet/config.json", "sample_size", "large"),
+        ("unet/config.json", "sample_size", None),
         ("unet/config.json", "layers_per_block", 10**6),
         ("unet/config.json", "block_out_channels", [8, 10**9]),
         ("unet/config.json", "act_fn", []),
+        ("unet/config.json", "class_embed_type", {}),
         ("unet/config.json", "dropout", -0.5),
         ("unet/config.json", "_class_name", None),
         ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9),
         ("scheduler/scheduler_config.json", "clip_sample", "yes"),
+        ("scheduler/scheduler_config.json", "clip_sample", None),
+        ("scheduler/scheduler_config.json", "clip_sample_range", -1e300),
         ("scheduler/scheduler_config.json", "trained_betas", []),
+        ("scheduler/scheduler_config.json", "timestep_spacing", ""),
         ("model_index.json", "unet", ["diffusers", 3]),
     ],
 )
@@ -54,6 +59,18 @@ def test_a_value_that_a_config_cannot_have(run, file, key, value):
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
     with pytest.raises(DiffusersDPMError, match=rf"{file}.*{'network' if 'block_out' in key else key}"):
         load_pipeline(str(run))
+
+
+def test_a_classifier_with_names_of_classes_loads(run):
+    tiny_classifier(num_classes=2, id2label={"0": "cat", "1": "dog"}).save_pretrained(run / "classifier")
+    assert load_extra(str(run), "classifier").config.id2label == {"0": "cat", "1": "dog"}
+
+
+def test_an_unknown_prediction_is_a_users_error(run):
+    path = run / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "nonsense"}))
+    with pytest.raises(DiffusersDPMError, match="prediction_type='nonsense'"):
+        noise_schedule_of(load_pipeline(str(run)).scheduler)
 
 
 def test_an_empty_config_of_a_scheduler(run):
@@ -101,6 +118,17 @@ def test_a_config_of_a_huge_network(tmp_path):
     path.write_text(json.dumps({**tiny_unet().config, "block_out_channels": [2**20, 2**20]}))
     with pytest.raises(DiffusersDPMError, match=r"config\.json describes a network of .* parameters"):
         read_config(path, "UNet2DModel")
+
+
+@pytest.mark.parametrize(("name", "key"), [("analytic_dpm", "beta_end"), ("calibrated", "clip_sample")])
+def test_a_scheduler_that_does_not_fit_what_it_carries(run, capsys, name, key):
+    add_extras(run, load_pipeline(str(run)).scheduler)
+    path = run / name / "scheduler_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, key: not config[key] if key == "clip_sample" else 0.5}))
+    scheduler = name.replace("_", "-")
+    assert main(["sample", str(run), *DRAW, "--scheduler", scheduler, "--output", str(run / "drawn")]) == 2
+    assert f"error: {run / name}: " in capsys.readouterr().err
 
 
 def test_statistics_of_other_weights_are_refused(run, capsys):

@@ -612,7 +612,7 @@ def test_an_extra_of_an_unknown_class(tmp_path):
     run = make_run(tmp_path / "run")
     (run / "classifier").mkdir()
     (run / "classifier" / "config.json").write_text('{"_class_name": "SomebodysClassifier"}')
-    with pytest.raises(ValueError, match=r"'SomebodysClassifier'.* NoisyClassifier"):
+    with pytest.raises(ValueError, match=r"_class_name must be NoisyClassifier, got 'SomebodysClassifier'"):
         stage(run, tmp_path / "staged", "org/name")
 
 

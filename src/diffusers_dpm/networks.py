@@ -29,7 +29,12 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 OWN = {cls.__name__: cls for cls in (*ALL_SCHEDULERS, *(extra.cls for extra in EXTRAS.values()))}
 DEFAULTS = {"sample_size": 1, "trained_betas": [0.0]}  # for what their classes have None
 MAX_PARAMETERS = 10**11
-LARGEST = {"num_train_timesteps": 10**6, "layers_per_block": 100}  # whole numbers in a config; of any other: 2^31
+LARGEST_FLOAT = torch.finfo(torch.float32).max
+LARGEST = {
+    "num_train_timesteps": 10**6,
+    "layers_per_block": 100,
+    "mid_block_scale_factor": 1000,
+}  # whole numbers in a config; of any other: 2^31
 KINDS: dict[type, tuple[tuple[type, ...], str]] = {  # of a key's default -> types of its values, and their name
     bool: ((bool,), "true or false"),
     int: ((int,), "a whole number"),
@@ -133,13 +138,15 @@ def load_pipeline(model: str, any_process: bool = False) -> DPMPipeline:
                         check_part(part, OWN.get(name) or getattr(diffusers, name, None))
                 case entry:
                     raise DiffusersDPMError(f"{run.index}: {part.name} must be a library and a class, got {entry}")
-    with user_error(f"cannot load {model}", Exception), quiet():
+    with user_error(f"cannot load {run.index if run.path.is_dir() else model}", Exception), quiet():
         pipeline = DPMPipeline.from_pretrained(model)
+    with user_error(f"{model}/unet/{pipeline.unet.config_name}"):
         check_network(pipeline.unet)
+        image_shape(pipeline.unet)
     check_finite(pipeline.unet, f"{model}/unet")
     if (process := process_of(pipeline.scheduler)) != "DDPM" and not any_process:
         raise DiffusersDPMError(f"{model} is for another process ({process}): this needs one of DDPM")
-    check_noise_schedule(pipeline.scheduler, model)
+    check_noise_schedule(pipeline.scheduler, f"{model}/scheduler")
     return pipeline
 
 
@@ -177,8 +184,9 @@ def check_part(folder: Path, cls: Any) -> None:
     is_scheduler = (folder / "scheduler_config.json").exists()
     path, weights = folder / ("scheduler_config.json" if is_scheduler else "config.json"), folder / WEIGHTS
     config = read_json(path)
-    if not isinstance(name := config.get("_class_name"), str):
-        raise DiffusersDPMError(f"{path}: _class_name must be the class that saved it, got {name!r}")
+    name, is_extra = config.get("_class_name"), cls in [extra.cls for extra in EXTRAS.values()]
+    if not isinstance(name, str) or (is_extra and name != cls.__name__):
+        raise DiffusersDPMError(f"{path}: _class_name must be {getattr(cls, '__name__', 'a word')}, got {name!r}")
     if not hasattr(cls, "from_config"):  # of another library: it says what it has to say
         return
     check_config(path, cls, config)
@@ -218,15 +226,18 @@ def check_config(where: str | Path, cls: Any, config: Mapping[str, Any]) -> None
         default, found = DEFAULTS.get(key, keys[key].default if key in keys else None), [*leaves(value)]
         first = next(leaves(default), None)
         kind = next((kind for kind in KINDS if isinstance(first, kind)), None)  # bool is an int, too
-        takes_none = key in DEFAULTS or isinstance(default, bool) or re.search("None|Optional", str(keys.get(key)))
+        takes_none = key in DEFAULTS or re.search("None|Optional", str(keys.get(key))) or (is_network and kind is bool)
         plain = is_network or isinstance(default, (list, tuple)) or not isinstance(value, list)
         fits = kind is None or (plain and all(takes_none if x is None else type(x) in KINDS[kind][0] for x in found))
-        if not fits or not (found or key.startswith("_")):
+        fits = fits and (
+            not isinstance(value, dict) or key not in keys or re.search("ict|Mapping", str(keys[key])) is not None
+        )
+        if not fits or (all(x == "" for x in found) and not key.startswith("_")):
             raise DiffusersDPMError(f"{where}: {key} must be {KINDS[kind or str][1]}, got {repr(value)[:60]}")
-        low = 0 if is_network or kind is int else -math.inf
+        low = 0 if is_network or (isinstance(first, (int, float)) and first >= 0) else -LARGEST_FLOAT
         for number in found:
-            high = LARGEST.get(key, math.inf if isinstance(number, float) else 2**31)
-            if isinstance(number, (int, float)) and not low <= number <= high:
+            high = LARGEST.get(key, LARGEST_FLOAT if isinstance(number, float) else 2**31)
+            if isinstance(number, (int, float)) and not low <= number <= high and number not in (first, math.inf):
                 raise DiffusersDPMError(f"{where}: {key} must lie in {low} .. {high}, got {number}")
 
 
@@ -344,7 +355,8 @@ def noise_schedule_of(scheduler: Any) -> VPNoiseSchedule:
     name, betas = type(scheduler).__name__, getattr(scheduler, "betas", None)
     if betas is None:
         raise DiffusersDPMError(f"{name} has no betas: the statistics are those of a DDPM process.")
-    schedule = AnalyticDPMScheduler.from_config(whole_config(scheduler), timestep_spacing="even").schedule
+    with user_error(f"the config of {name}"):
+        schedule = AnalyticDPMScheduler.from_config(whole_config(scheduler), timestep_spacing="even").schedule
     if betas.shape != schedule.betas.shape or not torch.allclose(betas.double().cpu(), schedule.betas, rtol=1e-3):
         raise DiffusersDPMError(f"the betas of this {name} are not those of its config: give them as trained_betas.")
     return schedule

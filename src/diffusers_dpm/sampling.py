@@ -128,6 +128,8 @@ def build_scheduler(
         if scheduler_class is CalibratedScheduler:
             steps = fitted_steps(saved, pipeline.unet, f"{model}/{subfolder}", pipeline.classifier)
             options = {"guidance_scale": guidance_scale, **options} if guidance_scale in steps else options
+        with user_error(f"{model}/{subfolder}"):  # what it carries may not be of its own config
+            saved.set_timesteps(min(getattr(saved, "available_steps", [1])))
     with user_error(name, AttributeError, NotImplementedError, RuntimeError, TypeError):  # diffusers raises all
         scheduler = scheduler_class.from_config(config, **options)
     check_process(name, scheduler, pipeline.scheduler)

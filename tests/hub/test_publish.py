@@ -221,7 +221,7 @@ def test_a_trained_run_that_cannot_be_published_is_kept(hub, tmp_path, monkeypat
     push = ["--resume", "--max-train-steps=2", f"--push-to-hub={REPO}", "--hub-private"]
     assert cli(["train", *options, *push]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: {run}/classifier was saved by a class 'SomebodysClassifier'")
+    assert error.startswith(f"error: {run}/classifier/config.json: _class_name must be NoisyClassifier")
     assert error.endswith(f"; the run is kept, publish it with: diffusers-dpm publish '{run}' {REPO} --private")
     assert (run / "checkpoints" / "step-00000002").is_dir()
     assert REPO not in hub.repositories

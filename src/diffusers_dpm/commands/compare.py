@@ -13,10 +13,13 @@ class CompareOptions:
 
 
 def run(first: str, second: str, options: CompareOptions) -> None:
+    from diffusers_dpm.errors import DiffusersDPMError
     from diffusers_dpm.evaluation.report import compare, comparison
     from diffusers_dpm.evaluation.results import read_metrics
 
     a, b = read_metrics(Path(first)), read_metrics(Path(second))
+    if not (a and b):
+        raise DiffusersDPMError(f"{second if a else first} holds no rows")
     rows = compare(a, b)
     print(comparison(rows))
     for path, measurements in ((first, a), (second, b)):

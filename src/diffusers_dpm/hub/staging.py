@@ -18,7 +18,7 @@ from diffusers_dpm.evaluation.results import read_baselines, read_metrics
 from diffusers_dpm.hub.card import check_license, check_recipe, load_facts, render_card
 from diffusers_dpm.hub.remote_code import write_code
 from diffusers_dpm.images import image_grid, to_pil, to_uint8
-from diffusers_dpm.networks import load_pipeline, quiet
+from diffusers_dpm.networks import load_extra, load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.pipelines.networks import class_names
 from diffusers_dpm.records import read_json, weights_hash, write_json
@@ -98,12 +98,9 @@ def stage(
 
     loaded = load_pipeline(str(run))
     pipe = DPMPipeline(unet=loaded.unet, scheduler=loaded.scheduler)
-    if pipe.unet.config.sample_size is None:
-        raise DiffusersDPMError(f"the U-Net's config in {run} has no sample_size, without which diffusers cannot draw")
-    extras = RunFolder(run).extras()
-    for name in extras:
-        stage_extra(run / name, folder / name)
     parts, fitted = load_extras(run), {}
+    for name in parts:
+        stage_extra(run / name, folder / name)
     if "calibrated" in parts:
         fitted = fitted_steps(parts["calibrated"], pipe.unet, run / "calibrated", parts.get("classifier"))
     pipe.save_pretrained(folder)  # after the classifier's weights, which its index tells plain diffusers to leave
@@ -116,7 +113,7 @@ def stage(
     pictures = stage_pictures(pipe, run / "samples", folder / "samples", report)
     record: dict[str, Any] = {"facts": about, "options": options, "rows": rows, "baselines": baselines}
     record |= {"fitted_steps": fitted, "class_names": without_paths(class_names(pipe.unet, parts.get("classifier")))}
-    card = render_card(pipe, repo_id, **record, extras=extras, pictures=pictures)
+    card = render_card(pipe, repo_id, **record, extras=[*parts], pictures=pictures)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -146,12 +143,9 @@ def stage_extra(source: Path, target: Path) -> None:
     """A component of this package: its config, its weights if it is a model, and its code.
 
     Raises:
-        DiffusersDPMError: another class, no weights, or a version of diffusers that could not check the code.
+        DiffusersDPMError: a version of diffusers that could not check the code.
     """
     cls, installed, additions = EXTRAS[source.name].cls, version("diffusers"), {}
-    saved_by = read_json(source / cls.config_name).get("_class_name")
-    if saved_by != cls.__name__:
-        raise DiffusersDPMError(f"{source} was saved by a class {saved_by!r} and not by {cls.__name__}")
     if Version(installed) < Version(EXTRAS_NEED):
         needed = f"diffusers {EXTRAS_NEED} or newer, to load its code as users will"
         raise DiffusersDPMError(f"publishing {source} needs {needed}; this is {installed}")
@@ -173,8 +167,7 @@ def copy_config(source: Path, target: Path, **additions: Any) -> None:
 
 def load_extras(folder: Path) -> dict[str, Any]:
     """The components beside the pipeline, by their own classes."""
-    with quiet():
-        return {name: EXTRAS[name].cls.from_pretrained(str(folder / name)) for name in RunFolder(folder).extras()}
+    return {name: load_extra(str(folder), name) for name in RunFolder(folder).extras()}
 
 
 def stage_metrics(
