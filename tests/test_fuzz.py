@@ -233,6 +233,8 @@ def what_is_wrong(base, undamaged, name, seed):
         return f"{about}: exit code {code}: {line}"
     named = path.name in line or (len(path.parts) > 2 and str(path.parent) in line)
     named |= path.name == "scheduler_config.json" and "nonsense" in line  # its class refuses a word later, by itself
+    # the folder of a part that lost its config is no such part; a network with another config is another network
+    named |= f"has no {path.parent.name}" in line or "was trained with the network" in line
     return None if named else f"{about}: not named: {line}"
 
 

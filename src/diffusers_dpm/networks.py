@@ -22,6 +22,7 @@ from diffusers_dpm.pipelines.networks import check_network, evaluation_mode, nul
 from diffusers_dpm.records import read_json, weights_hash
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, VPNoiseSchedule
+from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS
 from diffusers_dpm.schedulers.stock_interface import OTHER_PROCESSES, foreign_key
 
 
@@ -34,6 +35,8 @@ LARGEST = {
     "num_train_timesteps": 10**6,
     "layers_per_block": 100,
     "mid_block_scale_factor": 1000,
+    "downsample_padding": 100,
+    "steps_offset": 1000,
 }  # whole numbers in a config; of any other: 2^31
 KINDS: dict[type, tuple[tuple[type, ...], str]] = {  # of a key's default -> types of its values, and their name
     bool: ((bool,), "true or false"),
@@ -258,7 +261,14 @@ def check_finite(network: torch.nn.Module, where: str) -> None:
 
 
 def check_noise_schedule(scheduler: Any, where: str | Path) -> None:
-    """Raise DiffusersDPMError for betas whose signal falls below what float32 holds; of pure noise the last may be."""
+    """Check the config of a scheduler as far as its class does not.
+
+    Raises:
+        DiffusersDPMError: an unknown prediction_type, or betas whose signal falls below what float32 holds; of pure
+            noise the last may be.
+    """
+    if (kind := scheduler.config.get("prediction_type", "epsilon")) not in PREDICTIONS:
+        raise DiffusersDPMError(f"{where}: prediction_type={kind!r} must be one of {', '.join(PREDICTIONS)}")
     levels = getattr(scheduler, "alphas_cumprod", torch.ones(1))
     lowest = levels[:-1].min() if scheduler.config.get("rescale_betas_zero_snr") else levels.min()
     if not lowest >= torch.finfo(torch.float32).tiny:

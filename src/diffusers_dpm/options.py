@@ -162,12 +162,12 @@ def parse_options(
             arguments = recorded_data(Path(words[0]), arguments) + arguments
         check_names(arguments, items)
     try:
-        values = run_parser(options, arguments, usage, about)
+        parsed = options(**run_parser(options, arguments, usage, about))
     except DiffusersDPMError as error:
         raise DiffusersDPMError(
             " ".join([str(error), *(f"(with {path})" for path in words[len(operands) :])])
         ) from error
-    return words[: len(operands)], options(**values)
+    return words[: len(operands)], parsed
 
 
 def option_groups(options: type) -> list[Any]:
