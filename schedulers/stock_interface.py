@@ -118,6 +118,9 @@ class StockInterface(SchedulerMixin, ConfigMixin):
         """Take over what the caller wrote into tables or timesteps in place; what is refused is forgotten."""
         for name, (tensor, before) in self._handed_out.items():
             if tensor._version != before and name != but:  # that one may be written to element by element
+                if name == "timesteps" and tensor.tolist() == [*self._plan.index]:  # a deep copy, which counts anew
+                    self._hand_out(name, tensor)
+                    continue
                 self._handed_out = {key: kept for key, kept in self._handed_out.items() if key != name}
                 if name == "timesteps":
                     self._forget_grid()
