@@ -442,7 +442,7 @@ class LinearScheduler(StockInterface, ABC):
             ValueError: x is pure noise, from which epsilon does not tell x_0.
         """
         try:
-            conversion = PREDICTIONS[self.config.prediction_type](level.alpha, level.sigma)
+            conversion = PREDICTIONS[self._config.prediction_type](level.alpha, level.sigma)
         except ZeroDivisionError:
             advice = "use 'v_prediction' or 'sample', or timesteps below"
             raise ValueError(f"prediction_type='epsilon' cannot give x_0 at zero terminal SNR: {advice}.") from None
@@ -451,7 +451,7 @@ class LinearScheduler(StockInterface, ABC):
 
     def predict_epsilon(self, output: Tensor, x: Tensor, level: Level, x0: Tensor) -> Tensor:
         """The second of `predict`, which may have to follow from the first."""
-        name, source = ("sample", x0) if self._rederives_epsilon() else (self.config.prediction_type, output)
+        name, source = ("sample", x0) if self._rederives_epsilon() else (self._config.prediction_type, output)
         return affine(PREDICTIONS[name](level.alpha, level.sigma).epsilon, x, source)
 
     def split_output(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:

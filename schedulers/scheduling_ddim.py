@@ -61,14 +61,14 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
     def _options(self, eta: Any = 0.0, clipped: bool | None = None, encode: bool = False) -> DDIMOptions:
         """The options in force: what a step is given, or else what the config says."""
         try:
-            eta = float(eta) or self.config.eta
+            eta = float(eta) or self._config.eta
         except TypeError:
             raise ValueError(f"{eta=}: it is the fourth argument of step, as in diffusers; name generator.") from None
         if not 0 <= eta <= 1:
             raise ValueError(f"eta={eta} must lie in 0 (deterministic) .. 1 (DDPM).")
         if eta and encode:
             raise ValueError(f"encoding is deterministic: it needs eta=0, not {eta}.")
-        return DDIMOptions(eta, bool(self.config.use_clipped_model_output if clipped is None else clipped))
+        return DDIMOptions(eta, bool(self._config.use_clipped_model_output if clipped is None else clipped))
 
     def set_timesteps(
         self,

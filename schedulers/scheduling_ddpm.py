@@ -66,7 +66,7 @@ class DDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
             return mean
         root = math.sqrt(forward_step(t, s))
         small, large = s.sigma * root, t.sigma * root
-        variance_type = str(self.config.variance_type)
+        variance_type = str(self._config.variance_type)
         # In the interval of "learned" the interpolation returns the network's own value.
         intervals = {"learned": (-1.0, 1.0), "learned_range": (2 * math.log(small), 2 * math.log(large))}
         noise = large if variance_type.startswith("fixed_large") else small

@@ -140,6 +140,9 @@ class StockInterface(SchedulerMixin, ConfigMixin):
             raise ValueError(f"{key}={config[key]!r} is of {process}; this scheduler is for a DDPM process.")
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
+    # For steps and rows, which are many: the looking is done, and no table changes what they read.
+    _config: Any = ConfigMixin.config
+
     @property
     def config(self) -> Any:
         """As `ConfigMixin.config`, with what was written into tables."""
