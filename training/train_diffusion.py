@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class DiffusionTrainer(Trainer):
                     timestep_spacing="trailing" if options.rescale_betas_zero_snr else "leading",
                 )
         else:
-            pipeline = load_pipeline(str([*self.found, source][0]))  # a resumed run does not need its source
+            pipeline = self._origin(source)
             unet = build_network(self.data, options, pipeline.unet)
             with user_error(f"noise schedule of {source}", TypeError, NotImplementedError):
                 self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
@@ -85,6 +86,13 @@ class DiffusionTrainer(Trainer):
         check_noise_schedule(self.scheduler, "noise schedule")
         loss = DenoisingLoss(self.scheduler.schedule, options.prediction_type, **values_of(options, LossOptions))
         return unet, loss
+
+    def _origin(self, source: str) -> DPMPipeline:
+        """What `--init-from` names; a resumed run does not need it, it has the same in any whole checkpoint."""
+        for checkpoint in self.found:
+            with suppress(DiffusersDPMError):
+                return load_pipeline(str(checkpoint))
+        return load_pipeline(source)
 
     def _save_model(self, folder: Path) -> None:
         DPMPipeline(unet=self.model, scheduler=self.scheduler).save_pretrained(folder)

@@ -61,6 +61,16 @@ def test_a_resumed_run_does_not_need_its_source(tmp_path, stock, options):
     assert json.loads((halves / "training_options.json").read_text())["beta_schedule"] == "squaredcos_cap_v2"
 
 
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, stock, options):
+    common = {"unet_config": None, "init_from": str(stock), "sample_every": 0, "checkpoint_every": 2}
+    run = train(options(**common, max_train_steps=4))
+    stock.rename(tmp_path / "moved")
+    (run / "checkpoints" / "step-00000004" / "unet" / "config.json").write_text("{")
+    trainer = DiffusionTrainer(options(**common, max_train_steps=4, resume="latest"))
+    assert trainer.state.step == 2
+    assert [path.name for path in trainer.damaged] == ["step-00000004"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
