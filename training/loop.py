@@ -226,11 +226,9 @@ class TrainingState:
             parameter, key = name.rsplit("/", 1)
             moments.setdefault(names[parameter], {})[key] = value
         self.optimizer.load_state_dict({"state": moments, "param_groups": numbers["param_groups"]})
-        rate = self.lr_scheduler.base_lrs[0]  # that of the options, which may have changed
-        self.lr_scheduler.load_state_dict(numbers["lr_scheduler"])
-        self.lr_scheduler.base_lrs = [rate]
-        now = rate * self.lr_scheduler.lr_lambdas[0](self.lr_scheduler.last_epoch)
-        self.lr_scheduler._last_lr = [now]
+        rate, schedule = self.lr_scheduler.base_lrs[0], numbers["lr_scheduler"]  # the options' rate may have changed
+        now = rate * self.lr_scheduler.lr_lambdas[0](schedule["last_epoch"])
+        self.lr_scheduler.load_state_dict({**schedule, "base_lrs": [rate], "_last_lr": [now]})
         for group in self.optimizer.param_groups:
             group |= {"initial_lr": rate, "lr": now}
         if self.loss_history is not None:

@@ -7,6 +7,7 @@ It learns p(y | x_t) at the noise levels of the run's own scheduler. The run fol
     classifier_training/         options, checkpoints, log
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +67,12 @@ class ClassifierTrainer(Trainer):
         scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         return build_network(unet, data, self.num_classes, self.options), ClassifierLoss(scheduler.schedule)
 
-    def _facts(self) -> dict[str, Any]:
+    @cached_property
+    def facts(self) -> dict[str, Any]:
         """Also the pipeline's noise levels: it may have been trained anew."""
         ends = self.loss.schedule.alphas_cumprod[[0, len(self.loss.schedule) // 2, -1]].tolist()
         levels = f"{len(self.loss.schedule)} timesteps, alphas_cumprod {', '.join(f'{value:.6g}' for value in ends)}"
-        return {**super()._facts(), "noise schedule": levels, "classes": self.data.class_names}
+        return {**super().facts, "noise schedule": levels, "classes": self.data.class_names}
 
     def _warnings(self) -> list[str]:
         unmeasured = ["no --eval-split or --eval-data: held-out accuracy will not be measured"]

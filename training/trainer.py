@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from abc import ABC, abstractmethod
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from statistics import fmean, harmonic_mean
@@ -174,17 +175,16 @@ class Trainer(ABC):
         model, checkpoint = 4 * parameters / 1e6, 16 * parameters / 1e6
         num = 1 + (options.max_train_steps - 1) // options.checkpoint_every if options.checkpoint_every else 1
         num = min(num, options.checkpoints_total_limit or num)
-        steps = options.max_train_steps - self.state.step
-        step = seconds_of_step(self.state, data, self.loss, options, conditional=self.conditional) if steps else 0.0
-        self.seconds = step * steps
+        time = "none: all steps are done"
+        if self.steps_left:
+            each, whole = map(duration, (self.seconds_a_step, self.seconds_a_step * self.steps_left))
+            time = f"about {each} a step, {whole} in all, measured here"
         lines = {
             "data": f"{len(data):,} images, {describe(data.shape)}{classes}",
             "network": f"{parameters:,} parameters",
             "training": f"{options.max_train_steps:,} steps x {options.batch_size} images = {images:,} images, "
             f"{images / len(data):,.1f} epochs{start}",
-            "time": f"about {duration(step)} a step, {duration(self.seconds)} in all, measured here"
-            if steps
-            else "none: all steps are done",
+            "time": time,
             "device": f"{accelerator.device}, processes {accelerator.num_processes}, accumulation steps "
             f"{options.gradient_accumulation_steps}, mixed precision {accelerator.mixed_precision}",
             "disk": f"{model + num * checkpoint:,.1f} MB: model {model:,.1f} MB, {num} x checkpoint "
@@ -195,6 +195,15 @@ class Trainer(ABC):
         if self.changes:
             text.append(f"changed     from step {self.state.step + 1:,} on: {'; '.join(self.changes)}")
         return "\n".join(text + [f"warning: {warning}" for warning in self._warnings()])
+
+    @property
+    def steps_left(self) -> int:
+        return self.options.max_train_steps - self.state.step
+
+    @cached_property
+    def seconds_a_step(self) -> float:
+        """What a step takes here, measured."""
+        return seconds_of_step(self.state, self.data, self.loss, self.options, conditional=self.conditional)
 
     def _warnings(self) -> list[str]:
         options = self.options
@@ -208,9 +217,9 @@ class Trainer(ABC):
                 )
         if options.random_flip and any(name in Path(options.data).name.lower() for name in ("digit", "mnist")):
             warnings.append("--random-flip mirrors the digits too")
-        if self.seconds > LONG:
+        if self.steps_left and (seconds := self.steps_left * self.seconds_a_step) > LONG:
             smaller = "a smaller network or --resolution, fewer --max-train-steps, or a faster device, would take less"
-            warnings.append(f"{self.seconds / 3600:,.0f} hours: {smaller}")
+            warnings.append(f"{seconds / 3600:,.0f} hours: {smaller}")
         epochs, enough = options.max_train_steps * options.batch_size / len(self.data), MANY_EPOCHS * len(self.data)
         if epochs > MANY_EPOCHS:
             fewer = f"--max-train-steps {enough // options.batch_size or 1} would be {MANY_EPOCHS:,} epochs"
@@ -234,7 +243,7 @@ class Trainer(ABC):
                     f"{flag(name)} was {earlier} and now is {value}: a resumed run keeps it ({checkpoint}; "
                     f"'diffusers-dpm {self.command} {self.files.options} --resume' keeps all options)"
                 )
-        for name, value in self._facts().items():
+        for name, value in self.facts.items():
             if saved.get(name, value) != value:
                 raise DiffusersDPMError(f"{checkpoint} was trained with the {name} {saved.get(name)}, now {value}")
         with checkpoints.reading(checkpoint):
@@ -246,7 +255,8 @@ class Trainer(ABC):
         if self.state.step > self.options.max_train_steps:
             raise DiffusersDPMError(f"{checkpoint} is past --max-train-steps {self.options.max_train_steps}")
 
-    def _facts(self) -> dict[str, Any]:
+    @cached_property
+    def facts(self) -> dict[str, Any]:
         """What the weights depend on beside the options, as JSON; the data by its content, wherever it lies."""
         count = min(NUM_COMPARED, len(self.data))
         some = self.data[[len(self.data) * i // count for i in range(count)]]["images"]
@@ -335,7 +345,7 @@ class Trainer(ABC):
             with atomic_folder(checkpoints.checkpoint_folder(self.run_folder, step)) as folder:
                 self._save_model(folder)
                 self.state.save(folder / checkpoints.TRAINER_STATE)
-                about = {"options": saved_options(self.options), "images_seen": self.images_seen, **self._facts()}
+                about = {"options": saved_options(self.options), "images_seen": self.images_seen, **self.facts}
                 checkpoints.seal(folder, about)
             checkpoints.prune_checkpoints(self.run_folder, self.options.checkpoints_total_limit)
         self.checkpointed_step = step
