@@ -76,15 +76,15 @@ def tell(run: Path, max_train_steps: int | None = None) -> None:
     recipe = yaml.safe_load(card.read_text(encoding="utf-8"))["training"] | SHORT
     recipe["max_train_steps"] = max_train_steps or recipe["max_train_steps"]
     logging.disable_progress_bar()  # of loading: there is one line of progress
-    recipe |= {"preset": None, "unet_config": str(run / "unet_config.json"), "output_dir": str(run), "overwrite": True}
-    options = TrainingOptions(**recipe)
+    recipe |= {"preset": None, "unet_config": str(run / "unet_config.json"), "output_dir": str(run)}
+    options = TrainingOptions(**recipe, overwrite=True)
     find_checkpoints(options, run)  # refuses a folder of other files
     run.mkdir(parents=True, exist_ok=True)
     write_json(RunFolder(run).options, saved_options(options))  # the mark of a run, before other files
     write_json(run / "unet_config.json", UNET)
     with (run / "demo.log").open("w", encoding="utf-8") as log:
         screen = Screen(log)
-        train_networks(screen, run, options)
+        train_networks(screen, run, options, command("train", **recipe))
         fit_samplers(screen, run)
         draw_and_check(screen, run)
         screen.say(f"\ndone in {screen.bar.format_dict['elapsed']:.0f} s; the model is {run}")
@@ -124,8 +124,7 @@ def command(*words: object, **options: object) -> str:
     return " ".join(["diffusers-dpm", *map(str, words), *flags])
 
 
-def train_networks(screen: Screen, run: Path, options: TrainingOptions) -> None:
-    line = command("train", run / "training_options.json")
+def train_networks(screen: Screen, run: Path, options: TrainingOptions, line: str) -> None:
     with screen.step("train a U-Net on 1,500 handwritten digits of 8x8 pixels", line, options.max_train_steps):
         train(options, screen)
 
