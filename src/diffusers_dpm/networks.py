@@ -224,24 +224,34 @@ def check_config(where: str | Path, cls: Any, config: Mapping[str, Any]) -> None
     Raises:
         DiffusersDPMError: names the file or class, the key and the value.
     """
-    keys, is_network = inspect.signature(cls.__init__).parameters, not issubclass(cls, SchedulerMixin)
+    parameters, is_network = inspect.signature(cls.__init__).parameters, not issubclass(cls, SchedulerMixin)
     for key, value in config.items():
-        default, found = DEFAULTS.get(key, keys[key].default if key in keys else None), [*leaves(value)]
-        first = next(leaves(default), None)
+        parameter = parameters.get(key)
+        default = DEFAULTS.get(key, None if parameter is None else parameter.default)
+        first, found = next(leaves(default), None), [*leaves(value)]
         kind = next((kind for kind in KINDS if isinstance(first, kind)), None)  # bool is an int, too
-        takes_none = key in DEFAULTS or re.search("None|Optional", str(keys.get(key))) or (is_network and kind is bool)
-        plain = is_network or isinstance(default, (list, tuple)) or not isinstance(value, list)
-        fits = kind is None or (plain and all(takes_none if x is None else type(x) in KINDS[kind][0] for x in found))
-        fits = fits and (
-            not isinstance(value, dict) or key not in keys or re.search("ict|Mapping", str(keys[key])) is not None
-        )
-        if not fits or (all(x == "" for x in found) and not key.startswith("_")):
+        if not has_kind(key, value, kind, parameter, default, is_network):
             raise DiffusersDPMError(f"{where}: {key} must be {KINDS[kind or str][1]}, got {repr(value)[:60]}")
         low = 0 if is_network or (isinstance(first, (int, float)) and first >= 0) else -LARGEST_FLOAT
         for number in found:
             high = LARGEST.get(key, LARGEST_FLOAT if isinstance(number, float) else 2**31)
             if isinstance(number, (int, float)) and not low <= number <= high and number not in (first, math.inf):
                 raise DiffusersDPMError(f"{where}: {key} must lie in {low} .. {high}, got {number}")
+
+
+def has_kind(key: str, value: Any, kind: type | None, parameter: Any, default: Any, is_network: bool) -> bool:
+    """Whether a value of a config is of the kind of its default; `parameter` is that of the class, if it has one."""
+    found, annotation = [*leaves(value)], str(parameter)
+    if all(leaf == "" for leaf in found) and not key.startswith("_"):
+        return False
+    if isinstance(value, dict):
+        return kind is None and (parameter is None or re.search("ict|Mapping", annotation) is not None)
+    if kind is None:
+        return True
+    if isinstance(value, list) and not (is_network or isinstance(default, (list, tuple))):
+        return False
+    takes_none = key in DEFAULTS or re.search("None|Optional", annotation) or (is_network and kind is bool)
+    return all(takes_none if leaf is None else type(leaf) in KINDS[kind][0] for leaf in found)
 
 
 def leaves(value: Any) -> Iterator[Any]:
