@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from diffusers_dpm.data import DataError
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.features import FEATURES_FILE
+from diffusers_dpm.image_values import NoLabelsError
 from diffusers_dpm.pipelines import NoisyClassifier
 from diffusers_dpm.records import atomic_folder, move_children, remove, weights_hash, write_json
 from diffusers_dpm.schedulers import VPNoiseSchedule
@@ -47,10 +47,9 @@ class FeatureTrainer(Trainer):
             raise DiffusersDPMError(f"{self.folder} holds other files than features: choose another --output-dir")
         try:
             super().__init__(options, run_folder, self.folder / FEATURES_FILE)
-        except DataError as error:
+        except NoLabelsError as error:
             others = "inception, or an image model of transformers, for its --features"
-            hint = f"; without labels, evaluate takes {others}" if "no labels" in str(error) else ""
-            raise DataError(f"{error}{hint}") from error
+            raise NoLabelsError(f"{error}; without labels, evaluate takes {others}") from error
 
     def _build(self) -> tuple[NoisyClassifier, ClassifierLoss]:
         data = self.data

@@ -105,14 +105,15 @@ def image_keys(shape: Sequence[int]) -> dict[str, Any]:
     return {"in_channels": channels, "sample_size": height if height == width else (height, width)}
 
 
+CONVERTS = {"sample_size": "--resolution", "in_channels": "--channels"}  # the data to what a network's config has
+
+
 def check_demands(config: dict[str, Any], required: dict[str, Any]) -> None:
     """Raise ValueError for a key to which `config` gives another value than the data requires."""
     for key, value in required.items():
         own = config.get(key)
         if own is not None and (tuple(own) if isinstance(own, list) else own) != value:
-            hint = {"sample_size": "; --resolution converts it", "in_channels": "; --channels converts it"}.get(
-                key, ""
-            )
+            hint = f"; {CONVERTS[key]} converts it" if key in CONVERTS else ""
             raise DiffusersDPMError(f"the network's config has {key} {own}, the data needs {value}{hint}")
 
 

@@ -21,6 +21,7 @@ from diffusers_dpm.image_values import (
     RANGES,
     BrokenImageError,
     DataError,
+    NoLabelsError,
     convert_channels,
     crop_and_resize,
     to_unit_range,
@@ -213,7 +214,7 @@ def load_images(
     if split and bracket:
         source = source.part(split)
     if source.labels is None and (require_labels or (label_column and str(data) != "digits")):
-        raise DataError(f"no labels: {source.no_labels}")
+        raise NoLabelsError(f"no labels: {source.no_labels}")
     labels = list(source.labels or ())
     if require_labels and UNLABELLED in labels:
         raise DataError(f"{source.name(labels.index(UNLABELLED))} of {data} has no label (-1)")

@@ -25,6 +25,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of the message that is not empty, else the kind of the error."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def check_at_least(least: float, **numbers: float) -> None:
     """Raise DiffusersDPMError for a number below `least`."""
     for name, value in numbers.items():

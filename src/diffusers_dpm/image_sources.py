@@ -24,8 +24,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
-from diffusers_dpm.errors import nearest
-from diffusers_dpm.image_values import BrokenImageError, DataError, channels_first, decode, first_line
+from diffusers_dpm.errors import first_line, nearest
+from diffusers_dpm.image_values import BrokenImageError, DataError, channels_first, decode
 from diffusers_dpm.run_folder import RunFolder
 
 

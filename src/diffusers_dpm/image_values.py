@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageOps
 from torch.nn.functional import interpolate
 
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, first_line
 
 
 # The values of black and white by the type that an image is stored in; those of other types nobody can know.
@@ -33,13 +33,12 @@ class DataError(DiffusersDPMError):
         super().__init__(message.strip().split("\n")[-1].split(f"{type(self).__name__}: ")[-1])
 
 
+class NoLabelsError(DataError):
+    """Labels are needed, and the data has none."""
+
+
 class BrokenImageError(DataError):
     """One image that cannot be read; the others can."""
-
-
-def first_line(error: BaseException) -> str:
-    """An exception's message without its later lines."""
-    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def decode(file: str | BytesIO, name: str, channels: int | None, notes: set[str]) -> np.ndarray:

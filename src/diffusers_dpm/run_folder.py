@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers_dpm.pipelines import NoisyClassifier
-from diffusers_dpm.records import read_json, remove_empty
+from diffusers_dpm.records import TEMPORARY, read_json, remove_empty
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler
 
 
@@ -18,9 +18,12 @@ class Extra(NamedTuple):
 
 NETWORK = "config.json diffusion_pytorch_model*"
 SCHEDULER = "scheduler_config.json statistics.json calibration.json partial/partial*"
-TRAINING = (
-    "training_options.json checkpoints/step-[0-9]*/**/* checkpoints/.incomplete-*/**/* "
-    "logs/metrics.csv logs/**/events.out.tfevents.* logs/**/hparams.yml"
+CHECKPOINTS = f"step-[0-9]*/**/* {TEMPORARY}*/**/*"
+LOGS = "metrics.csv **/events.out.tfevents.* **/hparams.yml"
+TRAINING = " ".join(
+    ["training_options.json"]
+    + [f"checkpoints/{name}" for name in CHECKPOINTS.split()]
+    + [f"logs/{name}" for name in LOGS.split()]
 )
 
 
@@ -52,8 +55,8 @@ class RunFolder:
     scheduler = Part("scheduler", SCHEDULER)
     # its training
     options = Part("training_options.json")
-    checkpoints = Part("checkpoints", "step-[0-9]*/**/* .incomplete-*/**/*")
-    logs = Part("logs", "metrics.csv **/events.out.tfevents.* **/hparams.yml")
+    checkpoints = Part("checkpoints", CHECKPOINTS)
+    logs = Part("logs", LOGS)
     samples = Part("samples", "step-[0-9]*.png")
     # components beside the pipeline
     classifier = Part("classifier", NETWORK, Extra(NoisyClassifier, "classifier-guidance", "train-classifier"))

@@ -33,6 +33,7 @@ OPTIONAL_KEYS: dict[str, Any] = {
     **dict.fromkeys(("seeds", "device", "weights_sha256", "reference_sha256", "carried_hash"), str | None),
     **{"calls": int | None, "seconds": float | None, "classifier_sha256": str | None, "versions": dict | None},
 }
+NOT_NEGATIVE = ("steps", "num_images", "calls", "seconds", "error")
 OUTCOMES = {"value", "error", "calls", "seconds", "device", "versions"}  # keys that do not identify a measurement
 
 
@@ -56,12 +57,10 @@ def check_rows(path: Path, name: str, rows: Any) -> list[dict[str, Any]]:
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
             raise DiffusersDPMError(f"{path}: row {i} of {name} is no object")
-        for key, kind in (
-            METRIC_KEYS | {key: OPTIONAL_KEYS[key] for key in OPTIONAL_KEYS.keys() & row.keys()}
-        ).items():
+        kinds = METRIC_KEYS | {key: kind for key, kind in OPTIONAL_KEYS.items() if key in row}
+        for key, kind in kinds.items():
             value = row.get(key)
-            counts = key in ("steps", "num_images", "calls", "seconds", "error")
-            if key not in row or not fits(value, kind) or (counts and (value or 0) < 0):
+            if key not in row or not fits(value, kind) or (key in NOT_NEGATIVE and (value or 0) < 0):
                 raise DiffusersDPMError(f"{path}: row {i} of {name} has no valid {key!r}, but {value!r}")
     return rows
 

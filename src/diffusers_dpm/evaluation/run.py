@@ -151,13 +151,9 @@ class Evaluation:
             DiffusersDPMError: at the end, if a cell could not be measured.
         """
         failures: list[str] = []
-        extracted, identities = (
-            {"feature_extractor": self.extractor.name},
-            [self._identity(cell, self.num_images) for cell in self.cells],
-        )
-        missing = [row["steps"] for row in identities if not self.results.has({**row, **extracted})]
+        identities = [self._identity(cell, self.num_images) for cell in self.cells]
+        calls = self.num_images * sum(row["steps"] for row in identities if not self._is_measured(row))
         pipeline = self.pipeline.to(self.accelerator.device)
-        calls = self.num_images * sum(missing)
         report_cost(pipeline.unet, calls, self.batch_size, self.accelerator, pipeline.classifier)
         try:
             if self.accelerator.is_main_process:
@@ -178,6 +174,9 @@ class Evaluation:
         if failures:
             raise DiffusersDPMError(f"{len(failures)} of {len(self.cells)} cells {failures[-1]}")
 
+    def _is_measured(self, identity: dict[str, Any]) -> bool:
+        return self.results.has({**identity, "feature_extractor": self.extractor.name})
+
     def _identity(self, cell: Cell, num_images: int) -> dict[str, Any]:
         return {**cell.row, **self.common, "seeds": f"{self.seed}-{self.seed + num_images - 1}"}
 
@@ -192,7 +191,7 @@ class Evaluation:
         with Processes(self.accelerator).locked(path):
             if self.accelerator.is_main_process:
                 self.results.read()
-                answer = [not self.results.has({**identity, "feature_extractor": self.extractor.name})]
+                answer = [not self._is_measured(identity)]
             broadcast_object_list(answer)
             yield answer[0]
 
@@ -246,7 +245,7 @@ class Evaluation:
         for name, images in baselines.items():
             identity: dict[str, Any] = {"scheduler": name, "options": {}, "steps": 0, **self.common}
             identity |= {"weights": None, "weights_sha256": None}
-            if not self.results.has({**identity, "feature_extractor": self.extractor.name, "num_images": len(images)}):
+            if not self._is_measured({**identity, "num_images": len(images)}):
                 rows = quality(images, self.reference, self.extractor, self.num_resamples)
                 self.results.add(baselines=[{**identity, **row} for row in rows])
 

@@ -13,10 +13,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, first_line
 from diffusers_dpm.hub.checks import check
 from diffusers_dpm.hub.staging import list_files, stage
-from diffusers_dpm.hub.upload import LEAST_SECONDS, LEAST_SPEED, first_line, log_in, upload, within
+from diffusers_dpm.hub.upload import LEAST_SECONDS, LEAST_SPEED, log_in, upload, within
 
 
 def publish(

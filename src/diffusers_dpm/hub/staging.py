@@ -11,23 +11,19 @@ import torch
 from diffusers import ModelMixin
 from packaging.version import Version
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.results import read_baselines, read_metrics
 from diffusers_dpm.hub.card import check_license, check_recipe, load_facts, render_card
 from diffusers_dpm.hub.remote_code import write_code
 from diffusers_dpm.images import image_grid, to_pil, to_uint8
-from diffusers_dpm.networks import load_extra, load_pipeline
+from diffusers_dpm.networks import WEIGHTS, load_extra, load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.pipelines.networks import class_names
-from diffusers_dpm.records import read_json, weights_hash, write_json
+from diffusers_dpm.records import read_json, read_tensors, weights_hash, write_json, write_tensors
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.sampling import fitted_steps
 from diffusers_dpm.schedulers import DDIMScheduler
-
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 EXTRAS_NEED = "0.38"  # diffusers, the first that loads code from a folder inside a repository
@@ -154,7 +150,7 @@ def stage_extra(source: Path, target: Path) -> None:
     if issubclass(cls, ModelMixin):
         if not (source / WEIGHTS).is_file():
             raise DiffusersDPMError(f"{source} holds no {WEIGHTS}")
-        save_file(load_file(source / WEIGHTS), target / WEIGHTS, metadata={"format": "pt"})  # and no other metadata
+        write_tensors(target / WEIGHTS, read_tensors(source / WEIGHTS)[1], {"format": "pt"})  # and no other metadata
         additions = {"auto_map": {"AutoModel": f"{module}.{cls.__name__}"}}
     copy_config(source / cls.config_name, target / cls.config_name, **additions)
 

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import HfApi, errors
 from huggingface_hub.hf_api import RepoFile
 
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, first_line
 from diffusers_dpm.hub.staging import list_files
 
 
@@ -26,11 +26,6 @@ def log_in(api: HfApi) -> str:
     """The name of the user whose token is used. Raises PublishError if there is none."""
     with explained("cannot log in"):
         return within(ANSWER_SECONDS, "cannot log in", lambda: api.whoami()["name"])
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of the message that is not empty."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 # The Hub client's own errors are OSErrors, as are those of requests; newer clients use httpx, whose base is HTTPError.
