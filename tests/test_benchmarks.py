@@ -17,8 +17,15 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
 ON_A_RUN = ("analytic_dpm", "calibrated", "calibration_grids", "guidance_quality", "ode_error", "quality")
 ON_DIGITS = ("analytic_dpm", "calibrated", "guidance_quality", "quality")  # with a judge
-MODULES = ("convergence", "parity")  # which use helpers of the tests
-ALONE = ("convergence", "guidance_overhead", "parity", "scheduler_overhead", "training_throughput")
+MODULES = ("convergence", "parity", "pipeline_matrix")  # which use helpers of the tests
+ALONE = (
+    "convergence",
+    "guidance_overhead",
+    "parity",
+    "pipeline_matrix",
+    "scheduler_overhead",
+    "training_throughput",
+)
 ON_A_CHECKOUT = ("peer_tests",)
 
 
