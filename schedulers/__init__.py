@@ -1,7 +1,7 @@
 """Schedulers for diffusers pipelines: tables of coefficient rows, built in float64 (see `linear_scheduler`)."""
 
 from diffusers_dpm.schedulers.linear_scheduler import LinearScheduler, LinearSchedulerOutput
-from diffusers_dpm.schedulers.noise_schedule import CLEAN, Level, VPNoiseSchedule
+from diffusers_dpm.schedulers.noise_schedule import CLEAN, Level, NoiseSchedule, VPNoiseSchedule
 from diffusers_dpm.schedulers.plan import Update
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 from diffusers_dpm.schedulers.scheduling_calibrated import CalibratedScheduler
@@ -24,6 +24,7 @@ __all__ = [
     "Level",
     "LinearScheduler",
     "LinearSchedulerOutput",
+    "NoiseSchedule",
     "Update",
     "VPNoiseSchedule",
 ]

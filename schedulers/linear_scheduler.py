@@ -9,12 +9,14 @@ is the same for all of them. A new sampler writes `plan(levels)` and nothing els
 """
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from inspect import signature
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -23,16 +25,19 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .noise_schedule import CLEAN, PREDICTIONS, Level, VPNoiseSchedule, affine, betas_of, unknown
+from .foreign_configs import translated, translated_classes
+from .gaussian_paths import ContinuousSchedule, path_of
+from .noise_schedule import CLEAN, Level, NoiseSchedule, VPNoiseSchedule, affine, betas_of, on_host, unknown
 from .plan import Clipping, History, Plan, Tensors, Update
 from .stock_interface import StockInterface, refuse
-from .timestep_grids import SPACINGS, Grid, descends, spread
+from .timestep_grids import SPACINGS, STEP_TABLES, STOCK_SPACINGS, Grid, descends, spread
 
 
 Pair = tuple[Tensor, Tensor]
 Device = str | torch.device | None
 Timesteps = Sequence[float] | Tensor
 Generators = torch.Generator | list[torch.Generator] | None
+MOST_STEPS = 100_000  # of processes in continuous time
 Place = tuple["LinearScheduler", int]  # a row, and the scheduler or the copy of it that has it
 
 
@@ -65,10 +70,12 @@ class LinearScheduler(StockInterface, ABC):
 
     _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
-    init_noise_sigma = 1.0
-    own_keys: ClassVar[tuple[str, ...]] = ()  # config keys that diffusers' class of the same name lacks
+    own_keys: ClassVar[tuple[str, ...]] = ("process",)  # config keys that diffusers' class of the same name lacks
     # What `timestep_spacing` may be.
-    spacings: ClassVar[tuple[str, ...]] = ("leading", "linspace", "trailing", "quadratic", "quad", "logsnr")
+    spacings: ClassVar[tuple[str, ...]] = (
+        *(*STOCK_SPACINGS, "quadratic", "quad", "logsnr", "karras", "beta"),
+        *(*STEP_TABLES, "ays_svd"),
+    )
     whole_loops_only: ClassVar[bool] = False  # whether a loop must begin at the first row and leave none out
 
     @abstractmethod
@@ -87,7 +94,18 @@ class LinearScheduler(StockInterface, ABC):
             ValueError: a value that is none of its key's choices, or out of range.
         """
         config = self.config
-        choices = {**choices, "prediction_type": PREDICTIONS, "timestep_spacing": self.spacings}
+        if isinstance(config.trained_betas, Tensor):  # JSON takes lists
+            self.register_to_config(trained_betas=config.trained_betas.tolist())
+        if config.process is None and config.get("use_flow_sigmas"):
+            self.register_to_config(**translated(config))
+        process = config.process
+        if process is None and config.get("use_dynamic_shifting"):
+            raise ValueError("use_dynamic_shifting=True is of flow matching: it needs use_flow_sigmas=True.")
+        if process is None or process.get("kind") == "vp":
+            self.schedule = VPNoiseSchedule(betas_of(config))
+        else:
+            self.schedule = path_of(process)
+        choices = {**choices, "prediction_type": self.schedule.predictions, "timestep_spacing": self.spacings}
         for key, values in choices.items():
             if config[key] not in values:
                 raise ValueError(unknown(key, config[key], values))
@@ -97,14 +115,11 @@ class LinearScheduler(StockInterface, ABC):
             raise ValueError(f"sample_max_value={config.sample_max_value} must be positive.")
         if config.clip_sample and not config.clip_sample_range > 0:
             raise ValueError(f"clip_sample_range={config.clip_sample_range} must be positive.")
-        if isinstance(config.trained_betas, Tensor):  # JSON takes lists
-            self.register_to_config(trained_betas=config.trained_betas.tolist())
-        self.schedule = VPNoiseSchedule(betas_of(config))
         self._handed_out = {}
         self._forget_grid()
 
     def _forget_grid(self) -> None:
-        self._hand_out("timesteps", torch.arange(len(self.schedule) - 1, -1, -1, device="cpu"))
+        self._hand_out("timesteps", self.schedule.trained_timesteps())
         self._num_inference_steps: int | None = None
         self._plan = self._new_plan([], [], None)
         self._history = History([])
@@ -112,7 +127,7 @@ class LinearScheduler(StockInterface, ABC):
     @classmethod
     def _get_compatibles(cls) -> list[type]:
         """diffusers' schedulers and these: what only another of them can read is kept for it, without a warning."""
-        return [*super()._get_compatibles(), *LinearScheduler.__subclasses__()]
+        return [*super()._get_compatibles(), *translated_classes(), *LinearScheduler.__subclasses__()]
 
     def to_json_string(self) -> str:
         """The config as JSON; own keys at their default are left out, so that diffusers' class reads it silently."""
@@ -128,12 +143,16 @@ class LinearScheduler(StockInterface, ABC):
     # Training ----------------------------------------------------------------------------------------------------
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """`VPNoiseSchedule.add_noise`: the training process at any t in 0 .. T-1, whatever the grid; -1 is clean."""
+        """`NoiseSchedule.add_noise`: the training process at any t, whatever the grid; -1 is clean for DDPM's."""
         self._notice_writing()
         return self.schedule.add_noise(original_samples, noise, timesteps)
 
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """`add_noise`, as diffusers' flow matching names it."""
+        return self.add_noise(sample, noise, timestep)
+
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """`VPNoiseSchedule.velocity` of clean samples and their noise."""
+        """`NoiseSchedule.velocity` of clean samples and their noise."""
         self._notice_writing()
         return self.schedule.velocity(sample, noise, timesteps)
 
@@ -154,45 +173,108 @@ class LinearScheduler(StockInterface, ABC):
         num_inference_steps: int | None = None,
         device: Device = None,
         timesteps: Timesteps | None = None,
+        sigmas: Timesteps | None = None,
+        mu: float | None = None,
         **others: Any,
     ) -> None:
-        """Chooses the timesteps to visit and builds the rows. Exactly one of the first and the last argument is given.
+        """Chooses the timesteps to visit and builds the rows, for one of the number, the timesteps and the sigmas.
 
         Args:
-            num_inference_steps: number of network calls, 1 to `num_train_timesteps`, whole, of any type; spaced by
-                `timestep_spacing`.
+            num_inference_steps: number of network calls, whole, of any type; at most `num_train_timesteps` under
+                DDPM's process. They are spaced by `timestep_spacing`, of which "leading", "linspace" and "trailing"
+                mean the usual grid of any other process.
             device: where `timesteps` lies.
-            timesteps: explicit, strictly descending timesteps.
+            timesteps: explicit ones, the noisiest first. With sigmas, too, the network is told these (not for DDPM's
+                process).
+            sigmas: explicit, descending ones; a last 0 may be left out. They are sigma / alpha, or flow's sigma, which
+                is then shifted. Where `timestep_spacing` is one of ours, flow's sigmas only say the number.
+            mu: the shift of the pipeline, for flow matching; ignored where the config says no dynamic shifting.
 
         Raises:
-            ValueError: both or none of the two are given, or a value is out of range or out of order, or there are
-                others, which only other schedulers take.
+            ValueError: none of the three or too many are given, or a value is out of range or out of order, or there
+                are others, which only other schedulers take.
         """
-        self._begin(others)
-        self._walk(self._grid(num_inference_steps, timesteps), device)
+        self._begin(others, mu)
+        self._walk(*self._grid(num_inference_steps, timesteps, sigmas, mu), device)
 
-    def _begin(self, others: dict[str, Any]) -> None:
+    def _begin(self, others: dict[str, Any], mu: float | None) -> None:
         """What every `set_timesteps` does first."""
-        refuse(others)
+        refuse(others if mu is None or not self.schedule.is_discrete else {**others, "mu": mu})
         self._notice_writing()
 
-    def _grid(self, num_inference_steps: int | None, timesteps: Timesteps | None) -> list[Any]:
-        """The descending timesteps that the arguments of `set_timesteps` ask for."""
+    def _grid(
+        self, num: int | None, timesteps: Timesteps | None, sigmas: Timesteps | None, mu: float | None
+    ) -> tuple[list[Any], list[Level]]:
+        """The timesteps that the arguments of `set_timesteps` ask for, noisiest first, and their levels."""
         self.custom_timesteps = timesteps is not None
-        if timesteps is not None and num_inference_steps is None:
-            return self._explicit_grid(timesteps)
-        if timesteps is not None or num_inference_steps is None:
-            raise ValueError("give either num_inference_steps or timesteps.")
-        top = len(self.schedule)
-        if not 1 <= num_inference_steps <= top or int(num_inference_steps) != num_inference_steps:
-            raise ValueError(f"{num_inference_steps=} must be a whole number in 1 .. num_train_timesteps={top}.")
-        return self._spaced_grid(int(num_inference_steps))
+        given = {"num_inference_steps": num, "timesteps": timesteps, "sigmas": sigmas}
+        if (number := sum(value is not None for value in given.values())) == 0:
+            raise ValueError(f"give one of {', '.join(given)}.")
+        top, name = (len(self.schedule), "num_train_timesteps=") if self.schedule.is_discrete else (MOST_STEPS, "")
+        if num is not None and (not 1 <= num <= top or int(num) != num):
+            raise ValueError(f"num_inference_steps={num} must be a whole number in 1 .. {name}{top}.")
+        if isinstance(self.schedule, ContinuousSchedule):
+            return self._continuous_grid(self.schedule, None if num is None else int(num), timesteps, sigmas, mu)
+        if number > 1:
+            raise ValueError(f"give only one of {', '.join(given)}.")
+        if timesteps is not None:
+            grid = self._explicit_grid(timesteps)
+        else:
+            grid = self._spaced_grid(int(num)) if num is not None else self._sigma_grid(sigmas)
+        return grid, [*map(self.schedule.level, grid)]
+
+    def _continuous_grid(
+        self, schedule: ContinuousSchedule, num: int | None, timesteps: Any, sigmas: Any, mu: float | None
+    ) -> tuple[list[float], list[Level]]:
+        """`_grid` for any process but DDPM's: levels are exact, and timesteps what float32 makes of theirs."""
+        lengths = {num, *(len(each) for each in (timesteps, sigmas) if each is not None)} - {None}
+        if len(lengths) > 1:
+            raise ValueError(f"num_inference_steps={num}, timesteps and sigmas say different numbers: {lengths}.")
+        if timesteps is not None and sigmas is None:
+            levels = [schedule.level(float(t)) for t in timesteps]
+        else:
+            times = self._times(schedule, *lengths, sigmas, mu)
+            levels = [*map(schedule.level_at, times.tolist())]
+            timesteps = schedule.told(times) if timesteps is None else timesteps
+        if any(t.lambda_ >= s.lambda_ for t, s in pairwise(levels)) or levels[-1].sigma == 0:
+            raise ValueError(f"timesteps must go from noise to images, short of them; got {[*timesteps][:8]}.")
+        return on_host([float(t) for t in timesteps]).float().tolist(), levels
+
+    def _times(self, schedule: ContinuousSchedule, num: int, sigmas: Any, mu: float | None) -> Tensor:
+        spacing = self.config.timestep_spacing
+        own = spacing in STOCK_SPACINGS
+        return schedule.times(num, sigmas, mu) if own else schedule.spaced_times(spacing, num)
 
     def _explicit_grid(self, timesteps: Timesteps) -> list[Any]:
+        """Timesteps that a caller gives; DDPM's process has whole ones."""
+        if isinstance(self.schedule, ContinuousSchedule):
+            return self._continuous_grid(self.schedule, None, timesteps, None, None)[0]
         grid, top = [int(t) for t in timesteps], len(self.schedule) - 1
         if not descends(grid, top) or grid != [float(t) for t in timesteps]:
             raise ValueError(f"timesteps must be descending integers in 0 .. {top}; got {list(timesteps)[:8]}.")
         return grid
+
+    def _sigma_grid(self, sigmas: Any) -> list[Any]:
+        """Timesteps of values of sigma / alpha, the last may be 0; rounded beyond an end they are the end."""
+        values = on_host(sigmas)
+        lambdas = -torch.log(values[:-1] if len(values) and values[-1] == 0 else values)
+        low, high = (self.schedule.level(end).lambda_ for end in (self.schedule.noisiest, self.schedule.cleanest))
+        inside = len(lambdas) and low - 0.01 <= lambdas[0] <= lambdas[-1] <= high + 0.01
+        if not inside or not (lambdas.diff() > 0).all():
+            raise ValueError(
+                f"sigmas must descend strictly from at most {math.exp(-low):.6g} to at least {math.exp(-high):.6g}, "
+                f"with or without a 0 behind them; got {values.tolist()[:8]}."
+            )
+        return self._distinct(self.schedule.timestep_of(lambdas).tolist(), len(self.schedule))
+
+    def _distinct(self, nodes: list[float], num_levels: int) -> list[Any]:
+        """Strictly descending timesteps below `num_levels` for the network, from real-valued ones that may repeat."""
+        fractional, ceiling = self.config.get("fractional_timesteps", False), max(num_levels, len(nodes))
+        grid = on_host(nodes).float().tolist()  # float32 is what the network gets
+        if fractional and descends(grid, ceiling - 1):
+            return grid
+        integers = spread([round(t) for t in nodes], ceiling)
+        return [float(t) for t in integers] if fractional else integers
 
     def _spaced_grid(self, n: int) -> list[Any]:
         config, top = self.config, len(self.schedule)
@@ -202,7 +284,7 @@ class LinearScheduler(StockInterface, ABC):
     def _ensure_grid(self) -> None:
         self._notice_writing()
         if not self.updates:  # before set_timesteps is called diffusers' DDPM walks the full chain; so do we
-            self._walk(self._explicit_grid(range(len(self.schedule) - 1, -1, -1)), None)
+            self._walk_to(self.schedule.trained_timesteps(), None)
 
     def _last_level(self) -> Level:
         return CLEAN
@@ -215,19 +297,28 @@ class LinearScheduler(StockInterface, ABC):
         """Whether epsilon follows from the clipped x_0, so that the pair stays consistent, or from the network."""
         return False
 
-    def _walk(self, grid: Sequence[float], device: Device, encode: bool = False) -> None:
-        """Plan the loop from noise to images, or upward: the image is x at timestep 0, and nothing is clipped.
+    def _walk_to(self, timesteps: Timesteps, device: Device) -> None:
+        """Plan the loop over timesteps that a caller gives."""
+        grid = self._explicit_grid(timesteps)
+        self._walk(grid, [*map(self.schedule.level, grid)], device)
+
+    def _walk(self, grid: Sequence[float], levels: list[Level], device: Device, encode: bool = False) -> None:
+        """Plan the loop from noise to images, or upward: the image is x at the cleanest level that the network knows.
+
+        Nothing is clipped on the way upward.
 
         Raises:
-            ValueError: `encode` on a grid that has no timestep above 0.
+            ValueError: `encode` on a grid that has no level above that one.
         """
         if not encode:
-            levels = [*map(self.schedule.level, grid), self._last_level()]
-            return self._follow(self._new_plan(grid, levels, device))
-        timesteps = sorted({0, *grid})
-        if len(timesteps) == 1:
-            raise ValueError(f"encoding needs a timestep above 0, got {timesteps}: use more steps or another spacing.")
-        plan = self._new_plan(timesteps[:-1], [*map(self.schedule.level, timesteps)], device)
+            return self._follow(self._new_plan(grid, [*levels, self._last_level()], device))
+        image = self.schedule.cleanest
+        pairs = zip([*levels, self.schedule.level(image)], [*grid, image], strict=True)
+        points = {round(level.lambda_, 9): (t, level) for level, t in pairs}  # equal but for rounding is equal
+        if len(points) == 1:
+            raise ValueError(f"encoding needs a timestep above {image}, got {grid}: use more steps or a spacing.")
+        timesteps, upward = zip(*(points[key] for key in sorted(points, reverse=True)), strict=True)
+        plan = self._new_plan(timesteps[:-1], [*upward], device)
         return self._follow(replace(plan, clipping=Clipping()))
 
     def _new_plan(self, timesteps: Sequence[float], levels: list[Level], device: Device) -> Plan:
@@ -238,7 +329,7 @@ class LinearScheduler(StockInterface, ABC):
         dtype = torch.float32 if timesteps and isinstance(timesteps[-1], float) else torch.int64
         with torch.inference_mode(False):
             tensor = torch.tensor(timesteps, dtype=dtype, device="cpu").to(device)
-        return Plan(tensor, {t: i for i, t in enumerate(timesteps)}, levels, clipping, self._options())
+        return Plan(tensor, timesteps, levels, clipping, self._options())
 
     def _follow(self, plan: Plan) -> None:
         """Take the plan, with rows for its levels and options, and forget the last loop."""
@@ -247,7 +338,7 @@ class LinearScheduler(StockInterface, ABC):
         self._history = History(self._plan.rows)
         self._handed_out = {name: table for name, table in self._handed_out.items() if name != "sigmas"}
         self._hand_out("timesteps", plan.timesteps)
-        self._num_inference_steps, self._step_index, self._begin_index = len(plan.index), None, None
+        self._num_inference_steps, self._step_index, self._begin_index = len(plan.visited), None, None
 
     def _enter(self, index: int) -> None:
         """Begin a loop at row `index`, in mid-grid for image to image: from there the rows are those of a new walk."""
@@ -269,8 +360,16 @@ class LinearScheduler(StockInterface, ABC):
         self._begin_index = begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """The sample itself: the network sees x_t. Present because pipelines call it."""
-        return sample
+        """x as the network sees it: x itself, but for EDM's, of which c_in scales it (`NoiseSchedule.input_scale`)."""
+        if type(self.schedule).input_scale is NoiseSchedule.input_scale:
+            return sample
+        walk, index = self._locate(timestep)  # type: ignore[arg-type]
+        return sample * self.schedule.input_scale(walk.levels[index])
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of x where a loop begins."""
+        return self.schedule.init_noise_sigma
 
     def _locate(self, timestep: int | float | Tensor) -> Place:
         """The row of a timestep, here or in a walk that begins at it."""
@@ -281,6 +380,9 @@ class LinearScheduler(StockInterface, ABC):
             if timestep.untyped_storage().data_ptr() == self._plan.timesteps.untyped_storage().data_ptr():
                 return self, int(timestep.storage_offset())
             timestep = timestep.item()
+        visited, expected = self._plan.visited, self._history.next
+        if expected < len(visited) and visited[expected] == timestep:  # the next one, of those that are equal
+            return self, expected
         row = self._plan.index.get(timestep)
         return (self._walk_from(timestep), 0) if row is None else (self, row)
 
@@ -293,13 +395,14 @@ class LinearScheduler(StockInterface, ABC):
         """
         plan = self._plan
         under_way = self.whole_loops_only or (self._has_state and self._history.last is not None)
-        if under_way or t not in range(len(self.schedule)):
-            grid = [*plan.index][:8]
+        if under_way or not self.schedule.has(t):
+            grid = [*plan.visited][:8]
             raise ValueError(f"timestep {t} is not on the grid {grid} ...; call set_timesteps.")
-        rest = [s for s in plan.index if (s < t) != plan.ascends]
-        levels = [self.schedule.level(t), *plan.levels[len(plan.index) - len(rest) :]]
+        here = self.schedule.level(t)
+        rest = sum((level.lambda_ > here.lambda_) != plan.ascends for level in plan.levels[: len(plan.visited)])
+        visited, levels = plan.visited[len(plan.visited) - rest :], plan.levels[len(plan.visited) - rest :]
         walk = copy(self)
-        walk._follow(replace(plan, index={s: i for i, s in enumerate([t, *rest])}, levels=levels))
+        walk._follow(replace(plan, visited=[t, *visited], levels=[here, *levels]))
         return walk
 
     # The step ----------------------------------------------------------------------------------------------------
@@ -442,7 +545,7 @@ class LinearScheduler(StockInterface, ABC):
             ValueError: x is pure noise, from which epsilon does not tell x_0.
         """
         try:
-            conversion = PREDICTIONS[self._config.prediction_type](level.alpha, level.sigma)
+            conversion = self.schedule.conversion(self._config.prediction_type, level.alpha, level.sigma)
         except ZeroDivisionError:
             advice = "use 'v_prediction' or 'sample', or timesteps below"
             raise ValueError(f"prediction_type='epsilon' cannot give x_0 at zero terminal SNR: {advice}.") from None
@@ -451,8 +554,10 @@ class LinearScheduler(StockInterface, ABC):
 
     def predict_epsilon(self, output: Tensor, x: Tensor, level: Level, x0: Tensor) -> Tensor:
         """The second of `predict`, which may have to follow from the first."""
-        name, source = ("sample", x0) if self._rederives_epsilon() else (self._config.prediction_type, output)
-        return affine(PREDICTIONS[name](level.alpha, level.sigma).epsilon, x, source)
+        if self._rederives_epsilon():
+            return affine((1 / level.sigma, -level.alpha / level.sigma), x, x0)
+        conversion = self.schedule.conversion(self._config.prediction_type, level.alpha, level.sigma)
+        return affine(conversion.epsilon, x, output)
 
     def split_output(self, model_output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(prediction, variance channels or None), in x's dtype: a network may return C or 2C channels."""

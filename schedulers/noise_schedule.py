@@ -1,5 +1,8 @@
 """The forward process: noise levels, beta schedules, and what a network's output means at a level.
 
+Rows of coefficients depend on lambda, and on (alpha, sigma) as a scale; so all samplers work on every `NoiseSchedule`.
+This file has the discrete one of DDPM; `gaussian_paths.py` has those of flow matching, EDM and score-based models.
+
 Names, against the papers and against other code:
 
 | here                 | Ho et al., Song et al. | Lu et al.     | diffusers                                    |
@@ -13,7 +16,8 @@ Names, against the papers and against other code:
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -83,7 +87,9 @@ def betas_of(config: Any) -> torch.Tensor:
     Raises:
         ValueError: an unknown `beta_schedule`, or more `trained_betas` than timesteps; fewer make a shorter process.
     """
-    num, name = config.num_train_timesteps, config.beta_schedule
+    num, name, process = config.num_train_timesteps, config.beta_schedule, config.get("process") or {}
+    if "scaler" in process:
+        return betas_of_products(_wuerstchen_products(num, process["scaler"], process["offset"]))
     if config.trained_betas is not None:
         betas = on_host(config.trained_betas)
         if len(betas) > num:
@@ -92,7 +98,26 @@ def betas_of(config: Any) -> torch.Tensor:
         betas = BETA_SCHEDULES[name](num, config.beta_start, config.beta_end)
     else:
         raise ValueError(unknown("beta_schedule", name, BETA_SCHEDULES))
+    if "snr_shift_scale" in process:  # lambda falls by log(scale) / 2
+        products = torch.cumprod(1 - betas, dim=0)
+        scale = process["snr_shift_scale"]
+        betas = betas_of_products(products / (scale + (1 - scale) * products))
     return rescale_zero_terminal_snr(betas) if config.rescale_betas_zero_snr else betas
+
+
+def betas_of_products(alphas_cumprod: torch.Tensor) -> torch.Tensor:
+    """The betas whose cumulative products of 1 - beta these are; 1 where no signal is left."""
+    before = torch.cat([torch.ones(1, **HOST), alphas_cumprod[:-1]])
+    return torch.where(before > 0, 1 - alphas_cumprod / before, 1.0)
+
+
+def _wuerstchen_products(num: int, scaler: float, offset: float) -> torch.Tensor:
+    """alphas_cumprod of diffusers' DDPMWuerstchen: a cosine of a power of the time, down to 1e-4, where it is cut."""
+    u = torch.arange(1, num + 1, **HOST) / num
+    u = 1 - (1 - u) ** scaler if scaler > 1 else u**scaler
+    start, quarter = offset / (1 + offset) * (math.pi / 2), math.pi / 2
+    last = math.acos(0.01 * math.cos(start)) / quarter * (1 + offset) - offset
+    return (torch.cos((last * u + offset) / (1 + offset) * quarter) / math.cos(start)) ** 2
 
 
 def bracket(knots: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +126,169 @@ def bracket(knots: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, to
     return left, (values - knots[left]) / (knots[left + 1] - knots[left])
 
 
-class VPNoiseSchedule:
+class Conversion(NamedTuple):
+    """x_0 and epsilon as linear functions of (x_t, network output), for `affine`."""
+
+    x0: tuple[Any, Any]
+    epsilon: tuple[Any, Any]
+
+
+Prediction = Callable[[Any, Any], tuple[Any, Any]]  # (alpha, sigma) -> (p, q): the network returns p x_0 + q epsilon
+
+
+def epsilon(alpha: Any, sigma: Any) -> tuple[float, float]:
+    return 0.0, 1.0
+
+
+def sample(alpha: Any, sigma: Any) -> tuple[float, float]:
+    return 1.0, 0.0
+
+
+# Where alpha^2 + sigma^2 = 1, which v needs here. Salimans and Ho 2022, section 4 and appendix D.
+VP_PREDICTIONS: dict[str, Prediction] = {
+    "epsilon": epsilon,
+    "sample": sample,
+    "v_prediction": lambda alpha, sigma: (-sigma, alpha),
+}
+
+
+def v_of_data(data: float, sign: float = 1.0) -> Prediction:
+    """The v of x_0 / data on the variance-preserving path of the same SNR.
+
+    With sign -1 it is F of Karras et al. 2022, eq. 7, whose sigma_data is `data`.
+    """
+
+    def prediction(alpha: Any, sigma: Any) -> tuple[Any, Any]:
+        norm = ((data * alpha) ** 2 + sigma**2) ** 0.5
+        return -sign * sigma / (data * norm), sign * data * alpha / norm
+
+    return prediction
+
+
+# On any path.
+PREDICTIONS: dict[str, Prediction] = {
+    **VP_PREDICTIONS,
+    "v_prediction": v_of_data(1.0),
+    "flow_prediction": lambda alpha, sigma: (-1.0, 1.0),  # Lipman et al. 2023; Liu et al. 2023
+    "score": lambda alpha, sigma: (0.0, -1 / sigma),  # Song et al. 2021b
+}
+
+
+class NoiseSchedule(ABC):
+    """A Gaussian path x_t = alpha_t x_0 + sigma_t epsilon and its clock: the timestep t is what the network is told.
+
+    Attributes:
+        noisiest, cleanest: timesteps, the ends of what the network was trained on.
+        init_noise_sigma: standard deviation of x where a loop begins.
+        predictions: prediction type -> what such a network returns.
+        preserves_variance: whether alpha^2 + sigma^2 = 1 everywhere.
+        is_discrete: whether only whole timesteps were trained.
+    """
+
+    noisiest: float
+    cleanest: float = 0
+    init_noise_sigma: float = 1.0
+    predictions: Mapping[str, Prediction] = PREDICTIONS
+    preserves_variance: bool = False
+    is_discrete: bool = False
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """num_train_timesteps."""
+
+    @abstractmethod
+    def level(self, t: float) -> Level:
+        """The level of a timestep. Raises IndexError for one outside the process."""
+
+    def has(self, t: Any) -> bool:
+        """Whether the network was trained at this timestep."""
+        try:
+            return self.level(t).sigma > 0 and not (self.is_discrete and t != int(t))
+        except (IndexError, TypeError, ValueError):
+            return False
+
+    @abstractmethod
+    def trained_timesteps(self) -> torch.Tensor:
+        """As many as there are training timesteps, noisiest first."""
+
+    @abstractmethod
+    def trained_lambdas(self) -> torch.Tensor:
+        """lambda at as many timesteps as there are, cleanest first: where statistics of a network are kept."""
+
+    @abstractmethod
+    def timestep_of(self, lambda_: torch.Tensor) -> torch.Tensor:
+        """The timesteps at which log(alpha / sigma) = lambda_; beyond the trained range, its ends."""
+
+    @abstractmethod
+    def at(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(alpha_t, sigma_t) of a batch of timesteps, shaped to broadcast over `like` and on its device.
+
+        Args:
+            t: shape (B,) or ().
+            like: shape (B, ...); the result is float64 for a float64 tensor and float32 for any other.
+
+        Raises:
+            ValueError, IndexError: a timestep outside the process.
+        """
+
+    @property
+    @abstractmethod
+    def hash(self) -> str:
+        """SHA-256 of what the levels of all timesteps are."""
+
+    def sigma_of(self, level: Level) -> float:
+        """What the field calls sigma on this path: here sigma / alpha."""
+        return math.exp(-level.lambda_)
+
+    def input_scale(self, level: Level) -> float:
+        """What x is multiplied by before the network sees it: c_in of Karras et al. 2022."""
+        return 1.0
+
+    def conversion(self, prediction_type: str, alpha: Any, sigma: Any) -> Conversion:
+        """How x_0 and epsilon follow from x_t and the network's output, at a level or at tensors of `at`.
+
+        Raises:
+            ZeroDivisionError: they do not, as from epsilon at alpha = 0; tensors become infinite instead.
+        """
+        prediction = self.predictions[prediction_type]
+        if prediction is epsilon:
+            return Conversion((1 / alpha, -sigma / alpha), (0.0, 1.0))
+        if prediction is sample:
+            return Conversion((0.0, 1.0), (1 / sigma, -alpha / sigma))
+        p, q = prediction(alpha, sigma)
+        det = alpha * q - sigma * p
+        return Conversion((q / det, -sigma / det), (-p / det, alpha / det))
+
+    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t = alpha_t x_0 + sigma_t noise (Ho et al. 2020, eq. 4), computed in float32 or better, in x0's dtype."""
+        alpha, sigma = self.at(t, x0)
+        return (alpha * x0 + sigma * noise).to(x0.dtype)
+
+    def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, prediction_type: str) -> torch.Tensor:
+        """What a network of that prediction type is trained to return for x_t = alpha_t x_0 + sigma_t noise.
+
+        Raises:
+            ValueError: a prediction type that this path does not have.
+        """
+        prediction = self.predictions.get(prediction_type)
+        if prediction is None:
+            raise ValueError(unknown("prediction_type", prediction_type, self.predictions))
+        if prediction in (epsilon, sample):
+            return noise if prediction is epsilon else x0
+        p, q = prediction(*self.at(t, x0))
+        return (q * noise + p * x0).to(x0.dtype)
+
+    def velocity(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """v = (alpha_t noise - sigma_t x_0) / sqrt(alpha_t^2 + sigma_t^2) (Salimans and Ho 2022, appendix D)."""
+        return self.target(x0, noise, t, "v_prediction")
+
+    def snr(self, t: torch.Tensor) -> torch.Tensor:
+        """Signal-to-noise ratio alpha_t^2 / sigma_t^2, float32, of t's shape and on its device."""
+        alpha, sigma = self.at(t, t.new_zeros(t.shape, dtype=torch.float32))
+        return (alpha / sigma) ** 2
+
+
+class VPNoiseSchedule(NoiseSchedule):
     """The forward process q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I) with alpha_t^2 + sigma_t^2 = 1, in float64.
 
     Args:
@@ -114,6 +301,10 @@ class VPNoiseSchedule:
     Raises:
         ValueError: no betas, or one that is not positive.
     """
+
+    predictions = VP_PREDICTIONS
+    preserves_variance = True
+    is_discrete = True
 
     def __init__(self, betas: torch.Tensor):
         betas = on_host(betas)
@@ -132,6 +323,7 @@ class VPNoiseSchedule:
         self.lambda_ = self.log_alpha - torch.log(self.sigma)
         self._levels = [Level(*row) for row in torch.stack([self.alpha, self.sigma, self.lambda_], dim=1).tolist()]
         self._tables: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+        self.noisiest = len(self) - 1
 
     def __len__(self) -> int:
         return len(self._levels)
@@ -139,6 +331,12 @@ class VPNoiseSchedule:
     def __getitem__(self, t: int) -> Level:
         """The level of training timestep t in 0 .. T-1; `CLEAN` is not one of them."""
         return self.level(t)
+
+    def trained_timesteps(self) -> torch.Tensor:
+        return torch.arange(len(self) - 1, -1, -1, device="cpu")
+
+    def trained_lambdas(self) -> torch.Tensor:
+        return self.lambda_
 
     def level(self, t: float) -> Level:
         """The level of a real-valued timestep in 0 .. T-1; log alpha is linear between training timesteps."""
@@ -172,15 +370,7 @@ class VPNoiseSchedule:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def at(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(alpha_t, sigma_t) of a batch of timesteps, shaped to broadcast over `like` and on its device.
-
-        Args:
-            t: timesteps in -1 .. T-1, -1 for clean data, shape (B,) or (); real-valued ones are read on the host.
-            like: shape (B, ...); the result is float64 for a float64 tensor and float32 for any other.
-
-        Raises:
-            ValueError, IndexError: a timestep outside the process.
-        """
+        """As `NoiseSchedule.at`, for -1 .. T-1, -1 being clean data; real-valued timesteps are read on the host."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         if t.is_floating_point():
             levels = [CLEAN if value == -1 else self.level(value) for value in t.flatten().tolist()]
@@ -207,45 +397,13 @@ class VPNoiseSchedule:
                 raise
             raise ValueError(f"timesteps must lie in -1 .. {len(self) - 1}; got {t.flatten().tolist()[:8]}.") from None
 
-    def add_noise(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """x_t = alpha_t x_0 + sigma_t noise (Ho et al. 2020, eq. 4), computed in float32 or better, in x0's dtype."""
-        alpha, sigma = self.at(t, x0)
-        return (alpha * x0 + sigma * noise).to(x0.dtype)
-
-    def velocity(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """v = alpha_t noise - sigma_t x_0 (Salimans and Ho 2022, appendix D)."""
-        alpha, sigma = self.at(t, x0)
-        return (alpha * noise - sigma * x0).to(x0.dtype)
-
-    def target(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, prediction_type: str) -> torch.Tensor:
-        """What a network of that prediction type is trained to return for x_t = alpha_t x_0 + sigma_t noise."""
-        if prediction_type == "epsilon":
-            return noise
-        if prediction_type == "sample":
-            return x0
-        if prediction_type == "v_prediction":
-            return self.velocity(x0, noise, t)
-        raise ValueError(unknown("prediction_type", prediction_type, PREDICTIONS))
+    def conversion(self, prediction_type: str, alpha: Any, sigma: Any) -> Conversion:
+        if prediction_type == "v_prediction":  # the determinant is 1, and no rounding of it
+            return Conversion((alpha, -sigma), (sigma, alpha))
+        return super().conversion(prediction_type, alpha, sigma)
 
     def snr(self, t: torch.Tensor) -> torch.Tensor:
-        """Signal-to-noise ratio alpha_t^2 / sigma_t^2, float32, of t's shape and on its device."""
         return self._look_up(t, torch.float32)[2].reshape(t.shape)
-
-
-class Conversion(NamedTuple):
-    """x_0 and epsilon as linear functions of (x_t, network output), for `affine`."""
-
-    x0: tuple[Any, Any]
-    epsilon: tuple[Any, Any]
-
-
-# prediction_type -> conversion(alpha, sigma), of floats or of tensors (`VPNoiseSchedule.at`). Salimans and Ho 2022,
-# section 4 and appendix D. Divisions by 0 are left to the caller: `epsilon` networks cannot start at alpha = 0.
-PREDICTIONS: dict[str, Callable[[Any, Any], Conversion]] = {
-    "epsilon": lambda alpha, sigma: Conversion((1 / alpha, -sigma / alpha), (0.0, 1.0)),
-    "sample": lambda alpha, sigma: Conversion((0.0, 1.0), (1 / sigma, -alpha / sigma)),
-    "v_prediction": lambda alpha, sigma: Conversion((alpha, -sigma), (sigma, alpha)),
-}
 
 
 def affine(factors: tuple[Any, Any], x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:

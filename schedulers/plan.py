@@ -74,6 +74,15 @@ def forward_step(t: Level, s: Level) -> float:
     return -math.expm1(2 * (t.lambda_ - s.lambda_)) if s.alpha else 1.0
 
 
+def large_std(t: Level, s: Level) -> float:
+    """The standard deviation of `fixed_large` on any path: with it the step t -> s is exact for data N(0, I).
+
+    Where alpha^2 + sigma^2 = 1 it is that of q(x_t | x_s), which depends on the scale of x elsewhere.
+    """
+    u = forward_step(t, s)
+    return math.hypot(s.sigma * math.sqrt(u), s.alpha * u * t.sigma / math.hypot(t.alpha, t.sigma))
+
+
 def ddpm_mean(t: Level, s: Level) -> Update:
     """The mean of q(x_s | x_t, x_0) in x_t and x_0 (Ho et al. 2020, eq. 7); the row has no noise yet."""
     kept = math.exp(t.lambda_ - s.lambda_) if t.alpha else 0.0
@@ -128,7 +137,7 @@ class Plan:
 
     Attributes:
         timesteps: (n,), what the network is told at each level; callers assign slices of it to `scheduler.timesteps`.
-        index: the same as numbers -> row.
+        visited: the same as numbers.
         levels: n + 1, the last one is where the loop ends.
         clipping: of the predictions of x_0.
         options: what the rows depend on beside levels and config; each sampler's own.
@@ -136,11 +145,16 @@ class Plan:
     """
 
     timesteps: Tensor
-    index: Mapping[float, int]
+    visited: Sequence[float]
     levels: list[Level]
     clipping: Clipping
     options: Any
     rows: Sequence[Update] = ()
+
+    @cached_property
+    def index(self) -> Mapping[float, int]:
+        """Timestep -> row, its first one: some samplers visit a level twice."""
+        return {t: i for i, t in reversed([*enumerate(self.visited)])}
 
     @property
     def ascends(self) -> bool:

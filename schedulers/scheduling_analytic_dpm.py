@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -93,6 +94,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
     """
 
     own_keys = (
+        *LinearScheduler.own_keys,
         *("forward_process", "eta", "reverse_variance", "posterior_variance_range", "missing_statistics"),
         *("sigma_clip_steps", "sigma_clip_pixels", "spacing_power"),
     )
@@ -123,6 +125,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         sigma_clip_pixels: float | None = None,
         spacing_power: float = 2.0,
         missing_statistics: str = "error",
+        process: dict | None = None,
     ):
         self._setup(**CHOICES)
         if not 0 <= eta <= 1:
@@ -288,11 +291,17 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         return [row.noise**2 for row in self._transitions(self.levels)]
 
     def _transitions(self, levels: list[Level]) -> list[Update]:
-        timesteps = [*self._plan.index][1 - len(levels) :]  # those of `levels`, which may begin in mid-grid
         estimated = self.config.reverse_variance in ESTIMATES
-        posterior = self.posterior_variance() if estimated else [0.0] * len(self.schedule)
-        steps = zip(pairwise(levels), timesteps, strict=True)
-        return [self.transition(t, s, posterior[int(timestep)]) for (t, s), timestep in steps]
+        posterior = self._posterior_at(levels[:-1]) if estimated else [0.0] * len(levels)
+        return [self.transition(t, s, value) for (t, s), value in zip(pairwise(levels), posterior, strict=False)]
+
+    def _posterior_at(self, levels: list[Level]) -> list[float]:
+        """C_t at levels of the process; between the timesteps that it is known for it is linear in lambda."""
+        knots, values = self.schedule.trained_lambdas().flip(0), self.posterior_variance()[::-1]
+        finite = int(knots.isfinite().sum())
+        lambdas = np.array([level.lambda_ for level in levels])
+        inside = np.interp(lambdas, knots[-finite:].numpy(), values[-finite:])
+        return np.where(np.isinf(lambdas), values[0], inside).tolist()
 
     def plan(self, levels: list[Level]) -> list[Update]:
         rows = self._transitions(levels)

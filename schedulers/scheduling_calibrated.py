@@ -57,7 +57,10 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
     """
 
     whole_loops_only = True  # each row, even one without history, is for the states that the rows before it lead to
-    own_keys = ("guidance_scale",)  # not clip_sample: a stock scheduler with another default must read it in the file
+    own_keys = (
+        *LinearScheduler.own_keys,
+        "guidance_scale",
+    )  # not clip_sample: a stock scheduler with another default must read it in the file
 
     @register_to_config
     def __init__(
@@ -77,6 +80,7 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
         guidance_scale: float | None = None,
+        process: dict | None = None,
     ):
         self._setup()
 

@@ -33,7 +33,7 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
     `set_alpha_to_one=False` ends at the level of timestep 0 instead of clean data.
     """
 
-    own_keys = ("eta", "use_clipped_model_output")
+    own_keys = (*LinearScheduler.own_keys, "eta", "use_clipped_model_output")
 
     @register_to_config
     def __init__(
@@ -55,6 +55,7 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         rescale_betas_zero_snr: bool = False,
         eta: float = 0.0,
         use_clipped_model_output: bool = False,
+        process: dict | None = None,
     ):
         self._setup()
 
@@ -75,23 +76,25 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         num_inference_steps: int | None = None,
         device: Device = None,
         timesteps: Timesteps | None = None,
+        sigmas: Timesteps | None = None,
+        mu: float | None = None,
         encode: bool = False,
         **others: Any,
     ) -> None:
         """As `LinearScheduler.set_timesteps`; `encode=True` walks the same grid upward, from an image to its noise.
 
-        The image is taken as x at timestep 0, the lowest level that the network knows; the walk ends at the highest
-        timestep of the grid, where decoding starts. Nothing is clipped on the way: clipping cannot be undone.
+        The image is taken as x at the lowest level that the network knows, timestep 0 of DDPM's process; the walk ends
+        at the highest of the grid, where decoding starts. Nothing is clipped on the way: clipping cannot be undone.
 
         Raises:
-            ValueError: also if `encode` is asked for with eta > 0, or on a grid that has no level above timestep 0.
+            ValueError: also if `encode` is asked for with eta > 0, or on a grid that has no level above the lowest.
         """
-        self._begin(others)
+        self._begin(others, mu)
         self._options(encode=encode)  # raises if they do not allow it
-        self._walk(self._grid(num_inference_steps, timesteps), device, encode)
+        self._walk(*self._grid(num_inference_steps, timesteps, sigmas, mu), device, encode)
 
     def _last_level(self) -> Level:
-        return CLEAN if self.config.set_alpha_to_one else self.schedule[0]
+        return CLEAN if self.config.set_alpha_to_one else self.schedule.level(self.schedule.cleanest)
 
     def _rederives_epsilon(self) -> bool:
         return self._plan.options.use_clipped_model_output

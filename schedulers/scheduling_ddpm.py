@@ -11,7 +11,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .linear_scheduler import LinearScheduler
 from .noise_schedule import CLEAN, Level, on_host
-from .plan import Update, ddpm_mean, forward_step
+from .plan import Update, ddpm_mean, forward_step, large_std
 
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,8 @@ class DDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
     The config is that of `diffusers.DDPMScheduler`. `variance_type`:
 
     - fixed_small: the variance of q(x_s | x_t, x_0), beta-tilde; exact when the data is a single point.
-    - fixed_large: the variance of q(x_t | x_s), beta; exact when the data is N(0, I). Ho et al. report FID with it.
+    - fixed_large: the variance of q(x_t | x_s), beta; exact when the data is N(0, I), as it is made to be on paths
+      that do not preserve the variance. Ho et al. report FID with it.
     - fixed_small_log, fixed_large_log: the same two; diffusers' names for code that works with logarithms.
     - learned: the last C of 2C output channels are the log-variance.
     - learned_range: they interpolate between the logarithms of both (Nichol and Dhariwal 2021, eq. 15).
@@ -51,6 +52,7 @@ class DDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         timestep_spacing: str = "leading",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
+        process: dict | None = None,
     ):
         self._setup()
         if variance_type not in (*VARIANCE_TYPES, None):
@@ -65,7 +67,8 @@ class DDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         if s.sigma == 0:
             return mean
         root = math.sqrt(forward_step(t, s))
-        small, large = s.sigma * root, t.sigma * root
+        small = s.sigma * root
+        large = t.sigma * root if self.schedule.preserves_variance else large_std(t, s)
         variance_type = str(self._config.variance_type)
         # In the interval of "learned" the interpolation returns the network's own value.
         intervals = {"learned": (-1.0, 1.0), "learned_range": (2 * math.log(small), 2 * math.log(large))}

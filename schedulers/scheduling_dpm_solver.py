@@ -14,11 +14,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from .dpm_solver_rows import multistep_row, singlestep_rows
+from .gaussian_paths import ContinuousSchedule
 from .linear_scheduler import Device, LinearScheduler, Timesteps
 from .noise_schedule import CLEAN, HOST, Level, on_host
 from .plan import History, Update
 from .stock_interface import Table
-from .timestep_grids import LAMBDA_SPACINGS, SPACINGS, Grid, descends, lambda_grid, spread
+from .timestep_grids import LAMBDA_SPACINGS, SPACINGS, Grid, descends, lambda_grid
 
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,19 @@ def multistep_orders(num_steps: int, solver_order: int, lower_last: int) -> list
     for left in range(1, min(lower_last, num_steps) + 1):
         orders[-left] = min(orders[-left], left)
     return orders
+
+
+LARGEST_RATIO = 2.5
+
+
+def orders_of_widths(levels: Sequence[Level]) -> list[int]:
+    """Largest order of each step: 1 where it is more than `LARGEST_RATIO` times as wide in lambda as the one before.
+
+    Shifted grids of flow matching have such steps, and extrapolation over them is worse than none
+    (benchmarks/ode_error.py). The usual grids of DDPM's process do not, and follow the published rule.
+    """
+    widths = [t.lambda_ - s.lambda_ for s, t in pairwise(levels)]
+    return [3, *(1 if after > LARGEST_RATIO * before else 3 for before, after in pairwise(widths))]
 
 
 def singlestep_orders(num_calls: int, solver_order: int) -> list[int]:
@@ -75,8 +89,6 @@ CHOICES = {
     "method": ("multistep", "singlestep", "singlestep_fixed"),
     "third_order_rule": THIRD_ORDER_RULES,
     "final_sigmas_type": ("zero", "sigma_min"),
-    "use_flow_sigmas": (False,),
-    "use_dynamic_shifting": (False,),
 }
 
 
@@ -121,9 +133,9 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
     alpha_t = Table(lambda scheduler: scheduler.schedule.alpha)
     sigma_t = Table(lambda scheduler: scheduler.schedule.sigma)
     lambda_t = Table(lambda scheduler: scheduler.schedule.lambda_)
-    sigmas = Table(lambda scheduler: torch.exp(-scheduler._lambdas()))
 
     own_keys = (
+        *LinearScheduler.own_keys,
         *("method", "third_order_rule", "denoise_to_zero", "fractional_timesteps", "step_plan"),
         *("clip_sample", "clip_sample_range"),
     )
@@ -164,6 +176,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
         step_plan: dict | None = None,
+        process: dict | None = None,
     ):
         self._setup(**CHOICES)
         self._algorithm, self._solver_type = ALGORITHM_TYPES[algorithm_type], SOLVER_TYPES[solver_type]
@@ -174,10 +187,11 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         if method != "multistep" and algorithm_type.startswith("sde"):
             # The noise of the stages of a singlestep block would have to come from one Brownian path.
             raise ValueError(f"{algorithm_type=} adds noise: it needs method='multistep', not {method!r}.")
-        # What the grids may start from: of the levels of pure noise only the first.
-        pure_noise = self.schedule.alpha == 0
-        usable = (self.schedule.lambda_ >= lambda_min_clipped) & (torch.cumsum(pure_noise, dim=0) <= 1)
-        self._num_levels = int(usable.sum())
+        self._num_levels = len(self.schedule)
+        if self.schedule.is_discrete:  # what the grids may start from: of the levels of pure noise only the first
+            pure_noise = self.schedule.alpha == 0
+            usable = (self.schedule.lambda_ >= lambda_min_clipped) & (torch.cumsum(pure_noise, dim=0) <= 1)
+            self._num_levels = int(usable.sum())
         if not self._num_levels:
             raise ValueError(f"lambda_min_clipped={lambda_min_clipped} leaves no timestep.")
         if step_plan is not None:
@@ -197,7 +211,8 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         num_inference_steps: int | None = None,
         device: Device = None,
         timesteps: Timesteps | None = None,
-        sigmas: Sequence[float] | Tensor | None = None,
+        sigmas: Timesteps | None = None,
+        mu: float | None = None,
         encode: bool = False,
         plan: Any = None,
         **others: Any,
@@ -205,19 +220,16 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         """As `LinearScheduler.set_timesteps`.
 
         Args:
-            num_inference_steps: number of network calls.
-            device: where `timesteps` lies.
-            timesteps: explicit, strictly descending timesteps.
-            sigmas: explicit, descending values of sigma / alpha instead; a final 0 may be left out.
+            num_inference_steps, device, timesteps, sigmas, mu: as there.
             encode: walk the grid upward, from an image to its noise; see `DDIMScheduler.set_timesteps`.
             plan: a `diffusers_dpm.adaptive.StepPlan`, or its dict, instead; it also says the orders and the end.
 
         Raises:
-            ValueError: not exactly one of the four is given, a value is out of range or order, noise is added, or the
-                plan was made for another schedule or solver, or is to be walked upward.
+            ValueError: also if a plan is given beside others, was made for another schedule or solver, or is to be
+                walked upward; or if noise is added on the way upward.
         """
-        self._begin(others)
-        if sum(argument is not None for argument in (num_inference_steps, timesteps, sigmas, plan)) != 1:
+        self._begin(others, mu)
+        if plan is not None and any(each is not None for each in (num_inference_steps, timesteps, sigmas)):
             raise ValueError("give one of num_inference_steps, timesteps, sigmas and plan.")
         if plan is not None and encode:
             raise ValueError("a plan cannot be used with encode=True: its orders are for denoising.")
@@ -228,8 +240,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
             return self._follow_steps(plan, device)
         if encode and self._algorithm.startswith("sde"):
             raise ValueError(f"encoding is deterministic: it cannot use algorithm_type={self._algorithm!r}.")
-        grid = self._grid(num_inference_steps, timesteps) if sigmas is None else self._sigma_grid(sigmas)
-        return self._walk(grid, device, encode)
+        return self._walk(*self._grid(num_inference_steps, timesteps, sigmas, mu), device, encode)
 
     def _follow_steps(self, plan: Any, device: Device) -> None:
         """Take the timesteps of a StepPlan, and its orders as `Plan.options`."""
@@ -259,39 +270,24 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
 
     def _explicit_grid(self, timesteps: Timesteps) -> list[Any]:
         """Timesteps as they were given; real-valued ones if the config allows them."""
-        if not self.config.fractional_timesteps:
+        if not self.config.fractional_timesteps or not self.schedule.is_discrete:
             return super()._explicit_grid(timesteps)
         grid = on_host([float(t) for t in timesteps]).float().tolist()
         if not descends(grid, len(self.schedule) - 1):
             raise ValueError(f"timesteps must descend strictly inside 0 .. {len(self.schedule) - 1}; got {grid[:8]}.")
         return grid
 
-    def _sigma_grid(self, sigmas: Sequence[float] | Tensor) -> list[Any]:
-        """Timesteps of values of sigma / alpha, the last may be 0; rounded beyond an end they are the end."""
-        values = on_host(sigmas)
-        lambdas = -torch.log(values[:-1] if len(values) and values[-1] == 0 else values)
-        low, high = self.schedule.lambda_[-1], self.schedule.lambda_[0]
-        inside = len(lambdas) and low - 0.01 <= lambdas[0] <= lambdas[-1] <= high + 0.01
-        if not inside or not (lambdas.diff() > 0).all():
-            raise ValueError(
-                f"sigmas must descend strictly from at most {math.exp(-low):.6g} to at least {math.exp(-high):.6g}, "
-                f"with or without a 0 behind them; got {values.tolist()[:8]}."
-            )
-        return self._distinct(self.schedule.timestep_of(lambdas).tolist(), len(self.schedule))
+    def _times(self, schedule: ContinuousSchedule, num: int, sigmas: Any, mu: float | None) -> Tensor:
+        config = self.config
+        if config.denoise_to_zero or config.method == "singlestep_fixed" or config.lambda_min_clipped > -math.inf:
+            keys = ("denoise_to_zero", "method", "lambda_min_clipped")
+            raise ValueError(f"{ {key: config[key] for key in keys} }: at least one is for DDPM's process only.")
+        return super()._times(schedule, num, sigmas, mu)
 
     def _spaced_grid(self, n: int) -> list[Any]:
         if self.config.denoise_to_zero and n > 1:
             return self._distinct([*self._nodes(n - 1, to_zero=True), 0], self._num_levels)
         return self._distinct(self._nodes(n, self.config.final_sigmas_type == "sigma_min"), self._num_levels)
-
-    def _distinct(self, nodes: list[float], num_levels: int) -> list[Any]:
-        """Strictly descending timesteps below `num_levels` for the network, from real-valued ones that may repeat."""
-        fractional, ceiling = self.config.fractional_timesteps, max(num_levels, len(nodes))
-        grid = on_host(nodes).float().tolist()  # float32 is what the network gets
-        if fractional and descends(grid, ceiling - 1):
-            return grid
-        integers = spread([round(t) for t in nodes], ceiling)
-        return [float(t) for t in integers] if fractional else integers
 
     def _nodes(self, n: int, to_zero: bool) -> list[float]:
         """n real-valued descending timesteps from the noisiest level in use.
@@ -322,7 +318,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
 
     def _last_level(self) -> Level:
         to_clean = self.config.final_sigmas_type == "zero" or self.config.denoise_to_zero
-        return CLEAN if to_clean else self.schedule[0]
+        return CLEAN if to_clean else self.schedule.level(self.schedule.cleanest)
 
     # The rows ----------------------------------------------------------------------------------------------------
 
@@ -365,6 +361,8 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         alone = clean and config.denoise_to_zero  # the last call predicts x_0
         lower_last = max(lower_last, config.euler_at_final, clean and not alone)
         orders = multistep_orders(n - alone, config.solver_order, lower_last) + [1] * alone
+        if not self.schedule.is_discrete:
+            orders = [min(order, most) for order, most in zip(orders, orders_of_widths(levels), strict=True)]
         factor = THIRD_ORDER_RULES[config.third_order_rule]
         return [
             multistep_row(algorithm_type, order, solver_type, factor, levels[i - order + 1 : i + 2])
@@ -372,11 +370,6 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         ]
 
     # What code for diffusers' classes of these names reads and writes ---------------------------------------------
-
-    def _lambdas(self) -> Tensor:
-        """Of the levels of the loop, or before `set_timesteps` of all training timesteps."""
-        levels = self.levels if self._plan.index else map(self.schedule.level, range(len(self.schedule)))
-        return on_host([level.lambda_ for level in levels])
 
     @property
     def model_outputs(self) -> list[Tensor | None]:

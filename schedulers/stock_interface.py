@@ -1,6 +1,6 @@
 """What code that was written for diffusers' schedulers reads, replaces and registers: in force here, or refused."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import unwrap
 from typing import Any
@@ -10,7 +10,8 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from .noise_schedule import HOST, VPNoiseSchedule, on_host
+from .foreign_configs import PROCESS_KEYS, translated
+from .noise_schedule import HOST, betas_of_products, on_host
 from .plan import Plan, dynamic_threshold
 
 
@@ -20,20 +21,6 @@ FOREIGN_ARGUMENTS = {
     "prev_timestep": "UnCLIPScheduler; here step goes to the next entry of timesteps",
     "mu": "flow matching",
 }
-# Keys of configs for other processes than that of the betas: whose they are, and values that say nothing.
-OTHER_PROCESSES: dict[str, tuple[str, Sequence[object]]] = {
-    "shift": ("flow matching", ()),
-    "sigma_data": ("EDM", ()),
-    "timestep_type": ("continuous EDM", ("discrete",)),
-    "snr": ("variance-exploding diffusion", ()),
-    "snr_shift_scale": ("CogVideoX", (1,)),
-}
-
-
-def foreign_key(config: Mapping[str, Any]) -> str | None:
-    """The first key of `OTHER_PROCESSES` that says that the config is for one of them."""
-    keys = (key for key, (_, harmless) in OTHER_PROCESSES.items() if key in config and config[key] not in harmless)
-    return next(keys, None)
 
 
 def refuse(arguments: Mapping[str, object]) -> None:
@@ -42,12 +29,6 @@ def refuse(arguments: Mapping[str, object]) -> None:
         raise ValueError(f"{key}={arguments[key]} is an argument of {FOREIGN_ARGUMENTS[key]}: use diffusers' class.")
     for key in arguments:
         raise TypeError(f"got an unexpected keyword argument {key!r}")
-
-
-def betas_of_products(alphas_cumprod: Tensor) -> Tensor:
-    """The betas whose cumulative products of 1 - beta these are; 1 where no signal is left."""
-    before = torch.cat([torch.ones(1, **HOST), alphas_cumprod[:-1]])
-    return torch.where(before > 0, 1 - alphas_cumprod / before, 1.0)
 
 
 class Table:
@@ -91,7 +72,7 @@ class StockInterface(SchedulerMixin, ConfigMixin):
     and timesteps that are replaced, are checked and in force at once.
     """
 
-    schedule: VPNoiseSchedule
+    schedule: Any  # a NoiseSchedule
     _plan: Plan
     _handed_out: dict[str, tuple[Tensor, int]] = {}  # noqa: RUF012  # replaced, never changed; (it, its version)
 
@@ -100,6 +81,9 @@ class StockInterface(SchedulerMixin, ConfigMixin):
     alphas_cumprod = Table(lambda scheduler: scheduler.schedule.alphas_cumprod, betas_of_products)
     final_alpha_cumprod = Table(lambda scheduler: torch.tensor(scheduler._last_level().alpha ** 2, **HOST))
     one = Table(lambda scheduler: torch.ones((), **HOST))
+    sigmas = Table(
+        lambda scheduler: on_host([scheduler.schedule.sigma_of(level) for level in scheduler._all_levels()])
+    )
 
     custom_timesteps = False
     _begin_index: int | None = None
@@ -118,7 +102,7 @@ class StockInterface(SchedulerMixin, ConfigMixin):
         """Take over what the caller wrote into tables or timesteps in place; what is refused is forgotten."""
         for name, (tensor, before) in self._handed_out.items():
             if tensor._version != before and name != but:  # that one may be written to element by element
-                if name == "timesteps" and tensor.tolist() == [*self._plan.index]:  # a deep copy, which counts anew
+                if name == "timesteps" and tensor.tolist() == [*self._plan.visited]:  # a deep copy, which counts anew
                     self._hand_out(name, tensor)
                     continue
                 self._handed_out = {key: kept for key, kept in self._handed_out.items() if key != name}
@@ -132,13 +116,29 @@ class StockInterface(SchedulerMixin, ConfigMixin):
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """As `ConfigMixin.from_config`: what the other scheduler has by default does not cross.
 
+        The keys of flow matching, EDM and others become `process`, unless that is given; `shift=5.0` and the like may
+        be given, too. They stay in the config, for the way back.
+
         Raises:
-            ValueError: the config is for one of `OTHER_PROCESSES`.
+            ValueError: the config is of a process that is none of ours.
         """
-        if isinstance(config, dict) and (key := foreign_key(config)):
-            process = OTHER_PROCESSES[key][0]
-            raise ValueError(f"{key}={config[key]!r} is of {process}; this scheduler is for a DDPM process.")
+        if isinstance(config, dict):
+            config, kwargs = cls._with_process(config, kwargs)
         return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def _with_process(cls, config: dict[str, Any], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(the config with the keys of processes that are among the keywords, the keywords with a process)."""
+        changed = {key: kwargs[key] for key in kwargs.keys() & PROCESS_KEYS}
+        if kwargs.get("process") is not None or (config.get("process") is not None and not changed):
+            return config, kwargs
+        found = translated({**config, **changed})
+        if changed and not found and config.get("process") is not None:
+            raise ValueError(f"{changed} would change process={config['process']}: give that.")
+        unwritten = [key for key in config.get("_use_default_values", ()) if key not in PROCESS_KEYS or not found]
+        config = {**config, **changed, "_use_default_values": unwritten}
+        own = cls._get_init_keys(cls)
+        return config, {**found, **{key: value for key, value in kwargs.items() if key in own or key not in changed}}
 
     # For steps and rows, which are many: the looking is done, and no table changes what they read.
     _config: Any = ConfigMixin.config
@@ -157,6 +157,9 @@ class StockInterface(SchedulerMixin, ConfigMixin):
                 scheduler stays as it was.
         """
         known = self._get_init_keys(type(self))
+        foreign = PROCESS_KEYS - known
+        if kwargs.keys() & foreign and self.__dict__.get("_internal_dict", {}).keys() & foreign:  # not at construction
+            kwargs = {**kwargs, **translated({**self.config, **kwargs})}
         keys = kwargs.keys() & known if "schedule" in self.__dict__ else ()
         if not keys:
             return super().register_to_config(**kwargs)
@@ -168,11 +171,12 @@ class StockInterface(SchedulerMixin, ConfigMixin):
         try:
             del self.schedule
             unwrap(type(self).__init__)(self, **{key: value for key, value in self.config.items() if key in known})
-            if plan.index:
+            if plan.visited and ("process" not in keys or self.schedule.hash == state["schedule"].hash):
                 if plan.levels[-1] != end:
                     raise ValueError(f"{', '.join(keys)}: this loop ends elsewhere than usual; call set_timesteps.")
-                grid = self._explicit_grid([*plan.index])
-                levels = [*map(self.schedule.level, grid), self._last_level()]
+                grid = self._explicit_grid([*plan.visited]) if self.schedule.is_discrete else plan.visited
+                levels = [*map(self.schedule.level, grid)] if self.schedule.is_discrete else plan.levels[:-1]
+                levels = [*levels, self._last_level()]
                 options = self._options() if plan.options == options else plan.options
                 self._follow(replace(self._new_plan(grid, levels, None), timesteps=plan.timesteps, options=options))
         except Exception:
@@ -189,11 +193,11 @@ class StockInterface(SchedulerMixin, ConfigMixin):
     @timesteps.setter
     def timesteps(self, timesteps: Any) -> None:
         if not isinstance(timesteps, Tensor):
-            return self._walk(self._explicit_grid(timesteps), None)
-        given, grid = timesteps.tolist(), [*self._plan.index] or [*reversed(range(len(self.schedule)))]
+            return self._walk_to(timesteps, None)
+        given, grid = timesteps.tolist(), [*self._plan.visited] or self.schedule.trained_timesteps().tolist()
         if given != grid[len(grid) - len(given) :]:
-            self._walk(self._explicit_grid(timesteps), timesteps.device)
-        elif len(given) == len(self._plan.index):  # moved
+            self._walk_to(timesteps, timesteps.device)
+        elif len(given) == len(self._plan.visited):  # moved
             self._plan = replace(self._plan, timesteps=timesteps.clone())
             self._hand_out("timesteps", self._plan.timesteps)
         else:
@@ -208,7 +212,7 @@ class StockInterface(SchedulerMixin, ConfigMixin):
     def num_inference_steps(self, number: int | None) -> None:
         if number is None:
             self._forget_grid()
-        elif number not in (len(self._plan.index), len(self.timesteps)):
+        elif number not in (len(self._plan.visited), len(self.timesteps)):
             raise ValueError(f"num_inference_steps={number} for {len(self.timesteps)} timesteps: call set_timesteps.")
 
     def previous_timestep(self, timestep: Any) -> Any:
@@ -217,17 +221,26 @@ class StockInterface(SchedulerMixin, ConfigMixin):
         Before `set_timesteps` it is `timestep - 1`; then a tensor, of the shape of `timestep`.
 
         Raises:
-            ValueError: a timestep outside 0 .. T-1.
+            ValueError: a timestep that the network was not trained at.
         """
         if self.num_inference_steps is None:
             return timestep - 1
         t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device="cpu")
-        if not ((t >= 0) & (t < len(self.schedule))).all():
-            raise ValueError(f"timestep {timestep} is outside 0 .. {len(self.schedule) - 1}.")
+        if outside := next((value for value in t.flatten().tolist() if not self.schedule.has(value)), None):
+            ends = f"{self.schedule.cleanest:g} .. {self.schedule.noisiest:g}"
+            raise ValueError(f"timestep {outside} is not inside {ends}.")
         end = self.schedule.timestep_of(on_host(self.levels[-1].lambda_)).item() if self._plan.ascends else -1
-        grid = torch.tensor([*self._plan.index, end], dtype=self._plan.timesteps.dtype, device=t.device)
-        passed = grid[:-1] <= t[..., None] if self._plan.ascends else grid[:-1] >= t[..., None]
+        grid = torch.tensor([*self._plan.visited, end], dtype=self._plan.timesteps.dtype, device=t.device)
+        rises = self._plan.ascends != (self.schedule.noisiest < self.schedule.cleanest)
+        passed = grid[:-1] <= t[..., None] if rises else grid[:-1] >= t[..., None]
         return grid[passed.sum(-1)]
+
+    def _all_levels(self) -> list[Any]:
+        """Those of the loop, or before `set_timesteps` of all training timesteps."""
+        if self._plan.visited:
+            return self._plan.levels
+        trained = self.schedule.trained_timesteps().tolist()
+        return [*map(self.schedule.level, trained[::-1] if self.schedule.is_discrete else trained)]
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
         """Where a timestep is in the loop, or in others. Raises ValueError if it is not there."""

@@ -7,12 +7,14 @@ lowest, where the walk ends, is left out (`Grid.skip`).
 import math
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from importlib import import_module
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
+from diffusers.schedulers import AysSchedules
 
-from .noise_schedule import HOST, VPNoiseSchedule, bracket
+from .noise_schedule import HOST, VPNoiseSchedule, bracket, on_host
 
 
 class Grid(NamedTuple):
@@ -94,47 +96,20 @@ def power(grid: Grid) -> list[float]:
     return [round((grid.top - 1) * (1 - (1 - i / grid.last) ** (1 / grid.power))) for i in grid.points]
 
 
-# Spacings of lambda, and so of sigma / alpha = exp(-lambda) ----------------------------------------------------------
+# Spacings of lambda, and so of sigma / alpha = exp(-lambda), from the noisiest at u = 0 to the cleanest at u = 1 -----
 
 
-Spacing = Callable[[Grid], list[float]]
-
-
-def lambda_grid(grid: Grid, lambdas: Callable[[int, float, float], torch.Tensor]) -> list[float]:
-    """Real-valued timesteps at lambdas(n, noisiest, cleanest). A noisiest level of lambda -inf stands by itself."""
-    schedule, top = grid.schedule, grid.top
-    if schedule.alpha[top - 1] == 0:
-        rest = grid._replace(n=grid.n - 1, top=top - 1)
-        return [top - 1, *(lambda_grid(rest, lambdas) if rest.n else [])]
-    ends = schedule.lambda_[top - 1].item(), schedule.lambda_[0].item()
-    return schedule.timestep_of(lambdas(grid.n, *ends)).tolist()
-
-
-def in_lambda(path: Callable[[torch.Tensor, float, float], torch.Tensor]) -> Spacing:
-    """The spacing that takes lambda from path(0, noisiest, cleanest) to path(1, noisiest, cleanest)."""
-
-    def spacing(grid: Grid) -> list[float]:
-        u = partial(torch.linspace, 0, 1, **HOST)
-        return lambda_grid(grid, lambda n, *ends: path(u(n + grid.skip), *ends)[:n])
-
-    return spacing
-
-
-@in_lambda
 def logsnr(u: torch.Tensor, noisiest: float, cleanest: float) -> torch.Tensor:
     """Even in lambda (Lu et al. 2022a, section 3.4), which is exponential in sigma / alpha."""
-    start, end = torch.tensor([noisiest, cleanest], dtype=torch.float32, device="cpu").double()
-    return torch.lerp(start, end, u)
+    return torch.lerp(on_host(noisiest), on_host(cleanest), u)
 
 
-@in_lambda
-def karras(u: torch.Tensor, noisiest: float, cleanest: float) -> torch.Tensor:
-    """Karras et al. 2022, eq. 5, with rho = 7."""
-    high, low, rho = math.exp(-noisiest), math.exp(-cleanest), 7
+def karras(u: torch.Tensor, noisiest: float, cleanest: float, rho: float = 7) -> torch.Tensor:
+    """Karras et al. 2022, eq. 5."""
+    high, low = math.exp(-noisiest), math.exp(-cleanest)
     return -rho * torch.log(high ** (1 / rho) + u * (low ** (1 / rho) - high ** (1 / rho)))
 
 
-@in_lambda
 def beta(u: torch.Tensor, noisiest: float, cleanest: float) -> torch.Tensor:
     """Quantiles of Beta(0.6, 0.6) in sigma / alpha (Lee et al. 2024, arXiv 2407.12173)."""
     high, low = math.exp(-noisiest), math.exp(-cleanest)
@@ -156,9 +131,77 @@ def beta_quantiles(p: torch.Tensor, shape: float = 0.6) -> torch.Tensor:
     return torch.lerp(angle[left], angle[left + 1], fraction).sin() ** 2
 
 
-LAMBDA_SPACINGS: dict[str, Spacing] = {"logsnr": logsnr, "exponential": logsnr, "karras": karras, "beta": beta}
+Spacing = Callable[[Grid], list[float]]
+# Of every scheduler of diffusers; on other paths than DDPM's they mean the usual grid of the path.
+STOCK_SPACINGS = ("leading", "linspace", "trailing")
+LambdaPath = Callable[[torch.Tensor, float, float], torch.Tensor]
+LAMBDA_PATHS: dict[str, LambdaPath] = {"logsnr": logsnr, "exponential": logsnr, "karras": karras, "beta": beta}
+
+
+def lambda_grid(grid: Grid, lambdas: Callable[[int, float, float], torch.Tensor]) -> list[float]:
+    """Real-valued timesteps at lambdas(n, noisiest, cleanest). A noisiest level of lambda -inf stands by itself."""
+    schedule, top = grid.schedule, grid.top
+    if schedule.alpha[top - 1] == 0:
+        rest = grid._replace(n=grid.n - 1, top=top - 1)
+        return [top - 1, *(lambda_grid(rest, lambdas) if rest.n else [])]
+    ends = schedule.lambda_[top - 1].item(), schedule.lambda_[0].item()
+    return schedule.timestep_of(lambdas(grid.n, *ends)).tolist()
+
+
+def in_lambda(path: LambdaPath) -> Spacing:
+    """The spacing that takes lambda from path(0, noisiest, cleanest) to path(1, noisiest, cleanest)."""
+
+    def spacing(grid: Grid) -> list[float]:
+        u = partial(torch.linspace, 0, 1, **HOST)
+        return lambda_grid(grid, lambda n, *ends: path(u(n + grid.skip), *ends)[:n])
+
+    return spacing
+
+
+def rounded(path: LambdaPath) -> LambdaPath:
+    """With ends in float32, as the reference code of DPM-Solver has them."""
+    return lambda u, *ends: path(u, *torch.tensor(ends, dtype=torch.float32, device="cpu").tolist())
+
+
+LAMBDA_SPACINGS: dict[str, Spacing] = {
+    name: in_lambda(rounded(path) if path is logsnr else path) for name, path in LAMBDA_PATHS.items()
+}
+
+
+def tabled(name: str, read: Callable[[], Sequence[float]]) -> Spacing:
+    """The spacing of a published table of timesteps; between its entries lambda is linear."""
+
+    def spacing(grid: Grid) -> list[float]:
+        table = [t for t in read() if t < grid.top]
+        if grid.n == len(table):
+            return table
+        knots = on_host([grid.schedule.level(t).lambda_ for t in table])
+        place = torch.linspace(0, len(table) - 1, grid.n, **HOST)
+        below = place.long().clamp(max=len(table) - 2)
+        return grid.schedule.timestep_of(torch.lerp(knots[below], knots[below + 1], place - below)).tolist()
+
+    spacing.__name__ = name
+    return spacing
+
+
+def deepfloyd(name: str) -> Sequence[float]:
+    return getattr(import_module("diffusers.pipelines.deepfloyd_if.timesteps"), f"{name}_timesteps")
+
+
+# Step tables that diffusers ships: Align Your Steps (Sabour et al. 2024, arXiv 2404.14507), and DeepFloyd IF's.
+STEP_TABLES: dict[str, Spacing] = {
+    name: tabled(name, read)
+    for name, read in {
+        "ays_sd": lambda: AysSchedules["StableDiffusionTimesteps"],
+        "ays_sdxl": lambda: AysSchedules["StableDiffusionXLTimesteps"],
+        **{
+            name: partial(deepfloyd, name)
+            for name in ("fast27", "smart27", "smart50", "smart100", "smart185", "super27", "super40", "super100")
+        },
+    }.items()
+}
 INDEX_SPACINGS = (leading, linspace, trailing, quadratic, quad, even, power)
-SPACINGS: dict[str, Spacing] = {spacing.__name__: spacing for spacing in INDEX_SPACINGS} | LAMBDA_SPACINGS
+SPACINGS: dict[str, Spacing] = {each.__name__: each for each in INDEX_SPACINGS} | LAMBDA_SPACINGS | STEP_TABLES
 
 
 def descends(timesteps: Sequence[float], top: float) -> bool:

@@ -52,6 +52,8 @@ def imports(path):
 def test_files_are_found():
     assert {path.stem for path in FILES} == {
         "noise_schedule",
+        "gaussian_paths",
+        "foreign_configs",
         "timestep_grids",
         "linear_scheduler",
         "plan",

@@ -22,8 +22,8 @@ from diffusers_dpm.pipelines.networks import check_network, evaluation_mode, nul
 from diffusers_dpm.records import read_json, weights_hash
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, VPNoiseSchedule
+from diffusers_dpm.schedulers.foreign_configs import translated
 from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS
-from diffusers_dpm.schedulers.stock_interface import OTHER_PROCESSES, foreign_key
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -348,16 +348,29 @@ def whole_config(scheduler: Any) -> dict[str, Any]:
     return {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
 
 
+PROCESSES = {
+    "flow": "flow matching",
+    "edm": "EDM",
+    "ve": "variance-exploding diffusion",
+    "vp_linear": "the VP SDE",
+    "subvp": "the sub-VP SDE",
+    "cosine": "a continuous cosine",
+}
+
+
 def process_of(scheduler: Any) -> str:
     """The kind of noise that a scheduler removes; an unknown one, and one that adds noise, is its own."""
     name = type(scheduler).__name__
-    if "FlowMatch" in name or scheduler.config.get("use_flow_sigmas"):
-        return "flow matching"
-    known = hasattr(scheduler, "alphas_cumprod") and "prediction_type" in scheduler.config and "Inverse" not in name
     own = inspect.signature(type(scheduler)).parameters  # a swap also keeps keys that say nothing to the new class
-    if known and (key := foreign_key({key: value for key, value in scheduler.config.items() if key in own})):
-        return OTHER_PROCESSES[key][0]
-    return "EDM" if name.startswith("EDM") else "DDPM" if known else name
+    try:
+        said = translated({key: value for key, value in scheduler.config.items() if key in own})
+    except ValueError:
+        return name
+    process = scheduler.config.get("process") or said.get("process") or {"kind": "vp"}
+    if process["kind"] != "vp":
+        return PROCESSES[process["kind"]]
+    known = hasattr(scheduler, "alphas_cumprod") and "prediction_type" in scheduler.config and "Inverse" not in name
+    return ("DDPM" if len(process) == 1 else "DDPM with other betas") if known else name
 
 
 def noise_schedule_of(scheduler: Any) -> VPNoiseSchedule:

@@ -42,7 +42,7 @@ from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.records import Record, ResultStore, fingerprint, provenance, weights_hash
-from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, VPNoiseSchedule, affine
+from diffusers_dpm.schedulers.noise_schedule import VPNoiseSchedule, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
 
@@ -242,7 +242,7 @@ class Problem:
         alpha, sigma = self.schedule.at(t, x0)
         x_t = alpha * x0 + sigma * noise.to(device, torch.float64)
         output = network_output(self.unet, x_t, t, None if self.labels is None else self.labels[rows].to(device))
-        conversion = PREDICTIONS[self.prediction_type](alpha, sigma)
+        conversion = self.schedule.conversion(self.prediction_type, alpha, sigma)
         x0_hat, epsilon_hat = (affine(factors, x_t, output) for factors in conversion)
         alpha, sigma = alpha.flatten(), sigma.flatten()
         published = (sigma / alpha) ** 2 * (1 - mean_square(epsilon_hat))

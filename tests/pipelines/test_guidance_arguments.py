@@ -78,9 +78,10 @@ def test_an_image_depends_on_its_seed_label_and_scale_alone(make_pipe, scheduler
         alone = path(
             pipe, seeds=seeds[i : i + 1], class_labels=labels[i], guidance_scale=torch.tensor(scales[i]), **arguments
         )
-        assert torch.equal(batch[:, i : i + 1], alone)
+        # Not bit for bit: a processor may take one image and four through other instructions.
+        torch.testing.assert_close(batch[:, i : i + 1], alone, rtol=1e-5, atol=1e-6)
     unguided = path(pipe, seeds=seeds)
-    assert torch.equal(batch[:, 2:], unguided[:, 2:])
+    torch.testing.assert_close(batch[:, 2:], unguided[:, 2:], rtol=1e-5, atol=1e-6)
     assert ((batch - unguided)[-1, :2].abs().flatten(1).amax(1) > 0.01).all()
 
 

@@ -733,7 +733,7 @@ def test_statistics_of_another_schedule_fail_after_a_swap():
         ({"forward_process": "pf-ode"}, "forward_process='pf-ode'.*'ddpm', 'ddim'"),
         ({"reverse_variance": "learned"}, "reverse_variance='learned'.*'residual', 'analytic', 'small', 'large'"),
         ({"missing_statistics": "guess"}, "missing_statistics='guess'.*'error', 'lower_bound'"),
-        ({"timestep_spacing": "karras"}, "timestep_spacing='karras'.*'even', 'power', 'optimal'"),
+        ({"timestep_spacing": "cubic"}, "timestep_spacing='cubic'.*'even', 'power', 'optimal'"),
         ({"eta": -0.1}, "eta=-0.1"),
         ({"eta": 1.01}, "eta=1.01"),
         ({"eta": math.nan}, "eta=nan"),

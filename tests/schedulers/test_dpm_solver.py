@@ -509,7 +509,6 @@ def test_names_of_other_libraries(stock):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"use_flow_sigmas": True}, "use_flow_sigmas=True"),
         ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
         ({"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
         ({"algorithm_type": "sde-dpmsolver++", "method": "singlestep"}, "sde-dpmsolver.*'singlestep'"),
@@ -522,7 +521,7 @@ def test_names_of_other_libraries(stock):
         ({"method": "adaptive"}, "method='adaptive'"),
         ({"third_order_rule": "half"}, "third_order_rule='half'"),
         ({"final_sigmas_type": "one"}, "final_sigmas_type='one'"),
-        ({"timestep_spacing": "karras"}, "timestep_spacing='karras'"),
+        ({"timestep_spacing": "cubic"}, "timestep_spacing='cubic'"),
         ({"beta_schedule": "square"}, "beta_schedule='square'"),
         ({"use_karras_sigmas": True, "use_beta_sigmas": True}, "use_karras_sigmas, .*use_beta_sigmas"),
         ({"thresholding": True, "dynamic_thresholding_ratio": -0.1}, "dynamic_thresholding_ratio=-0.1"),

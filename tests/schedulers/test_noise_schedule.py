@@ -221,7 +221,7 @@ def test_levels_outside_the_process_are_refused(linear):
         ({"trained_betas": [0.1, 1.5]}, "betas .*1.5"),
         ({"beta_schedule": "cubic"}, "'linear'.*'squaredcos_cap_v2'"),
         ({"prediction_type": "score"}, "'epsilon', 'sample', 'v_prediction'"),
-        ({"timestep_spacing": "karras"}, "'leading', 'linspace', 'trailing', 'quadratic', 'quad', 'logsnr'"),
+        ({"timestep_spacing": "cubic"}, "'leading', 'linspace', 'trailing', 'quadratic', 'quad', 'logsnr'"),
         ({"thresholding": True, "dynamic_thresholding_ratio": 1.5}, "dynamic_thresholding_ratio=1.5"),
         ({"thresholding": True, "sample_max_value": 0.0}, "sample_max_value=0.0"),
     ],

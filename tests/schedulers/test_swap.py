@@ -20,6 +20,7 @@ from diffusers_dpm.schedulers import (
     DDPMScheduler,
     DPMSolverScheduler,
 )
+from diffusers_dpm.schedulers.foreign_configs import translated_classes
 
 from .helpers import PLANNING, STOCK, diffusers_log, network, noise, seeded, walk, with_statistics, working
 
@@ -232,7 +233,8 @@ def test_pickled_schedulers_keep_config_and_grid(scheduler_class):
 def test_diffusers_lists_our_schedulers_as_compatible(scheduler_class):
     stock = getattr(diffusers, scheduler_class.__name__)
     ours = {c.__name__ for c in ALL_SCHEDULERS}
-    assert {c.__name__ for c in scheduler_class().compatibles} == {c.__name__ for c in stock().compatibles} | ours
+    listed = {c.__name__ for c in scheduler_class().compatibles}
+    assert listed == {c.__name__ for c in stock().compatibles} | ours | {c.__name__ for c in translated_classes()}
 
 
 @pytest.mark.usefixtures("silent")

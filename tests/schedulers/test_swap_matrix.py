@@ -196,19 +196,11 @@ def test_dpm_solver_takes_what_the_other_config_says(source, config, tmp_path):
 @pytest.mark.parametrize(
     ("source", "config", "message"),
     [
-        (STOCK[3], {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "use_flow_sigmas=True"),
-        (STOCK[5], {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}, "use_flow_sigmas=True"),
         (STOCK[3], {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
         (STOCK[3], {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
-        (diffusers.FlowMatchEulerDiscreteScheduler, {"shift": 3.0}, "shift=3.0"),
-        (diffusers.EDMDPMSolverMultistepScheduler, {}, "sigma_data=0.5"),
-        (
-            diffusers.EulerDiscreteScheduler,
-            {"timestep_type": "continuous"},
-            "timestep_type='continuous' is of continuous EDM",
-        ),
-        (diffusers.CogVideoXDDIMScheduler, {"snr_shift_scale": 2.0}, "snr_shift_scale=2.0 is of CogVideoX"),
-        (diffusers.ScoreSdeVeScheduler, {"snr": 0.1}, "snr=0.1 is of variance-exploding"),
+        (diffusers.EulerDiscreteScheduler, {"timestep_type": "continuous"}, "timestep_type='continuous'"),
+        (diffusers.KarrasVeScheduler, {}, "s_churn=80"),
+        (diffusers.SCMScheduler, {}, "trigflow"),
     ],
 )
 def test_dpm_solver_refuses_what_it_cannot_honour(source, config, message, tmp_path):

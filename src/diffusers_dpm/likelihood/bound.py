@@ -31,7 +31,7 @@ from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.random_streams import Stream, normal
-from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, affine
+from diffusers_dpm.schedulers.noise_schedule import affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
 
@@ -122,7 +122,7 @@ def measure_errors(
         t = torch.tensor([grid[place] for place in places], device=x0.device)
         alpha, sigma = schedule.at(t, x0)
         x_t = alpha * x0 + sigma * noise
-        raw = affine(PREDICTIONS[prediction_type](alpha, sigma).x0, x_t, network_output(unet, x_t, t, labels))
+        raw = affine(schedule.conversion(prediction_type, alpha, sigma).x0, x_t, network_output(unet, x_t, t, labels))
         predicted = process.clip_x0(raw)
         error, clipping = x0 - predicted, predicted - raw
         variance = variances[list(places)].to(x0).view(-1, *(1,) * (x0.ndim - 1))

@@ -14,7 +14,7 @@ from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, a
 from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.random_streams import Stream, normal, sign, uniform
-from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, affine
+from diffusers_dpm.schedulers.noise_schedule import affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
 
@@ -213,7 +213,7 @@ class ProbabilityFlow:
         with torch.enable_grad():
             x = state[0].detach().requires_grad_()
             output = network_output(self.unet, x, t.expand(len(x)), self.class_labels)
-            epsilon = affine(PREDICTIONS[self.prediction_type](alpha, sigma).epsilon, x, output)
+            epsilon = affine(self.schedule.conversion(self.prediction_type, alpha, sigma).epsilon, x, output)
             traces = exact_trace(epsilon, x) if self.probes is None else probed_traces(epsilon, x, self.probes)
         if not (epsilon.isfinite().all() and traces.isfinite().all()):  # an adaptive solver would never end
             raise DiffusersDPMError(f"the network's predictions are not finite at timestep {t.item():g}.")

@@ -1,0 +1,548 @@
+"""The Gaussian paths of continuous-time models: flow matching, EDM and score-based models.
+
+| kind      | alpha      | sigma              | time u            | timestep, which the network is told               |
+|-----------|------------|--------------------|-------------------|---------------------------------------------------|
+| flow      | 1 - u      | u                  | sigma             | T u; inverted T (1 - u)                           |
+| edm       | 1          | u                  | sigma             | log(u) / 4, or 2 / pi atan(u)                     |
+| ve        | 1          | u                  | sigma             | u, or T u                                         |
+| vp_linear | exp(-B/2)  | sqrt(1 - exp(-B))  | 0 .. 1            | 999 u                                             |
+| subvp     | exp(-B/2)  | 1 - exp(-B)        | 0 .. 1            | 999 u                                             |
+| cosine    | cos ratio  | sqrt(1 - alpha^2)  | 0 .. 1            | u                                                 |
+
+with B = beta_min u + (beta_max - beta_min) u^2 / 2. Flow: Lipman et al. 2023 (arXiv 2210.02747); EDM: Karras et al.
+2022 (2206.00364), Table 1; VE, VP and sub-VP: Song et al. 2021b (2011.13456), section 3.4 and appendix C.
+
+A schedule also has the grid of levels that its models are sampled on. A config says all of it in one key, `process`: a
+dict of the kind and of the arguments of its class here.
+"""
+
+import hashlib
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers.schedulers import AysSchedules
+from torch import Tensor
+
+from .noise_schedule import HOST, PREDICTIONS, VP_PREDICTIONS, Level, NoiseSchedule, on_host, unknown, v_of_data
+from .timestep_grids import LAMBDA_PATHS, STOCK_SPACINGS
+
+
+def shifted(sigmas: Tensor, factor: float) -> Tensor:
+    """Flow's sigmas with odds sigma / (1 - sigma) times `factor`: lambda falls by log(factor) (Esser et al. 2024)."""
+    return factor * sigmas / (1 + (factor - 1) * sigmas)
+
+
+def spaced(name: str, num: int, high: float, low: float, **options: float) -> Tensor:
+    """`num` values from `high` to `low`, spaced as `LAMBDA_PATHS` spaces sigma / alpha."""
+    u = torch.linspace(0, 1, num, **HOST)
+    return torch.exp(-LAMBDA_PATHS[name](u, -math.log(high), -math.log(low), **options))
+
+
+class ContinuousSchedule(NoiseSchedule):
+    """A path in a real-valued time u, which rises with the noise.
+
+    Attributes:
+        kind: of the table above.
+        ends: (noisiest, cleanest) time that the network was trained on.
+    """
+
+    kind: ClassVar[str]
+    ends: tuple[float, float]
+    num_train_timesteps: int = 1000
+    needs_mu: bool = False
+
+    def __len__(self) -> int:
+        return self.num_train_timesteps
+
+    # The path and its clock --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def path(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma) at times."""
+
+    @abstractmethod
+    def time_of(self, lambda_: Tensor) -> Tensor:
+        """The times at which log(alpha / sigma) = lambda_."""
+
+    @abstractmethod
+    def told(self, time: Tensor) -> Tensor:
+        """The timesteps of times."""
+
+    @abstractmethod
+    def heard(self, t: Tensor) -> Tensor:
+        """The times of timesteps."""
+
+    @property
+    def noisiest(self) -> float:  # type: ignore[override]
+        return self.told(on_host(self.ends[0])).item()
+
+    @property
+    def cleanest(self) -> float:  # type: ignore[override]
+        return self.told(on_host(self.ends[1])).item()
+
+    def level_at(self, time: float) -> Level:
+        """The level of a time.
+
+        Raises:
+            IndexError: a time above the noisiest by more than a rounding, or below 0.
+        """
+        alpha, sigma = (value.item() for value in self.path(on_host(time)))
+        lambda_ = -math.inf if alpha <= 0 else math.log(alpha) - math.log(sigma) if sigma > 0 else math.inf
+        return Level(alpha, sigma, lambda_)
+
+    def level(self, t: float) -> Level:
+        time, (high, _) = self.heard(on_host(t)).item(), self.ends
+        if not 0 <= time <= high * 1.01:
+            raise IndexError(f"timestep {t} is outside {self.cleanest:g} .. {self.noisiest:g}.")
+        return self.level_at(min(time, high))
+
+    def timestep_of(self, lambda_: Tensor) -> Tensor:
+        high, low = self.ends
+        return self.told(self.time_of(lambda_.double()).clamp(low, high))
+
+    def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        time = self.heard(t.to(like.device, dtype)).reshape(-1, *(1,) * (like.ndim - 1))
+        return self.path(time)
+
+    def __getitem__(self, t: float) -> Level:
+        return self.level(t)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What the path and the clock depend on."""
+        return {}
+
+    @cached_property
+    def hash(self) -> str:
+        text = " ".join([self.kind, *(f"{key}={value}" for key, value in sorted(self.parameters.items()))])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    # The grid ----------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def default_times(self, num: int) -> Tensor:
+        """Where models of this kind are sampled in `num` steps."""
+
+    def trained_timesteps(self) -> Tensor:
+        num = self.num_train_timesteps
+        times = torch.linspace(*self.ends, num, **HOST) if self.needs_mu or num == 1 else self.times(num)
+        return self.told(times).float()
+
+    def trained_lambdas(self) -> Tensor:
+        """As many as there are in a thousand even timesteps."""
+        ends = (self.told(on_host(end)).item() for end in reversed(self.ends))
+        times = self.heard(torch.linspace(*ends, 1000, **HOST))
+        return on_host([self.level_at(min(time, self.ends[0])).lambda_ for time in times.tolist()])
+
+    def time_of_sigma(self, sigma: Tensor) -> Tensor:
+        """The times of what the field calls sigma on this path; see `sigma_of`."""
+        return self.time_of(-torch.log(sigma))
+
+    def times(self, num: int | None, sigmas: Any = None, mu: float | None = None) -> Tensor:
+        """The times to visit, (num,), falling.
+
+        Args:
+            num: of steps; None for as many as there are sigmas.
+            sigmas: explicit ones, what the field calls sigma on this path; a last 0 may be there.
+            mu: the shift of the pipeline, where the process asks for one.
+
+        Raises:
+            ValueError: sigmas that do not fall or lie outside the trained range.
+        """
+        if sigmas is None:
+            return self.default_times(num or 0)
+        values = on_host([float(s) for s in sigmas])
+        return self.within(self.time_of_sigma(values[:-1] if len(values) > 1 and values[-1] == 0 else values))
+
+    def within(self, times: Tensor) -> Tensor:
+        """Times that a loop can visit; a rounding beyond the noisiest end they are the end. Raises ValueError."""
+        high, times = self.ends[0], on_host(times)
+        inside = len(times) and bool(0 < times[-1] <= times[0] <= high * 1.01)
+        if not inside or not (times.diff() < 0).all():
+            some = times.tolist()[:8]
+            raise ValueError(
+                f"sigmas must fall strictly inside 0 .. {high:g} of this process; their times are {some}."
+            )
+        return times.clamp(max=high)
+
+    def spaced_times(self, spacing: str, num: int, **options: float) -> Tensor:
+        """Times in a spacing of ours between the trained ends; pure noise, whose lambda is infinite, stands by itself.
+
+        Raises:
+            ValueError: a spacing that needs whole timesteps.
+        """
+        (high, low), first = self.ends, []
+        if spacing == "quadratic":
+            return high * (torch.arange(num, 0, -1, **HOST) / num) ** 2
+        if spacing == "ays_svd":
+            knots = torch.log(on_host(AysSchedules["StableDiffusionVideoSigmas"][:-1])).numpy()
+            at = torch.linspace(0, len(knots) - 1, num, **HOST).numpy()
+            return self.within(torch.exp(torch.from_numpy(np.interp(at, range(len(knots)), knots))))
+        if spacing not in LAMBDA_PATHS:
+            known = ("quadratic", *LAMBDA_PATHS, "ays_svd", *STOCK_SPACINGS)
+            raise ValueError(unknown("timestep_spacing", spacing, known))
+        if self.level_at(high).alpha == 0:
+            first, num, high = [high], num - 1, high * (1 - 1e-3)
+        noisiest, cleanest = (self.level_at(end).lambda_ for end in (high, low))
+        path = LAMBDA_PATHS[spacing](torch.linspace(0, 1, num, **HOST), noisiest, cleanest, **options)
+        return torch.cat([on_host(first), self.time_of(path)])
+
+
+class FlowSchedule(ContinuousSchedule):
+    """Flow matching, with the grids of diffusers' pipelines.
+
+    Args:
+        num_train_timesteps: T; 1 for networks that are told sigma itself.
+        inverted: timesteps run from 0 to T, and the network returns x_0 - epsilon.
+        shift: factor of the odds of sigma on the grid.
+        dynamic: "exponential", by exp(mu) instead, or "linear", by mu; `set_timesteps` then needs mu.
+        terminal: the grid is stretched to end at this sigma.
+        spacing: of sigma before the shift. euler: 1 to 1 / T, the latter shifted once already, as in diffusers'
+            FlowMatchEuler; dpm: 1 - 1 / T to 0, which is left out; unipc: 1 to 1 / T, which is left out.
+        over: "karras", "exponential" or "beta", between the ends of the grid.
+        sigma_min, sigma_max: ends in sigma / alpha of "karras", instead.
+
+    Raises:
+        ValueError: a value that is none of these.
+    """
+
+    kind = "flow"
+
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        inverted: bool = False,
+        shift: float = 1.0,
+        dynamic: str | None = None,
+        terminal: float | None = None,
+        spacing: str = "euler",
+        over: str | None = None,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+    ):
+        check_choice("dynamic", dynamic, (None, "exponential", "linear"))
+        check_choice("spacing", spacing, ("euler", "dpm", "unipc"))
+        check_choice("over", over, (None, "karras", "exponential", "beta"))
+        if not shift > 0:
+            raise ValueError(f"{shift=} must be positive.")
+        self.num_train_timesteps, self.inverted, self.shift = num_train_timesteps, inverted, shift
+        self.dynamic, self.terminal, self.spacing, self.over = dynamic, terminal, spacing, over
+        self.karras_ends = (sigma_max, sigma_min) if sigma_max and sigma_min else None
+        self.ends = (1.0, 1 / num_train_timesteps if num_train_timesteps > 1 else 1e-3)
+        self.needs_mu = dynamic is not None
+        if inverted:
+            self.predictions = {**PREDICTIONS, "flow_prediction": lambda alpha, sigma: (1.0, -1.0)}
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {"num_train_timesteps": self.num_train_timesteps, "inverted": self.inverted}
+
+    def path(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - time, time
+
+    def time_of(self, lambda_: Tensor) -> Tensor:
+        return torch.sigmoid(-lambda_)
+
+    def told(self, time: Tensor) -> Tensor:
+        return self.num_train_timesteps * (1 - time if self.inverted else time)
+
+    def heard(self, t: Tensor) -> Tensor:
+        time = t / self.num_train_timesteps
+        return 1 - time if self.inverted else time
+
+    def sigma_of(self, level: Level) -> float:
+        return level.alpha if self.inverted else level.sigma
+
+    def trained_timesteps(self) -> Tensor:
+        num = self.num_train_timesteps
+        times = torch.linspace(*self.ends, num, **HOST) if self.needs_mu or num == 1 else self.times(num)
+        return self.told(times).float()
+
+    def time_of_sigma(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+    def default_times(self, num: int) -> Tensor:
+        last = 1 / self.num_train_timesteps
+        if self.spacing == "unipc":
+            return torch.linspace(1, last, num + 1, **HOST)[:-1]
+        if self.spacing == "dpm":
+            return torch.linspace(1 - last, 0, num + 1, **HOST)[:-1]
+        if self.num_train_timesteps == 1:
+            raise ValueError("num_train_timesteps=1: this process has no grid of its own; give sigmas.")
+        return torch.linspace(1, last if self.needs_mu else shifted(on_host(last), self.shift).item(), num, **HOST)
+
+    def times(self, num: int | None, sigmas: Any = None, mu: float | None = None) -> Tensor:
+        times = super().times(num, sigmas, mu)
+        if self.over == "karras" and self.karras_ends is not None:
+            ratio = spaced("karras", len(times), *self.karras_ends)
+            return ratio / (1 + ratio)
+        if self.dynamic is not None and mu is None:
+            raise ValueError(f"dynamic={self.dynamic!r}: the shift of this process depends on the image; give mu.")
+        times = shifted(times, self._factor(mu))
+        if self.terminal:
+            if len(times) == 1:
+                raise ValueError(f"terminal={self.terminal} needs at least 2 steps.")
+            times = 1 - (1 - times) * (1 - self.terminal) / (1 - times[-1])
+        if self.over is not None:
+            times = spaced(self.over, len(times), times[0].item(), times[-1].item())
+        return times
+
+    def _factor(self, mu: float | None) -> float:
+        if self.dynamic is None or mu is None:
+            return self.shift
+        return math.exp(mu) if self.dynamic == "exponential" else mu
+
+
+class SigmaSchedule(ContinuousSchedule):
+    """alpha = 1: the noise is added, and the data not scaled.
+
+    Args:
+        sigma_min, sigma_max: the trained range.
+        grid, rho: "karras" with its rho (Karras et al. 2022, eq. 5), or "exponential".
+    """
+
+    def __init__(self, sigma_min: float, sigma_max: float, grid: str = "karras", rho: float = 7.0):
+        check_choice("grid", grid, ("karras", "exponential"))
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(f"{sigma_min=} and {sigma_max=} must be positive, in this order.")
+        self.ends, self.grid, self.rho = (sigma_max, sigma_min), grid, rho
+
+    def path(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones_like(time), time
+
+    def time_of(self, lambda_: Tensor) -> Tensor:
+        return torch.exp(-lambda_)
+
+    def default_times(self, num: int) -> Tensor:
+        return spaced(self.grid, num, *self.ends, **({"rho": self.rho} if self.grid == "karras" else {}))
+
+
+class EDMSchedule(SigmaSchedule):
+    """EDM, whose network sees x / sqrt(sigma^2 + sigma_data^2) and returns F, or -F as "v_prediction".
+
+    Args:
+        sigma_min, sigma_max, grid, rho: of `SigmaSchedule`.
+        sigma_data: standard deviation of the data.
+        clock: "log", log(sigma) / 4; or "atan", 2 / pi atan(sigma).
+    """
+
+    kind = "edm"
+
+    def __init__(
+        self,
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        clock: str = "log",
+        grid: str = "karras",
+        rho: float = 7.0,
+    ):
+        super().__init__(sigma_min, sigma_max, grid, rho)
+        check_choice("clock", clock, ("log", "atan"))
+        self.sigma_data, self.clock = sigma_data, clock
+        self.init_noise_sigma = math.hypot(sigma_max, 1)  # diffusers', whatever sigma_data is
+        self.predictions = {"epsilon": v_of_data(sigma_data, -1.0), "v_prediction": v_of_data(sigma_data)}
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {"sigma_data": self.sigma_data, "clock": self.clock}
+
+    def input_scale(self, level: Level) -> float:
+        return 1 / math.hypot(self.sigma_data * level.alpha, level.sigma)
+
+    def told(self, time: Tensor) -> Tensor:
+        return torch.log(time) / 4 if self.clock == "log" else torch.atan(time) * (2 / math.pi)
+
+    def heard(self, t: Tensor) -> Tensor:
+        return torch.exp(4 * t) if self.clock == "log" else torch.tan(t * (math.pi / 2))
+
+    def times(self, num: int | None, sigmas: Any = None, mu: float | None = None) -> Tensor:
+        if sigmas is not None and float(sigmas[0]) < float(sigmas[-1]):  # diffusers' ramp from 0 to 1, of which
+            num, sigmas = len(sigmas), None  # pipelines give the even one
+        return super().times(num, sigmas, mu)
+
+
+class VESchedule(SigmaSchedule):
+    """Variance-exploding diffusion: the network sees x, and is told sigma, or `scale` times it.
+
+    Args:
+        sigma_min, sigma_max, grid, rho: of `SigmaSchedule`.
+        scale: of the timesteps.
+        own_grid: whether explicit sigmas only say the number of steps, as those of Cosmos 2 do.
+    """
+
+    kind = "ve"
+
+    def __init__(
+        self,
+        sigma_min: float = 0.01,
+        sigma_max: float = 1348.0,
+        grid: str = "exponential",
+        rho: float = 7.0,
+        scale: float = 1.0,
+        own_grid: bool = False,
+    ):
+        super().__init__(sigma_min, sigma_max, grid, rho)
+        self.scale, self.own_grid, self.init_noise_sigma = scale, own_grid, sigma_max
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {"scale": self.scale}
+
+    def told(self, time: Tensor) -> Tensor:
+        return self.scale * time
+
+    def heard(self, t: Tensor) -> Tensor:
+        return t / self.scale
+
+    def times(self, num: int | None, sigmas: Any = None, mu: float | None = None) -> Tensor:
+        if sigmas is not None and self.own_grid:
+            num, sigmas = len(sigmas), None
+        return super().times(num, sigmas, mu)
+
+
+class UnitTimeSchedule(ContinuousSchedule):
+    """A path in a time from 0 to 1, visited evenly from 1 to `epsilon`.
+
+    Args:
+        epsilon: the cleanest time.
+        scale: of the timesteps.
+    """
+
+    def __init__(self, epsilon: float = 1e-3, scale: float = 999.0):
+        if not 0 < epsilon < 1:
+            raise ValueError(f"{epsilon=} must lie in 0 .. 1.")
+        self.ends, self.scale = (1.0, epsilon), scale
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {"scale": self.scale}
+
+    def told(self, time: Tensor) -> Tensor:
+        return self.scale * time
+
+    def heard(self, t: Tensor) -> Tensor:
+        return t / self.scale
+
+    def default_times(self, num: int) -> Tensor:
+        return torch.linspace(*self.ends, num, **HOST)
+
+
+class VPLinearSchedule(UnitTimeSchedule):
+    """The VP SDE with beta(u) from `beta_min` to `beta_max` (Song et al. 2021b, eq. 32 and 33)."""
+
+    kind = "vp_linear"
+    predictions = {**PREDICTIONS, **VP_PREDICTIONS}  # noqa: RUF012
+    preserves_variance = True
+
+    def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, epsilon: float = 1e-3, scale: float = 999.0):
+        super().__init__(epsilon, scale)
+        if not 0 < beta_min < beta_max:
+            raise ValueError(f"{beta_min=} and {beta_max=} must be positive, in this order.")
+        self.beta_min, self.beta_max = beta_min, beta_max
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {**super().parameters, "beta_min": self.beta_min, "beta_max": self.beta_max}
+
+    def integral(self, time: Tensor) -> Tensor:
+        """B, the integral of beta from 0."""
+        return time * (self.beta_min + (self.beta_max - self.beta_min) * time / 2)
+
+    def time_of_integral(self, integral: Tensor) -> Tensor:
+        slope = self.beta_max - self.beta_min
+        return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
+
+    def path(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        integral = self.integral(time)
+        return torch.exp(-integral / 2), torch.sqrt(-torch.expm1(-integral))
+
+    def time_of(self, lambda_: Tensor) -> Tensor:
+        return self.time_of_integral(torch.nn.functional.softplus(-2 * lambda_))
+
+
+class SubVPSchedule(VPLinearSchedule):
+    """The sub-VP SDE (Song et al. 2021b, eq. 29), whose variance is smaller at every time."""
+
+    kind = "subvp"
+    predictions = PREDICTIONS
+    preserves_variance = False
+
+    def path(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        integral = self.integral(time)
+        return torch.exp(-integral / 2), -torch.expm1(-integral)
+
+    def time_of(self, lambda_: Tensor) -> Tensor:
+        # alpha = exp(lambda) (1 - alpha^2), so alpha = 2 / (q + sqrt(q^2 + 4)) with q = exp(-lambda)
+        q = torch.exp(-lambda_)
+        return self.time_of_integral(2 * torch.log((q + torch.sqrt(q**2 + 4)) / 2))
+
+
+class CosineSchedule(UnitTimeSchedule):
+    """alpha(u) = cos((u + s) / (1 + s) pi / 2), relative to u = 0 (Nichol and Dhariwal 2021, eq. 17).
+
+    Args:
+        offset: s.
+        epsilon, scale: of `UnitTimeSchedule`.
+    """
+
+    kind = "cosine"
+    predictions = {**PREDICTIONS, **VP_PREDICTIONS}  # noqa: RUF012
+    preserves_variance = True
+
+    def __init__(self, offset: float = 0.008, epsilon: float = 1e-3, scale: float = 1.0):
+        super().__init__(epsilon, scale)
+        self.offset = offset
+        self.ends = (self._time(math.acos(0.01 * math.cos(self._angle(0.0)))), epsilon)  # alpha falls to 0.01
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {**super().parameters, "offset": self.offset}
+
+    def _angle(self, time: Any) -> Any:
+        return (time + self.offset) / (1 + self.offset) * (math.pi / 2)
+
+    def _time(self, angle: Any) -> Any:
+        return angle * (2 / math.pi) * (1 + self.offset) - self.offset
+
+    def path(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        start = self._angle(0.0)
+        alpha = torch.cos(self._angle(time)) / math.cos(start)
+        # 1 - alpha^2 without cancellation: sin(a + b) sin(a - b) = sin(a)^2 - sin(b)^2
+        angle = self._angle(time)
+        return alpha, torch.sqrt(torch.sin(angle + start) * torch.sin(angle - start)) / math.cos(start)
+
+    def time_of(self, lambda_: Tensor) -> Tensor:
+        return self._time(torch.acos(torch.sqrt(torch.sigmoid(2 * lambda_)) * math.cos(self._angle(0.0))))
+
+
+def check_choice(key: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        raise ValueError(unknown(key, value, choices))
+
+
+PATHS: dict[str, type[ContinuousSchedule]] = {
+    path.kind: path
+    for path in (FlowSchedule, EDMSchedule, VESchedule, VPLinearSchedule, SubVPSchedule, CosineSchedule)
+}
+
+
+def path_of(process: Mapping[str, Any]) -> ContinuousSchedule:
+    """The schedule of a config's `process`.
+
+    Raises:
+        ValueError: a kind or an argument that there is not.
+    """
+    kind = process.get("kind")
+    if kind not in PATHS:
+        raise ValueError(unknown("process kind", kind, PATHS))
+    try:
+        return PATHS[kind](**{key: value for key, value in process.items() if key != "kind"})
+    except TypeError as error:
+        raise ValueError(f"process={dict(process)}: {error}") from None
