@@ -383,7 +383,7 @@ class LinearScheduler(StockInterface, ABC):
         visited, expected = self._plan.visited, self._history.next
         if expected < len(visited) and visited[expected] == timestep:  # the next one, of those that are equal
             return self, expected
-        row = self._plan.index.get(timestep)
+        row = self._plan.index.get(timestep, self._plan.cut.get(timestep))
         return (self._walk_from(timestep), 0) if row is None else (self, row)
 
     def _walk_from(self, t: Any) -> "LinearScheduler":
@@ -441,6 +441,8 @@ class LinearScheduler(StockInterface, ABC):
         self, output: Tensor, timestep: Any, sample: Tensor, generator: Any, return_dict: bool, noise: Any, others: Any
     ) -> LinearSchedulerOutput | Pair:
         """`step`, of which each class has its own order of arguments."""
+        known = others.pop("pred_original_sample", None) if not self._has_state else None
+        tokens = others.pop("per_token_timesteps", None) if not self._has_state else None
         if others:
             refuse(others)
         if noise is not None and noise.shape != sample.shape:
@@ -455,7 +457,14 @@ class LinearScheduler(StockInterface, ABC):
                 self._enter(index)
         if noise is None and any(walk.updates[i].noise for walk, i in places):
             noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
-        result = self._apply_each(places, output, variance, x, noise)
+        if tokens is not None:
+            result = self._apply_to_tokens(tokens, output, x, noise)
+        elif known is not None:
+            row, level = walk.updates[index], walk.levels[index]
+            epsilon = affine((1 / level.sigma, -level.alpha / level.sigma), x, known)
+            result = row.apply(x, (known,), (epsilon,), noise), known
+        else:
+            result = self._apply_each(places, output, variance, x, noise)
         prev_sample, x0 = result if x is sample else (tensor.to(sample.dtype) for tensor in result)
         return LinearSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
 
@@ -503,6 +512,24 @@ class LinearScheduler(StockInterface, ABC):
             members = [i for i, other in enumerate(places) if other == place]
             some = [None if tensor is None else tensor[members] for tensor in (variance, noise)]
             prev_sample[members], x0[members] = walk._apply(index, output[members], some[0], x[members], some[1])
+        return prev_sample, x0
+
+    def _apply_to_tokens(self, timesteps: Tensor, output: Tensor, x: Tensor, noise: Tensor | None) -> Pair:
+        """`_apply` where each token of x (B, N, C) has a timestep of its own, (B, N), and goes to the level below it.
+
+        Those at timestep 0 stay. As diffusers' flow matching has it, the output is given with the other sign.
+        """
+        prev_sample, x0 = x.clone(), x.clone()
+        for t in timesteps.unique().tolist():
+            here, members = self.schedule.level(t), timesteps == t
+            below = (level for level in self.levels if level.lambda_ > here.lambda_ and here.sigma - level.sigma > 1e-6)
+            level = next(below, None)
+            if here.sigma == 0 or level is None:
+                continue
+            x0[members] = self.predict_x0(-output[members], x[members], here)
+            epsilon = self.predict_epsilon(-output[members], x[members], here, x0[members])
+            row, z = self.plan([here, level])[0], None if noise is None else noise[members]
+            prev_sample[members] = row.apply(x[members], (x0[members],), (epsilon,), z)
         return prev_sample, x0
 
     def _remember(self, index: int, x0s: Tensors, epsilons: Tensors, x: Tensor) -> tuple[Tensors, Tensors, Tensor]:

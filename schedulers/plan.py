@@ -156,6 +156,13 @@ class Plan:
         """Timestep -> row, its first one: some samplers visit a level twice."""
         return {t: i for i, t in reversed([*enumerate(self.visited)])}
 
+    @cached_property
+    def cut(self) -> Mapping[float, int]:
+        """The same of real-valued timesteps that a pipeline has cut to integers, where that tells them apart."""
+        if all(t == int(t) for t in self.visited) or len({int(t) for t in self.visited}) < len(self.visited):
+            return {}
+        return {int(t): i for i, t in enumerate(self.visited)}
+
     @property
     def ascends(self) -> bool:
         """Whether the loop goes from images to noise."""

@@ -70,10 +70,11 @@ class DDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         small = s.sigma * root
         large = t.sigma * root if self.schedule.preserves_variance else large_std(t, s)
         variance_type = str(self._config.variance_type)
-        # In the interval of "learned" the interpolation returns the network's own value.
-        intervals = {"learned": (-1.0, 1.0), "learned_range": (2 * math.log(small), 2 * math.log(large))}
-        noise = large if variance_type.startswith("fixed_large") else small
-        return mean._replace(noise=noise, log_variance=intervals.get(variance_type))
+        if variance_type == "learned":  # in this interval the interpolation returns the network's own value
+            return mean._replace(noise=small, log_variance=(-1.0, 1.0))
+        if variance_type == "learned_range":
+            return mean._replace(noise=small, log_variance=(2 * math.log(small), 2 * math.log(large)))
+        return mean._replace(noise=large if variance_type.startswith("fixed_large") else small)
 
     @property
     def variance_type(self) -> str | None:

@@ -49,7 +49,7 @@ def orders_of_widths(levels: Sequence[Level]) -> list[int]:
     Shifted grids of flow matching have such steps, and extrapolation over them is worse than none
     (benchmarks/ode_error.py). The usual grids of DDPM's process do not, and follow the published rule.
     """
-    widths = [t.lambda_ - s.lambda_ for s, t in pairwise(levels)]
+    widths = [abs(t.lambda_ - s.lambda_) for s, t in pairwise(levels)]
     return [3, *(1 if after > LARGEST_RATIO * before else 3 for before, after in pairwise(widths))]
 
 

@@ -1,5 +1,6 @@
 """What code that was written for diffusers' schedulers reads, replaces and registers: in force here, or refused."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import unwrap
@@ -20,13 +21,16 @@ FOREIGN_ARGUMENTS = {
     "original_inference_steps": "LCMScheduler and its distilled models",
     "prev_timestep": "UnCLIPScheduler; here step goes to the next entry of timesteps",
     "mu": "flow matching",
+    "per_token_timesteps": "methods without history, such as DDIMScheduler",
+    "pred_original_sample": "methods without history, such as DDIMScheduler",
 }
 
 
 def refuse(arguments: Mapping[str, object]) -> None:
     """Raises ValueError for an argument of another scheduler, and TypeError, as Python does, for any other."""
     for key in arguments.keys() & FOREIGN_ARGUMENTS.keys():
-        raise ValueError(f"{key}={arguments[key]} is an argument of {FOREIGN_ARGUMENTS[key]}: use diffusers' class.")
+        value = "..." if isinstance(arguments[key], Tensor) else arguments[key]
+        raise ValueError(f"{key}={value} is an argument of {FOREIGN_ARGUMENTS[key]}: use diffusers' class.")
     for key in arguments:
         raise TypeError(f"got an unexpected keyword argument {key!r}")
 
@@ -37,10 +41,16 @@ class Table:
     Args:
         read: its exact values, of a scheduler.
         betas: the betas that follow from other values of it; None if it cannot be replaced.
+        take: what else becomes of other values; it says whether it took them.
     """
 
-    def __init__(self, read: Callable[[Any], Tensor], betas: Callable[[Tensor], Tensor] | None = None):
-        self.read, self.betas = read, betas
+    def __init__(
+        self,
+        read: Callable[[Any], Tensor],
+        betas: Callable[[Tensor], Tensor] | None = None,
+        take: Callable[[Any, Tensor], bool] = lambda scheduler, values: False,
+    ):
+        self.read, self.betas, self.take = read, betas, take
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -57,7 +67,8 @@ class Table:
         value = value if isinstance(value, Tensor) else on_host(value)
         dtype = value.dtype if value.dtype in (torch.float16, torch.bfloat16) else torch.float32
         given, own = on_host(value), self.read(scheduler)
-        if given.shape != own.shape or not torch.equal(given.to(dtype), own.to(dtype)):
+        changed = given.shape != own.shape or not torch.equal(given.to(dtype), own.to(dtype))
+        if changed and not self.take(scheduler, given):
             if self.betas is None:
                 raise ValueError(f"{self.name} follows from alphas_cumprod, the config and the timesteps: set those.")
             betas = self.betas(given).tolist()
@@ -82,7 +93,8 @@ class StockInterface(SchedulerMixin, ConfigMixin):
     final_alpha_cumprod = Table(lambda scheduler: torch.tensor(scheduler._last_level().alpha ** 2, **HOST))
     one = Table(lambda scheduler: torch.ones((), **HOST))
     sigmas = Table(
-        lambda scheduler: on_host([scheduler.schedule.sigma_of(level) for level in scheduler._all_levels()])
+        lambda scheduler: on_host([scheduler.schedule.sigma_of(level) for level in scheduler._all_levels()]),
+        take=lambda scheduler, sigmas: scheduler._take_sigmas(sigmas),
     )
 
     custom_timesteps = False
@@ -234,6 +246,20 @@ class StockInterface(SchedulerMixin, ConfigMixin):
         rises = self._plan.ascends != (self.schedule.noisiest < self.schedule.cleanest)
         passed = grid[:-1] <= t[..., None] if rises else grid[:-1] >= t[..., None]
         return grid[passed.sum(-1)]
+
+    def _take_sigmas(self, sigmas: Tensor) -> bool:
+        """Walk other levels with the same timesteps, as the pipelines of Cosmos ask for; not for DDPM's process."""
+        plan, schedule = self._plan, self.schedule
+        if schedule.is_discrete or len(sigmas) != len(plan.levels):
+            return False
+        levels = []
+        for sigma, level in zip(sigmas.tolist(), plan.levels, strict=True):
+            same = math.isclose(sigma, schedule.sigma_of(level), rel_tol=1e-6, abs_tol=1e-12)
+            levels.append(level if same else schedule.level_at(schedule.time_of_sigma(on_host(sigma)).item()))
+        if levels[-1].lambda_ - levels[-2].lambda_ < 1e-6:  # a last step that does nothing
+            levels[-1] = levels[-2]
+        self._follow(replace(plan, levels=levels))
+        return True
 
     def _all_levels(self) -> list[Any]:
         """Those of the loop, or before `set_timesteps` of all training timesteps."""

@@ -401,7 +401,7 @@ def test_all_paths_lead_to_the_same_image(name, spacing, n):
     """A row on one path is that of another but for the scale of x, so the last x_0 is the same."""
     scheduler_class, options = SAMPLERS[name]
     u = np.linspace(0, 1, n)
-    lambdas = [*(-2 + 4 * (u if spacing == "even" else u**1.5))]
+    lambdas = [*(-1 + 2.5 * (u if spacing == "even" else u**1.5))]
     results = []
     for process in PROCESSES:
         if process["kind"] == "flow" and process.get("inverted"):
@@ -775,7 +775,7 @@ def test_a_loop_begins_in_the_middle(scheduler_class, process):
 
 def test_encoding_and_decoding_a_flow():
     schedule = path_of(FLOW)
-    ours = DPMSolverScheduler(process=FLOW, prediction_type="flow_prediction", timestep_spacing="logsnr")
+    ours = DPMSolverScheduler(process=FLOW, prediction_type="flow_prediction", algorithm_type="dpmsolver")
     network = exact(schedule, "flow_prediction")
     image = torch.tensor([[0.55, -0.9, 0.7, -1.2]], dtype=torch.float64)
     grid = schedule.told(schedule.spaced_times("logsnr", 201)[1:])  # pure noise has forgotten the image
