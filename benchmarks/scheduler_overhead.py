@@ -52,6 +52,30 @@ def families() -> dict[str, tuple[Callable, Callable]]:
             lambda order=order: schedulers.DPMSolverScheduler(solver_order=order, method="singlestep"),
             lambda order=order: diffusers.DPMSolverSinglestepScheduler(solver_order=order),
         )
+    flow, solver = {"kind": "flow", "shift": 3.0}, schedulers.DPMSolverScheduler
+    flow_mode = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+    rows |= {
+        "DDIM, flow; FlowMatchEuler": (
+            lambda: schedulers.DDIMScheduler(process=flow, prediction_type="flow_prediction", clip_sample=False),
+            lambda: diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        ),
+        "DPM-Solver++ multistep 2, flow; UniPC": (
+            lambda: solver(process=flow, prediction_type="flow_prediction"),
+            lambda: diffusers.UniPCMultistepScheduler(**flow_mode),
+        ),
+        "DPM-Solver++ multistep 2, flow": (
+            lambda: solver(process=flow, prediction_type="flow_prediction"),
+            lambda: diffusers.DPMSolverMultistepScheduler(**flow_mode),
+        ),
+        "DDIM, EDM; EDMEuler": (
+            lambda: schedulers.DDIMScheduler(process={"kind": "edm"}, clip_sample=False),
+            diffusers.EDMEulerScheduler,
+        ),
+        "DPM-Solver++ multistep 2, EDM": (
+            lambda: solver(process={"kind": "edm"}),
+            diffusers.EDMDPMSolverMultistepScheduler,
+        ),
+    }
     return rows
 
 
@@ -68,10 +92,12 @@ class CountOperations(TorchDispatchMode):
 def measure(scheduler, shape: tuple[int, ...], steps: int) -> dict[str, float]:
     """Microseconds of one loop: per step, in set_timesteps, and in all."""
     x, output = torch.zeros(shape), torch.zeros(shape)
+    scales = "sigma_data" in scheduler.config or (scheduler.config.get("process") or {}).get("kind") == "edm"
     start = time.perf_counter()
     scheduler.set_timesteps(steps)
     planned = time.perf_counter()
     for t in scheduler.timesteps:
+        scheduler.scale_model_input(x, t) if scales else None
         scheduler.step(output, t, x)
     end = time.perf_counter()
     return {

@@ -85,15 +85,13 @@ class ContinuousSchedule(NoiseSchedule):
     def cleanest(self) -> float:  # type: ignore[override]
         return self.told(on_host(self.ends[1])).item()
 
-    def level_at(self, time: float) -> Level:
-        """The level of a time.
+    def levels_at(self, times: Tensor) -> list[Level]:
+        """The levels of times, (n,)."""
+        alpha, sigma = self.path(times)
+        return [Level(*row) for row in torch.stack([alpha, sigma, alpha.log() - sigma.log()], dim=1).tolist()]
 
-        Raises:
-            IndexError: a time above the noisiest by more than a rounding, or below 0.
-        """
-        alpha, sigma = (value.item() for value in self.path(on_host(time)))
-        lambda_ = -math.inf if alpha <= 0 else math.log(alpha) - math.log(sigma) if sigma > 0 else math.inf
-        return Level(alpha, sigma, lambda_)
+    def level_at(self, time: float) -> Level:
+        return self.levels_at(on_host([time]))[0]
 
     def level(self, t: float) -> Level:
         time, (high, _) = self.heard(on_host(t)).item(), self.ends
@@ -138,7 +136,8 @@ class ContinuousSchedule(NoiseSchedule):
         """As many as there are in a thousand even timesteps."""
         ends = (self.told(on_host(end)).item() for end in reversed(self.ends))
         times = self.heard(torch.linspace(*ends, 1000, **HOST))
-        return on_host([self.level_at(min(time, self.ends[0])).lambda_ for time in times.tolist()])
+        alpha, sigma = self.path(times.clamp(max=self.ends[0]))
+        return alpha.log() - sigma.log()
 
     def time_of_sigma(self, sigma: Tensor) -> Tensor:
         """The times of what the field calls sigma on this path; see `sigma_of`."""

@@ -72,10 +72,7 @@ class LinearScheduler(StockInterface, ABC):
     order = 1
     own_keys: ClassVar[tuple[str, ...]] = ("process",)  # config keys that diffusers' class of the same name lacks
     # What `timestep_spacing` may be.
-    spacings: ClassVar[tuple[str, ...]] = (
-        *(*STOCK_SPACINGS, "quadratic", "quad", "logsnr", "karras", "beta"),
-        *(*STEP_TABLES, "ays_svd"),
-    )
+    spacings: ClassVar[tuple[str, ...]] = (*STOCK_SPACINGS, "quadratic", "quad", "logsnr", "karras", "beta")
     whole_loops_only: ClassVar[bool] = False  # whether a loop must begin at the first row and leave none out
 
     @abstractmethod
@@ -105,7 +102,8 @@ class LinearScheduler(StockInterface, ABC):
             self.schedule = VPNoiseSchedule(betas_of(config))
         else:
             self.schedule = path_of(process)
-        choices = {**choices, "prediction_type": self.schedule.predictions, "timestep_spacing": self.spacings}
+        spacings = (*self.spacings, *(STEP_TABLES if self.schedule.is_discrete else ("ays_svd",)))
+        choices = {**choices, "prediction_type": self.schedule.predictions, "timestep_spacing": spacings}
         for key, values in choices.items():
             if config[key] not in values:
                 raise ValueError(unknown(key, config[key], values))
@@ -234,7 +232,7 @@ class LinearScheduler(StockInterface, ABC):
             levels = [schedule.level(float(t)) for t in timesteps]
         else:
             times = self._times(schedule, *lengths, sigmas, mu)
-            levels = [*map(schedule.level_at, times.tolist())]
+            levels = schedule.levels_at(times)
             timesteps = schedule.told(times) if timesteps is None else timesteps
         if any(t.lambda_ >= s.lambda_ for t, s in pairwise(levels)) or levels[-1].sigma == 0:
             raise ValueError(f"timesteps must go from noise to images, short of them; got {[*timesteps][:8]}.")
@@ -316,7 +314,9 @@ class LinearScheduler(StockInterface, ABC):
         pairs = zip([*levels, self.schedule.level(image)], [*grid, image], strict=True)
         points = {round(level.lambda_, 9): (t, level) for level, t in pairs}  # equal but for rounding is equal
         if len(points) == 1:
-            raise ValueError(f"encoding needs a timestep above {image}, got {grid}: use more steps or a spacing.")
+            raise ValueError(
+                f"encoding needs a timestep above {image}, got {[image]}: use more steps or another spacing."
+            )
         timesteps, upward = zip(*(points[key] for key in sorted(points, reverse=True)), strict=True)
         plan = self._new_plan(timesteps[:-1], [*upward], device)
         return self._follow(replace(plan, clipping=Clipping()))
@@ -441,9 +441,11 @@ class LinearScheduler(StockInterface, ABC):
         self, output: Tensor, timestep: Any, sample: Tensor, generator: Any, return_dict: bool, noise: Any, others: Any
     ) -> LinearSchedulerOutput | Pair:
         """`step`, of which each class has its own order of arguments."""
-        known = others.pop("pred_original_sample", None) if not self._has_state else None
-        tokens = others.pop("per_token_timesteps", None) if not self._has_state else None
+        known = tokens = None
         if others:
+            self._ensure_grid()
+            if not self._has_state:
+                known, tokens = (others.pop(key, None) for key in ("pred_original_sample", "per_token_timesteps"))
             refuse(others)
         if noise is not None and noise.shape != sample.shape:
             raise ValueError(f"variance_noise has shape {(*noise.shape,)}, not the sample's {(*sample.shape,)}.")
@@ -522,7 +524,9 @@ class LinearScheduler(StockInterface, ABC):
         prev_sample, x0 = x.clone(), x.clone()
         for t in timesteps.unique().tolist():
             here, members = self.schedule.level(t), timesteps == t
-            below = (level for level in self.levels if level.lambda_ > here.lambda_ and here.sigma - level.sigma > 1e-6)
+            below = (
+                level for level in self.levels if level.lambda_ > here.lambda_ and here.sigma - level.sigma > 1e-6
+            )
             level = next(below, None)
             if here.sigma == 0 or level is None:
                 continue

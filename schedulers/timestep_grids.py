@@ -175,6 +175,9 @@ def tabled(name: str, read: Callable[[], Sequence[float]]) -> Spacing:
         table = [t for t in read() if t < grid.top]
         if grid.n == len(table):
             return table
+        if grid.schedule.level(table[0]).alpha == 0:  # pure noise, whose lambda is infinite, stands by itself
+            rest = tabled(name, lambda: table[1:])
+            return [table[0], *(rest(grid._replace(n=grid.n - 1)) if grid.n > 1 else [])]
         knots = on_host([grid.schedule.level(t).lambda_ for t in table])
         place = torch.linspace(0, len(table) - 1, grid.n, **HOST)
         below = place.long().clamp(max=len(table) - 2)
