@@ -38,14 +38,10 @@ PROCESS_KEYS = {
 
 def translated_classes() -> list[type]:
     """diffusers' schedulers, beyond those of DDPM's process, whose configs have a meaning here."""
-    names = (
-        "FlowMatchEulerDiscrete",
-        "FlowMatchHeunDiscrete",
-        "EDMEuler",
-        "EDMDPMSolverMultistep",
-        "LTXEulerAncestralRF",
-    )
-    names = (*names, "CogVideoXDDIM", "CogVideoXDPM", "DDPMWuerstchen", "ScoreSdeVe", "SASolver")
+    names = [
+        *("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "EDMEuler", "EDMDPMSolverMultistep", "ScoreSdeVe"),
+        *("LTXEulerAncestralRF", "CogVideoXDDIM", "CogVideoXDPM", "DDPMWuerstchen", "SASolver"),
+    ]
     found = (getattr(diffusers, f"{name}Scheduler", None) for name in names)
     return [each for each in found if inspect.isclass(each)]
 

@@ -9,14 +9,12 @@ is the same for all of them. A new sampler writes `plan(levels)` and nothing els
 """
 
 import json
-import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from inspect import signature
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -26,18 +24,17 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from .foreign_configs import translated, translated_classes
-from .gaussian_paths import ContinuousSchedule, path_of
-from .noise_schedule import CLEAN, Level, NoiseSchedule, VPNoiseSchedule, affine, betas_of, on_host, unknown
+from .gaussian_paths import path_of
+from .grid_arguments import GridArguments, Timesteps
+from .noise_schedule import CLEAN, Level, NoiseSchedule, VPNoiseSchedule, affine, betas_of, unknown
 from .plan import Clipping, History, Plan, Tensors, Update
 from .stock_interface import StockInterface, refuse
-from .timestep_grids import SPACINGS, STEP_TABLES, STOCK_SPACINGS, Grid, descends, spread
+from .timestep_grids import STEP_TABLES
 
 
 Pair = tuple[Tensor, Tensor]
 Device = str | torch.device | None
-Timesteps = Sequence[float] | Tensor
 Generators = torch.Generator | list[torch.Generator] | None
-MOST_STEPS = 100_000  # of processes in continuous time
 Place = tuple["LinearScheduler", int]  # a row, and the scheduler or the copy of it that has it
 
 
@@ -59,7 +56,7 @@ class LinearSchedulerOutput(BaseOutput):
         OrderedDict.__setitem__(self, "pred_original_sample", self.pred_original_sample)
 
 
-class LinearScheduler(StockInterface, ABC):
+class LinearScheduler(GridArguments, StockInterface, ABC):
     """A scheduler whose steps are rows of coefficients. Subclasses implement `plan`, and `__init__` with their config.
 
     The config keys are diffusers' own, with its defaults, so that `from_config` swaps both ways. Three attributes hold
@@ -71,8 +68,6 @@ class LinearScheduler(StockInterface, ABC):
     _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
     own_keys: ClassVar[tuple[str, ...]] = ("process",)  # config keys that diffusers' class of the same name lacks
-    # What `timestep_spacing` may be.
-    spacings: ClassVar[tuple[str, ...]] = (*STOCK_SPACINGS, "quadratic", "quad", "logsnr", "karras", "beta")
     whole_loops_only: ClassVar[bool] = False  # whether a loop must begin at the first row and leave none out
 
     @abstractmethod
@@ -199,85 +194,6 @@ class LinearScheduler(StockInterface, ABC):
         """What every `set_timesteps` does first."""
         refuse(others if mu is None or not self.schedule.is_discrete else {**others, "mu": mu})
         self._notice_writing()
-
-    def _grid(
-        self, num: int | None, timesteps: Timesteps | None, sigmas: Timesteps | None, mu: float | None
-    ) -> tuple[list[Any], list[Level]]:
-        """The timesteps that the arguments of `set_timesteps` ask for, noisiest first, and their levels."""
-        self.custom_timesteps = timesteps is not None
-        given = {"num_inference_steps": num, "timesteps": timesteps, "sigmas": sigmas}
-        if (number := sum(value is not None for value in given.values())) == 0:
-            raise ValueError(f"give one of {', '.join(given)}.")
-        top, name = (len(self.schedule), "num_train_timesteps=") if self.schedule.is_discrete else (MOST_STEPS, "")
-        if num is not None and (not 1 <= num <= top or int(num) != num):
-            raise ValueError(f"num_inference_steps={num} must be a whole number in 1 .. {name}{top}.")
-        if isinstance(self.schedule, ContinuousSchedule):
-            return self._continuous_grid(self.schedule, None if num is None else int(num), timesteps, sigmas, mu)
-        if number > 1:
-            raise ValueError(f"give only one of {', '.join(given)}.")
-        if timesteps is not None:
-            grid = self._explicit_grid(timesteps)
-        else:
-            grid = self._spaced_grid(int(num)) if num is not None else self._sigma_grid(sigmas)
-        return grid, [*map(self.schedule.level, grid)]
-
-    def _continuous_grid(
-        self, schedule: ContinuousSchedule, num: int | None, timesteps: Any, sigmas: Any, mu: float | None
-    ) -> tuple[list[float], list[Level]]:
-        """`_grid` for any process but DDPM's: levels are exact, and timesteps what float32 makes of theirs."""
-        lengths = {num, *(len(each) for each in (timesteps, sigmas) if each is not None)} - {None}
-        if len(lengths) > 1:
-            raise ValueError(f"num_inference_steps={num}, timesteps and sigmas say different numbers: {lengths}.")
-        if timesteps is not None and sigmas is None:
-            levels = [schedule.level(float(t)) for t in timesteps]
-        else:
-            times = self._times(schedule, *lengths, sigmas, mu)
-            levels = schedule.levels_at(times)
-            timesteps = schedule.told(times) if timesteps is None else timesteps
-        if any(t.lambda_ >= s.lambda_ for t, s in pairwise(levels)) or levels[-1].sigma == 0:
-            raise ValueError(f"timesteps must go from noise to images, short of them; got {[*timesteps][:8]}.")
-        return on_host([float(t) for t in timesteps]).float().tolist(), levels
-
-    def _times(self, schedule: ContinuousSchedule, num: int, sigmas: Any, mu: float | None) -> Tensor:
-        spacing = self.config.timestep_spacing
-        own = spacing in STOCK_SPACINGS
-        return schedule.times(num, sigmas, mu) if own else schedule.spaced_times(spacing, num)
-
-    def _explicit_grid(self, timesteps: Timesteps) -> list[Any]:
-        """Timesteps that a caller gives; DDPM's process has whole ones."""
-        if isinstance(self.schedule, ContinuousSchedule):
-            return self._continuous_grid(self.schedule, None, timesteps, None, None)[0]
-        grid, top = [int(t) for t in timesteps], len(self.schedule) - 1
-        if not descends(grid, top) or grid != [float(t) for t in timesteps]:
-            raise ValueError(f"timesteps must be descending integers in 0 .. {top}; got {list(timesteps)[:8]}.")
-        return grid
-
-    def _sigma_grid(self, sigmas: Any) -> list[Any]:
-        """Timesteps of values of sigma / alpha, the last may be 0; rounded beyond an end they are the end."""
-        values = on_host(sigmas)
-        lambdas = -torch.log(values[:-1] if len(values) and values[-1] == 0 else values)
-        low, high = (self.schedule.level(end).lambda_ for end in (self.schedule.noisiest, self.schedule.cleanest))
-        inside = len(lambdas) and low - 0.01 <= lambdas[0] <= lambdas[-1] <= high + 0.01
-        if not inside or not (lambdas.diff() > 0).all():
-            raise ValueError(
-                f"sigmas must descend strictly from at most {math.exp(-low):.6g} to at least {math.exp(-high):.6g}, "
-                f"with or without a 0 behind them; got {values.tolist()[:8]}."
-            )
-        return self._distinct(self.schedule.timestep_of(lambdas).tolist(), len(self.schedule))
-
-    def _distinct(self, nodes: list[float], num_levels: int) -> list[Any]:
-        """Strictly descending timesteps below `num_levels` for the network, from real-valued ones that may repeat."""
-        fractional, ceiling = self.config.get("fractional_timesteps", False), max(num_levels, len(nodes))
-        grid = on_host(nodes).float().tolist()  # float32 is what the network gets
-        if fractional and descends(grid, ceiling - 1):
-            return grid
-        integers = spread([round(t) for t in nodes], ceiling)
-        return [float(t) for t in integers] if fractional else integers
-
-    def _spaced_grid(self, n: int) -> list[Any]:
-        config, top = self.config, len(self.schedule)
-        grid = Grid(self.schedule, n, top, steps_offset=config.steps_offset, power=config.get("spacing_power", 1.0))
-        return spread([round(t) for t in SPACINGS[config.timestep_spacing](grid)], top)
 
     def _ensure_grid(self) -> None:
         self._notice_writing()

@@ -193,15 +193,12 @@ def deepfloyd(name: str) -> Sequence[float]:
 
 # Step tables that diffusers ships: Align Your Steps (Sabour et al. 2024, arXiv 2404.14507), and DeepFloyd IF's.
 STEP_TABLES: dict[str, Spacing] = {
-    name: tabled(name, read)
-    for name, read in {
-        "ays_sd": lambda: AysSchedules["StableDiffusionTimesteps"],
-        "ays_sdxl": lambda: AysSchedules["StableDiffusionXLTimesteps"],
-        **{
-            name: partial(deepfloyd, name)
-            for name in ("fast27", "smart27", "smart50", "smart100", "smart185", "super27", "super40", "super100")
-        },
-    }.items()
+    "ays_sd": tabled("ays_sd", lambda: AysSchedules["StableDiffusionTimesteps"]),
+    "ays_sdxl": tabled("ays_sdxl", lambda: AysSchedules["StableDiffusionXLTimesteps"]),
+    **{
+        name: tabled(name, partial(deepfloyd, name))
+        for name in ("fast27", "smart27", "smart50", "smart100", "smart185", "super27", "super40", "super100")
+    },
 }
 INDEX_SPACINGS = (leading, linspace, trailing, quadratic, quad, even, power)
 SPACINGS: dict[str, Spacing] = {each.__name__: each for each in INDEX_SPACINGS} | LAMBDA_SPACINGS | STEP_TABLES

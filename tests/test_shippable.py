@@ -54,6 +54,7 @@ def test_files_are_found():
         "noise_schedule",
         "gaussian_paths",
         "foreign_configs",
+        "grid_arguments",
         "timestep_grids",
         "linear_scheduler",
         "plan",

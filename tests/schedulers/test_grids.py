@@ -6,12 +6,20 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.deepfloyd_if import timesteps as if_timesteps
+from diffusers.schedulers import AysSchedules
 
-from diffusers_dpm.schedulers import ALL_SCHEDULERS, DDIMScheduler, DDPMScheduler, DPMSolverScheduler
-from diffusers_dpm.schedulers.timestep_grids import SPACINGS, Grid, spread
+from diffusers_dpm.schedulers import (
+    ALL_SCHEDULERS,
+    AnalyticDPMScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverScheduler,
+)
+from diffusers_dpm.schedulers.timestep_grids import SPACINGS, STEP_TABLES, Grid, spread
 
+from .helpers import PLANNING, STOCK_SPACINGS, working
 from .helpers import SPACINGS as COMMON_SPACINGS
-from .helpers import STOCK_SPACINGS, working
 
 
 def grid(scheduler, n):
@@ -181,3 +189,50 @@ def test_encoding_walks_the_decoding_grid_upward(spacing):
     assert [*scheduler.timesteps.tolist(), decoding[0]] == sorted({0, *decoding})
     assert scheduler.levels[0] == scheduler.schedule[0]
     assert scheduler.levels[-1] == top
+
+
+@pytest.mark.parametrize("name", STEP_TABLES)
+@pytest.mark.parametrize("rescale", [False, True])
+def test_step_tables_that_diffusers_ships(name, rescale):
+    """As they are for as many steps as they have, and for any other number between the same ends."""
+    if name.startswith("ays"):
+        table = AysSchedules[{"ays_sd": "StableDiffusionTimesteps", "ays_sdxl": "StableDiffusionXLTimesteps"}[name]]
+    else:
+        table = getattr(if_timesteps, f"{name}_timesteps")
+    scheduler = DDIMScheduler(timestep_spacing=name, rescale_betas_zero_snr=rescale, prediction_type="v_prediction")
+    scheduler.set_timesteps(len(table))
+    assert scheduler.timesteps.tolist() == table
+    for n in (1, 2, 3, 7, 50, 250):
+        scheduler.set_timesteps(n)
+        timesteps = scheduler.timesteps.tolist()
+        assert len({*timesteps}) == n
+        assert timesteps == sorted(timesteps, reverse=True)
+        assert timesteps[0] == table[0]
+
+
+@pytest.mark.parametrize("scheduler_class", PLANNING)
+@pytest.mark.parametrize("name", ["StableDiffusionSigmas", "StableDiffusionXLSigmas"])
+def test_sigma_tables_are_within_a_rounding(scheduler_class, name):
+    """Their ends lie a rounding outside the trained range, and are its ends."""
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    small = {"reverse_variance": "small"} if scheduler_class is AnalyticDPMScheduler else {}
+    scheduler = scheduler_class(**config, **small)
+    scheduler.set_timesteps(sigmas=AysSchedules[name])
+    assert len(scheduler.timesteps) == 10
+    expected = torch.tensor(AysSchedules[name])
+    torch.testing.assert_close(scheduler.sigmas, expected, rtol=0.2, atol=1e-6)  # whole timesteps
+
+
+def test_a_sigma_table_of_a_continuous_process():
+    scheduler = DDIMScheduler(
+        process={"kind": "edm", "sigma_data": 1.0, "sigma_max": 700.0},
+        prediction_type="v_prediction",
+        timestep_spacing="ays_svd",
+    )
+    scheduler.set_timesteps(10)
+    torch.testing.assert_close(scheduler.sigmas, torch.tensor(AysSchedules["StableDiffusionVideoSigmas"]))
+    scheduler.set_timesteps(25)
+    assert scheduler.sigmas[0] == 700
+    assert (scheduler.sigmas.diff() < 0).all()
+    with pytest.raises(ValueError, match="timestep_spacing='ays_svd'"):
+        DDIMScheduler(timestep_spacing="ays_svd")
