@@ -88,9 +88,9 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
         config = self.config
         if isinstance(config.trained_betas, Tensor):  # JSON takes lists
             self.register_to_config(trained_betas=config.trained_betas.tolist())
-        if config.process is None and config.get("use_flow_sigmas"):
+        if config.get("process") is None and config.get("use_flow_sigmas"):
             self.register_to_config(**translated(config))
-        process = config.process
+        process = self.config.get("process")
         if process is None and config.get("use_dynamic_shifting"):
             raise ValueError("use_dynamic_shifting=True is of flow matching: it needs use_flow_sigmas=True.")
         if process is None or process.get("kind") == "vp":

@@ -150,6 +150,8 @@ class StockInterface(SchedulerMixin, ConfigMixin):
         unwritten = [key for key in config.get("_use_default_values", ()) if key not in PROCESS_KEYS or not found]
         config = {**config, **changed, "_use_default_values": unwritten}
         own = cls._get_init_keys(cls)
+        if "process" in found and "process" not in own:
+            raise ValueError(f"process={found['process']}: {cls.__name__} has no such key, and is for DDPM's alone.")
         return config, {**found, **{key: value for key, value in kwargs.items() if key in own or key not in changed}}
 
     # For steps and rows, which are many: the looking is done, and no table changes what they read.

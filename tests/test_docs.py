@@ -28,6 +28,7 @@ from diffusers_dpm.commands.main import main as diffusers_dpm
 from tests.conftest import forget_accelerator
 from tests.hub.conftest import hub  # noqa: F401 (a fixture)
 from tests.hub.server import Account
+from tests.pipelines.tiny_pipelines import built
 
 
 if sys.version_info >= (3, 11):
@@ -90,6 +91,16 @@ def small(arguments):
     name = arguments[0]
     options = [SMALL[key] for key in SMALL if key.split()[0] == name and {*key.split()[1:]} <= {*arguments}]
     return [*arguments, *" ".join(options).split()]
+
+
+# Repositories that the pages load by name -> a tiny pipeline of their class and scheduler.
+TINY = {
+    "black-forest-labs/FLUX.1-dev": "FluxPipeline",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "StableDiffusion3Pipeline",
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "WanPipeline UniPC",
+    "playgroundai/playground-v2.5-1024px-aesthetic": "StableDiffusionXLPipeline EDMDPMSolver",
+    "stabilityai/stable-video-diffusion-img2vid-xt": "StableVideoDiffusionPipeline",
+}
 
 
 # Running a page ------------------------------------------------------------------------------------------------------
@@ -190,6 +201,22 @@ def hub_with_checkpoint(hub, tmp_path, monkeypatch):  # noqa: F811
     api.upload_folder(repo_id="google/ddpm-cifar10-32", folder_path=folder)
 
 
+def publish_tiny_pipelines(hub, page, folder, monkeypatch):  # noqa: F811
+    """Those that the page names, which load without tokenizers and text encoders: they have none."""
+    text = page.read_text(encoding="utf-8")
+    for repo_id, name in TINY.items():
+        if repo_id in text:
+            owner = repo_id.split("/")[0]
+            hub.accounts[f"hf_{owner}"] = Account(owner)
+            pipe, _ = built(name)
+            absent = [key for key, component in pipe.components.items() if component is None]
+            monkeypatch.setattr(type(pipe), "_optional_components", [*pipe._optional_components, *absent])
+            pipe.save_pretrained(folder / repo_id)
+            api = hub.api(f"hf_{owner}")
+            api.create_repo(repo_id)
+            api.upload_folder(repo_id=repo_id, folder_path=folder / repo_id)
+
+
 def page_parameters():
     for page in PAGES:
         if blocks(page):
@@ -199,7 +226,8 @@ def page_parameters():
 
 @pytest.mark.usefixtures("fresh_process", "hub_with_checkpoint", "modules_cache")
 @pytest.mark.parametrize("page", [*page_parameters()])
-def test_page(page, request, tmp_path, monkeypatch):
+def test_page(page, request, tmp_path, monkeypatch, hub):  # noqa: F811
+    publish_tiny_pipelines(hub, page, tmp_path / "tiny", monkeypatch)
     folder = tmp_path / "page"
     if "runs/" in page.read_text(encoding="utf-8"):
         shutil.copytree(request.getfixturevalue("workspace"), folder, symlinks=True)
