@@ -3,7 +3,10 @@
 import dataclasses
 import math
 import re
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +30,7 @@ from diffusers_dpm.records import (
     short_hash,
     write_json,
     write_text,
+    writing,
 )
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.training import checkpoints
@@ -150,16 +154,13 @@ class Trainer(ABC):
         """
         self.accelerator.print(self.plan())
         if not self.options.dry_run:
-            with Processes(self.accelerator).locked(self.run_folder / LOCK):
+            lock = Processes(self.accelerator).locked(self.run_folder / LOCK)
+            with lock, thread_errors_hidden(), self._log_open():
                 self._open_run_folder()
-                try:
-                    self._train(progress or NoProgress())
-                    self._checkpoint()
-                    done = self._finish() if self.accelerator.is_main_process else ""
-                    self.accelerator.wait_for_everyone()
-                finally:
-                    self.state.release_network()
-                    self.accelerator.end_training()
+                self._train(progress or NoProgress())
+                self._checkpoint()
+                done = self._finish() if self.accelerator.is_main_process else ""
+                self.accelerator.wait_for_everyone()
             self.accelerator.print(f"trained {self.state.step} steps; {done}")
         return self.run_folder
 
@@ -282,9 +283,29 @@ class Trainer(ABC):
             drop_rows_after(self.files.logs / METRICS_LOG, self.state.step)
         self.accelerator.wait_for_everyone()
         config = {name: str(value) for name, value in saved_options(self.options).items()}
-        self.accelerator.init_trackers("train", config=config)
-        if self.changes:
-            self.accelerator.log({"changed options": "; ".join(self.changes)}, step=self.state.step)
+        with writing(self.files.logs):
+            self.accelerator.init_trackers("train", config=config)
+            if self.changes:
+                self.accelerator.log({"changed options": "; ".join(self.changes)}, step=self.state.step)
+
+    @contextmanager
+    def _log_open(self) -> Iterator[None]:
+        """At the end the network is let go of, and the log is closed."""
+        try:
+            yield
+        except BaseException:
+            self.state.release_network()
+            with suppress(OSError):  # what the disk refuses to the log, too, says nothing new
+                self.accelerator.end_training()
+            raise
+        self.state.release_network()
+        with writing(self.files.logs):
+            self.accelerator.end_training()
+
+    def _check_folder(self) -> None:
+        """Raise DiffusersDPMError if the run folder is gone: it would be made again, with half of a run in it."""
+        if self.accelerator.is_main_process and not self.files.options.is_file():
+            raise DiffusersDPMError(f"{self.files.options} was deleted while the run was training: it has ended")
 
     def _train(self, progress: Progress) -> None:
         options, recent, processes = self.options, [], Processes(self.accelerator)
@@ -317,6 +338,7 @@ class Trainer(ABC):
 
     def _log(self, records: list[StepRecord]) -> str:
         """Log the means of the steps since the last call; returns the progress bar's text."""
+        self._check_folder()
         last = records[-1]
         by_quartile = zip(*(record.loss_by_quartile for record in records), strict=True)
         values = {
@@ -333,13 +355,15 @@ class Trainer(ABC):
         for i, losses in enumerate(by_quartile, 1):
             numbers = [loss for loss in losses if not math.isnan(loss)]
             values[f"loss_by_timestep/quartile_{i}"] = fmean(numbers) if numbers else math.nan
-        self.accelerator.log({key: value for key, value in values.items() if not math.isnan(value)}, step=last.step)
+        with writing(self.files.logs):
+            self.accelerator.log({key: x for key, x in values.items() if not math.isnan(x)}, step=last.step)
         if self.options.log_with != "none" and self.accelerator.is_main_process:
             append_row(self.files.logs / METRICS_LOG, {"step": last.step, **values})
         return f"loss {values['loss']:.4f}, {values['images_per_second']:,.0f} images/s"
 
     def _checkpoint(self) -> None:
         """Save the step's model and trainer state, then delete what is beyond the limit."""
+        self._check_folder()
         step = self.state.step
         if self.accelerator.is_main_process and step != self.checkpointed_step:
             with atomic_folder(checkpoints.checkpoint_folder(self.run_folder, step)) as folder:
@@ -357,9 +381,24 @@ class Trainer(ABC):
         return self.state.ema_model or self.state.model
 
 
+@contextmanager
+def thread_errors_hidden() -> Iterator[None]:
+    """Inside, TensorBoard's thread does not print what its disk refuses: its next call raises it here."""
+
+    def show(error: threading.ExceptHookArgs) -> None:
+        if not issubclass(error.exc_type, OSError):
+            former(error)
+
+    former, threading.excepthook = threading.excepthook, show
+    try:
+        yield
+    finally:
+        threading.excepthook = former
+
+
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row to a table of comma-separated values; the first one brings the header."""
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         lines = [row.values()] if file.tell() else [row, row.values()]
         file.writelines(",".join(map(str, line)) + "\n" for line in lines)
 

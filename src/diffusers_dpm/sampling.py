@@ -29,7 +29,16 @@ from diffusers_dpm.pipelines.networks import class_names
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.posterior_statistics import PosteriorStatistics
 from diffusers_dpm.processes import Processes
-from diffusers_dpm.records import LOCK, ResultStore, atomic_file, check_types, is_empty, short_hash, weights_hash
+from diffusers_dpm.records import (
+    LOCK,
+    ResultStore,
+    atomic_file,
+    check_types,
+    is_empty,
+    short_hash,
+    weights_hash,
+    writing,
+)
 from diffusers_dpm.run_folder import EXTRAS
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import STATISTICS
@@ -385,7 +394,8 @@ class SampleFolder:
         start = time.perf_counter()
         images, labels, calls = self.sampler.draw(seeds, progress)
         seconds = time.perf_counter() - start
-        with (self.folder / f"timing-{process}.jsonl").open("a") as file:  # before the images: `cost` needs a line
+        timing = self.folder / f"timing-{process}.jsonl"
+        with writing(timing), timing.open("a") as file:  # before the images: `cost` needs a line
             file.write(json.dumps({"images": len(seeds), "calls": calls, "seconds": seconds}) + "\n")
         for i, seed in enumerate(seeds):
             self._write(seed, images[i], None if labels is None else labels[i])
