@@ -28,6 +28,7 @@ from diffusers_dpm.schedulers.stock_interface import OTHER_PROCESSES, foreign_ke
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OWN = {cls.__name__: cls for cls in (*ALL_SCHEDULERS, *(extra.cls for extra in EXTRAS.values()))}
+STOCK_SPACINGS = ("linspace", "leading", "trailing")
 DEFAULTS = {"sample_size": 1, "trained_betas": [0.0]}  # for what their classes have None
 MAX_PARAMETERS = 10**11
 LARGEST_FLOAT = torch.finfo(torch.float32).max
@@ -138,7 +139,7 @@ def load_pipeline(model: str, any_process: bool = False) -> DPMPipeline:
             match index.get(part.name):
                 case [str(), str(name)]:
                     if part.is_dir():  # the oldest repositories have all files in one folder
-                        check_part(part, OWN.get(name) or getattr(diffusers, name, None))
+                        check_part(part, getattr(diffusers, name, None) or OWN.get(name))
                 case entry:
                     raise DiffusersDPMError(f"{run.index}: {part.name} must be a library and a class, got {entry}")
     with user_error(f"cannot load {run.index if run.path.is_dir() else model}", Exception), quiet():
@@ -149,7 +150,10 @@ def load_pipeline(model: str, any_process: bool = False) -> DPMPipeline:
     check_finite(pipeline.unet, f"{model}/unet")
     if (process := process_of(pipeline.scheduler)) != "DDPM" and not any_process:
         raise DiffusersDPMError(f"{model} is for another process ({process}): this needs one of DDPM")
-    check_noise_schedule(pipeline.scheduler, f"{model}/scheduler")
+    config = f"{model}/{RunFolder.scheduler}/{pipeline.scheduler.config_name}"
+    check_noise_schedule(pipeline.scheduler, config)
+    if not any_process:  # the class of the file does not check all values that ours compute with
+        noise_schedule_of(pipeline.scheduler, config)
     return pipeline
 
 
@@ -193,6 +197,9 @@ def check_part(folder: Path, cls: Any) -> None:
     if not hasattr(cls, "from_config"):  # of another library: it says what it has to say
         return
     check_config(path, cls, config)
+    if is_scheduler:
+        with user_error(f"{path}: {cls.__name__}", Exception), quiet():
+            check_noise_schedule(cls.from_config(config), path)
     if is_scheduler or not weights.exists():
         return
     with user_error(f"cannot read {weights}", OSError, SafetensorError), safe_open(weights, framework="pt") as file:
@@ -274,11 +281,15 @@ def check_noise_schedule(scheduler: Any, where: str | Path) -> None:
     """Check the config of a scheduler as far as its class does not.
 
     Raises:
-        DiffusersDPMError: an unknown prediction_type, or betas whose signal falls below what float32 holds; of pure
-            noise the last may be.
+        DiffusersDPMError: an unknown prediction_type or timestep_spacing, or betas whose signal falls below what
+            float32 holds; of pure noise the last may be.
     """
-    if (kind := scheduler.config.get("prediction_type", "epsilon")) not in PREDICTIONS:
-        raise DiffusersDPMError(f"{where}: prediction_type={kind!r} must be one of {', '.join(PREDICTIONS)}")
+    cls = type(scheduler)
+    for key, words in {"prediction_type": PREDICTIONS, "timestep_spacing": STOCK_SPACINGS}.items():
+        ours = key == "timestep_spacing" and hasattr(cls, "spacings")  # which the class has checked
+        word = scheduler.config.get(key)
+        if not ours and key in inspect.signature(cls).parameters and word not in words:
+            raise DiffusersDPMError(f"{where}: {cls.__name__} has no {key}={word!r}: choose one of {', '.join(words)}")
     levels = getattr(scheduler, "alphas_cumprod", torch.ones(1))
     lowest = levels[:-1].min() if scheduler.config.get("rescale_betas_zero_snr") else levels.min()
     if not lowest >= torch.finfo(torch.float32).tiny:
@@ -360,8 +371,8 @@ def process_of(scheduler: Any) -> str:
     return "EDM" if name.startswith("EDM") else "DDPM" if known else name
 
 
-def noise_schedule_of(scheduler: Any) -> VPNoiseSchedule:
-    """The noise schedule of any diffusers scheduler of a DDPM process, in float64.
+def noise_schedule_of(scheduler: Any, where: str = "") -> VPNoiseSchedule:
+    """The noise schedule of any diffusers scheduler of a DDPM process, in float64; `where` it is from, in messages.
 
     It is made from the config, as `AnalyticDPMScheduler.from_config` would: the float32 betas of diffusers' own
     classes are another schedule in the seventh digit.
@@ -375,7 +386,7 @@ def noise_schedule_of(scheduler: Any) -> VPNoiseSchedule:
     name, betas = type(scheduler).__name__, getattr(scheduler, "betas", None)
     if betas is None:
         raise DiffusersDPMError(f"{name} has no betas: the statistics are those of a DDPM process.")
-    with user_error(f"the config of {name}"):
+    with user_error(f"{where}{where and ': '}the config of {name}"):
         schedule = AnalyticDPMScheduler.from_config(whole_config(scheduler), timestep_spacing="even").schedule
     if betas.shape != schedule.betas.shape or not torch.allclose(betas.double().cpu(), schedule.betas, rtol=1e-3):
         raise DiffusersDPMError(f"the betas of this {name} are not those of its config: give them as trained_betas.")

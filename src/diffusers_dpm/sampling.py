@@ -39,7 +39,7 @@ from diffusers_dpm.records import (
     weights_hash,
     writing,
 )
-from diffusers_dpm.run_folder import EXTRAS
+from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import STATISTICS
 from diffusers_dpm.schedulers.scheduling_calibrated import CALIBRATION
@@ -139,7 +139,10 @@ def build_scheduler(
             options = {"guidance_scale": guidance_scale, **options} if guidance_scale in steps else options
         with user_error(f"{model}/{subfolder}"):  # what it carries may not be of its own config
             saved.set_timesteps(min(getattr(saved, "available_steps", [1])))
-    with user_error(name, AttributeError, NotImplementedError, RuntimeError, TypeError):  # diffusers raises all
+    origin = f"{model}/{subfolder or RunFolder.scheduler}"
+    with user_error(
+        f"{name} of {origin}", AttributeError, NotImplementedError, RuntimeError, TypeError
+    ):  # diffusers raises all
         scheduler = scheduler_class.from_config(config, **options)
     check_process(name, scheduler, pipeline.scheduler)
     return scheduler
