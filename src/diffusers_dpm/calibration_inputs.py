@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.pipelines.guidance import ClassifierGuidance, check_classifier, label_log_probability
-from diffusers_dpm.pipelines.networks import image_shape, is_conditional, num_classes_of
+from diffusers_dpm.pipelines.guidance import (
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    Guidance,
+    check_classifier,
+    label_log_probability,
+)
+from diffusers_dpm.pipelines.networks import image_shape, is_conditional, null_class_of, num_classes_of
 from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.records import fingerprint, weights_hash
 
@@ -64,16 +70,24 @@ def arguments_for(
 
 def guidance_for(
     classifier: Any, scale: float | None, unet: Any, noise: Tensor, labels: Tensor | None, prediction_type: str
-) -> Callable[[int, int], ClassifierGuidance] | None:
-    """`Network.guidance` by a classifier; None without a scale.
+) -> Callable[[int, int], Guidance] | None:
+    """`Network.guidance` by a classifier, or else by the network's null class; None without a scale.
 
     Raises:
-        DiffusersDPMError: a classifier without scale or the reverse.
+        DiffusersDPMError: a classifier without scale, or a scale of nothing.
     """
-    if (scale is not None) != (classifier is not None):
-        raise DiffusersDPMError("classifier and guidance_scale are given together or not at all.")
+    null_class = null_class_of(unet)
+    if scale is None and classifier is not None:
+        raise DiffusersDPMError("classifier needs a guidance_scale.")
+    if scale is not None and classifier is None and null_class is None:
+        raise DiffusersDPMError(f"guidance_scale={scale:g} needs a classifier, or a network with a null class.")
     if labels is None or scale is None:
         return None
+    if classifier is None:
+        null = torch.full_like(labels, null_class)
+        return lambda start, end: ClassifierFreeGuidance(
+            scale, torch.cat([labels[start:end], null[start:end]]).to(noise.device)
+        )
     check_classifier(classifier, unet, noise, labels)
 
     return lambda start, end: ClassifierGuidance(

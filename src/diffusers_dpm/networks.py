@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.pipelines.networks import check_network, evaluation_mode, null_class_of, num_classes_of
+from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import read_json, weights_hash
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, VPNoiseSchedule
@@ -87,36 +88,48 @@ def duration(seconds: float) -> str:
     )
 
 
-def report_cost(unet: Any, calls: int, batch_size: int, accelerator: Any, classifier: Any = None) -> None:
+def report_cost(
+    unet: Any, calls: int, batch_size: int, accelerator: Any = None, classifier: Any = None, derivatives: int = 0
+) -> None:
     """Say on stderr what network calls for so many single images will cost here, by the time of one call.
 
     Args:
         unet: the network, where it will run.
         calls: images times calls for each, over all processes.
         batch_size: images in a call.
-        accelerator: of the processes that share the work.
+        accelerator: of the processes that share the work; None for this one alone.
         classifier: that guides, by its gradient; it is called as often.
+        derivatives: of each output by x_t that are taken.
     """
-    conditional = is_conditional(unet)
-    if not calls or not accelerator.is_main_process or (conditional and unet.config.get("num_class_embeds") is None):
+    conditional, processes = is_conditional(unet), Processes(accelerator)
+    if not calls or not processes.is_main or (conditional and unet.config.get("num_class_embeds") is None):
         return
     batch = min(batch_size, calls)
     x = torch.zeros(batch, *image_shape(unet), device=unet.device)
     labels = torch.zeros(batch, dtype=torch.long, device=unet.device) if conditional else None
 
     def call(images: int) -> float:
-        with torch.no_grad():
+        x_t = x[:images].clone().requires_grad_()
+        with torch.set_grad_enabled(derivatives > 0):
             times = torch.zeros(images, dtype=torch.long, device=unet.device)
-            total = network_output(unet, x[:images], times, None if labels is None else labels[:images]).sum()
+            output = network_output(unet, x_t, times, None if labels is None else labels[:images]).sum()
+        total = output.detach()
+        for _ in range(derivatives):
+            total += torch.autograd.grad(output, x_t, retain_graph=True)[0].sum()
         if classifier is not None:
-            x_t = x[:images].to(classifier.dtype).requires_grad_()
-            total = total + torch.autograd.grad(classifier(x_t, times).logits.sum(), x_t)[0].sum()
+            logits = classifier(x_t.to(classifier.dtype), times).logits
+            total += torch.autograd.grad(logits.sum(), x_t)[0].sum()
         return total.item()
 
     with evaluation_mode(unet, classifier):
-        seconds = measured_seconds(call, batch) * calls / batch / accelerator.num_processes
+        seconds = measured_seconds(call, batch) * calls / batch / processes.count
     hint = "; fewer images or steps, or a faster device, would cost less" if seconds > LONG else ""
     print(f"{calls:,} network calls for one image each: about {duration(seconds)} here{hint}", file=sys.stderr)
+
+
+def guided_calls(calls: int, guidance_scale: float | None, classifier: Any) -> int:
+    """Network calls, twice as many where the network guides itself: without and with a label."""
+    return calls if guidance_scale is None or classifier is not None else 2 * calls
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
