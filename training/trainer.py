@@ -168,10 +168,9 @@ class Trainer(ABC):
         """What the run does, in a few aligned lines."""
         options, data, accelerator = self.options, self.data, self.accelerator
         parameters = sum(parameter.numel() for parameter in self.state.parameters)
-        images = options.max_train_steps * options.batch_size
         names = ", ".join(data.class_names or ())
         classes = f", {data.num_classes} classes" + (f": {names}" if names else "") if data.num_classes else ""
-        start = f", from step {self.state.step:,}" if self.state.step else ""
+        done = f"{self.images_seen:,} images in {self.state.step:,} steps, then " if self.state.step else ""
         # float32: the model, and in a checkpoint also the raw weights and AdamW's two moments
         model, checkpoint = 4 * parameters / 1e6, 16 * parameters / 1e6
         num = 1 + (options.max_train_steps - 1) // options.checkpoint_every if options.checkpoint_every else 1
@@ -183,8 +182,8 @@ class Trainer(ABC):
         lines = {
             "data": f"{len(data):,} images, {describe(data.shape)}{classes}",
             "network": f"{parameters:,} parameters",
-            "training": f"{options.max_train_steps:,} steps x {options.batch_size} images = {images:,} images, "
-            f"{images / len(data):,.1f} epochs{start}",
+            "training": f"{done}{self.steps_left:,} steps x {options.batch_size} images = "
+            f"{self.images_in_all:,} images, {self.images_in_all / len(data):,.1f} epochs",
             "time": time,
             "device": f"{accelerator.device}, processes {accelerator.num_processes}, accumulation steps "
             f"{options.gradient_accumulation_steps}, mixed precision {accelerator.mixed_precision}",
@@ -200,6 +199,11 @@ class Trainer(ABC):
     @property
     def steps_left(self) -> int:
         return self.options.max_train_steps - self.state.step
+
+    @property
+    def images_in_all(self) -> int:
+        """Those of the steps done, which another batch size may have had, and of the steps left."""
+        return self.images_seen + self.steps_left * self.options.batch_size
 
     @cached_property
     def seconds_a_step(self) -> float:
@@ -221,9 +225,10 @@ class Trainer(ABC):
         if self.steps_left and (seconds := self.steps_left * self.seconds_a_step) > LONG:
             smaller = "a smaller network or --resolution, fewer --max-train-steps, or a faster device, would take less"
             warnings.append(f"{seconds / 3600:,.0f} hours: {smaller}")
-        epochs, enough = options.max_train_steps * options.batch_size / len(self.data), MANY_EPOCHS * len(self.data)
+        epochs, enough = self.images_in_all / len(self.data), MANY_EPOCHS * len(self.data)
         if epochs > MANY_EPOCHS:
-            fewer = f"--max-train-steps {enough // options.batch_size or 1} would be {MANY_EPOCHS:,} epochs"
+            steps = self.state.step + max(enough - self.images_seen, 0) // options.batch_size
+            fewer = f"--max-train-steps {steps or 1} would be {MANY_EPOCHS:,} epochs"
             warnings.append(f"{epochs:,.0f} epochs: the network may learn the images by heart; {fewer}")
         if options.resume and not self.state.step:
             warnings.append(f"no checkpoint in {self.run_folder} to resume: starting at step 0")

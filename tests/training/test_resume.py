@@ -135,6 +135,7 @@ def test_rate_batch_and_length_may_change(tmp_path, options):
     run = DiffusionTrainer(options(**common, **changes))
     new = r"from step 3 on: --max-train-steps 8, was 3; --batch-size 8, was 16; --learning-rate 0.0001, was 0.001"
     assert re.search(f"changed +{new}", run.plan())
+    assert "32 images in 2 steps, then 6 steps x 8 images = 80 images, 2.0 epochs" in run.plan()
     run.run()
     with (tmp_path / "run" / "logs" / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
