@@ -34,13 +34,13 @@ import torch
 from torch import Tensor
 
 from diffusers_dpm import calibration_inputs as inputs
+from diffusers_dpm.calibration_inputs import Network
 from diffusers_dpm.errors import DiffusersDPMError, check_at_least
 from diffusers_dpm.networks import NoProgress, Progress, noise_schedule_of, whole_config
 from diffusers_dpm.pipelines import evaluation_mode
-from diffusers_dpm.pipelines.guidance import Guidance
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import Record, ResultStore, check_types, provenance
-from diffusers_dpm.schedulers import CalibratedScheduler, DPMSolverScheduler, Level, Update
+from diffusers_dpm.schedulers import CalibratedScheduler, DPMSolverScheduler, Update
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
 
 
@@ -180,57 +180,6 @@ class Walk(NamedTuple):
     rows: list[Update]
     states: list[tuple[Tensor, Tensors]]
     distances: Tensor
-
-
-@dataclass
-class Network:
-    """Predictions of x_0 as a scheduler's `step` uses them, for images that have their own labels and arguments.
-
-    Args:
-        unet: called as unet(x_t, t, **arguments).
-        scheduler: converts and clips.
-        arguments: of all images; of a tensor, in a dict or list too, each image gets its row.
-        guidance: (images from, to) -> what guides them; None for no guidance.
-        batch_size: images in a network call.
-        processes: share the batches.
-        progress: gets the number of images of each call.
-        dtype: of the network's input.
-    """
-
-    unet: Any
-    scheduler: DPMSolverScheduler
-    arguments: Mapping[str, Any]
-    guidance: Callable[[int, int], Guidance] | None
-    batch_size: int
-    processes: Processes = field(default_factory=Processes)
-    progress: Progress = field(default_factory=NoProgress)
-    dtype: torch.dtype = torch.float32
-
-    def __call__(self, x: Tensor, t: int, level: Level, first: int = 0) -> Tensor:
-        """x_0 of images `first`, first + 1, ... from their x_t, (B, C, H, W)."""
-        total = torch.zeros_like(x)
-        for number, start in enumerate(range(0, len(x), self.batch_size)):
-            if number % self.processes.count == self.processes.rank:
-                end = min(start + self.batch_size, len(x))
-                total[start:end] = self._predict(x[start:end], t, level, first + start)
-        total = self.processes.sum(total)
-        self.progress.update(len(x))
-        if not total.isfinite().all():
-            raise DiffusersDPMError(f"the network's predictions are not finite at timestep {t}.")
-        return total
-
-    def _predict(self, x: Tensor, t: int, level: Level, first: int) -> Tensor:
-        end = first + len(x)
-
-        def network(x_t: Tensor, **changes: Any) -> Tensor:
-            times = len(x_t) // len(x)  # twice, where the network guides itself
-            own = inputs.on_tensors(lambda rows: torch.cat([rows[first:end]] * times), self.arguments)
-            output = self.unet(x_t.to(self.dtype), torch.tensor(t, device=x.device), **(own | changes))
-            return getattr(output, "sample", output).to(x.dtype)
-
-        guided = None if self.guidance is None else self.guidance(first, end)
-        output = network(x) if guided is None else guided.predict(network, x, t, level.alpha, level.sigma)[0]
-        return self.scheduler.predict_x0(self.scheduler.split_output(output, x)[0], x, level)
 
 
 class Student:

@@ -14,13 +14,12 @@ import diffusers
 import torch
 from diffusers import SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError, safe_open
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.pipelines.networks import check_network, evaluation_mode, null_class_of, num_classes_of
 from diffusers_dpm.processes import Processes
-from diffusers_dpm.records import read_json, weights_hash
+from diffusers_dpm.records import open_tensors, read_json, weights_hash
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, VPNoiseSchedule
 from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS
@@ -215,7 +214,7 @@ def check_part(folder: Path, cls: Any) -> None:
             check_noise_schedule(cls.from_config(config), path)
     if is_scheduler or not weights.exists():
         return
-    with user_error(f"cannot read {weights}", OSError, SafetensorError), safe_open(weights, framework="pt") as file:
+    with open_tensors(weights) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         found = {key: (tuple(value.get_shape()), value.get_dtype()) for key, value in slices.items()}
     network = build_without_memory(path, cls, config)

@@ -90,9 +90,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, opened. Raises DiffusersDPMError if it cannot be read."""
+    with user_error(f"cannot read {path}", OSError, SafetensorError), safe_open(path, framework="pt") as file:
+        yield file
+
+
 def read_tensors(path: Path) -> tuple[dict[str, str], Tensors]:
     """(metadata, tensors) of a safetensors file. Raises DiffusersDPMError if it cannot be read."""
-    with user_error(f"cannot read {path}", OSError, SafetensorError), safe_open(path, framework="pt") as file:
+    with open_tensors(path) as file:
         return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
 
 
