@@ -248,6 +248,8 @@ def test_images_of_other_channels_need_npz(tmp_path, sample, capsys):
 
 def test_schedulers_by_name(run, tmp_path):
     pipeline = DPMPipeline.from_pretrained(run)
+    with pytest.raises(ValueError, match="eta is given twice"):
+        parse_assignments(["eta=0.5", "eta=1"])
     options = parse_assignments(["solver_order=3", "timestep_spacing=quadratic", "thresholding=False"])
     assert options == {"solver_order": 3, "timestep_spacing": "quadratic", "thresholding": False}
     ours = build_scheduler("dpm-solver", options, pipeline, str(run))

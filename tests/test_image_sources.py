@@ -223,6 +223,12 @@ def test_links_are_followed_once(tmp_path, suffix):
     assert (data.class_names, values(data)) == (["a", "b"], [0, 1])
 
 
+def test_one_folder_is_no_class(tmp_path):
+    save(tmp_path, "cat/0.png", "cat/1.png")
+    with pytest.raises(DataError, match="all lie in cat: one class is none"):
+        load_images(tmp_path, require_labels=True)
+
+
 def test_a_link_to_a_sibling_is_a_class_of_its_own(tmp_path):
     save(tmp_path, "b/0.png", "b/1.png")
     (tmp_path / "a").symlink_to(tmp_path / "b")

@@ -258,8 +258,10 @@ def read_classes(folders: Sequence[tuple[str, ...]]) -> tuple[list[int] | None, 
     inner = [folder[shared:] for folder in folders]
     if all(len(folder) == 1 for folder in inner):
         return *numbered([folder[0] for folder in inner]), ""
-    deep = next((f", but {'/'.join(folder)} lies deeper" for folder in inner if len(folder) > 1), "")
-    return None, None, f"put the images of each class into one folder of its name{deep}"
+    why = next((f", but {'/'.join(folder)} lies deeper" for folder in inner if len(folder) > 1), "")
+    if shared and not any(inner):
+        why = f", but all lie in {folders[0][-1]}: one class is none"
+    return None, None, f"put the images of each class into one folder of its name{why}"
 
 
 def numbered(words: Sequence[str | None]) -> tuple[list[int], list[str]]:
