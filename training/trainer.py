@@ -236,6 +236,11 @@ class Trainer(ABC):
 
     def _load(self, checkpoint: Path) -> None:
         """Take over a checkpoint, after checking that it is of the same run."""
+        model = (checkpoint / self.weights).parent
+        if self.options.resume != "latest" and not model.is_dir():
+            raise DiffusersDPMError(
+                f"{checkpoint} has no {model.name}: 'diffusers-dpm {self.command}' did not write it"
+            )
         folder, saved = checkpoint / checkpoints.TRAINER_STATE, checkpoints.unseal(checkpoint)
         with checkpoints.reading(checkpoint):
             before = dict(saved["options"])
