@@ -182,8 +182,7 @@ class DPMPipeline(DiffusionPipeline):
         guidance = choose_guidance(guidance, self.classifier is None and bool(num_classes_of(self.unet)), **shortcuts)
         generator = make_generators(generator, seeds)
         labels = None if class_labels is None else torch.as_tensor(self.get_label_ids(class_labels))
-        scale = None if guidance is None else torch.as_tensor(guidance.scale)
-        sizes = {"class_labels": labels, "latents": latents, "guidance_scale": scale}
+        sizes = {"class_labels": labels, "latents": latents, "guidance_scale": scale_of(guidance)}
         batch_size = common_batch_size(batch_size, generator, **sizes)
         scheduler = adapt(self.scheduler)
         step_arguments = scheduler.step_arguments(generator, eta)
@@ -309,8 +308,7 @@ class DPMPipeline(DiffusionPipeline):
         if guidance is not None:
             guidance = guidance.bind(self.unet, self.classifier, scheduler, latents, labels)
         fitted = self.scheduler.config.get("guidance_scale")
-        scale = torch.as_tensor(0 if guidance is None else guidance.scale)
-        if scheduler.has_fitted_rows and (scale != (fitted or 0)).any():
+        if scheduler.has_fitted_rows and (scale_of(guidance) != (fitted or 0)).any():
             warn_once(
                 "the scheduler's rows were fitted %s and fit less well here; 'diffusers-dpm calibrate' fits others",
                 "without guidance" if fitted is None else f"under guidance_scale={fitted:g}",
@@ -398,6 +396,11 @@ class DPMPipeline(DiffusionPipeline):
 
 def to_json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
+
+
+def scale_of(guidance: Guidance | None) -> Tensor:
+    """w, one or each image's own; 0 where nothing guides."""
+    return torch.as_tensor(0 if guidance is None else guidance.scale)
 
 
 def make_generators(generator: Generators | Sequence[torch.Generator], seeds: Iterable[int] | None) -> Generators:

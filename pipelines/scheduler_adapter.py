@@ -113,16 +113,16 @@ class SchedulerAdapter:
         keys, own_keys = (inspect.signature(each.__init__).parameters for each in (twin, own))
         config = {key: value for key, value in scheduler.config.items() if key in keys}
         defaults = {key: parameter.default for key, parameter in own_keys.items() if key not in keys}
-        lost = [key for key, default in defaults.items() if scheduler.config.get(key, default) != default]
+        lost = [] if own.__name__ == twin.__name__ else ["its own steps"]
+        lost += [key for key, default in defaults.items() if scheduler.config.get(key, default) != default]
         tables = {"AnalyticDPMScheduler": ["its statistics"], "CalibratedScheduler": ["its fitted rows"]}
         lost += tables.get(own.__name__, [])
         if config.get("timestep_spacing") not in (None, "leading", "linspace", "trailing"):
             del config["timestep_spacing"]
             lost.append("timestep_spacing")
-        if lost or own.__name__ != twin.__name__:
-            what = f"without {', '.join(lost)}" if lost else "with all its settings"
-            message = "saved %s %s as diffusers' %s, for plain diffusers"
-            logging.getLogger(__name__).warning(message, own.__name__, what, twin.__name__)
+        if lost:
+            message = "saved %s without %s as diffusers' %s, for plain diffusers"
+            logging.getLogger(__name__).warning(message, own.__name__, ", ".join(lost), twin.__name__)
         try:
             return twin(**config)
         except NotImplementedError:  # a beta schedule of a name that the stock class does not know: spell it out

@@ -384,6 +384,23 @@ def test_a_real_network_in_float32():
     assert unet.training  # as before
 
 
+def test_rows_for_a_network_that_guides_itself():
+    unet = tiny_unet(block_out_channels=(8,), num_class_embeds=3)
+    unet.register_to_config(_has_null_class=True)
+    options = {"guidance_scale": 3.0, "class_labels": [0, 1] * 6}
+    few = {"num_images": 4, "teacher_steps": 40, "max_walks": 2, "batch_size": 5}
+    calibration = calibrate(unet, SCHEDULER, (4,), **few, **options)
+    noise = initial_noise(unet, None, 12, seed=0)
+    teacher = sampled(unet, solver_for(SCHEDULER, timestep_spacing="quadratic"), noise, 40, **options)
+    images = sampled(unet, calibration.scheduler(SCHEDULER), noise, 4, **options)
+    (table,) = calibration.tables
+    assert (table["guidance_scale"], table["classifier"]) == (3.0, "null class")
+    assert rms((images - teacher)[8:]) == pytest.approx(table["error"], rel=1e-3)
+    assert table["error"] < table["solver_error"]
+    other = sampled(unet, calibration.scheduler(SCHEDULER), noise, 4, **{**options, "guidance_scale": 1.0})
+    assert rms(other - images) > 2 * table["error"]
+
+
 def test_tables_under_guidance_are_for_that_guidance(fitted):
     """Unguided ones, walked under the same guidance, are further from the guided teacher."""
     unet, classifier, n = ExactNetwork(), LinearClassifier(), 5
@@ -625,7 +642,7 @@ def conditional(**config):
         ({"batch_size": 0}, "batch_size=0"),
         ({"seed": -1}, "seed=-1"),
         ({"max_walks": -1}, "max_walks=-1"),
-        ({"guidance_scale": 1.0}, "classifier .*guidance_scale"),
+        ({"guidance_scale": 1.0}, "guidance_scale=1 needs a classifier"),
         ({"classifier": LinearClassifier()}, "classifier .*guidance_scale"),
         ({"classifier": LinearClassifier(sample_size=8), "guidance_scale": 1.0}, "sample_size"),
         ({"class_labels": [0]}, "class_labels .*num_class_embeds"),

@@ -120,7 +120,11 @@ def test_ode_is_that_of_the_function_and_keeps_the_bounds(call, run, capsys):
     assert ode["per_image"] == pytest.approx(expected.per_image.tolist(), rel=1e-5)
     assert ode["bits_per_dim"] == pytest.approx(expected.bits_per_dim, rel=1e-5)
     assert ode["num_evaluations"] == 24
-    assert f"{ode['bits_per_dim']:.4f} +- {ode['standard_error']:.4f}" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"{ode['bits_per_dim']:.4f} +- {ode['standard_error']:.4f}" in said.out
+    images = len(ode["indices"])
+    for calls in (4 * images, 4 * 6 * 2 * images):  # of the bound, and of the ODE in two passes
+        assert f"{calls:,} network calls for one image each: about " in said.err
 
 
 def test_more_images_go_on_where_fewer_stopped(call, run):

@@ -248,6 +248,8 @@ def test_images_of_other_channels_need_npz(tmp_path, sample, capsys):
 
 def test_schedulers_by_name(run, tmp_path):
     pipeline = DPMPipeline.from_pretrained(run)
+    with pytest.raises(ValueError, match="eta is given twice"):
+        parse_assignments(["eta=0.5", "eta=1"])
     options = parse_assignments(["solver_order=3", "timestep_spacing=quadratic", "thresholding=False"])
     assert options == {"solver_order": 3, "timestep_spacing": "quadratic", "thresholding": False}
     ours = build_scheduler("dpm-solver", options, pipeline, str(run))
@@ -378,7 +380,7 @@ def test_calibrated_rows_lie_beside_the_model(run, sample, capsys):
         (["--seeds=0", "--scheduler-options", "steps_offset=0.5"], "steps_offset must be a whole number, got 0.5"),
         (["--seeds=0", "--scheduler-options", "timestep_spacing=3"], "timestep_spacing must be a word, got 3"),
         (["--seeds=0", "--scheduler=diffusers:SchedulerMixin"], "diffusers has no scheduler 'SchedulerMixin'"),
-        (["--seeds=0", "--scheduler=diffusers:VQDiffusionScheduler"], "diffusers:VQDiffusionScheduler: "),
+        (["--seeds=0", "--scheduler=diffusers:VQDiffusionScheduler"], "diffusers:VQDiffusionScheduler of "),
         (["--seeds=0-9", f"--seeds={2**64}"], f"below 2^64 and ranges such as 0-9999, got '{2**64}'"),
         (["--seeds=0-99999999999"], "'0-99999999999' makes more than 10,000,000 seeds"),
         (["--seeds=0", "--output=images.tiff"], "--output must be a folder, an .npz or a .png file, got images.tiff"),

@@ -5,11 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from diffusers_dpm.networks import duration, measured_seconds, report_cost
+from diffusers_dpm.networks import duration, guided_calls, measured_seconds, report_cost
 from tests.models import tiny_classifier, tiny_unet
-
-
-ONE_PROCESS = SimpleNamespace(is_main_process=True, num_processes=1)
 
 
 @pytest.mark.parametrize(
@@ -40,16 +37,20 @@ def test_what_is_slow_is_measured_on_a_part(monkeypatch):
 
 
 @pytest.mark.parametrize("config", [{}, {"num_class_embeds": 3}])
-@pytest.mark.parametrize("guided", [False, True])
-def test_a_line_before_the_work(config, guided, capsys):
+@pytest.mark.parametrize(("guided", "derivatives"), [(False, 0), (True, 0), (False, 2), (True, 1)])
+def test_a_line_before_the_work(config, guided, derivatives, capsys):
     unet, classifier = tiny_unet(**config), tiny_classifier() if guided else None
-    report_cost(unet, 64_000, 4, ONE_PROCESS, classifier)
+    report_cost(unet, 64_000, 4, classifier=classifier, derivatives=derivatives)
     line = capsys.readouterr().err
     assert re.fullmatch(r"64,000 network calls for one image each: about [\d.e+-]+ \w+ here\n", line)
     assert all(weight.grad is None for weight in unet.parameters())
 
 
 def test_nothing_to_do_costs_nothing(capsys):
-    report_cost(tiny_unet(), 0, 4, ONE_PROCESS)
-    report_cost(tiny_unet(), 9, 4, SimpleNamespace(is_main_process=False, num_processes=2))
+    report_cost(tiny_unet(), 0, 4)
+    report_cost(tiny_unet(), 9, 4, SimpleNamespace(process_index=1, num_processes=2))
     assert capsys.readouterr().err == ""
+
+
+def test_a_network_that_guides_itself_is_called_twice():
+    assert [guided_calls(7, *guide) for guide in ((None, None), (2.0, "classifier"), (2.0, None))] == [7, 7, 14]

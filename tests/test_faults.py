@@ -73,6 +73,29 @@ def test_an_unknown_prediction_is_a_users_error(run):
         noise_schedule_of(load_pipeline(str(run)).scheduler)
 
 
+BAD_WORDS = [("timestep_spacing", "nonsense"), ("prediction_type", "nonsense"), ("beta_schedule", "nonsense")]
+
+
+@pytest.mark.parametrize(("key", "value"), [*BAD_WORDS, ("clip_sample_range", 0), ("trained_betas", [0.5] * 19 + [2])])
+@pytest.mark.parametrize("part", ["scheduler", "analytic_dpm", "calibrated"])
+def test_a_bad_value_names_class_value_and_file(run, part, key, value):
+    add_extras(run, sampling.SCHEDULERS["ddpm"].from_config(load_pipeline(str(run)).scheduler.config))
+    path = run / part / "scheduler_config.json"
+    config = {**json.loads(path.read_text()), key: value}
+    path.write_text(json.dumps(config))
+    shown = "alphas_cumprod" if isinstance(value, list) else str(value)
+    with pytest.raises(DiffusersDPMError, match=rf"{path}: .*{shown}") as raised:
+        load_pipeline(str(run)) if part == "scheduler" else load_extra(str(run), part)
+    assert config["_class_name"] in str(raised.value) or key == "trained_betas"
+
+
+def test_a_value_that_only_the_new_scheduler_refuses(run, capsys):
+    path = run / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "clip_sample_range": 0}))
+    line = error_of("sample", capsys, str(run), *DRAW, "--scheduler", "ddim", "--output", str(run / "drawn"))
+    assert line.startswith(f"error: ddim of {run / 'scheduler'}: clip_sample_range=0 ")
+
+
 def test_an_empty_config_of_a_scheduler(run):
     (run / "scheduler" / "scheduler_config.json").write_text("{}")
     with pytest.raises(DiffusersDPMError, match=r"scheduler_config\.json: _class_name"):

@@ -154,6 +154,17 @@ def test_what_an_interrupted_command_left_is_no_component(tmp_path):
     assert "calibrated" not in Loaded(run).evaluate()
 
 
+def test_an_autoencoder_that_is_not_named_is_left_out(tmp_path):
+    run = make_run(tmp_path / "run", num_train_timesteps=3)
+    for folder in ("vae", "own"):
+        (run / folder).mkdir()
+    (run / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    lines: list[str] = []
+    stage(run, tmp_path / "staged", "org/name", report=lines.append)
+    assert lines == ["left out: vae, which model_index.json does not name"]
+    assert not (tmp_path / "staged" / "vae").exists()
+
+
 def test_figures_of_other_weights_are_not_published(tmp_path):
     """`evaluate` keeps the rows of a model that was trained further beside the new ones."""
     run = make_run(tmp_path / "run")
@@ -546,7 +557,9 @@ def test_a_new_kind_of_scheduler_needs_one_line(tmp_path, monkeypatch):
     for name in ("listed", "unlisted"):
         DDIMScheduler(eta=0.5).save_pretrained(run / name)
     monkeypatch.setitem(EXTRAS, "listed", Extra(DDIMScheduler, "of-the-listed"))
-    stage(run, tmp_path / "staged", "org/name")
+    lines: list[str] = []
+    stage(run, tmp_path / "staged", "org/name", report=lines.append)
+    assert lines == ["left out: unlisted, which model_index.json does not name"]
     assert "- of-the-listed\n" in (tmp_path / "staged" / "README.md").read_text()
     assert {"scheduler_config.json", "scheduling_ddim.py"} < {
         path.name for path in (tmp_path / "staged/listed").iterdir()

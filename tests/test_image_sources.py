@@ -223,6 +223,39 @@ def test_links_are_followed_once(tmp_path, suffix):
     assert (data.class_names, values(data)) == (["a", "b"], [0, 1])
 
 
+def test_one_folder_is_no_class(tmp_path):
+    save(tmp_path, "cat/0.png", "cat/1.png")
+    with pytest.raises(DataError, match="all lie in cat: one class is none"):
+        load_images(tmp_path, require_labels=True)
+
+
+def test_a_link_to_a_sibling_is_a_class_of_its_own(tmp_path):
+    save(tmp_path, "b/0.png", "b/1.png")
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    data = load_images(tmp_path)
+    assert (data.class_names, data.labels.tolist(), values(data)) == (["a", "b"], [0, 0, 1, 1], [0, 1, 0, 1])
+
+
+def test_a_split_that_is_a_link_is_not_held_out(tmp_path):
+    save(tmp_path, "train/0.png", "train/1.png")
+    (tmp_path / "test").symlink_to("train")
+    with pytest.raises(DataError, match="2 of the 2 held-out images are also trained on"):
+        check_disjoint(load_images(tmp_path), load_images(tmp_path, split="test"))
+
+
+@pytest.mark.parametrize("names", [("train-0", "test-0"), ("train/a", "test/a"), ("a/train", "a/test-1")])
+def test_folders_of_tables_with_brackets(tmp_path, names):
+    for first, name in enumerate(names):
+        path = tmp_path / "set [1]" / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table(10 * first, 2, [0, 1]).to_parquet(path)
+    for split, expected in (("train", [0, 1]), ("test", [10, 11])):
+        data = load_images(tmp_path / "set [1]", split=split)
+        assert (values(data), data.class_names) == (expected, ["x", "y"])
+    with pytest.raises(DataError, match="no split 'validation'"):
+        load_images(tmp_path / "set [1]", split="validation")
+
+
 @pytest.mark.parametrize("name", ["photos [v1]", "[2024] set/x", "what?*"])
 @pytest.mark.parametrize("form", ["png", "npy", "parquet", "saved"])
 def test_brackets_in_a_path(tmp_path, name, form):

@@ -63,11 +63,19 @@ def test_floats_from_zero_to_one_must_be_told(tmp_path):
         assert found.min() == (-1 if low == 0 else 0)
 
 
-@pytest.mark.parametrize("dtype", ["complex64", "int64", "datetime64[s]"])
-def test_other_types_are_refused(tmp_path, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "hint"), [("int64", "--value-range"), ("complex64", "real numbers"), ("datetime64[s]", "real numbers")]
+)
+def test_other_types_are_refused(tmp_path, dtype, hint):
     np.save(tmp_path / "x.npy", np.zeros((2, 1, 8, 8), dtype))
-    with pytest.raises(DataError, match=f"{re.escape(dtype)}.*--value-range"):
+    with pytest.raises(DataError, match=f"{re.escape(dtype)}.*{hint}"):
         load_images(tmp_path / "x.npy")
+
+
+def test_infinity_is_no_value_range(tmp_path):
+    np.save(tmp_path / "x.npy", np.full((2, 1, 8, 8), np.inf))
+    with pytest.raises(DataError, match=r"from inf to inf.*save finite numbers"):
+        load_images(tmp_path / "x.npy", value_range=(0, 1))
 
 
 def test_masks(tmp_path):

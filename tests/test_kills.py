@@ -3,7 +3,9 @@
 import errno
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -154,3 +156,40 @@ def test_two_at_once(whole, name):
     assert all(code == 0 or ("error: " in line and code == 2) for line, code in ends), ends
     assert [outcome(root, path) for path in results] == whole[1][name][0]
     assert commands(root)
+
+
+def terminated(arguments):
+    """The lines on stderr, but for bars, of a process that gets SIGTERM when its bar has moved; and its exit code."""
+    command = [sys.executable, "-m", "diffusers_dpm.commands.main", *map(str, arguments)]
+    process, text = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE), b""
+    while not re.search(rb"\| [1-9]\d+/\d+ \[.*(call|step)", text):
+        text += (part := os.read(process.stderr.fileno(), 4096))
+        assert part, text
+    process.terminate()
+    lines = (text + process.communicate()[1]).decode().replace("\r", "\n").split("\n")
+    return [line for line in lines if line and not re.search(r"\d+/\d+ \[", line)], process.returncode
+
+
+LONGER = {
+    "statistics": (["--num-samples", 24, "--timesteps", 20, "--batch-size", 1], "new/partial"),
+    "calibrate": (["--num-images", 24, "--batch-size", 1], "run/calibrated/partial"),
+    "bound": (["--num-images", 24, "--num-inference-steps", 20, "--batch-size", 1], "run/likelihood_elbo.safetensors"),
+    "own": (["--seeds", "0-99", "--batch-size", 1], "drawn.npz.partial/000000.npy"),
+}
+
+
+@pytest.mark.parametrize("name", [*LONGER])
+def test_a_terminated_process_keeps_what_is_done(whole, name):
+    root, (options, kept) = copy(whole[0]), LONGER[name]
+    use, results, _ = all_uses(root)[name]
+    (cost, line), code = terminated([*use, *options])
+    assert "network calls" in cost
+    assert line == "error: interrupted; the same command resumes"
+    assert code in (130, -signal.SIGINT)  # the second is of Python, within an import; a shell has 130 for both
+    assert (root / kept).exists()
+    assert call(*use, *options)[0] == 0
+    results = [outcome(root, path) for path in results]
+    root = copy(whole[0])
+    use, files, _ = all_uses(root)[name]
+    assert call(*use, *options)[0] == 0
+    assert [outcome(root, path) for path in files] == results

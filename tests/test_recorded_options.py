@@ -5,6 +5,7 @@ import json
 import pytest
 
 from diffusers_dpm.commands.statistics import StatisticsOptions
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.options import parse_options
 from diffusers_dpm.training.options import ClassifierTrainingOptions, FeatureTrainingOptions
 
@@ -70,3 +71,19 @@ def test_the_folder_of_a_run_is_a_file_of_options(tmp_path):
     arguments = [str(tmp_path), str(tmp_path / "run")]
     classifier = parse_options(ClassifierTrainingOptions, arguments, prog="train-classifier", operands=["RUN"])[1]
     assert classifier.max_train_steps == 7
+
+
+def test_the_home_folder(parse, tmp_path, monkeypatch):
+    """A shell puts it into --data ~/photos, and neither into --data=~/photos nor into a file."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("USERPROFILE", "/home/me")
+    assert parse("--data=~/photos").data == parse("--data", "~/photos").data == "/home/me/photos"
+    (tmp_path / "options.yaml").write_text("output_dir: ~/run\ndata: photos")
+    assert parse(str(tmp_path / "options.yaml")).output_dir == "/home/me/run"
+
+
+@pytest.mark.parametrize("text", ["data: a\ndata: b", '{"seed": 1, "data": "a", "data": "b"}'])
+def test_an_option_twice_in_a_file(parse, tmp_path, text):
+    (tmp_path / "options.yaml").write_text(text)
+    with pytest.raises(DiffusersDPMError, match=r"options\.yaml has data twice"):
+        parse(str(tmp_path / "options.yaml"))

@@ -14,7 +14,7 @@ from typing import Any
 from diffusers import UNet2DModel
 
 from diffusers_dpm.data import ImageDataset, describe
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.networks import Progress, load_pipeline
 from diffusers_dpm.pipelines import NoisyClassifier, image_shape
 from diffusers_dpm.records import atomic_folder, move_children, remove, write_json
@@ -64,7 +64,8 @@ class ClassifierTrainer(Trainer):
             check_labels(images, self.num_classes)
             if images.class_names != data.class_names:
                 raise DiffusersDPMError(f"the held-out classes are {images.class_names}, not {data.class_names}")
-        scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
+        with user_error(f"noise schedule of {self.model_run.scheduler}", TypeError, NotImplementedError):
+            scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
         return build_network(unet, data, self.num_classes, self.options), ClassifierLoss(scheduler.schedule)
 
     @cached_property

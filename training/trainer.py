@@ -3,7 +3,10 @@
 import dataclasses
 import math
 import re
+import threading
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -27,6 +30,7 @@ from diffusers_dpm.records import (
     short_hash,
     write_json,
     write_text,
+    writing,
 )
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.training import checkpoints
@@ -150,16 +154,13 @@ class Trainer(ABC):
         """
         self.accelerator.print(self.plan())
         if not self.options.dry_run:
-            with Processes(self.accelerator).locked(self.run_folder / LOCK):
+            lock = Processes(self.accelerator).locked(self.run_folder / LOCK)
+            with lock, thread_errors_hidden(), self._log_open():
                 self._open_run_folder()
-                try:
-                    self._train(progress or NoProgress())
-                    self._checkpoint()
-                    done = self._finish() if self.accelerator.is_main_process else ""
-                    self.accelerator.wait_for_everyone()
-                finally:
-                    self.state.release_network()
-                    self.accelerator.end_training()
+                self._train(progress or NoProgress())
+                self._checkpoint()
+                done = self._finish() if self.accelerator.is_main_process else ""
+                self.accelerator.wait_for_everyone()
             self.accelerator.print(f"trained {self.state.step} steps; {done}")
         return self.run_folder
 
@@ -167,10 +168,9 @@ class Trainer(ABC):
         """What the run does, in a few aligned lines."""
         options, data, accelerator = self.options, self.data, self.accelerator
         parameters = sum(parameter.numel() for parameter in self.state.parameters)
-        images = options.max_train_steps * options.batch_size
         names = ", ".join(data.class_names or ())
         classes = f", {data.num_classes} classes" + (f": {names}" if names else "") if data.num_classes else ""
-        start = f", from step {self.state.step:,}" if self.state.step else ""
+        done = f"{self.images_seen:,} images in {self.state.step:,} steps, then " if self.state.step else ""
         # float32: the model, and in a checkpoint also the raw weights and AdamW's two moments
         model, checkpoint = 4 * parameters / 1e6, 16 * parameters / 1e6
         num = 1 + (options.max_train_steps - 1) // options.checkpoint_every if options.checkpoint_every else 1
@@ -182,8 +182,8 @@ class Trainer(ABC):
         lines = {
             "data": f"{len(data):,} images, {describe(data.shape)}{classes}",
             "network": f"{parameters:,} parameters",
-            "training": f"{options.max_train_steps:,} steps x {options.batch_size} images = {images:,} images, "
-            f"{images / len(data):,.1f} epochs{start}",
+            "training": f"{done}{self.steps_left:,} steps x {options.batch_size} images = "
+            f"{self.images_in_all:,} images, {self.images_in_all / len(data):,.1f} epochs",
             "time": time,
             "device": f"{accelerator.device}, processes {accelerator.num_processes}, accumulation steps "
             f"{options.gradient_accumulation_steps}, mixed precision {accelerator.mixed_precision}",
@@ -199,6 +199,11 @@ class Trainer(ABC):
     @property
     def steps_left(self) -> int:
         return self.options.max_train_steps - self.state.step
+
+    @property
+    def images_in_all(self) -> int:
+        """Those of the steps done, which another batch size may have had, and of the steps left."""
+        return self.images_seen + self.steps_left * self.options.batch_size
 
     @cached_property
     def seconds_a_step(self) -> float:
@@ -220,9 +225,10 @@ class Trainer(ABC):
         if self.steps_left and (seconds := self.steps_left * self.seconds_a_step) > LONG:
             smaller = "a smaller network or --resolution, fewer --max-train-steps, or a faster device, would take less"
             warnings.append(f"{seconds / 3600:,.0f} hours: {smaller}")
-        epochs, enough = options.max_train_steps * options.batch_size / len(self.data), MANY_EPOCHS * len(self.data)
+        epochs, enough = self.images_in_all / len(self.data), MANY_EPOCHS * len(self.data)
         if epochs > MANY_EPOCHS:
-            fewer = f"--max-train-steps {enough // options.batch_size or 1} would be {MANY_EPOCHS:,} epochs"
+            steps = self.state.step + max(enough - self.images_seen, 0) // options.batch_size
+            fewer = f"--max-train-steps {steps or 1} would be {MANY_EPOCHS:,} epochs"
             warnings.append(f"{epochs:,.0f} epochs: the network may learn the images by heart; {fewer}")
         if options.resume and not self.state.step:
             warnings.append(f"no checkpoint in {self.run_folder} to resume: starting at step 0")
@@ -230,6 +236,11 @@ class Trainer(ABC):
 
     def _load(self, checkpoint: Path) -> None:
         """Take over a checkpoint, after checking that it is of the same run."""
+        model = (checkpoint / self.weights).parent
+        if self.options.resume != "latest" and not model.is_dir():
+            raise DiffusersDPMError(
+                f"{checkpoint} has no {model.name}: 'diffusers-dpm {self.command}' did not write it"
+            )
         folder, saved = checkpoint / checkpoints.TRAINER_STATE, checkpoints.unseal(checkpoint)
         with checkpoints.reading(checkpoint):
             before = dict(saved["options"])
@@ -282,9 +293,29 @@ class Trainer(ABC):
             drop_rows_after(self.files.logs / METRICS_LOG, self.state.step)
         self.accelerator.wait_for_everyone()
         config = {name: str(value) for name, value in saved_options(self.options).items()}
-        self.accelerator.init_trackers("train", config=config)
-        if self.changes:
-            self.accelerator.log({"changed options": "; ".join(self.changes)}, step=self.state.step)
+        with writing(self.files.logs):
+            self.accelerator.init_trackers("train", config=config)
+            if self.changes:
+                self.accelerator.log({"changed options": "; ".join(self.changes)}, step=self.state.step)
+
+    @contextmanager
+    def _log_open(self) -> Iterator[None]:
+        """At the end the network is let go of, and the log is closed."""
+        try:
+            yield
+        except BaseException:
+            self.state.release_network()
+            with suppress(OSError):  # what the disk refuses to the log, too, says nothing new
+                self.accelerator.end_training()
+            raise
+        self.state.release_network()
+        with writing(self.files.logs):
+            self.accelerator.end_training()
+
+    def _check_folder(self) -> None:
+        """Raise DiffusersDPMError if the run folder is gone: it would be made again, with half of a run in it."""
+        if self.accelerator.is_main_process and not self.files.options.is_file():
+            raise DiffusersDPMError(f"{self.files.options} was deleted while the run was training: it has ended")
 
     def _train(self, progress: Progress) -> None:
         options, recent, processes = self.options, [], Processes(self.accelerator)
@@ -317,6 +348,7 @@ class Trainer(ABC):
 
     def _log(self, records: list[StepRecord]) -> str:
         """Log the means of the steps since the last call; returns the progress bar's text."""
+        self._check_folder()
         last = records[-1]
         by_quartile = zip(*(record.loss_by_quartile for record in records), strict=True)
         values = {
@@ -333,13 +365,15 @@ class Trainer(ABC):
         for i, losses in enumerate(by_quartile, 1):
             numbers = [loss for loss in losses if not math.isnan(loss)]
             values[f"loss_by_timestep/quartile_{i}"] = fmean(numbers) if numbers else math.nan
-        self.accelerator.log({key: value for key, value in values.items() if not math.isnan(value)}, step=last.step)
+        with writing(self.files.logs):
+            self.accelerator.log({key: x for key, x in values.items() if not math.isnan(x)}, step=last.step)
         if self.options.log_with != "none" and self.accelerator.is_main_process:
             append_row(self.files.logs / METRICS_LOG, {"step": last.step, **values})
         return f"loss {values['loss']:.4f}, {values['images_per_second']:,.0f} images/s"
 
     def _checkpoint(self) -> None:
         """Save the step's model and trainer state, then delete what is beyond the limit."""
+        self._check_folder()
         step = self.state.step
         if self.accelerator.is_main_process and step != self.checkpointed_step:
             with atomic_folder(checkpoints.checkpoint_folder(self.run_folder, step)) as folder:
@@ -357,9 +391,24 @@ class Trainer(ABC):
         return self.state.ema_model or self.state.model
 
 
+@contextmanager
+def thread_errors_hidden() -> Iterator[None]:
+    """Inside, TensorBoard's thread does not print what its disk refuses: its next call raises it here."""
+
+    def show(error: threading.ExceptHookArgs) -> None:
+        if not issubclass(error.exc_type, OSError):
+            former(error)
+
+    former, threading.excepthook = threading.excepthook, show
+    try:
+        yield
+    finally:
+        threading.excepthook = former
+
+
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row to a table of comma-separated values; the first one brings the header."""
-    with path.open("a", encoding="utf-8") as file:
+    with writing(path), path.open("a", encoding="utf-8") as file:
         lines = [row.values()] if file.tell() else [row, row.values()]
         file.writelines(",".join(map(str, line)) + "\n" for line in lines)
 

@@ -34,12 +34,13 @@ import torch
 from torch import Tensor
 
 from diffusers_dpm import calibration_inputs as inputs
+from diffusers_dpm.calibration_inputs import Network
 from diffusers_dpm.errors import DiffusersDPMError, check_at_least
 from diffusers_dpm.networks import NoProgress, Progress, noise_schedule_of, whole_config
-from diffusers_dpm.pipelines import ClassifierGuidance, evaluation_mode
+from diffusers_dpm.pipelines import evaluation_mode
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import Record, ResultStore, check_types, provenance
-from diffusers_dpm.schedulers import CalibratedScheduler, DPMSolverScheduler, Level, Update
+from diffusers_dpm.schedulers import CalibratedScheduler, DPMSolverScheduler, Update
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
 
 
@@ -54,6 +55,7 @@ SOLVERS: tuple[dict[str, Any], ...] = tuple(
 Tensors = tuple[Tensor, ...]
 Table = dict[str, Any]  # see `Calibration.tables`
 Solvers = Callable[..., DPMSolverScheduler]  # `solver_for` of one scheduler, cached by its options
+NULL_CLASS = "null class"  # in the place of a classifier
 NO_TENSORS: Tensors = ()
 MAX_HISTORY = 4
 RIDGE = 1e-6  # relative to each unknown's own sum of squares
@@ -76,11 +78,11 @@ class Calibration(Record):
 
     Attributes:
         tables: for each number of steps, and scale of guidance, a dict of `timesteps`, descending; `rows`, the factors
-            [sample, x0, x0 before, ...] of each step; `guidance_scale` and `classifier`, a hash of its weights, or
-            None for both; and for people `error`, the RMS distance to the teacher's images over pixels of images not
-            used for anything else, `mean_error`, that of the mean over images of their own RMS distances, the same
-            for the best of `SOLVERS` on these images (`solver`, `solver_error`, `solver_mean_error`), and how the rows
-            were chosen (`history`, `ridge`).
+            [sample, x0, x0 before, ...] of each step; `guidance_scale` and `classifier`, a hash of its weights or
+            "null class", or None for both; and for people `error`, the RMS distance to the teacher's images over
+            pixels of images not used for anything else, `mean_error`, that of the mean over images of their own RMS
+            distances, the same for the best of `SOLVERS` on these images (`solver`, `solver_error`,
+            `solver_mean_error`), and how the rows were chosen (`history`, `ridge`).
         schedule_hash: of the noise schedule.
         prediction_type, clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: of
             the scheduler that they were fitted for.
@@ -178,52 +180,6 @@ class Walk(NamedTuple):
     rows: list[Update]
     states: list[tuple[Tensor, Tensors]]
     distances: Tensor
-
-
-@dataclass
-class Network:
-    """Predictions of x_0 as a scheduler's `step` uses them, for images that have their own labels and arguments.
-
-    Args:
-        unet: called as unet(x_t, t, **arguments).
-        scheduler: converts and clips.
-        arguments: of all images; of a tensor, in a dict or list too, each image gets its row.
-        guidance: (images from, to) -> what shifts their output; None for no guidance.
-        batch_size: images in a network call.
-        processes: share the batches.
-        progress: gets the number of images of each call.
-        dtype: of the network's input.
-    """
-
-    unet: Any
-    scheduler: DPMSolverScheduler
-    arguments: Mapping[str, Any]
-    guidance: Callable[[int, int], ClassifierGuidance] | None
-    batch_size: int
-    processes: Processes = field(default_factory=Processes)
-    progress: Progress = field(default_factory=NoProgress)
-    dtype: torch.dtype = torch.float32
-
-    def __call__(self, x: Tensor, t: int, level: Level, first: int = 0) -> Tensor:
-        """x_0 of images `first`, first + 1, ... from their x_t, (B, C, H, W)."""
-        total = torch.zeros_like(x)
-        for number, start in enumerate(range(0, len(x), self.batch_size)):
-            if number % self.processes.count == self.processes.rank:
-                end = min(start + self.batch_size, len(x))
-                total[start:end] = self._predict(x[start:end], t, level, first + start)
-        total = self.processes.sum(total)
-        self.progress.update(len(x))
-        if not total.isfinite().all():
-            raise DiffusersDPMError(f"the network's predictions are not finite at timestep {t}.")
-        return total
-
-    def _predict(self, x: Tensor, t: int, level: Level, first: int) -> Tensor:
-        own = inputs.on_tensors(lambda rows: rows[first : first + len(x)], self.arguments)
-        output = self.unet(x.to(self.dtype), torch.tensor(t, device=x.device), **own)
-        output, _ = self.scheduler.split_output(getattr(output, "sample", output), x)
-        if self.guidance is not None:
-            output = self.guidance(first, first + len(x))(output, x, t, level.alpha, level.sigma)
-        return self.scheduler.predict_x0(output, x, level)
 
 
 class Student:
@@ -384,8 +340,8 @@ def calibrate(
         max_walks: tries of the search for timesteps, for each number of steps.
         class_labels: (3 num_images,), or fewer, which are repeated; for a class-conditional network or `classifier`.
             Default: drawn by the seed.
-        classifier: guides, as in `DPMPipeline`.
-        guidance_scale: of the classifier; both or neither.
+        classifier: guides, as in `DPMPipeline`; needs a scale.
+        guidance_scale: of the classifier, or without one that of classifier-free guidance by a network's null class.
         network_kwargs: further arguments of the network, such as encoder_hidden_states; tensors, in dicts and lists
             too, hold a row for each of the 3 num_images images, or fewer, which are repeated.
         sample_shape: (C, H, W), if the network's config does not say.
@@ -420,6 +376,8 @@ def calibrate(
     network = Network(unet, teacher, arguments, guidance, batch_size, processes, progress, inputs.placement(unet)[1])
     conditions = conditions_of(teacher)
     guide = {"guidance_scale": scale, "classifier": inputs.weights_of(classifier)}
+    if scale is not None and classifier is None:
+        guide["classifier"] = NULL_CLASS
     numbers = {"seed": seed, "num_images": num_images, "teacher_steps": teacher_steps, "max_walks": max_walks}
     facts: dict[str, Any] = {**guide, **numbers, "dtype": str(network.dtype).removeprefix("torch.")}
     settings = {**conditions, **facts, **inputs.fingerprints(unet, noise, labels, arguments)}

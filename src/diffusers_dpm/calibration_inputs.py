@@ -1,17 +1,78 @@
-"""What a network is called with in calibration: noise, labels, further arguments and guidance, for all images."""
+"""The network as calibration calls it, with the noise, labels, further arguments and guidance of all images."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.pipelines.guidance import ClassifierGuidance, check_classifier, label_log_probability
-from diffusers_dpm.pipelines.networks import image_shape, is_conditional, num_classes_of
+from diffusers_dpm.networks import NoProgress, Progress
+from diffusers_dpm.pipelines.guidance import (
+    ClassifierFreeGuidance,
+    ClassifierGuidance,
+    Guidance,
+    check_classifier,
+    label_log_probability,
+)
+from diffusers_dpm.pipelines.networks import image_shape, is_conditional, null_class_of, num_classes_of
+from diffusers_dpm.processes import Processes
 from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.records import fingerprint, weights_hash
+from diffusers_dpm.schedulers import DPMSolverScheduler, Level
+
+
+@dataclass
+class Network:
+    """Predictions of x_0 as a scheduler's `step` uses them, for images that have their own labels and arguments.
+
+    Args:
+        unet: called as unet(x_t, t, **arguments).
+        scheduler: converts and clips.
+        arguments: of all images; of a tensor, in a dict or list too, each image gets its row.
+        guidance: (images from, to) -> what guides them; None for no guidance.
+        batch_size: images in a network call.
+        processes: share the batches.
+        progress: gets the number of images of each call.
+        dtype: of the network's input.
+    """
+
+    unet: Any
+    scheduler: DPMSolverScheduler
+    arguments: Mapping[str, Any]
+    guidance: Callable[[int, int], Guidance] | None
+    batch_size: int
+    processes: Processes = field(default_factory=Processes)
+    progress: Progress = field(default_factory=NoProgress)
+    dtype: torch.dtype = torch.float32
+
+    def __call__(self, x: Tensor, t: int, level: Level, first: int = 0) -> Tensor:
+        """x_0 of images `first`, first + 1, ... from their x_t, (B, C, H, W)."""
+        total = torch.zeros_like(x)
+        for number, start in enumerate(range(0, len(x), self.batch_size)):
+            if number % self.processes.count == self.processes.rank:
+                end = min(start + self.batch_size, len(x))
+                total[start:end] = self._predict(x[start:end], t, level, first + start)
+        total = self.processes.sum(total)
+        self.progress.update(len(x))
+        if not total.isfinite().all():
+            raise DiffusersDPMError(f"the network's predictions are not finite at timestep {t}.")
+        return total
+
+    def _predict(self, x: Tensor, t: int, level: Level, first: int) -> Tensor:
+        end = first + len(x)
+
+        def network(x_t: Tensor, **changes: Any) -> Tensor:
+            times = len(x_t) // len(x)  # twice, where the network guides itself
+            own = on_tensors(lambda rows: torch.cat([rows[first:end]] * times), self.arguments)
+            output = self.unet(x_t.to(self.dtype), torch.tensor(t, device=x.device), **(own | changes))
+            return getattr(output, "sample", output).to(x.dtype)
+
+        guided = None if self.guidance is None else self.guidance(first, end)
+        output = network(x) if guided is None else guided.predict(network, x, t, level.alpha, level.sigma)[0]
+        return self.scheduler.predict_x0(self.scheduler.split_output(output, x)[0], x, level)
 
 
 def initial_noise(unet: Any, sample_shape: Sequence[int] | None, num_images: int, seed: int) -> Tensor:
@@ -64,16 +125,23 @@ def arguments_for(
 
 def guidance_for(
     classifier: Any, scale: float | None, unet: Any, noise: Tensor, labels: Tensor | None, prediction_type: str
-) -> Callable[[int, int], ClassifierGuidance] | None:
-    """`Network.guidance` by a classifier; None without a scale.
+) -> Callable[[int, int], Guidance] | None:
+    """`Network.guidance` by a classifier, or else by the network's null class; None without a scale.
 
     Raises:
-        DiffusersDPMError: a classifier without scale or the reverse.
+        DiffusersDPMError: a classifier without scale, or a scale of nothing.
     """
-    if (scale is not None) != (classifier is not None):
-        raise DiffusersDPMError("classifier and guidance_scale are given together or not at all.")
-    if labels is None or scale is None:
+    if scale is None:
+        if classifier is not None:
+            raise DiffusersDPMError("classifier needs a guidance_scale.")
         return None
+    null_class = null_class_of(unet)
+    if classifier is None and null_class is None:
+        raise DiffusersDPMError(f"guidance_scale={scale:g} needs a classifier, or a network with a null class.")
+    assert labels is not None  # that of a network with classes or of a classifier
+    if null_class is not None and classifier is None:
+        both = torch.stack([labels, torch.full_like(labels, null_class)]).to(noise.device)
+        return lambda start, end: ClassifierFreeGuidance(scale, both[:, start:end].flatten())
     check_classifier(classifier, unet, noise, labels)
 
     return lambda start, end: ClassifierGuidance(

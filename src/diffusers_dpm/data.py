@@ -5,6 +5,7 @@ data is decoded once and kept in memory; bit depth beyond 8 bits is kept.
 """
 
 import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -286,7 +287,7 @@ def load_held_out_data(options: Any, training: ImageDataset) -> ImageDataset | N
 
 def check_disjoint(training: ImageDataset, held_out: ImageDataset, *, refuse: bool = True) -> None:
     """Raise DataError, or else warn, if images are in both."""
-    members = [{data.source.name(i) for i in range(len(data))} for data in (training, held_out)]
+    members = [{os.path.realpath(data.source.name(i)) for i in range(len(data))} for data in (training, held_out)]
     if both := len(members[0] & members[1]):
         splits = f"split {held_out.source.split!r} of {training.source.split!r}"
         message = f"{both} of the {len(held_out)} held-out images are also trained on: {splits}"

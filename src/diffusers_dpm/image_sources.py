@@ -161,6 +161,8 @@ def read_folder(path: Path, request: Request) -> ImageSource:
     if OTHERS in kinds:
         raise DataError(f"{path} holds {found}: convert them to .png")
     suffixes = {file.suffix.lower() or file.name for file in loose}
+    if TABLES in kinds and glob.has_magic(str(path)):  # which `datasets` would take for a pattern
+        return read_columns(str(path), request, table_patterns(kinds[TABLES], path))
     if TABLES in kinds or (not kinds and suffixes & ARCHIVES):
         return read_columns(str(path), request)
     if not kinds:
@@ -191,22 +193,34 @@ def kind_of(file: Path) -> str:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """All files, sorted. Links are followed; hidden files and folders, `__MACOSX` and run folders are left out."""
+    """All files, sorted. Links are followed, but not in a circle; hidden files and folders, `__MACOSX` and run folders
+    are left out.
+    """
 
     def refuse(error: OSError) -> None:
         raise DataError(f"cannot read {error.filename}: {error.strerror}")
 
     files: list[Path] = []
-    seen = set()
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        here, real = Path(root), os.path.realpath(root)
-        if real in seen or (here != folder and any((here / mark).exists() for mark in RUN)):
+        here = Path(root)
+        above = {os.path.realpath(parent) for parent in here.parents if parent.is_relative_to(folder)}
+        if os.path.realpath(here) in above or (here != folder and any((here / mark).exists() for mark in RUN)):
             folders.clear()
             continue
-        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__")))
         files += [here / name for name in names if not name.startswith(".")]
     return sorted(files)
+
+
+def table_patterns(files: Sequence[Path], path: Path) -> dict[str, set[str]]:
+    """Tables in a folder, by the splits that its folders or else the files are named after."""
+    splits, _ = divide([file.relative_to(path).parts[:-1] for file in files], path)
+    if {*splits} == {"train"}:
+        splits = [*map(split_of_file, files)]
+    patterns: dict[str, set[str]] = {}
+    for split, file in zip(splits, files, strict=True):
+        patterns.setdefault(split, set()).add(glob.escape(str(file)))
+    return patterns
 
 
 def num_shared(folders: Sequence[tuple[str, ...]]) -> int:
@@ -244,8 +258,10 @@ def read_classes(folders: Sequence[tuple[str, ...]]) -> tuple[list[int] | None, 
     inner = [folder[shared:] for folder in folders]
     if all(len(folder) == 1 for folder in inner):
         return *numbered([folder[0] for folder in inner]), ""
-    deep = next((f", but {'/'.join(folder)} lies deeper" for folder in inner if len(folder) > 1), "")
-    return None, None, f"put the images of each class into one folder of its name{deep}"
+    why = next((f", but {'/'.join(folder)} lies deeper" for folder in inner if len(folder) > 1), "")
+    if shared and not any(inner):
+        why = f", but all lie in {folders[0][-1]}: one class is none"
+    return None, None, f"put the images of each class into one folder of its name{why}"
 
 
 def numbered(words: Sequence[str | None]) -> tuple[list[int], list[str]]:
@@ -341,8 +357,8 @@ def load_columns(data: str, request: Request, files: dict[str, set[str]] | None)
         split = request.choose_split([*parts], data)
         return parts[split], split
     if files:
-        kind = "imagefolder" if Path(data).is_dir() else Path(data).suffix[1:].lower()
         patterns = {split: sorted(names) for split, names in files.items()}
+        kind = Path(next(iter(patterns.values()))[0]).suffix[1:].lower() or "imagefolder"
         split = request.choose_split([*files], data)
         return datasets.load_dataset(kind, data_files=patterns, split=split), split
     if Path(data).exists() and glob.has_magic(data):

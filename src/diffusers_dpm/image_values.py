@@ -156,11 +156,14 @@ def to_unit_range(image: np.ndarray, value_range: tuple[float, float] | None, na
     Raises:
         DataError: another type, unless its range is given; values beyond the range, or that are not finite.
     """
+    if image.dtype.kind not in "biuf":
+        raise DataError(f"{name} holds {image.dtype}, which are no pixels: save real numbers")
     low, high = value_range or RANGES.get(image.dtype.name, (0.0, 0.0))
-    if low == high or image.dtype.kind not in "biuf":
+    if low == high:
         raise DataError(f"{name} holds {image.dtype}; {RANGE_HINT}")
     smallest, largest = image.min(), image.max()
     if not (smallest >= low and largest <= high):  # also true of NaN
-        found = f"values from {smallest:g} to {largest:g}"
-        raise DataError(f"{name} has {found}, which must lie in [{low:g}, {high:g}]; {RANGE_HINT}")
+        found = f"values from {smallest:g} to {largest:g}, which must lie in [{low:g}, {high:g}]"
+        hint = RANGE_HINT if np.isfinite([smallest, largest]).all() else "save finite numbers"
+        raise DataError(f"{name} has {found}; {hint}")
     return ((image.astype(np.float64) - low) / ((high - low) / 2) - 1).astype(np.float32)

@@ -14,12 +14,12 @@ import diffusers
 import torch
 from diffusers import SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
-from safetensors import SafetensorError, safe_open
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.pipelines.networks import check_network, evaluation_mode, null_class_of, num_classes_of
-from diffusers_dpm.records import read_json, weights_hash
+from diffusers_dpm.processes import Processes
+from diffusers_dpm.records import open_tensors, read_json, weights_hash
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, VPNoiseSchedule
 from diffusers_dpm.schedulers.foreign_configs import translated
@@ -28,6 +28,7 @@ from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OWN = {cls.__name__: cls for cls in (*ALL_SCHEDULERS, *(extra.cls for extra in EXTRAS.values()))}
+STOCK_SPACINGS = ("linspace", "leading", "trailing")
 DEFAULTS = {"sample_size": 1, "trained_betas": [0.0]}  # for what their classes have None
 MAX_PARAMETERS = 10**11
 LARGEST_FLOAT = torch.finfo(torch.float32).max
@@ -86,36 +87,48 @@ def duration(seconds: float) -> str:
     )
 
 
-def report_cost(unet: Any, calls: int, batch_size: int, accelerator: Any, classifier: Any = None) -> None:
+def report_cost(
+    unet: Any, calls: int, batch_size: int, accelerator: Any = None, classifier: Any = None, derivatives: int = 0
+) -> None:
     """Say on stderr what network calls for so many single images will cost here, by the time of one call.
 
     Args:
         unet: the network, where it will run.
         calls: images times calls for each, over all processes.
         batch_size: images in a call.
-        accelerator: of the processes that share the work.
+        accelerator: of the processes that share the work; None for this one alone.
         classifier: that guides, by its gradient; it is called as often.
+        derivatives: of each output by x_t that are taken.
     """
-    conditional = is_conditional(unet)
-    if not calls or not accelerator.is_main_process or (conditional and unet.config.get("num_class_embeds") is None):
+    conditional, processes = is_conditional(unet), Processes(accelerator)
+    if not calls or not processes.is_main or (conditional and unet.config.get("num_class_embeds") is None):
         return
     batch = min(batch_size, calls)
     x = torch.zeros(batch, *image_shape(unet), device=unet.device)
     labels = torch.zeros(batch, dtype=torch.long, device=unet.device) if conditional else None
 
     def call(images: int) -> float:
-        with torch.no_grad():
+        x_t = x[:images].clone().requires_grad_()
+        with torch.set_grad_enabled(derivatives > 0):
             times = torch.zeros(images, dtype=torch.long, device=unet.device)
-            total = network_output(unet, x[:images], times, None if labels is None else labels[:images]).sum()
+            output = network_output(unet, x_t, times, None if labels is None else labels[:images]).sum()
+        total = output.detach()
+        for _ in range(derivatives):
+            total += torch.autograd.grad(output, x_t, retain_graph=True)[0].sum()
         if classifier is not None:
-            x_t = x[:images].to(classifier.dtype).requires_grad_()
-            total = total + torch.autograd.grad(classifier(x_t, times).logits.sum(), x_t)[0].sum()
+            logits = classifier(x_t.to(classifier.dtype), times).logits
+            total += torch.autograd.grad(logits.sum(), x_t)[0].sum()
         return total.item()
 
     with evaluation_mode(unet, classifier):
-        seconds = measured_seconds(call, batch) * calls / batch / accelerator.num_processes
+        seconds = measured_seconds(call, batch) * calls / batch / processes.count
     hint = "; fewer images or steps, or a faster device, would cost less" if seconds > LONG else ""
     print(f"{calls:,} network calls for one image each: about {duration(seconds)} here{hint}", file=sys.stderr)
+
+
+def guided_calls(calls: int, guidance_scale: float | None, classifier: Any) -> int:
+    """Network calls, twice as many where the network guides itself: without and with a label."""
+    return calls if guidance_scale is None or classifier is not None else 2 * calls
 
 
 # Loading -------------------------------------------------------------------------------------------------------------
@@ -138,7 +151,7 @@ def load_pipeline(model: str, any_process: bool = False) -> DPMPipeline:
             match index.get(part.name):
                 case [str(), str(name)]:
                     if part.is_dir():  # the oldest repositories have all files in one folder
-                        check_part(part, OWN.get(name) or getattr(diffusers, name, None))
+                        check_part(part, getattr(diffusers, name, None) or OWN.get(name))
                 case entry:
                     raise DiffusersDPMError(f"{run.index}: {part.name} must be a library and a class, got {entry}")
     with user_error(f"cannot load {run.index if run.path.is_dir() else model}", Exception), quiet():
@@ -149,7 +162,10 @@ def load_pipeline(model: str, any_process: bool = False) -> DPMPipeline:
     check_finite(pipeline.unet, f"{model}/unet")
     if (process := process_of(pipeline.scheduler)) != "DDPM" and not any_process:
         raise DiffusersDPMError(f"{model} is for another process ({process}): this needs one of DDPM")
-    check_noise_schedule(pipeline.scheduler, f"{model}/scheduler")
+    config = f"{model}/{RunFolder.scheduler}/{pipeline.scheduler.config_name}"
+    check_noise_schedule(pipeline.scheduler, config)
+    if not any_process:  # the class of the file does not check all values that ours compute with
+        noise_schedule_of(pipeline.scheduler, config)
     return pipeline
 
 
@@ -193,9 +209,12 @@ def check_part(folder: Path, cls: Any) -> None:
     if not hasattr(cls, "from_config"):  # of another library: it says what it has to say
         return
     check_config(path, cls, config)
+    if is_scheduler:
+        with user_error(f"{path}: {cls.__name__}", Exception), quiet():
+            check_noise_schedule(cls.from_config(config), path)
     if is_scheduler or not weights.exists():
         return
-    with user_error(f"cannot read {weights}", OSError, SafetensorError), safe_open(weights, framework="pt") as file:
+    with open_tensors(weights) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         found = {key: (tuple(value.get_shape()), value.get_dtype()) for key, value in slices.items()}
     network = build_without_memory(path, cls, config)
@@ -274,11 +293,15 @@ def check_noise_schedule(scheduler: Any, where: str | Path) -> None:
     """Check the config of a scheduler as far as its class does not.
 
     Raises:
-        DiffusersDPMError: an unknown prediction_type, or betas whose signal falls below what float32 holds; of pure
-            noise the last may be.
+        DiffusersDPMError: an unknown prediction_type or timestep_spacing, or betas whose signal falls below what
+            float32 holds; of pure noise the last may be.
     """
-    if (kind := scheduler.config.get("prediction_type", "epsilon")) not in PREDICTIONS:
-        raise DiffusersDPMError(f"{where}: prediction_type={kind!r} must be one of {', '.join(PREDICTIONS)}")
+    cls = type(scheduler)
+    for key, words in {"prediction_type": PREDICTIONS, "timestep_spacing": STOCK_SPACINGS}.items():
+        ours = key == "timestep_spacing" and hasattr(cls, "spacings")  # which the class has checked
+        word = scheduler.config.get(key)
+        if not ours and key in inspect.signature(cls).parameters and word not in words:
+            raise DiffusersDPMError(f"{where}: {cls.__name__} has no {key}={word!r}: choose one of {', '.join(words)}")
     levels = getattr(scheduler, "alphas_cumprod", torch.ones(1))
     lowest = levels[:-1].min() if scheduler.config.get("rescale_betas_zero_snr") else levels.min()
     if not lowest >= torch.finfo(torch.float32).tiny:
@@ -373,8 +396,8 @@ def process_of(scheduler: Any) -> str:
     return ("DDPM" if len(process) == 1 else "DDPM with other betas") if known else name
 
 
-def noise_schedule_of(scheduler: Any) -> VPNoiseSchedule:
-    """The noise schedule of any diffusers scheduler of a DDPM process, in float64.
+def noise_schedule_of(scheduler: Any, where: str = "") -> VPNoiseSchedule:
+    """The noise schedule of any diffusers scheduler of a DDPM process, in float64; `where` it is from, in messages.
 
     It is made from the config, as `AnalyticDPMScheduler.from_config` would: the float32 betas of diffusers' own
     classes are another schedule in the seventh digit.
@@ -388,7 +411,7 @@ def noise_schedule_of(scheduler: Any) -> VPNoiseSchedule:
     name, betas = type(scheduler).__name__, getattr(scheduler, "betas", None)
     if betas is None:
         raise DiffusersDPMError(f"{name} has no betas: the statistics are those of a DDPM process.")
-    with user_error(f"the config of {name}"):
+    with user_error(f"{where}{where and ': '}the config of {name}"):
         schedule = AnalyticDPMScheduler.from_config(whole_config(scheduler), timestep_spacing="even").schedule
     if betas.shape != schedule.betas.shape or not torch.allclose(betas.double().cpu(), schedule.betas, rtol=1e-3):
         raise DiffusersDPMError(f"the betas of this {name} are not those of its config: give them as trained_betas.")

@@ -9,6 +9,7 @@ import dataclasses
 import io
 import itertools
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -160,6 +161,7 @@ def parse_options(
             arguments = read_options_file(Path(path), items, "--resume" in arguments) + arguments
         if operands and issubclass(options, DataSourceOptions):
             arguments = recorded_data(Path(words[0]), arguments) + arguments
+        arguments = [*map(with_home, arguments)]
         check_names(arguments, items)
     try:
         parsed = options(**run_parser(options, arguments, usage, about))
@@ -168,6 +170,12 @@ def parse_options(
             " ".join([str(error), *(f"(with {path})" for path in words[len(operands) :])])
         ) from error
     return words[: len(operands)], parsed
+
+
+def with_home(text: str) -> str:
+    """An argument with the home folder in the place of `~/`, which shells leave as it is in --option=~/path."""
+    name, equals, value = text.rpartition("=") if text.startswith("--") else ("", "", text)
+    return name + equals + os.path.expanduser(value) if value.startswith("~/") else text
 
 
 def option_groups(options: type) -> list[Any]:
@@ -209,6 +217,9 @@ def read_values(path: Path) -> dict[str, Any]:
             if depth > 2 or isinstance(event, yaml.AliasEvent):
                 raise DiffusersDPMError(f"{path} must hold one 'option: value' per line, without nesting or aliases")
         values = yaml.safe_load(text)  # JSON is YAML
+        names = [key.value for key, _ in yaml.compose(text, yaml.SafeLoader).value] if isinstance(values, dict) else []
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise DiffusersDPMError(f"{path} has {twice[0]} twice")
     if not isinstance(values, dict):
         raise DiffusersDPMError(f"{path} must hold one 'option: value' per line")
     return {str(key).replace("-", "_"): value for key, value in values.items()}

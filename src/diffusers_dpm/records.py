@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from diffusers_dpm.errors import DiffusersDPMError, user_error
+from diffusers_dpm.errors import DiffusersDPMError, first_line, user_error
 
 
 Tensors = dict[str, torch.Tensor]
@@ -90,10 +90,39 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+@contextmanager
+def open_tensors(path: Path) -> Iterator[Any]:
+    """A safetensors file, opened. Raises DiffusersDPMError if it cannot be read."""
+    with user_error(f"cannot read {path}", OSError, SafetensorError), safe_open(path, framework="pt") as file:
+        yield file
+
+
 def read_tensors(path: Path) -> tuple[dict[str, str], Tensors]:
     """(metadata, tensors) of a safetensors file. Raises DiffusersDPMError if it cannot be read."""
-    with user_error(f"cannot read {path}", OSError, SafetensorError), safe_open(path, framework="pt") as file:
+    with open_tensors(path) as file:
         return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+
+
+@contextmanager
+def writing(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Inside, an error of the disk names the file or folder that is written: that of a full disk names none.
+
+    Args:
+        path: what is written.
+        temporary: its name meanwhile, which says nothing to the user.
+
+    Raises:
+        OSError: also in the place of safetensors' own error.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        text, name = str(error), str(temporary or path)
+        if name not in text:
+            if getattr(error, "filename", None):  # another file
+                raise
+            text = f"cannot write {path}: {first_line(error)}"
+        raise OSError(text.replace(name, str(path))) from error
 
 
 @contextmanager
@@ -107,10 +136,11 @@ def atomic_file(path: Path, durable: bool = True) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")  # of this process: another may write the same
     try:
-        yield temporary
-        if durable:
-            flush(temporary)
-        os.replace(temporary, path)
+        with writing(path, temporary):
+            yield temporary
+            if durable:
+                flush(temporary)
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -153,11 +183,12 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
-        flush_tree(temporary)
-        remove_folder(target)
-        temporary.rename(target)
-        flush(target.parent)
+        with writing(target, temporary):
+            yield temporary
+            flush_tree(temporary)
+            remove_folder(target)
+            temporary.rename(target)
+            flush(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -16,7 +16,7 @@ from accelerate.utils import tqdm
 from diffusers_dpm.calibration import STEPS, Calibration, calibrate, conditions_of, network_calls, solver_for
 from diffusers_dpm.data import describe_data, load_images
 from diffusers_dpm.errors import DiffusersDPMError, user_error
-from diffusers_dpm.networks import load_extra, load_guide, load_pipeline, noise_schedule_of, report_cost
+from diffusers_dpm.networks import guided_calls, load_guide, load_pipeline, noise_schedule_of, report_cost
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
 from diffusers_dpm.processes import Processes
@@ -66,7 +66,7 @@ def sample_run(
     with user_error("--class-labels"):
         sampler = Sampler(pipeline, num_inference_steps, pipeline.get_label_ids(class_labels), guidance_scale)
     accelerator = Accelerator(cpu=cpu)
-    calls = len(seeds) * sampler.num_steps()
+    calls = guided_calls(len(seeds) * sampler.num_steps(), guidance_scale, pipeline.classifier)
     pipeline.to(accelerator.device)
     report_cost(pipeline.unet, calls, batch_size, accelerator, pipeline.classifier)
     others = save_images(sampler, seeds, output, batch_size, accelerator, columns)
@@ -193,14 +193,15 @@ def calibrate_run(
     steps = list(steps or STEPS)
     pipeline = load_pipeline(model)
     earlier = earlier_calibration(folder, pipeline)
-    classifier = None if guidance_scale is None else load_extra(model, "classifier")
+    classifier = None if guidance_scale is None else load_guide(model, pipeline.unet)
     accelerator = Accelerator(cpu=cpu)
     teacher_steps = min(teacher_steps, pipeline.scheduler.config.num_train_timesteps)
     numbers: dict[str, Any] = {"num_images": num_images, "teacher_steps": teacher_steps, "max_walks": max_walks}
     total = network_calls({*steps}, **numbers)
     pipeline.unet.to(accelerator.device)
     classifier = classifier and classifier.to(accelerator.device)
-    report_cost(pipeline.unet, total, options.get("batch_size", 64), accelerator, classifier)
+    calls = guided_calls(total, guidance_scale, classifier)
+    report_cost(pipeline.unet, calls, options.get("batch_size", 64), accelerator, classifier)
     lock = Processes(accelerator).locked(folder / LOCK)
     with lock, tqdm(total=total, unit="call", desc="images x timesteps") as bar:
         fitted = calibrate(

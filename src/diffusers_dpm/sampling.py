@@ -29,8 +29,17 @@ from diffusers_dpm.pipelines.networks import class_names
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.posterior_statistics import PosteriorStatistics
 from diffusers_dpm.processes import Processes
-from diffusers_dpm.records import LOCK, ResultStore, atomic_file, check_types, is_empty, short_hash, weights_hash
-from diffusers_dpm.run_folder import EXTRAS
+from diffusers_dpm.records import (
+    LOCK,
+    ResultStore,
+    atomic_file,
+    check_types,
+    is_empty,
+    short_hash,
+    weights_hash,
+    writing,
+)
+from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import STATISTICS
 from diffusers_dpm.schedulers.scheduling_calibrated import CALIBRATION
@@ -82,12 +91,15 @@ def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
     """["eta=0.5", "timestep_spacing=quadratic"] -> {"eta": 0.5, "timestep_spacing": "quadratic"}.
 
     Raises:
-        ValueError: a text without "=".
+        ValueError: a text without "=", or two for one key.
     """
     pairs = [text.partition("=") for text in texts]
     for key, equals, _ in pairs:
         if not key or not equals:
             raise DiffusersDPMError(f"scheduler options are written key=value, got {key + equals!r}")
+    keys = [key for key, _, _ in pairs]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise DiffusersDPMError(f"the scheduler option {twice[0]} is given twice")
     return {key: parse_value(value) for key, _, value in pairs}
 
 
@@ -130,7 +142,10 @@ def build_scheduler(
             options = {"guidance_scale": guidance_scale, **options} if guidance_scale in steps else options
         with user_error(f"{model}/{subfolder}"):  # what it carries may not be of its own config
             saved.set_timesteps(min(getattr(saved, "available_steps", [1])))
-    with user_error(name, AttributeError, NotImplementedError, RuntimeError, TypeError):  # diffusers raises all
+    origin = f"{model}/{subfolder or RunFolder.scheduler}"
+    with user_error(
+        f"{name} of {origin}", AttributeError, NotImplementedError, RuntimeError, TypeError
+    ):  # diffusers raises all
         scheduler = scheduler_class.from_config(config, **options)
     check_process(name, scheduler, pipeline.scheduler)
     return scheduler
@@ -385,7 +400,8 @@ class SampleFolder:
         start = time.perf_counter()
         images, labels, calls = self.sampler.draw(seeds, progress)
         seconds = time.perf_counter() - start
-        with (self.folder / f"timing-{process}.jsonl").open("a") as file:  # before the images: `cost` needs a line
+        timing = self.folder / f"timing-{process}.jsonl"
+        with writing(timing), timing.open("a") as file:  # before the images: `cost` needs a line
             file.write(json.dumps({"images": len(seeds), "calls": calls, "seconds": seconds}) + "\n")
         for i, seed in enumerate(seeds):
             self._write(seed, images[i], None if labels is None else labels[i])

@@ -16,7 +16,7 @@ import torch
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.networks import load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
+from diffusers_dpm.schedulers import AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler, DPMSolverScheduler
 
 
 PIPELINES = Path(__file__).parents[2] / "pipelines"
@@ -129,10 +129,13 @@ def test_saved_scheduler_has_the_same_forward_process(make_pipe, tmp_path, sched
             DDIMScheduler(eta=0.5, timestep_spacing="logsnr"),
             "without eta, timestep_spacing as",
         ),
-        (ThirdPartyScheduler(), "ThirdPartyScheduler with all its settings as diffusers' DDPMScheduler"),
-        (ThirdPartyScheduler(eta=1.0), "ThirdPartyScheduler without eta as diffusers' DDPMScheduler"),
+        (ThirdPartyScheduler(), "ThirdPartyScheduler without its own steps as diffusers' DDPMScheduler"),
+        (ThirdPartyScheduler(eta=1.0), "ThirdPartyScheduler without its own steps, eta as diffusers' DDPMScheduler"),
+        (DPMSolverScheduler(), "DPMSolverScheduler without its own steps as diffusers' DDPMScheduler"),
+        (DPMSolverScheduler(solver_order=3), "without its own steps, solver_order as"),
+        (AnalyticDPMScheduler(), "without its own steps, its statistics as"),
     ],
-    ids=["DDIM", "DDPM", "eta", "third party", "third party eta"],
+    ids=["DDIM", "DDPM", "eta", "third party", "third party eta", "solver", "solver order", "analytic"],
 )
 def test_what_a_stock_scheduler_cannot_hold_is_logged(make_pipe, tmp_path, caplog, scheduler, message):
     with caplog.at_level(logging.WARNING):

@@ -126,6 +126,14 @@ def test_changes_that_matter_are_refused(options, changes, message):
         DiffusionTrainer(options(**{"max_train_steps": 6, "resume": "latest", **changes}))
 
 
+def test_a_checkpoint_of_another_command_is_refused(tmp_path, options):
+    train(options(max_train_steps=1))
+    other = shutil.copytree(checkpoint_folder(tmp_path / "run", 1), tmp_path / "other")
+    (other / "unet").rename(other / "classifier")
+    with pytest.raises(ValueError, match=rf"{other} has no unet: 'diffusers-dpm train'"):
+        DiffusionTrainer(options(resume=str(other)))
+
+
 def test_rate_batch_and_length_may_change(tmp_path, options):
     """The learning rate goes on from its place in the new schedule, and the log says what is new."""
     common = {"lr_scheduler": "cosine", "lr_warmup_steps": 0, "log_with": "tensorboard", "log_every": 1}
@@ -135,6 +143,7 @@ def test_rate_batch_and_length_may_change(tmp_path, options):
     run = DiffusionTrainer(options(**common, **changes))
     new = r"from step 3 on: --max-train-steps 8, was 3; --batch-size 8, was 16; --learning-rate 0.0001, was 0.001"
     assert re.search(f"changed +{new}", run.plan())
+    assert "32 images in 2 steps, then 6 steps x 8 images = 80 images, 2.0 epochs" in run.plan()
     run.run()
     with (tmp_path / "run" / "logs" / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

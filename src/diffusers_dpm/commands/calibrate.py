@@ -24,7 +24,7 @@ class CalibrateOptions:
     max_walks: int = 60
     """search moves over the timesteps, per number of steps"""
     guidance_scale: float | None = None
-    """fit to sampling guided by the model's classifier at this scale"""
+    """fit to sampling guided at this scale by the model's classifier, or else by its null class"""
     batch_size: int = 64
     """images per network call"""
     seed: int = 0

@@ -16,8 +16,6 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
-from safetensors import SafetensorError  # of a full disk
-
 from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, handling, interrupt
 from diffusers_dpm.options import parse_options
 
@@ -56,7 +54,7 @@ PACKAGES = """
 """
 
 
-SHOWN = (DiffusersDPMError, OSError, SafetensorError, NonFiniteLossError, ModuleNotFoundError, KeyboardInterrupt)
+SHOWN = (DiffusersDPMError, OSError, NonFiniteLossError, ModuleNotFoundError, KeyboardInterrupt)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,7 @@ from diffusers_dpm.evaluation.features import Reference, load_features, to_bytes
 from diffusers_dpm.evaluation.report import write_report
 from diffusers_dpm.evaluation.results import Results, sampler_name
 from diffusers_dpm.likelihood.bound import evidence_lower_bound, why_unbounded
-from diffusers_dpm.networks import load_guide, load_pipeline, report_cost
+from diffusers_dpm.networks import guided_calls, load_guide, load_pipeline, report_cost
 from diffusers_dpm.options import DataSourceOptions
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.processes import Processes
@@ -154,6 +154,7 @@ class Evaluation:
         identities = [self._identity(cell, self.num_images) for cell in self.cells]
         calls = self.num_images * sum(row["steps"] for row in identities if not self._is_measured(row))
         pipeline = self.pipeline.to(self.accelerator.device)
+        calls = guided_calls(calls, self.guidance_scale, pipeline.classifier)
         report_cost(pipeline.unet, calls, self.batch_size, self.accelerator, pipeline.classifier)
         try:
             if self.accelerator.is_main_process:

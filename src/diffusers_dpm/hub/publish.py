@@ -17,6 +17,7 @@ from diffusers_dpm.errors import DiffusersDPMError, first_line
 from diffusers_dpm.hub.checks import check
 from diffusers_dpm.hub.staging import list_files, stage
 from diffusers_dpm.hub.upload import LEAST_SECONDS, LEAST_SPEED, log_in, upload, within
+from diffusers_dpm.records import writing
 
 
 def publish(
@@ -54,7 +55,8 @@ def publish(
         log_in(options.get("api") or HfApi())  # now, and not after minutes of checks
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(staging_dir or temporary)
-        stage(run, folder, repo_id, facts=facts, license=license, variant=variant, report=report)
+        with writing(folder):
+            stage(run, folder, repo_id, facts=facts, license=license, variant=variant, report=report)
         report(file_table(folder))
         check(run, folder)
         report("checked: plain diffusers, this package and the code in the repository give the run's own samples")

@@ -21,7 +21,7 @@ from diffusers_dpm.networks import WEIGHTS, load_extra, load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.pipelines.networks import class_names
 from diffusers_dpm.records import read_json, read_tensors, weights_hash, write_json, write_tensors
-from diffusers_dpm.run_folder import EXTRAS, RunFolder
+from diffusers_dpm.run_folder import EXTRAS, PARTS, RunFolder
 from diffusers_dpm.sampling import fitted_steps
 from diffusers_dpm.schedulers import DDIMScheduler
 
@@ -100,6 +100,8 @@ def stage(
     if "calibrated" in parts:
         fitted = fitted_steps(parts["calibrated"], pipe.unet, run / "calibrated", parts.get("classifier"))
     pipe.save_pretrained(folder)  # after the classifier's weights, which its index tells plain diffusers to leave
+    if others := components_of_others(run):
+        report(f"left out: {', '.join(others)}, which {RunFolder.index} does not name")
     if variant:
         copy.deepcopy(pipe.unet).to(VARIANTS[variant]).save_pretrained(folder / "unet", variant=variant)
     for config in (folder / "unet" / "config.json", folder / "scheduler" / pipe.scheduler.config_name):
@@ -111,6 +113,12 @@ def stage(
     record |= {"fitted_steps": fitted, "class_names": without_paths(class_names(pipe.unet, parts.get("classifier")))}
     card = render_card(pipe, repo_id, **record, extras=[*parts], pictures=pictures)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def components_of_others(run: Path) -> list[str]:
+    """Folders with the config of a component that is none of a run's, such as the autoencoder of another pipeline."""
+    known = {*(part.name for part in PARTS), *EXTRAS}
+    return sorted({path.parent.name for path in run.glob("[!.]*/*config.json")} - known)
 
 
 def check_links(run: Path) -> None:

@@ -17,7 +17,7 @@ from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.likelihood import bound as elbo
 from diffusers_dpm.likelihood.ode import ODELikelihood, ode_log_likelihood
 from diffusers_dpm.likelihood.problem import as_analytic_dpm
-from diffusers_dpm.networks import checked_labels, load_part, load_pipeline
+from diffusers_dpm.networks import checked_labels, load_part, load_pipeline, report_cost
 from diffusers_dpm.options import DataSourceOptions
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional
 from diffusers_dpm.processes import Processes
@@ -37,6 +37,9 @@ CLIPPING = ("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresho
 
 # The options of the ODE, those of its result.
 ODE_OPTIONS = ("divergence", "num_probes", "num_passes", "dequantization", "solver", "tolerance", "num_steps")
+
+
+DOPRI5_CALLS = 100  # of an integration, roughly: an adaptive solver finds its steps as it goes
 
 
 class Task(NamedTuple):
@@ -217,6 +220,7 @@ def measure_bounds(task: Task) -> list[tuple[ReverseSampler, elbo.EvidenceLowerB
         errors = elbo.measure_errors(task.pipeline.unet, scheduler, **choices, **batch)
         return {"moments": errors.moments, "decoder": errors.decoder, "mean_square": errors.mean_square}
 
+    report_cost(task.pipeline.unet, len(task.indices) * len(timesteps), options.batch_size)
     block = max(1, 8 * options.batch_size // len(timesteps))
     measured = task.measure("elbo", settings, measure, block, len(timesteps), unit="call", desc="images x timesteps")
     errors = elbo.PredictionErrors(tuple(timesteps), **measured, schedule_hash=scheduler.schedule.hash)
@@ -246,7 +250,11 @@ def measure_ode(task: Task) -> ODELikelihood:
         calls = torch.full((len(result.samples),), result.num_evaluations, dtype=torch.float64)
         return {"samples": result.samples, "calls": calls}
 
-    block, passes = task.options.batch_size, options["num_passes"]
+    block, passes, unet = task.options.batch_size, options["num_passes"], task.pipeline.unet
+    each = 4 * options["num_steps"] if options["solver"] == "rk4" else DOPRI5_CALLS
+    exact = options["divergence"] == "exact"
+    derivatives = task.data[0]["images"].numel() if exact else options["num_probes"]
+    report_cost(unet, each * passes * len(task.indices), block, derivatives=derivatives)
     measured = task.measure("ode", options, measure, block, passes, unit="image", desc="images x passes")
     likelihood = ODELikelihood(measured["samples"], measured["calls"].mean().item())
     options |= {name: getattr(likelihood, name) for name in ("bits_per_dim", "standard_error", "num_evaluations")}
