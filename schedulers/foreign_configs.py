@@ -145,12 +145,9 @@ def flow_matching(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if over:
         process["over"] = over[0]
         process |= {key: config[key] for key in ("sigma_min", "sigma_max") if config.get(key) is not None}
-    found: dict[str, Any] = {"process": process}
-    if own:
-        found["prediction_type"] = "flow_prediction"
     if config.get("stochastic_sampling"):
-        found["stochastic_sampling"] = True
-    return found
+        process["stochastic"] = True
+    return {"process": process, **({"prediction_type": "flow_prediction"} if own else {})}
 
 
 def cogvideox(config: Mapping[str, Any]) -> dict[str, Any] | None:

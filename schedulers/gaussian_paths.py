@@ -55,6 +55,7 @@ class ContinuousSchedule(NoiseSchedule):
     ends: tuple[float, float]
     num_train_timesteps: int = 1000
     needs_mu: bool = False
+    stochastic: bool = False
 
     def __len__(self) -> int:
         return self.num_train_timesteps
@@ -205,6 +206,7 @@ class FlowSchedule(ContinuousSchedule):
             FlowMatchEuler; dpm: 1 - 1 / T to 0, which is left out; unipc: 1 to 1 / T, which is left out.
         over: "karras", "exponential" or "beta", between the ends of the grid.
         sigma_min, sigma_max: ends in sigma / alpha of "karras", instead.
+        stochastic: every step noises its prediction of x_0 anew, as distilled models want it; `DDIMScheduler` alone can.
 
     Raises:
         ValueError: a value that is none of these.
@@ -223,6 +225,7 @@ class FlowSchedule(ContinuousSchedule):
         over: str | None = None,
         sigma_min: float | None = None,
         sigma_max: float | None = None,
+        stochastic: bool = False,
     ):
         check_choice("dynamic", dynamic, (None, "exponential", "linear"))
         check_choice("spacing", spacing, ("euler", "dpm", "unipc"))
@@ -231,6 +234,7 @@ class FlowSchedule(ContinuousSchedule):
             raise ValueError(f"{shift=} must be positive.")
         self.num_train_timesteps, self.inverted, self.shift = num_train_timesteps, inverted, shift
         self.dynamic, self.terminal, self.spacing, self.over = dynamic, terminal, spacing, over
+        self.stochastic = stochastic
         self.karras_ends = (sigma_max, sigma_min) if sigma_max and sigma_min else None
         self.ends = (1.0, 1 / num_train_timesteps if num_train_timesteps > 1 else 1e-3)
         self.needs_mu = dynamic is not None

@@ -68,6 +68,7 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
     _compatibles: ClassVar[list[str]] = [e.name for e in KarrasDiffusionSchedulers]
     order = 1
     own_keys: ClassVar[tuple[str, ...]] = ("process",)  # config keys that diffusers' class of the same name lacks
+    takes_stochastic: ClassVar[bool] = False  # whether the sampler of `FlowSchedule(stochastic=True)` is this one
     whole_loops_only: ClassVar[bool] = False  # whether a loop must begin at the first row and leave none out
 
     @abstractmethod
@@ -97,6 +98,8 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
             self.schedule = VPNoiseSchedule(betas_of(config))
         else:
             self.schedule = path_of(process)
+        if getattr(self.schedule, "stochastic", False) and not self.takes_stochastic:
+            raise ValueError("stochastic_sampling=True is a sampler of its own: use DDIMScheduler, or give False.")
         spacings = (*self.spacings, *(STEP_TABLES if self.schedule.is_discrete else ("ays_svd",)))
         choices = {**choices, "prediction_type": self.schedule.predictions, "timestep_spacing": spacings}
         for key, values in choices.items():

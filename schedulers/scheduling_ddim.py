@@ -34,6 +34,7 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
     """
 
     own_keys = (*LinearScheduler.own_keys, "eta", "use_clipped_model_output")
+    takes_stochastic = True
 
     @register_to_config
     def __init__(
@@ -103,7 +104,9 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
         return [self.update(t, s) for t, s in pairwise(levels)]
 
     def update(self, t: Level, s: Level) -> Update:
-        """Eq. 12 with the standard deviation of eq. 16."""
+        """Eq. 12 with the standard deviation of eq. 16; all of sigma_s for flows that are sampled stochastically."""
+        if getattr(self.schedule, "stochastic", False):
+            return Update(x0=(s.alpha,), noise=s.sigma)
         eta = self._plan.options.eta
         mean = ddim_mean(t, s, eta)
         return mean._replace(noise=eta * s.sigma * math.sqrt(forward_step(t, s))) if eta else mean

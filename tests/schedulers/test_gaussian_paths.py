@@ -509,6 +509,22 @@ def test_first_order_is_diffusers_flow_euler(config, grid, mu, n):
         torch.testing.assert_close(sample(scheduler, flow_network, x), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_stochastic_sampling_of_flow_is_ddim_s():
+    stock = diffusers.FlowMatchEulerDiscreteScheduler(shift=2.0, stochastic_sampling=True)
+    ours, results = DDIMScheduler.from_config(stock.config), []
+    for scheduler in (stock, ours):
+        scheduler.set_timesteps(6)
+        x, generator = noise(2, 3, 4, dtype=torch.float32), seeded()
+        for t in scheduler.timesteps:
+            x = scheduler.step(flow_network(x, t), t, x, generator=generator).prev_sample
+        results.append(x)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    for other in (DDPMScheduler, DPMSolverScheduler, AnalyticDPMScheduler):
+        with pytest.raises(ValueError, match="stochastic_sampling=True"):
+            other.from_config(stock.config)
+        other.from_config(stock.config, stochastic_sampling=False)
+
+
 EDM_CONFIGS = [
     {},
     {"sigma_data": 1.0, "sigma_max": 700.0},

@@ -44,7 +44,9 @@ def test_differs_karras_and_flow_sigmas_are_not_finite(flag):
 
 
 def test_differs_mu_stays_for_the_next_loop():
-    stock = diffusers.DPMSolverMultistepScheduler(use_dynamic_shifting=True, time_shift_type="exponential", **FLOW_MODE)
+    stock = diffusers.DPMSolverMultistepScheduler(
+        use_dynamic_shifting=True, time_shift_type="exponential", **FLOW_MODE
+    )
     ours = DPMSolverScheduler.from_config(stock.config)
     stock.set_timesteps(4, mu=1.5)
     shifted = stock.sigmas
@@ -81,7 +83,9 @@ def test_differs_noise_of_an_inverted_flow_is_inverted():
     level = ours.levels[1]
     assert level.sigma == pytest.approx(0.8)
     torch.testing.assert_close(ours.scale_noise(image, t, z), 0.2 * image + 0.8 * z, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(stock.scale_noise(image, stock.timesteps[1:2], z), 0.8 * image + 0.2 * z, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        stock.scale_noise(image, stock.timesteps[1:2], z), 0.8 * image + 0.2 * z, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_differs_a_second_flow_loop_runs_off_the_end():
