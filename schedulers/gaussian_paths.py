@@ -206,7 +206,7 @@ class FlowSchedule(ContinuousSchedule):
             FlowMatchEuler; dpm: 1 - 1 / T to 0, which is left out; unipc: 1 to 1 / T, which is left out.
         over: "karras", "exponential" or "beta", between the ends of the grid.
         sigma_min, sigma_max: ends in sigma / alpha of "karras", instead.
-        stochastic: every step noises its prediction of x_0 anew, as distilled models want it; `DDIMScheduler` alone can.
+        stochastic: every step noises its x_0 anew, as distilled models want it; `DDIMScheduler` alone can.
 
     Raises:
         ValueError: a value that is none of these.
