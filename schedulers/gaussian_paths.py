@@ -49,10 +49,12 @@ class ContinuousSchedule(NoiseSchedule):
     Attributes:
         kind: of the table above.
         ends: (noisiest, cleanest) time that the network was trained on.
+        scale: of the timesteps: times the time.
     """
 
     kind: ClassVar[str]
     ends: tuple[float, float]
+    scale: float
     num_train_timesteps: int = 1000
     needs_mu: bool = False
     stochastic: bool = False
@@ -70,13 +72,13 @@ class ContinuousSchedule(NoiseSchedule):
     def time_of(self, lambda_: Tensor) -> Tensor:
         """The times at which log(alpha / sigma) = lambda_."""
 
-    @abstractmethod
     def told(self, time: Tensor) -> Tensor:
         """The timesteps of times."""
+        return self.scale * time
 
-    @abstractmethod
     def heard(self, t: Tensor) -> Tensor:
         """The times of timesteps."""
+        return t / self.scale
 
     @property
     def noisiest(self) -> float:  # type: ignore[override]
@@ -115,7 +117,7 @@ class ContinuousSchedule(NoiseSchedule):
     @property
     def parameters(self) -> dict[str, Any]:
         """What the path and the clock depend on."""
-        return {}
+        return {"scale": self.scale}
 
     @cached_property
     def hash(self) -> str:
@@ -232,7 +234,8 @@ class FlowSchedule(ContinuousSchedule):
         check_choice("over", over, (None, "karras", "exponential", "beta"))
         if not shift > 0:
             raise ValueError(f"{shift=} must be positive.")
-        self.num_train_timesteps, self.inverted, self.shift = num_train_timesteps, inverted, shift
+        self.num_train_timesteps = self.scale = num_train_timesteps
+        self.inverted, self.shift = inverted, shift
         self.dynamic, self.terminal, self.spacing, self.over = dynamic, terminal, spacing, over
         self.stochastic = stochastic
         self.karras_ends = (sigma_max, sigma_min) if sigma_max and sigma_min else None
@@ -243,7 +246,7 @@ class FlowSchedule(ContinuousSchedule):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        return {"num_train_timesteps": self.num_train_timesteps, "inverted": self.inverted}
+        return {**super().parameters, "inverted": self.inverted}
 
     def path(self, time: Tensor) -> tuple[Tensor, Tensor]:
         return 1 - time, time
@@ -252,10 +255,10 @@ class FlowSchedule(ContinuousSchedule):
         return torch.sigmoid(-lambda_)
 
     def told(self, time: Tensor) -> Tensor:
-        return self.num_train_timesteps * (1 - time if self.inverted else time)
+        return super().told(1 - time if self.inverted else time)
 
     def heard(self, t: Tensor) -> Tensor:
-        time = t / self.num_train_timesteps
+        time = super().heard(t)
         return 1 - time if self.inverted else time
 
     def sigma_of(self, level: Level) -> float:
@@ -393,16 +396,6 @@ class VESchedule(SigmaSchedule):
         super().__init__(sigma_min, sigma_max, grid, rho)
         self.scale, self.own_grid, self.init_noise_sigma = scale, own_grid, sigma_max
 
-    @property
-    def parameters(self) -> dict[str, Any]:
-        return {"scale": self.scale}
-
-    def told(self, time: Tensor) -> Tensor:
-        return self.scale * time
-
-    def heard(self, t: Tensor) -> Tensor:
-        return t / self.scale
-
     def times(self, num: int | None, sigmas: Any = None, mu: float | None = None) -> Tensor:
         if sigmas is not None and self.own_grid:
             num, sigmas = len(sigmas), None
@@ -421,16 +414,6 @@ class UnitTimeSchedule(ContinuousSchedule):
         if not 0 < epsilon < 1:
             raise ValueError(f"{epsilon=} must lie in 0 .. 1.")
         self.ends, self.scale = (1.0, epsilon), scale
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        return {"scale": self.scale}
-
-    def told(self, time: Tensor) -> Tensor:
-        return self.scale * time
-
-    def heard(self, t: Tensor) -> Tensor:
-        return t / self.scale
 
     def default_times(self, num: int) -> Tensor:
         return torch.linspace(*self.ends, num, **HOST)
