@@ -29,10 +29,12 @@ SMALLEST = next(iter(TESTS))
 NO_GUIDE = "with theirs it checks nothing: DDIMPipeline takes no guidance_scale; ours refuses one where nothing guides"
 OWN_KEYS = "our own config keys are not written at their default, so that diffusers' classes read the file in silence"
 LABELS = "their labels of generated sigmas are not those of the levels used; ours are"
-SINGLE, MULTI = "DPMSolverSinglestepSchedulerTest::test_", "DPMSolverMultistepSchedulerTest::test_"
+DDPM, DDIM, SINGLE, MULTI = (
+    f"{name}SchedulerTest::test_" for name in ("DDPM", "DDIM", "DPMSolverSinglestep", "DPMSolverMultistep")
+)
 REASONS = {
     **{f"DDIMPipelineFastTests::test_{name}": NO_GUIDE for name in ("callback_cfg", "cfg")},
-    **{f"{kind}from_pretrained": OWN_KEYS for kind in ("DDIMSchedulerTest::test_", MULTI, SINGLE)},
+    **{f"{kind}from_pretrained": OWN_KEYS for kind in (DDPM, DDIM, MULTI, SINGLE)},
     "DDPMSchedulerTest::test_full_loop_with_noise": "their tables are float32; with float64 ones they give our sum",
     MULTI + "full_loop_with_karras_and_v_prediction": LABELS,
     MULTI + "full_loop_with_lu_and_v_prediction": LABELS,
