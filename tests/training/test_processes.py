@@ -8,9 +8,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
-from diffusers_dpm.training import DenoisingLoss, loss_weights, training_steps
+from diffusers_dpm.training import ClassifierLoss, DenoisingLoss, loss_weights, training_steps
 from diffusers_dpm.training.checkpoints import last_checkpoint, seal, unseal
 from diffusers_dpm.training.loop import draw_step
 from diffusers_dpm.training.options import TrainingOptions
@@ -366,6 +367,53 @@ def test_the_loss_on_digits_falls(options, kind):
     )
     losses = [record.loss for record in training_steps(run.state, run.data, run.loss, run.options)]
     assert sum(losses[-30:]) < 0.6 * sum(losses[:30])
+
+
+# The classifier
+
+
+@pytest.mark.parametrize("kind", ["flow", "edm"])
+def test_a_classifier_sees_what_the_network_sees(kind):
+    schedule, seen = schedule_for(kind), []
+
+    def classifier(x, t):
+        seen.append((x, t))
+        return SimpleNamespace(logits=torch.zeros(len(x), 4))
+
+    x0, noise = torch.randn(2, 2, 1, 4, 4)
+    t = torch.tensor(LABELS[kind][1:3])
+    labels = torch.tensor([0, 3])
+    losses = ClassifierLoss(schedule)(classifier, x0, t, noise, labels)
+    torch.testing.assert_close(losses, torch.full((2,), math.log(4)))
+    alpha, sigma = (column(value) for value in LEVELS[kind](t))
+    scale = 1 / torch.sqrt(sigma**2 + 0.5**2) if kind == "edm" else 1
+    torch.testing.assert_close(seen[0][0], scale * (alpha * x0 + sigma * noise))
+    assert seen[0][1] is t
+
+
+@pytest.mark.parametrize("kind", ["flow", "edm", "ve"])
+def test_train_classifier_on_a_run_of_another_process(process_run, arrays, capsys, kind):
+    folder = train(process_run(kind, max_train_steps=1))
+    short = [
+        "--max-train-steps=2",
+        "--batch-size=8",
+        "--lr-warmup-steps=0",
+        "--eval-draws=1",
+        "--cpu",
+        f"--data={arrays}",
+    ]
+    command = [str(folder), *short, "--split=train[:80%]", "--eval-split=train[80%:]", "--log-with=none"]
+    if kind == "ve":
+        assert "this needs one of vp, flow, edm" in error_of("train-classifier", capsys, *command)
+        return
+    assert cli(["train-classifier", *command]) == 0
+    rows = json.loads((folder / "classifier_accuracy.json").read_text())["ranges"]
+    low, high = {"flow": (1, 1000), "edm": (math.log(0.002) / 4, math.log(80) / 4)}[kind]
+    assert rows[0]["timesteps"][0] == pytest.approx(low, abs=1e-5)
+    assert rows[-1]["timesteps"][1] == pytest.approx(high, abs=1e-5)
+    assert [row["timesteps"][0] for row in rows[1:]] == [row["timesteps"][1] for row in rows[:-1]]
+    facts = unseal(last_checkpoint(folder / "classifier_training"))["noise schedule"]
+    assert facts.startswith(f"{kind}, timesteps ")
 
 
 def test_vp_is_the_schedule_that_it_was(options):
