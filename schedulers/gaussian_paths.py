@@ -361,6 +361,10 @@ class EDMSchedule(SigmaSchedule):
     def input_scale(self, level: Level) -> float:
         return 1 / math.hypot(self.sigma_data * level.alpha, level.sigma)
 
+    def scale_input(self, x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = self.at(t, x)
+        return x / torch.hypot(self.sigma_data * alpha, sigma)
+
     def told(self, time: Tensor) -> Tensor:
         return torch.log(time) / 4 if self.clock == "log" else torch.atan(time) * (2 / math.pi)
 

@@ -244,6 +244,10 @@ class NoiseSchedule(ABC):
         """What x is multiplied by before the network sees it: c_in of Karras et al. 2022."""
         return 1.0
 
+    def scale_input(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x_t at a batch of timesteps as the network sees it: times `input_scale`."""
+        return x
+
     def conversion(self, prediction_type: str, alpha: Any, sigma: Any) -> Conversion:
         """How x_0 and epsilon follow from x_t and the network's output, at a level or at tensors of `at`.
 

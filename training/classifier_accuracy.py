@@ -14,7 +14,8 @@ from diffusers_dpm.data import ImageDataset
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.random_streams import Stream, torch_generator
 from diffusers_dpm.records import atomic_file
-from diffusers_dpm.schedulers import VPNoiseSchedule
+from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule
+from diffusers_dpm.training.timestep_sampling import Quantile
 
 
 CALIBRATION_BINS = 15
@@ -25,8 +26,9 @@ TITLES = {"accuracy": "accuracy", "cross_entropy": "cross-entropy (nats)", "cali
 def accuracy_by_noise_level(
     classifier: torch.nn.Module,
     data: ImageDataset,
-    schedule: VPNoiseSchedule,
+    schedule: NoiseSchedule,
     *,
+    quantile: Quantile | None = None,
     num_ranges: int = 10,
     draws: int = 4,
     batch_size: int = 128,
@@ -40,6 +42,7 @@ def accuracy_by_noise_level(
         classifier: called as a `NoisyClassifier`; in evaluation mode meanwhile.
         data: held-out images with labels.
         schedule: the forward process, of T timesteps.
+        quantile: of the timesteps of a continuous process, see `timestep_quantile`; the ranges are of equal weight.
         num_ranges: number of ranges; no more than T are made.
         draws: pairs of timestep and noise for each image in each range.
         batch_size: images per call of the classifier.
@@ -48,9 +51,12 @@ def accuracy_by_noise_level(
     Returns:
         {"num_images", "draws_per_image", "seed"; "clean": measures, "all": measures, "ranges": [{"timesteps": [first,
         last], **measures}, ...]}, where measures are {"accuracy", "cross_entropy" (nats), "calibration_error" (15
-        equal bins of confidence)}. Clean images are passed with t = 0; "all" is over all ranges.
+        equal bins of confidence)}. Clean images are passed with the cleanest timestep, which is 0 in a discrete
+        process; "all" is over all ranges.
     """
     ranges = equal_ranges(len(schedule), num_ranges)
+    names = [range_name(low, high, len(schedule), quantile) for low, high in ranges]
+    cleanest = schedule.cleanest
     device = next(classifier.parameters()).device
     clean: list[torch.Tensor] = []
     noisy: list[list[torch.Tensor]] = [[] for _ in ranges]
@@ -62,12 +68,13 @@ def accuracy_by_noise_level(
             batch = data[indices]
             x0 = batch["images"].to(device)
             generators = [torch_generator(seed, Stream.EVALUATION, i) for i in indices]
-            clean.append(classifier(x0, 0).logits.float().cpu())
+            shown = schedule.scale_input(x0, torch.tensor([cleanest], device=device))
+            clean.append(classifier(shown, cleanest).logits.float().cpu())
             labels.append(batch["labels"])
             for (low, high), logits in zip(ranges, noisy, strict=True):
                 for _ in range(draws):
-                    x_t, t = noised(x0, schedule, low, high, generators)
-                    logits.append(classifier(x_t, t).logits.float().cpu())
+                    x_t, t = noised(x0, schedule, low, high, generators, quantile)
+                    logits.append(classifier(schedule.scale_input(x_t, t), t).logits.float().cpu())
     repeated = torch.cat([part.repeat(draws) for part in labels])
     return {
         "num_images": len(data),
@@ -76,19 +83,33 @@ def accuracy_by_noise_level(
         "clean": measures(torch.cat(clean), torch.cat(labels)),
         "all": measures(torch.cat([part for logits in noisy for part in logits]), repeated.repeat(len(ranges))),
         "ranges": [
-            {"timesteps": [low, high - 1], **measures(torch.cat(logits), repeated)}
-            for (low, high), logits in zip(ranges, noisy, strict=True)
+            {"timesteps": name, **measures(torch.cat(logits), repeated)}
+            for name, logits in zip(names, noisy, strict=True)
         ],
     }
 
 
+def range_name(low: int, high: int, num_timesteps: int, quantile: Quantile | None) -> list[float]:
+    """[first, last] timestep of a range; of a continuous process, the quantiles low / T and high / T."""
+    if quantile is None:
+        return [low, high - 1]
+    return [round(t, 6) for t in quantile(torch.tensor([low, high]) / num_timesteps).tolist()]
+
+
 def noised(
-    x0: torch.Tensor, schedule: VPNoiseSchedule, low: int, high: int, generators: Sequence[torch.Generator]
+    x0: torch.Tensor,
+    schedule: NoiseSchedule,
+    low: int,
+    high: int,
+    generators: Sequence[torch.Generator],
+    quantile: Quantile | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x_t, t) with t from low .. high - 1, drawn for each image by its own generator on the CPU."""
     uniform = torch.stack([torch.rand((), generator=generator) for generator in generators])
     noise = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators])
-    t = (low + uniform * (high - low)).long().clamp(max=high - 1).to(x0.device)
+    places = low + uniform * (high - low)
+    t = places.long().clamp(max=high - 1) if quantile is None else quantile(places / len(schedule))
+    t = t.to(x0.device)
     return schedule.add_noise(x0, noise.to(x0.device), t), t
 
 
@@ -111,8 +132,8 @@ def measures(logits: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
 
 def accuracy_table(result: dict[str, Any]) -> str:
     """The result as a Markdown table."""
-    rows = [("clean, t = 0", result["clean"])]
-    rows += [("{} to {}".format(*row["timesteps"]), row) for row in result["ranges"]]
+    rows = [("clean, t = {:g}".format(result["ranges"][0]["timesteps"][0]), result["clean"])]
+    rows += [("{:g} to {:g}".format(*row["timesteps"]), row) for row in result["ranges"]]
     rows += [("all noisy", result["all"])]
     lines = ["| timesteps | " + " | ".join(TITLES.values()) + " |", "|---|" + "---|" * len(TITLES)]
     lines += [f"| {name} | " + " | ".join(f"{row[key]:.3f}" for key in TITLES) + " |" for name, row in rows]
@@ -128,7 +149,7 @@ def plot_accuracy(result: dict[str, Any], path: Path, num_classes: int) -> None:
     for axis, (key, title), guess in zip(figure.subplots(1, len(TITLES)), TITLES.items(), guessing, strict=True):
         middles = [sum(row["timesteps"]) / 2 for row in result["ranges"]]
         axis.plot(middles, [row[key] for row in result["ranges"]], marker="o", label="noisy")
-        axis.plot(0, result["clean"][key], marker="s", linestyle="", label="clean")
+        axis.plot(result["ranges"][0]["timesteps"][0], result["clean"][key], marker="s", linestyle="", label="clean")
         axis.axhline(guess, color="grey", linestyle=":")
         axis.set(title=title, xlabel="timestep", ylim=(0, None))
     axis.legend()

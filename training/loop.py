@@ -27,15 +27,16 @@ from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError
 from diffusers_dpm.networks import measured_seconds
 from diffusers_dpm.random_streams import Stream, torch_generator, torch_seed
 from diffusers_dpm.records import read_json, read_tensors, write_json, write_tensors
-from diffusers_dpm.schedulers import VPNoiseSchedule
+from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule
 from diffusers_dpm.training.augmentation import random_crop, random_flip, random_shift
 from diffusers_dpm.training.loss_history import LossHistory
+from diffusers_dpm.training.timestep_sampling import Quantile, timestep_quantile
 
 
 class Loss(Protocol):
     """Per-example loss (B,) from (network, x_0, t, noise, class_labels or None): `DenoisingLoss`, `ClassifierLoss`."""
 
-    schedule: VPNoiseSchedule
+    schedule: NoiseSchedule
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
 
@@ -291,7 +292,8 @@ class Draws:
     """The random numbers of one optimiser step, for the global batch of B images; dropout has its own.
 
     Attributes:
-        timesteps: (B,), on 0 .. T-1.
+        timesteps: (B,), on 0 .. T-1; of a continuous process, real-valued.
+        quarters: (B,), which quarter of the timesteps each is from, low noise first.
         weights: (B,), factors of the losses, of mean 1: 1 / (T p) for timesteps drawn with probabilities p.
         noise: (B, C, H, W), standard normal.
         flip: (B,), true for half.
@@ -301,6 +303,7 @@ class Draws:
     """
 
     timesteps: torch.Tensor
+    quarters: torch.Tensor
     weights: torch.Tensor
     noise: torch.Tensor
     flip: torch.Tensor
@@ -319,31 +322,41 @@ def draw_step(
     num_timesteps: int,
     device: torch.device | str = "cpu",
     probabilities: torch.Tensor | None = None,
+    quantile: Quantile | None = None,
 ) -> Draws:
     """The draws of optimiser step `step` for images of `shape` (C, H, W); a function of (seed, step).
 
     Args:
         probabilities: of the timesteps, (T,); None draws them evenly.
+        quantile: of continuous timesteps, see `timestep_quantile`; None draws from 0 .. T-1.
     """
     size = options.batch_size
     generator = torch_generator(options.seed, Stream.NOISE, step, device=device)
     source: dict[str, Any] = {"generator": generator, "device": device}
     weights = torch.ones(size, device=device)
-    if options.timestep_sampling == "uniform":
+    independent = options.timestep_sampling == "uniform"
+    if independent and quantile is None:
         timesteps = torch.randint(num_timesteps, (size,), **source)
+    elif independent:
+        places = size * torch.rand(size, **source)
     else:
         # One timestep from each of B equal parts of the range; shuffled, so that no process gets only low noise.
         places = torch.randperm(size, **source) + torch.rand(size, **source)
+    if quantile is not None:
+        timesteps, quarters = quantile(places / size), (places * (4 / size)).long().clamp_(max=3)
+    elif not independent:
         timesteps = (places * (num_timesteps / size)).long().clamp_(max=num_timesteps - 1)
         if probabilities is not None:  # the range is then that of the distribution function
             probabilities = probabilities.to(device, torch.float32)
             timesteps = torch.searchsorted(probabilities.cumsum(0), places / size, right=True)
             timesteps.clamp_(max=num_timesteps - 1)
             weights = 1 / (num_timesteps * probabilities[timesteps])
+    if quantile is None:
+        quarters = timesteps * 4 // num_timesteps
     noise = torch.randn((size, *shape), **source)
     flip, coin = torch.rand((2, size), **source)
     shift, crop = torch.rand((size, 5), **source).split([2, 3], dim=1)
-    return Draws(timesteps, weights, noise, flip < 0.5, coin, shift, crop)
+    return Draws(timesteps, quarters, weights, noise, flip < 0.5, coin, shift, crop)
 
 
 def training_steps(
@@ -367,7 +380,7 @@ def training_steps(
         ValueError: the batch cannot be divided evenly.
     """
     accelerator = state.accelerator
-    num_timesteps = len(loss.schedule)
+    num_timesteps, quantile = len(loss.schedule), timestep_quantile(loss.schedule, options)
     shares = batch_shares(options, accelerator)
     loader = DataLoader(
         data,
@@ -383,7 +396,7 @@ def training_steps(
     while state.step < options.max_train_steps:
         started = time.perf_counter()
         probabilities = None if state.loss_history is None else state.loss_history.probabilities()
-        draws = draw_step(options, state.step, data.shape, num_timesteps, accelerator.device, probabilities)
+        draws = draw_step(options, state.step, data.shape, num_timesteps, accelerator.device, probabilities, quantile)
         sums, part_losses = torch.zeros(2, 4, device=accelerator.device), []
         for part, share in enumerate(shares):
             drawn = draws[share]
@@ -393,7 +406,7 @@ def training_steps(
                 losses = loss(state.network, x0, drawn.timesteps, drawn.noise, labels)
                 accelerator.backward((losses * drawn.weights).mean() / len(shares))
             part_losses.append(losses.detach())
-            sums += sums_by_quartile(losses.detach(), drawn, num_timesteps)
+            sums += sums_by_quartile(losses.detach(), drawn)
         if state.loss_history is not None:
             state.loss_history.update(draws.timesteps, gather_parts(part_losses, accelerator))
         learning_rate = state.lr_scheduler.get_last_lr()[0]
@@ -422,7 +435,9 @@ def seconds_of_step(
     The arguments are those of `training_steps`.
     """
     accelerator, shares = state.accelerator, batch_shares(options, state.accelerator)
-    draws = draw_step(options, state.step, data.shape, len(loss.schedule), accelerator.device)[shares[0]]
+    quantile = timestep_quantile(loss.schedule, options)
+    draws = draw_step(options, state.step, data.shape, len(loss.schedule), accelerator.device, quantile=quantile)
+    draws = draws[shares[0]]
 
     def passes(images: int) -> None:
         drawn = draws[:images]
@@ -469,7 +484,7 @@ def gather_parts(parts: Sequence[torch.Tensor], accelerator: Accelerator) -> tor
     return accelerator.gather(own).unflatten(0, (accelerator.num_processes, len(own))).transpose(0, 1).flatten()
 
 
-def sums_by_quartile(losses: torch.Tensor, draws: Draws, num_timesteps: int) -> torch.Tensor:
+def sums_by_quartile(losses: torch.Tensor, draws: Draws) -> torch.Tensor:
     """Weighted sum of losses, and sum of weights, in each quarter of the timesteps, shape (2, 4)."""
     rows = torch.stack([losses * draws.weights, draws.weights])
-    return rows.new_zeros(2, 4).index_add_(1, draws.timesteps * 4 // num_timesteps, rows)
+    return rows.new_zeros(2, 4).index_add_(1, draws.quarters, rows)

@@ -1,9 +1,11 @@
-"""L_simple (Ho et al. 2020, eq. 14) and its relatives: prediction targets, distances, weights over noise levels.
+"""L_simple (Ho et al. 2020, eq. 14) and its relatives on any path: targets, distances, weights over noise levels.
 
 And the loss of a classifier of noisy images.
 """
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,52 +13,71 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, huber_loss, l1_loss, mse_loss
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.schedulers import VPNoiseSchedule
+from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule, epsilon
 from diffusers_dpm.training.options import LossType, PredictionType, Weighting
 
 
-# Squared error on the target divided by squared error on epsilon, inverted: at a fixed x_t,
-# |x0 - x0'|^2 = |eps - eps'|^2 / SNR and |v - v'|^2 = |eps - eps'|^2 (1 + SNR) / SNR.
-EPSILON_ERROR: dict[str, Callable[[Tensor], Tensor]] = {
-    "epsilon": torch.ones_like,
-    "sample": lambda snr: snr,
-    "v_prediction": lambda snr: snr / (1 + snr),
+# Kind of SDE -> -2 d lambda / dt = g^2 / sigma^2, from (schedule, alpha, sigma, time): Song et al. 2021b, section 3.4.
+# The drift is -beta / 2 x of vp_linear and subvp, and 0 of ve, whose sigma is geometric in its time.
+SQUARED_DIFFUSION: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
+    "ve": lambda schedule, alpha, sigma, time: 2 * alpha * math.log(schedule.ends[0] / schedule.ends[1]),
+    "vp_linear": lambda schedule, alpha, sigma, time: beta_at(schedule, time) / sigma**2,
+    "subvp": lambda schedule, alpha, sigma, time: beta_at(schedule, time) * (1 + alpha**2) / sigma,
 }
 
 
+def beta_at(schedule: Any, time: Tensor) -> Tensor:
+    return schedule.beta_min + (schedule.beta_max - schedule.beta_min) * time
+
+
 def loss_weights(
-    schedule: VPNoiseSchedule,
+    schedule: NoiseSchedule,
     prediction_type: PredictionType = "epsilon",
     weighting: Weighting = "none",
     min_snr_gamma: float = 5.0,
     p2_gamma: float = 1.0,
     p2_k: float = 1.0,
+    timesteps: Tensor | None = None,
 ) -> Tensor:
-    """The factor of the per-example loss at every training timestep, float64 of shape (T,).
+    """The factor of the per-example loss at timesteps of shape (B,), or at all of a discrete process, (T,) in float64.
 
     Written for the epsilon loss, and carried over so that every target minimises the same error in x_0:
 
-    - none: 1 on whatever the target is.
+    - none: 1 on whatever the target is. That is the loss of conditional flow matching (Lipman et al. 2023, eq. 23),
+      and for edm, whose target is F, the lambda(sigma) of Karras et al. 2022, Table 1.
     - simple: 1, L_simple.
     - min_snr: min(SNR, gamma) / SNR (Hang et al. 2023, eq. 5).
     - p2: (k + SNR)^-gamma (Choi et al. 2022, eq. 8, relative to L_simple).
+    - likelihood: g^2 / sigma^2, which is g^2 on the score (Song et al. 2021a, eq. 7, without its factor 1/2).
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name; "likelihood" for a process that is not one of `SQUARED_DIFFUSION`.
     """
-    snr = torch.exp(2 * schedule.lambda_)
+    every: Any = schedule
+    if timesteps is None:
+        alpha, sigma, snr = every.alpha, every.sigma, torch.exp(2 * every.lambda_)
+    else:
+        alpha, sigma = (value.flatten() for value in schedule.at(timesteps, timesteps))
+        snr = (alpha / sigma) ** 2
     epsilon_weights = {
         "simple": lambda: torch.ones_like(snr),
         "min_snr": lambda: (min_snr_gamma / snr).clamp(max=1),  # in this form safe at SNR = 0
         "p2": lambda: (p2_k + snr) ** -p2_gamma,
     }
-    if prediction_type not in EPSILON_ERROR:
-        raise DiffusersDPMError(f"prediction_type must be one of {', '.join(EPSILON_ERROR)}, got {prediction_type!r}")
-    if weighting == "none":
-        return torch.ones_like(snr)
-    if weighting not in epsilon_weights:
-        raise DiffusersDPMError(f"weighting must be one of none, {', '.join(epsilon_weights)}, got {weighting!r}")
-    return epsilon_weights[weighting]() * EPSILON_ERROR[prediction_type](snr)
+    if timesteps is not None and (squared_diffusion := SQUARED_DIFFUSION.get(every.kind)):
+        epsilon_weights["likelihood"] = lambda: squared_diffusion(schedule, alpha, sigma, every.heard(timesteps))
+    if (prediction := schedule.predictions.get(prediction_type)) is None:
+        known = ", ".join(schedule.predictions)
+        raise DiffusersDPMError(f"prediction_type must be one of {known}, got {prediction_type!r}")
+    if weighting != "none" and weighting not in epsilon_weights:
+        known = ", ".join(epsilon_weights)
+        raise DiffusersDPMError(f"weighting must be one of none, {known} for this process, got {weighting!r}")
+    if prediction is epsilon:
+        return epsilon_weights.get(weighting, epsilon_weights["simple"])()
+    # At a fixed x_t an error e in epsilon is -e sigma / alpha in x_0, so (q - p sigma / alpha) e in p x_0 + q epsilon.
+    p, q = prediction(alpha, sigma)
+    error = (alpha / (alpha * q - sigma * p)) ** 2
+    return torch.ones_like(snr) if weighting == "none" else epsilon_weights[weighting]() * error
 
 
 class DenoisingLoss:
@@ -66,9 +87,11 @@ class DenoisingLoss:
 
     Args:
         schedule: the forward process.
-        prediction_type: the target, "epsilon" (the noise), "sample" (x_0) or "v_prediction".
+        prediction_type: the target, one of the schedule's `predictions`: "epsilon" (the noise; of edm, its F),
+            "sample" (x_0), "v_prediction", "flow_prediction" (epsilon - x_0) or "score". A score is compared as the
+            epsilon that it stands for, -sigma times it: lambda = sigma^2 (Song et al. 2021b, section 3.3).
         loss_type: "l2"; "l1" (estimates the conditional median, so samples no longer follow the data); or "huber".
-        weighting: "none", "simple", "min_snr" or "p2", see `loss_weights`.
+        weighting: "none", "simple", "min_snr", "p2" or "likelihood", see `loss_weights`.
         huber_delta: where "huber" turns from quadratic to linear.
         parameters: min_snr_gamma, p2_gamma and p2_k of `loss_weights`.
 
@@ -79,14 +102,16 @@ class DenoisingLoss:
 
     def __init__(
         self,
-        schedule: VPNoiseSchedule,
+        schedule: NoiseSchedule,
         prediction_type: PredictionType = "epsilon",
         loss_type: LossType = "l2",
         weighting: Weighting = "none",
         huber_delta: float = 1.0,
         **parameters: float,
     ):
-        weights = loss_weights(schedule, prediction_type, weighting, **parameters)
+        is_score = prediction_type == "score" and "score" in schedule.predictions
+        fixed: dict[str, Any] = {"prediction_type": "epsilon" if is_score else prediction_type, **parameters}
+        self.weights_at = partial(loss_weights, schedule, weighting=weighting, **fixed)
         distances: dict[str, Callable[..., Tensor]] = {
             "l2": mse_loss,
             "l1": l1_loss,
@@ -94,12 +119,14 @@ class DenoisingLoss:
         }
         if loss_type not in distances:
             raise DiffusersDPMError(f"loss_type must be one of {', '.join(distances)}, got {loss_type!r}")
-        if prediction_type == "epsilon" and float(schedule.alphas_cumprod[-1]) < 1e-12:
+        noisiest: Any = torch.tensor([schedule.noisiest], dtype=torch.float32)
+        weights = self.weights_at(timesteps=None if schedule.is_discrete else noisiest)  # checks their names
+        if schedule.predictions[prediction_type] is epsilon and schedule.level(schedule.noisiest).alpha ** 2 < 1e-12:
             raise DiffusersDPMError("epsilon prediction cannot be trained with zero terminal SNR; use v_prediction")
         self.schedule = schedule
-        self.prediction_type = prediction_type
+        self.prediction_type, self.is_score = prediction_type, is_score
         self.distance = distances[loss_type]
-        self.weights = weights.float()
+        self.weights = weights.float() if schedule.is_discrete else None
 
     def __call__(
         self, model: Callable[..., Any], x0: Tensor, t: Tensor, noise: Tensor, class_labels: Tensor | None = None
@@ -109,19 +136,25 @@ class DenoisingLoss:
         Args:
             model: called as a `UNet2DModel`, `model(x_t, t).sample`, with `class_labels=` if they are given.
             x0: clean images (B, C, H, W).
-            t: timesteps (B,), integers in 0 .. T-1.
+            t: timesteps (B,), integers in 0 .. T-1; of a continuous process, what the network is told.
             noise: standard normal, of x0's shape.
             class_labels: (B,), for a class-conditional network.
         """
         x0, noise = x0.float(), noise.float()
         x_t = self.schedule.add_noise(x0, noise, t)
         conditioning = {} if class_labels is None else {"class_labels": class_labels}
-        output = model(x_t, t, **conditioning).sample.float()
-        target = self.schedule.target(x0, noise, t, self.prediction_type)
-        if output.shape != target.shape:
-            raise ValueError(f"the network returned {tuple(output.shape)} for images of {tuple(target.shape)}")
+        output = model(self.schedule.scale_input(x_t, t), t, **conditioning).sample.float()
+        if output.shape != x0.shape:
+            raise ValueError(f"the network returned {tuple(output.shape)} for images of {tuple(x0.shape)}")
+        if self.is_score:
+            output, target = -self.schedule.at(t, x0)[1] * output, noise
+        else:
+            target = self.schedule.target(x0, noise, t, self.prediction_type)
+        losses = self.distance(output, target, reduction="none").flatten(1).mean(dim=1)
+        if self.weights is None:
+            return losses * self.weights_at(timesteps=t)
         self.weights = self.weights.to(t.device)
-        return self.distance(output, target, reduction="none").flatten(1).mean(dim=1) * self.weights[t]
+        return losses * self.weights[t]
 
 
 class ClassifierLoss:
@@ -134,7 +167,7 @@ class ClassifierLoss:
         schedule: the forward process.
     """
 
-    def __init__(self, schedule: VPNoiseSchedule):
+    def __init__(self, schedule: NoiseSchedule):
         self.schedule = schedule
 
     def __call__(
@@ -145,11 +178,12 @@ class ClassifierLoss:
         Args:
             model: called as a `NoisyClassifier`, `model(x_t, t).logits`.
             x0: clean images (B, C, H, W).
-            t: timesteps (B,), integers in 0 .. T-1.
+            t: timesteps (B,), integers in 0 .. T-1; of a continuous process, what the network is told.
             noise: standard normal, of x0's shape.
             class_labels: (B,), required.
         """
         if class_labels is None:
             raise ValueError("the loss of a classifier needs class_labels")
         x_t = self.schedule.add_noise(x0.float(), noise.float(), t)
-        return cross_entropy(model(x_t, t).logits.float(), class_labels, reduction="none")
+        logits = model(self.schedule.scale_input(x_t, t), t).logits.float()
+        return cross_entropy(logits, class_labels, reduction="none")

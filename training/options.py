@@ -9,9 +9,10 @@ from diffusers_dpm.options import DataSourceOptions
 
 
 PresetName = Literal["digits-8x8", "28x28", "cifar10-small", "cifar10-ddpm", "64x64"]
-PredictionType = Literal["epsilon", "sample", "v_prediction"]
+Process = Literal["vp", "flow", "edm", "ve", "vp_linear", "subvp"]
+PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "score"]
 LossType = Literal["l2", "l1", "huber"]
-Weighting = Literal["none", "simple", "min_snr", "p2"]
+Weighting = Literal["none", "simple", "min_snr", "p2", "likelihood"]
 
 
 # `--resume` alone means the latest checkpoint.
@@ -97,21 +98,36 @@ class FeatureOptions:
 
 
 @dataclass(kw_only=True)
+class ProcessOptions:
+    """process"""
+
+    process: Process = "vp"
+    """vp: DDPM's, in T timesteps; flow: flow matching; edm: Karras et al.'s; ve, vp_linear, subvp: Song et al.'s SDEs,
+    in continuous time"""
+    sigma_min: float | None = None
+    """least noise of edm (default: 0.002) and ve (0.01)"""
+    sigma_max: float | None = None
+    """most noise of edm (default: 80) and ve (50)"""
+    sigma_data: float | None = None
+    """root mean square of the pixels, for edm (default: 0.5, as published)"""
+
+
+@dataclass(kw_only=True)
 class NoiseScheduleOptions:
     """noise schedule"""
 
     num_train_timesteps: int = 1000
-    """number of noise levels T"""
+    """number of noise levels T; of flow, the timestep of pure noise"""
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "cosine", "sigmoid", "laplace"] = "linear"
     """shape of the noise schedule"""
     beta_start: float = 0.0001
-    """first beta, if the shape has one"""
+    """first beta, if the shape has one; of vp_linear and subvp, a thousandth of beta(0)"""
     beta_end: float = 0.02
-    """last beta, if the shape has one"""
+    """last beta, if the shape has one; of vp_linear and subvp, a thousandth of beta(1)"""
     rescale_betas_zero_snr: bool = False
     """end in pure noise; not with epsilon prediction"""
     prediction_type: PredictionType = "epsilon"
-    """what the network predicts"""
+    """what the network predicts: epsilon, sample or v_prediction; other processes than vp have one each"""
     variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"] = "fixed_small"
     """reverse variance saved with the model (the DDPM paper's FID: fixed_large)"""
     clip_sample: bool = True
@@ -127,7 +143,8 @@ class LossOptions:
     huber_delta: float = 1.0
     """where huber turns linear"""
     weighting: Weighting = "none"
-    """weight by noise level; simple: that of L_simple, for any target"""
+    """weight by noise level; none: 1 on the target, or on epsilon for a score; simple: that of L_simple, for any
+    target; likelihood: g^2 of the SDE (ve, vp_linear, subvp)"""
     min_snr_gamma: float = 5.0
     """gamma of min_snr"""
     p2_gamma: float = 1.0
@@ -162,8 +179,13 @@ class OptimizationOptions:
     """AdamW's weight decay"""
     max_grad_norm: float = 1.0
     """largest norm of the gradient; 0: no clipping"""
-    timestep_sampling: Literal["stratified", "uniform", "loss-second-moment"] = "stratified"
-    """timesteps of a batch: evenly spread, independent, or more often where the loss is large"""
+    timestep_sampling: Literal["stratified", "uniform", "loss-second-moment", "logit-normal"] = "stratified"
+    """timesteps of a batch: evenly spread, independent, or (vp) more often where the loss is large; or (flow) evenly
+    spread over SD3's distribution"""
+    p_mean: float | None = None
+    """mean of log(sigma / alpha), for edm (default: -1.2) and logit-normal (0)"""
+    p_std: float | None = None
+    """standard deviation of log(sigma / alpha), for edm (default: 1.2) and logit-normal (1)"""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """precision of the network (default: accelerate's configuration, else no)"""
     cpu: bool = False
@@ -279,6 +301,7 @@ class TrainingOptions(
     DataOptions,
     ModelOptions,
     NoiseScheduleOptions,
+    ProcessOptions,
     LossOptions,
     OptimizationOptions,
     EMAOptions,

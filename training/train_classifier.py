@@ -19,11 +19,12 @@ from diffusers_dpm.networks import Progress, load_pipeline
 from diffusers_dpm.pipelines import NoisyClassifier, image_shape
 from diffusers_dpm.records import atomic_folder, move_children, remove, write_json
 from diffusers_dpm.run_folder import RunFolder
-from diffusers_dpm.schedulers import DDPMScheduler
 from diffusers_dpm.training.classifier_accuracy import accuracy_by_noise_level, accuracy_table, plot_accuracy
 from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS, build_classifier, default_classifier
 from diffusers_dpm.training.loss import ClassifierLoss
 from diffusers_dpm.training.options import ClassifierTrainingOptions
+from diffusers_dpm.training.timestep_sampling import timestep_quantile
+from diffusers_dpm.training.trained_paths import kind_of, schedule_of
 from diffusers_dpm.training.trainer import Trainer
 from diffusers_dpm.training.unet_presets import read_config
 
@@ -47,7 +48,7 @@ class ClassifierTrainer(Trainer):
         run_folder = self.model_run.classifier_training
         if self.model_run.classifier.exists() and not run_folder.exists() and not options.overwrite:
             raise DiffusersDPMError(f"{self.model_run.classifier} exists already; --overwrite replaces it")
-        self.pipeline = load_pipeline(str(self.folder))
+        self.pipeline = load_pipeline(str(self.folder), any_process=True)
         self.command = f"train-classifier {self.folder}"
         super().__init__(options, run_folder, self.model_run.classifier)
 
@@ -64,15 +65,22 @@ class ClassifierTrainer(Trainer):
             check_labels(images, self.num_classes)
             if images.class_names != data.class_names:
                 raise DiffusersDPMError(f"the held-out classes are {images.class_names}, not {data.class_names}")
+        scheduler = self.pipeline.scheduler
+        # Not ve: its images are of any scale, and its timesteps are sigmas, which only a logarithm tells apart.
+        kind_of(scheduler, str(self.folder), ("vp", "flow", "edm", "vp_linear", "subvp"))
         with user_error(f"noise schedule of {self.model_run.scheduler}", TypeError, NotImplementedError):
-            scheduler = DDPMScheduler.from_config(self.pipeline.scheduler.config)
-        return build_network(unet, data, self.num_classes, self.options), ClassifierLoss(scheduler.schedule)
+            schedule = schedule_of(scheduler)
+        return build_network(unet, data, self.num_classes, self.options), ClassifierLoss(schedule)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
         """Also the pipeline's noise levels: it may have been trained anew."""
-        ends = self.loss.schedule.alphas_cumprod[[0, len(self.loss.schedule) // 2, -1]].tolist()
-        levels = f"{len(self.loss.schedule)} timesteps, alphas_cumprod {', '.join(f'{value:.6g}' for value in ends)}"
+        schedule: Any = self.loss.schedule
+        if schedule.is_discrete:
+            ends = schedule.alphas_cumprod[[0, len(schedule) // 2, -1]].tolist()
+            levels = f"{len(schedule)} timesteps, alphas_cumprod {', '.join(f'{value:.6g}' for value in ends)}"
+        else:
+            levels = f"{schedule.kind}, timesteps {schedule.cleanest:g} .. {schedule.noisiest:g}, {schedule.hash[:16]}"
         return {**super().facts, "noise schedule": levels, "classes": self.data.class_names}
 
     def _warnings(self) -> list[str]:
@@ -94,7 +102,12 @@ class ClassifierTrainer(Trainer):
     def _measure(self, data: ImageDataset) -> None:
         options = self.options
         result = accuracy_by_noise_level(
-            self.model, data, self.loss.schedule, draws=options.eval_draws, batch_size=options.batch_size
+            self.model,
+            data,
+            self.loss.schedule,
+            quantile=timestep_quantile(self.loss.schedule, options),
+            draws=options.eval_draws,
+            batch_size=options.batch_size,
         )
         source = {"data": options.eval_data or options.data, "split": data.source.split}
         record, picture = self._accuracy_files()

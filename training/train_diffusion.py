@@ -25,6 +25,13 @@ from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.training.loss import DenoisingLoss
 from diffusers_dpm.training.options import LossOptions, NoiseScheduleOptions, TrainingOptions
+from diffusers_dpm.training.trained_paths import (
+    TRAINED_PATHS,
+    options_of,
+    save_pipeline,
+    schedule_of,
+    with_own_values,
+)
 from diffusers_dpm.training.trainer import Trainer, is_due
 from diffusers_dpm.training.unet_presets import PRESETS, build_unet, default_unet, read_config
 
@@ -70,32 +77,39 @@ class DiffusionTrainer(Trainer):
     def _build(self) -> tuple[UNet2DModel, DenoisingLoss]:
         options, source = self.options, self.options.init_from
         if source is None:
+            self.options = options = with_own_values(options)
             unet = build_network(self.data, options)
             with user_error("noise schedule"):
-                self.scheduler = DDPMScheduler(
-                    **values_of(options, NoiseScheduleOptions),
-                    # A process that ends in pure noise must be sampled from its very last timestep.
-                    timestep_spacing="trailing" if options.rescale_betas_zero_snr else "leading",
-                )
+                self.scheduler = new_scheduler(options)
         else:
             pipeline = self._origin(source)
+            self.scheduler, taken = pipeline.scheduler, options_of(pipeline.scheduler, source)
+            if taken["process"] == "vp":
+                with user_error(f"noise schedule of {source}", TypeError, NotImplementedError):
+                    self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+                names = [item.name for item in dataclasses.fields(NoiseScheduleOptions)]
+                taken |= {name: self.scheduler.config[name] for name in names}
+            self.options = options = with_own_values(taken_over(options, taken))
             unet = build_network(self.data, options, pipeline.unet)
-            with user_error(f"noise schedule of {source}", TypeError, NotImplementedError):
-                self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-            self.options = options = taken_over(options, self.scheduler)
+        if options.push_to_hub is not None and options.process != "vp":
+            raise DiffusersDPMError(f"--push-to-hub publishes models of DDPM's process, not of {options.process}")
         check_noise_schedule(self.scheduler, "noise schedule")
-        loss = DenoisingLoss(self.scheduler.schedule, options.prediction_type, **values_of(options, LossOptions))
-        return unet, loss
+        with user_error("noise schedule"):
+            schedule = schedule_of(self.scheduler)
+        return unet, DenoisingLoss(schedule, options.prediction_type, **values_of(options, LossOptions))
 
     def _origin(self, source: str) -> DPMPipeline:
         """What `--init-from` names; a resumed run does not need it, it has the same in any whole checkpoint."""
         for checkpoint in self.found:
             with suppress(DiffusersDPMError):
-                return load_pipeline(str(checkpoint))
-        return load_pipeline(source)
+                return load_pipeline(str(checkpoint), any_process=True)
+        return load_pipeline(source, any_process=True)
 
     def _save_model(self, folder: Path) -> None:
-        DPMPipeline(unet=self.model, scheduler=self.scheduler).save_pretrained(folder)
+        if self.options.process == "vp":
+            DPMPipeline(unet=self.model, scheduler=self.scheduler).save_pretrained(folder)
+        else:
+            save_pipeline(folder, self.model, self.scheduler, self.options.process)
 
     def _finish(self) -> str:
         """Make the run folder itself the trained pipeline."""
@@ -153,12 +167,20 @@ def build_network(data: ImageDataset, options: TrainingOptions, trained: Any = N
         raise DiffusersDPMError("pass only one of --preset, --unet-config and --init-from")
     if options.class_dropout_prob and not options.class_conditional:
         raise DiffusersDPMError("--class-dropout-prob needs --class-conditional")
+    embedding = TRAINED_PATHS[options.process].time_embedding if options.process != "vp" else "positional"
     if trained is not None:
         config = {key: value for key, value in trained.config.items() if not key.startswith("_")}
     elif options.unet_config:
         config = read_config(options.unet_config, "UNet2DModel")
     else:
         config = PRESETS[options.preset][1] if options.preset else default_unet(*data.shape[1:])
+        if embedding != "positional":
+            config = {**config, "time_embedding_type": embedding}
+    if options.process != "vp" and (theirs := config.get("time_embedding_type", "positional")) != embedding:
+        source = options.unet_config or options.init_from
+        raise DiffusersDPMError(
+            f"--process {options.process} needs time_embedding_type {embedding}, {source} has {theirs}"
+        )
     num_classes = data.num_classes + (options.class_dropout_prob > 0) if options.class_conditional else None
     if trained is not None and (theirs := config.get("num_class_embeds")) != num_classes:
         ways = "see --class-conditional and --class-dropout-prob"
@@ -174,13 +196,23 @@ def build_network(data: ImageDataset, options: TrainingOptions, trained: Any = N
     return unet
 
 
-def taken_over(options: TrainingOptions, scheduler: DDPMScheduler) -> TrainingOptions:
-    """The options with the noise schedule of the model that training goes on from.
+def new_scheduler(options: TrainingOptions) -> Any:
+    """The scheduler of the process that the options name."""
+    if options.process != "vp":
+        return TRAINED_PATHS[options.process].scheduler(options)
+    return DDPMScheduler(
+        **values_of(options, NoiseScheduleOptions),
+        # A process that ends in pure noise must be sampled from its very last timestep.
+        timestep_spacing="trailing" if options.rescale_betas_zero_snr else "leading",
+    )
+
+
+def taken_over(options: TrainingOptions, taken: dict[str, Any]) -> TrainingOptions:
+    """The options with the process and noise schedule of the model that training goes on from.
 
     Raises:
         DiffusersDPMError: an option that was given asks for another one.
     """
-    taken = {item.name: scheduler.config[item.name] for item in dataclasses.fields(NoiseScheduleOptions)}
     for name, theirs in taken.items():
         if (own := getattr(options, name)) not in (getattr(TrainingOptions, name), theirs):
             raise DiffusersDPMError(f"{flag(name)} is {own}, {options.init_from} has {theirs}: leave it out")

@@ -35,6 +35,7 @@ from diffusers_dpm.records import (
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.training import checkpoints
 from diffusers_dpm.training.loop import Loss, StepRecord, TrainingState, batch_shares, seconds_of_step, training_steps
+from diffusers_dpm.training.timestep_sampling import timestep_quantile
 
 
 MANY_EPOCHS = 4000  # twice those of the DDPM paper on CIFAR-10
@@ -109,6 +110,7 @@ class Trainer(ABC):
             self.eval_data = load_held_out_data(self.options, self.data)
         self.options = dataclasses.replace(self.options, split=self.data.source.split)
         model, self.loss = self._build()
+        timestep_quantile(self.loss.schedule, self.options)  # refuses what has no meaning
         self.state = TrainingState(model, self.options, self.accelerator, len(self.loss.schedule))
         self.checkpointed_step: int | None = None
         self.changes: list[str] = []  # of the options, on resuming
@@ -246,7 +248,7 @@ class Trainer(ABC):
             before = dict(saved["options"])
         self.changes = []
         for name, value in saved_options(self.options).items():
-            earlier = before.get(name)
+            earlier = before.get(name, getattr(type(self.options), name, None))  # an option that there was not yet
             if earlier != value and name in LOGGED_CHANGES:
                 self.changes.append(f"{flag(name)} {value}, was {earlier}")
             if name not in MAY_CHANGE and earlier != value:

@@ -62,6 +62,8 @@ def assert_same_run(first, second, step=6):
         pytest.param({"class_conditional": True, "class_dropout_prob": 0.2, "random_flip": True}, id="labels"),
         pytest.param({"ema": False, "timestep_sampling": "uniform"}, id="no EMA", marks=pytest.mark.slow),
         pytest.param({"weighting": "min_snr", "prediction_type": "v_prediction", "ema_warmup": False}, id="v"),
+        pytest.param({"process": "flow", "timestep_sampling": "logit-normal"}, id="flow"),
+        pytest.param({"process": "edm", "sigma_data": 0.6}, id="edm"),
     ],
 )
 def test_two_halves_equal_the_whole(tmp_path, options, changes):

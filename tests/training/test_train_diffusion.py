@@ -93,9 +93,10 @@ def losses(folder):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path, arguments, in_two_processes):
+@pytest.mark.parametrize("process", ["vp", "edm"])
+def test_two_processes_equal_one(tmp_path, arguments, in_two_processes, process):
     """The same global batch on two CPU processes: the same loss and weights, to float32 rounding."""
-    common = {"log_with": "tensorboard", "log_every": 1, "dropout": 0.0, "random_flip": True}
+    common = {"log_with": "tensorboard", "log_every": 1, "dropout": 0.0, "random_flip": True, "process": process}
     one, two = ({"output_dir": str(tmp_path / name), **common} for name in ("one", "two"))
     assert main(arguments(**one)) == 0
     result = in_two_processes("diffusers_dpm.commands.main", "train", *arguments(**two))
@@ -366,7 +367,7 @@ def test_broken_image_ends_the_command_in_one_line(tmp_path, arguments, capsys, 
 def test_help_names_every_option_once(capsys):
     shown = help_of("train", capsys)
     assert_named_once(TrainingOptions, shown)
-    for group in ("data", "model", "noise schedule", "loss", "optimisation", "EMA", "logging"):
+    for group in ("data", "model", "process", "noise schedule", "loss", "optimisation", "EMA", "logging"):
         assert f" {group} options " in shown
     assert all(len(line) <= 119 for line in shown.split("\n"))
 
