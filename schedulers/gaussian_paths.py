@@ -319,6 +319,10 @@ class SigmaSchedule(ContinuousSchedule):
     def time_of(self, lambda_: Tensor) -> Tensor:
         return torch.exp(-lambda_)
 
+    def trained_lambdas(self) -> Tensor:
+        """Even, whatever the clock: of even sigmas nearly all are noise."""
+        return torch.linspace(*(-math.log(end) for end in reversed(self.ends)), 1000, **HOST)
+
     def default_times(self, num: int) -> Tensor:
         return spaced(self.grid, num, *self.ends, **({"rho": self.rho} if self.grid == "karras" else {}))
 

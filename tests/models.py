@@ -184,7 +184,10 @@ class PathNetwork(ImageMixtureNetwork):
         return self.schedule.at(torch.as_tensor(t).double(), x.double())
 
     def scale(self, t):
-        return self.schedule.input_scale(self.schedule.level(torch.as_tensor(t).flatten()[0].item()))
+        scales = [
+            self.schedule.input_scale(self.schedule.level(time)) for time in torch.as_tensor(t).flatten().tolist()
+        ]
+        return torch.tensor(scales, dtype=torch.float64)[:, None, None, None]
 
     def components(self, x, t):
         return super().components(x / self.scale(t), t)
@@ -198,7 +201,7 @@ class PathNetwork(ImageMixtureNetwork):
             alpha, sigma = self.at(timestep, sample)
             data = (self.means**2 + self.deviations**2).mean()
             expected = (alpha**2 * data + sigma**2) * self.scale(timestep) ** 2
-            assert abs(sample.double().square().mean() / expected - 1) < self.config.tolerance
+            assert abs((sample.double().square() / expected).mean() - 1) < self.config.tolerance
         return super().forward(sample, timestep, class_labels, **others)
 
 

@@ -404,6 +404,22 @@ def noise_schedule_of(scheduler: Any) -> NoiseSchedule:
     return schedule
 
 
+def prediction_type_of(scheduler: Any) -> str:
+    """What the network predicts, in the names of our schedulers: some of diffusers say it by their class."""
+    if hasattr(scheduler, "schedule") or "prediction_type" in scheduler.config:
+        return scheduler.config.prediction_type
+    return AnalyticDPMScheduler.from_config(whole_config(scheduler), timestep_spacing="even").config.prediction_type
+
+
+def scaled_input(schedule: NoiseSchedule, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """x of timesteps (B,), or of one for all, (), as the network sees it."""
+    if type(schedule).input_scale is NoiseSchedule.input_scale:
+        return x
+    scales = {t: schedule.input_scale(schedule.level(t)) for t in {*timesteps.flatten().tolist()}}
+    factors = torch.tensor([scales[t] for t in timesteps.flatten().tolist()], dtype=x.dtype, device=x.device)
+    return x * factors.view(-1, *(1,) * (x.ndim - 1))
+
+
 def network_output(
     unet: Any, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None
 ) -> torch.Tensor:
@@ -412,9 +428,10 @@ def network_output(
     Args:
         unet: a network with `dtype`.
         x: (B, C, H, W).
-        timesteps: (B,).
+        timesteps: (B,); real-valued ones reach the network as float32.
         class_labels: (B,), or None for a network without classes.
     """
+    timesteps = timesteps.float() if timesteps.is_floating_point() else timesteps
     conditioning = {} if class_labels is None else {"class_labels": class_labels}
     output = unet(x.to(unet.dtype), timesteps, **conditioning).sample
     return output[:, : x.shape[1]].double()

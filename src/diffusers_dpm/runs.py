@@ -8,7 +8,7 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from accelerate import Accelerator
 from accelerate.utils import tqdm
@@ -112,12 +112,13 @@ def estimate_run(
     pipeline = load_pipeline(model)
     unet, scheduler = pipeline.unet, pipeline.scheduler
     schedule = noise_schedule_of(scheduler)
-    if timesteps is not None and timesteps > len(schedule):
-        raise DiffusersDPMError(f"--timesteps {timesteps} is more than the model's {len(schedule)}")
+    num = len(schedule.trained_lambdas())
+    if timesteps is not None and timesteps > num:
+        raise DiffusersDPMError(f"--timesteps {timesteps} is more than the model's {num}")
     accelerator = Accelerator(cpu=cpu)
     with accelerator.main_process_first():  # which fills the cache of `datasets`
         dataset = load_images(data, require_labels=is_conditional(unet), **images)
-    places = [round(t) for t in even(Grid(schedule, timesteps or len(schedule), len(schedule)))]
+    places = [round(t) for t in even(Grid(cast(Any, schedule), timesteps or num, num))]
     num_pairs = min(num_samples, len(dataset)) * len(places)
     report_cost(unet.to(accelerator.device), num_pairs, batch_size, accelerator)
     lock = Processes(accelerator).locked(folder / LOCK)

@@ -1,0 +1,161 @@
+"""Statistics, calibration, adaptive plans and likelihoods on flow matching, EDM and the other Gaussian paths."""
+
+from itertools import pairwise
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+from diffusers_dpm.networks import noise_schedule_of
+from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics, import_ms_eps
+from diffusers_dpm.schedulers import AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler
+from tests.models import PathNetwork
+from tests.schedulers.helpers import Gaussian
+
+
+PATHS = {
+    "flow": ({"kind": "flow", "shift": 2.0}, "flow_prediction"),
+    "inverted": ({"kind": "flow", "inverted": True, "num_train_timesteps": 500}, "flow_prediction"),
+    "edm": ({"kind": "edm"}, "epsilon"),
+    "atan": ({"kind": "edm", "clock": "atan", "sigma_data": 1.0, "sigma_max": 40.0}, "v_prediction"),
+    "ve": ({"kind": "ve", "sigma_max": 50.0}, "score"),
+    "vp_linear": ({"kind": "vp_linear"}, "epsilon"),
+    "subvp": ({"kind": "subvp"}, "v_prediction"),
+}
+PATH = pytest.mark.parametrize(("process", "kind"), PATHS.values(), ids=PATHS)
+QUARTER = Gaussian(0.0, 0.25)
+
+
+def on_path(scheduler_class, process, kind, **config):
+    return scheduler_class(process=process, prediction_type=kind, **{"clip_sample": False, **config})
+
+
+def gaussian_images(num, channels=3, size=8):
+    return torch.randn(num, channels, size, size, generator=torch.Generator().manual_seed(0)) / 2
+
+
+def exact_variances(schedule):
+    """C_t of data N(0, 1/4) where the statistics are kept: 1 / (4 + SNR)."""
+    return (1 / (4 + torch.exp(2 * schedule.trained_lambdas()))).numpy()
+
+
+# Statistics ----------------------------------------------------------------------------------------------------------
+
+
+@PATH
+def test_estimates_are_exact_on_every_path(process, kind):
+    scheduler = on_path(DDPMScheduler, process, kind)
+    network = PathNetwork(process, kind, in_channels=3, sample_size=8, tolerance=0.2)
+    places = [0, 3, 100, 400, 700, 950, 999]
+    statistics = estimate_statistics(network, scheduler, gaussian_images(200), 150, timesteps=places, batch_size=150)
+    expected = exact_variances(scheduler.schedule)
+    for name in ("residual", "analytic"):
+        values, errors = (np.array(getattr(statistics, name + end)) for end in ("", "_error"))
+        assert (np.abs(values - expected)[places] < 4 * errors[places]).all(), name
+    assert statistics.residual[0] == pytest.approx(expected[0], rel=0.05)
+
+
+@PATH
+def test_interpolated_estimates_sample_exactly(process, kind):
+    """Few places suffice, and with exact statistics the samples of Gaussian data have its variance in any steps."""
+    scheduler = on_path(DDPMScheduler, process, kind)
+    statistics = estimate_statistics(
+        PathNetwork(process, kind, in_channels=3, sample_size=8),
+        scheduler,
+        gaussian_images(60),
+        timesteps=range(0, 999, 40),
+    )
+    error = np.abs(np.array(statistics.residual) / exact_variances(scheduler.schedule) - 1)
+    assert error.max() < 0.15
+    again = PosteriorStatistics.from_dict(statistics.to_dict())
+    analytic = again.scheduler(scheduler, sigma_clip_pixels=0)
+    analytic.set_statistics({**again.to_dict(), "residual": exact_variances(scheduler.schedule).tolist()})
+    for spacing in ("linspace", "even", "power", "optimal", "logsnr"):
+        sampler = AnalyticDPMScheduler.from_config(analytic.config, timestep_spacing=spacing)
+        sampler.set_timesteps(7)
+        assert len(sampler.timesteps) == 7
+        # but for linear interpolation of C_t between a thousand places, and the last step, which adds no noise
+        level = sampler.levels[-2]
+        variance = QUARTER.carried(sampler)[-2][1]
+        assert variance == pytest.approx(QUARTER.total(level), rel=2e-3), spacing
+
+
+@PATH
+def test_the_large_variance_is_exact_for_standard_normal_data(process, kind):
+    sampler = on_path(AnalyticDPMScheduler, process, kind, reverse_variance="large", sigma_clip_pixels=0)
+    sampler.set_timesteps(9)
+    data = Gaussian(0.0, 1.0)
+    for (_, variance), level in zip(data.carried(sampler)[:-1], sampler.levels[1:-1], strict=True):
+        assert variance == pytest.approx(data.total(level), rel=1e-9)
+
+
+@PATH
+def test_the_optimal_trajectory_has_the_least_divergence(process, kind):
+    """For exact statistics its cost is below that of even places and of random ones."""
+    sampler = on_path(AnalyticDPMScheduler, process, kind, timestep_spacing="optimal", reverse_variance="small")
+    expected = exact_variances(sampler.schedule).tolist()
+    sampler.set_statistics({"residual": expected, "schedule_hash": sampler.schedule.hash})
+    costs, best = sampler._edge_costs(), sampler.optimal_timesteps(6)
+    assert best == sorted(best)
+    assert (best[0], best[-1]) == (0, 999)
+
+    def cost(places):
+        return sum(costs[t, s].item() for s, t in pairwise(places))
+
+    random = np.random.default_rng(0)
+    others = [sorted({0, 999, *random.choice(range(1, 999), 4, replace=False).tolist()}) for _ in range(50)]
+    assert cost(best) <= min(map(cost, [*others, [0, 200, 400, 600, 800, 999]]))
+
+
+def test_statistics_of_another_range_or_path_are_refused():
+    flow, edm = (on_path(AnalyticDPMScheduler, *PATHS[name]) for name in ("flow", "edm"))
+    values = {"residual": [0.1] * 1000}
+    with pytest.raises(ValueError, match="schedule_hash"):
+        flow.set_statistics({**values, "schedule_hash": edm.schedule.hash})
+    other = on_path(AnalyticDPMScheduler, {"kind": "edm", "sigma_max": 40.0}, "epsilon").schedule
+    assert other.hash == edm.schedule.hash
+    with pytest.raises(ValueError, match="ends"):
+        edm.set_statistics({**values, "schedule_hash": other.hash, "ends": [other.cleanest, other.noisiest]})
+    with pytest.raises(ValueError, match="999 values"):
+        edm.set_statistics({"residual": [0.1] * 999, "schedule_hash": edm.schedule.hash})
+
+
+def test_statistics_serve_other_grids_of_the_same_path():
+    """A static shift is of the grid: SD3 at another shift, or its solver under another name."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    network = PathNetwork({"kind": "flow"}, "flow_prediction", in_channels=3, sample_size=8)
+    statistics = estimate_statistics(network, scheduler, gaussian_images(10), timesteps=[500])
+    assert statistics.prediction_type == "flow_prediction"
+    other = diffusers.DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=5.0, prediction_type="flow_prediction"
+    )
+    for each in (scheduler, other):
+        sampler = statistics.scheduler(each)
+        sampler.set_timesteps(5)
+        assert sampler.updates[0].noise > 0
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "kind"),
+    [
+        (diffusers.FlowMatchEulerDiscreteScheduler(), "flow"),
+        (diffusers.EDMEulerScheduler(), "edm"),
+        (diffusers.ScoreSdeVeScheduler(), "ve"),
+        (DDIMScheduler(process={"kind": "subvp"}), "subvp"),
+    ],
+)
+def test_the_schedule_of_any_path(scheduler, kind):
+    assert noise_schedule_of(scheduler).kind == kind
+
+
+@pytest.mark.parametrize("name", ["IPNDMScheduler", "CMStochasticIterativeScheduler"])
+def test_schedules_that_no_config_says_are_refused(name):
+    with pytest.raises(ValueError, match=name):
+        noise_schedule_of(getattr(diffusers, name)())
+
+
+def test_published_statistics_are_of_ddpm(tmp_path):
+    np.save(tmp_path / "ms_eps.npy", np.ones(1000))
+    with pytest.raises(ValueError, match="FlowSchedule"):
+        import_ms_eps(tmp_path / "ms_eps.npy", on_path(DDIMScheduler, *PATHS["flow"]).schedule)
