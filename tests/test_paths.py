@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from diffusers_dpm.calibration import Calibration, calibrate, solver_for
+from diffusers_dpm.calibration_inputs import initial_noise
 from diffusers_dpm.networks import noise_schedule_of
+from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics, import_ms_eps
-from diffusers_dpm.schedulers import AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler
-from tests.models import PathNetwork
+from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler, DDIMScheduler, DDPMScheduler
+from tests.models import PathClassifier, PathNetwork
 from tests.schedulers.helpers import Gaussian
 
 
@@ -159,3 +162,69 @@ def test_published_statistics_are_of_ddpm(tmp_path):
     np.save(tmp_path / "ms_eps.npy", np.ones(1000))
     with pytest.raises(ValueError, match="FlowSchedule"):
         import_ms_eps(tmp_path / "ms_eps.npy", on_path(DDIMScheduler, *PATHS["flow"]).schedule)
+
+
+# Calibration ---------------------------------------------------------------------------------------------------------
+
+
+QUICK = {"num_images": 16, "teacher_steps": 60, "max_walks": 20, "batch_size": 48}
+MIXTURE = {"means": (-1.0, 0.6), "deviations": (0.4, 0.25)}
+
+
+def sampled(unet, scheduler, noise, n, classifier=None, **options):
+    pipe = DPMPipeline(unet, scheduler, classifier)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(num_inference_steps=n, latents=noise, output_type="latent", **options).images
+
+
+@PATH
+@pytest.mark.parametrize("guided", [False, True])
+def test_sampling_with_fitted_rows_gives_the_reported_errors(process, kind, guided):
+    unet, scheduler = PathNetwork(process, kind, **MIXTURE), on_path(DDIMScheduler, process, kind)
+    classifier = PathClassifier(process, **MIXTURE) if guided else None
+    guidance = {"classifier": classifier, "guidance_scale": 2.0} if guided else {}
+    labels = {"class_labels": [1, 0, 0] * 16} if guided else {}
+    calibration = calibrate(unet, scheduler, (4,), **QUICK, **guidance, **labels)
+    (table,) = calibration.tables
+    assert table["mean_error"] < table["solver_mean_error"]
+    noise = initial_noise(unet, None, 48, seed=0)
+    calibrated = calibration.scheduler(scheduler, guidance_scale=2.0 if guided else None)
+    spacing = "karras" if process["kind"] in ("edm", "ve") else "quadratic"
+    teacher = sampled(unet, solver_for(scheduler, timestep_spacing=spacing), noise, 60, **guidance, **labels)
+    images = sampled(unet, calibrated, noise, 4, **guidance, **labels)
+    error = (images - teacher)[32:].square().mean().sqrt().item()
+    assert error == pytest.approx(table["error"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["flow", "inverted", "edm"])
+def test_fitted_rows_are_for_their_own_timesteps(name, tmp_path):
+    process, kind = PATHS[name]
+    scheduler = on_path(DDIMScheduler, process, kind)
+    calibration = calibrate(PathNetwork(process, kind, **MIXTURE), scheduler, (4,), **QUICK)
+    calibration.save(tmp_path / "calibration.json")
+    assert Calibration.load(tmp_path / "calibration.json") == calibration
+    calibration.scheduler(scheduler).save_pretrained(tmp_path)
+    calibrated = CalibratedScheduler.from_pretrained(tmp_path)
+    calibrated.set_timesteps(4)
+    own = calibrated.timesteps
+    assert own.tolist() == calibration.tables[0]["timesteps"]
+    sigmas = [calibrated.schedule.sigma_of(level) for level in calibrated.levels[:-1]]
+    calibrated.set_timesteps(sigmas=sigmas[::-1] if name == "inverted" else sigmas, mu=1.15)  # a pipeline's: 4 steps
+    assert torch.equal(calibrated.timesteps, own)
+    calibrated.set_timesteps(timesteps=own)
+    assert torch.equal(calibrated.timesteps, own)
+    other = [*own.tolist()[:-1], (own[-2] + own[-1]).item() / 2]
+    with pytest.raises(ValueError, match="4 steps were fitted"):
+        calibrated.set_timesteps(timesteps=other)
+    with pytest.raises(ValueError, match="begins at"):
+        calibrated.set_timesteps(timesteps=own[1:])
+    with pytest.raises(ValueError, match="no rows for 5 steps"):
+        calibrated.set_timesteps(5)
+
+
+def test_fitted_rows_begin_where_the_process_does():
+    process, kind = PATHS["edm"]
+    scheduler = on_path(DDIMScheduler, process, kind)
+    calibration = calibrate(PathNetwork(process, kind, **MIXTURE), scheduler, (4,), **QUICK)
+    with pytest.raises(ValueError, match=r"timestep 1\.095.* 1\.151"):
+        calibration.scheduler(on_path(DDIMScheduler, {"kind": "edm", "sigma_max": 100.0}, kind))

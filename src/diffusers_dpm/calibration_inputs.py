@@ -10,6 +10,7 @@ from torch import Tensor
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.pipelines.guidance import ClassifierGuidance, check_classifier, label_log_probability
 from diffusers_dpm.pipelines.networks import image_shape, is_conditional, num_classes_of
+from diffusers_dpm.pipelines.scheduler_adapter import Output
 from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.records import fingerprint, weights_hash
 
@@ -63,7 +64,7 @@ def arguments_for(
 
 
 def guidance_for(
-    classifier: Any, scale: float | None, unet: Any, noise: Tensor, labels: Tensor | None, prediction_type: str
+    classifier: Any, scale: float | None, unet: Any, noise: Tensor, labels: Tensor | None, output: str | Output
 ) -> Callable[[int, int], ClassifierGuidance] | None:
     """`Network.guidance` by a classifier; None without a scale.
 
@@ -77,7 +78,7 @@ def guidance_for(
     check_classifier(classifier, unet, noise, labels)
 
     return lambda start, end: ClassifierGuidance(
-        label_log_probability(classifier, labels[start:end], noise.device), prediction_type, scale
+        label_log_probability(classifier, labels[start:end], noise.device), output, scale
     )
 
 

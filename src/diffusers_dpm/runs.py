@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 
-from diffusers_dpm.calibration import STEPS, Calibration, calibrate, conditions_of, network_calls, solver_for
+from diffusers_dpm.calibration import STEPS, Calibration, calibrate, conditions_of, limited, network_calls, solver_for
 from diffusers_dpm.data import describe_data, load_images
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.networks import load_extra, load_guide, load_pipeline, noise_schedule_of, report_cost
@@ -196,7 +196,7 @@ def calibrate_run(
     earlier = earlier_calibration(folder, pipeline)
     classifier = None if guidance_scale is None else load_extra(model, "classifier")
     accelerator = Accelerator(cpu=cpu)
-    teacher_steps = min(teacher_steps, pipeline.scheduler.config.num_train_timesteps)
+    teacher_steps = limited(teacher_steps, pipeline.scheduler)
     numbers: dict[str, Any] = {"num_images": num_images, "teacher_steps": teacher_steps, "max_walks": max_walks}
     total = network_calls({*steps}, **numbers)
     pipeline.unet.to(accelerator.device)
