@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -223,7 +223,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         if spacing == "optimal":
             places = self.optimal_timesteps(num)[::-1]
         else:
-            grid = Grid(schedule, num, len(lambdas), power=self.config.spacing_power)
+            grid = Grid(cast(Any, schedule), num, len(lambdas), power=self.config.spacing_power)
             places = spread([round(t) for t in SPACINGS[spacing](grid)], len(lambdas))
         return schedule.time_of(lambdas[places]).clamp(*reversed(schedule.ends))
 

@@ -158,7 +158,7 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
     ) -> tuple[list[float], list[Level]]:
         if timesteps is not None and sigmas is not None:
             raise ValueError("timesteps and sigmas: the rows were fitted to a network that is told its own timesteps.")
-        count = next(len(each) if each is not num else num for each in (num, timesteps, sigmas) if each is not None)
+        count = num if num is not None else len(sigmas if timesteps is None else timesteps)
         if timesteps is not None:
             self._check_fitted(self._ungated_grid(timesteps))
         return super()._continuous_grid(schedule, None, self._spaced_grid(count), None, None)

@@ -1,5 +1,7 @@
 """Statistics, calibration, adaptive plans and likelihoods on flow matching, EDM and the other Gaussian paths."""
 
+import math
+from dataclasses import replace
 from itertools import pairwise
 
 import diffusers
@@ -7,12 +9,19 @@ import numpy as np
 import pytest
 import torch
 
+from diffusers_dpm.adaptive import CONTROLLERS, Integrator, Node, StepPlan, integrate_adaptive, plan_timesteps
 from diffusers_dpm.calibration import Calibration, calibrate, solver_for
 from diffusers_dpm.calibration_inputs import initial_noise
 from diffusers_dpm.networks import noise_schedule_of
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics, import_ms_eps
-from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler, DDIMScheduler, DDPMScheduler
+from diffusers_dpm.schedulers import (
+    AnalyticDPMScheduler,
+    CalibratedScheduler,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverScheduler,
+)
 from tests.models import PathClassifier, PathNetwork
 from tests.schedulers.helpers import Gaussian
 
@@ -228,3 +237,87 @@ def test_fitted_rows_begin_where_the_process_does():
     calibration = calibrate(PathNetwork(process, kind, **MIXTURE), scheduler, (4,), **QUICK)
     with pytest.raises(ValueError, match=r"timestep 1\.095.* 1\.151"):
         calibration.scheduler(on_path(DDIMScheduler, {"kind": "edm", "sigma_max": 100.0}, kind))
+
+
+# Adaptive steps ------------------------------------------------------------------------------------------------------
+
+
+# Of these the trained levels reach as far, so that walks begin and end at the same lambda.
+SAME_ENDS = {
+    "vp_linear": {"kind": "vp_linear", "beta_min": 0.1, "beta_max": 20.0},
+    "edm": {"kind": "edm", "sigma_min": 0.01, "sigma_max": 150.0},
+    "ve": {"kind": "ve", "sigma_min": 0.01, "sigma_max": 150.0},
+    "flow": {"kind": "flow"},
+    "subvp": {"kind": "subvp"},
+}
+
+
+def adaptive(process, kind, controller, start, **options):
+    """(x_0, calls) of exact steps between lambda -4 and 4, from the same x_T."""
+    scheduler = on_path(DPMSolverScheduler, process, kind)
+    schedule, unet = scheduler.schedule, PathNetwork(process, kind, **MIXTURE)
+    first, last = (schedule.level(schedule.timestep_of(torch.tensor(end)).item()) for end in (-4.0, 4.0))
+
+    def node_at(lambda_):
+        t = schedule.timestep_of(torch.tensor(lambda_, dtype=torch.float64)).item()
+        return Node(t, schedule.level(t))
+
+    def predict(x, node):
+        output = unet(x * schedule.input_scale(node.level), torch.tensor(node.t, dtype=torch.float64)).sample
+        return scheduler.predict(output, x, node.level)
+
+    def distance(a, b):
+        return abs(a.level.lambda_ - b.level.lambda_)
+
+    integrator = Integrator(
+        predict, node_at, "dpmsolver++", "midpoint", 3, CONTROLLERS[controller], distance=distance, **options
+    )
+    result = integrator(start * math.hypot(first.alpha, first.sigma), first.lambda_, last.lambda_, True)
+    return result.sample, result.num_calls
+
+
+@pytest.mark.parametrize("controller", ["reference", "pid"])
+def test_adaptive_steps_are_the_same_on_every_path(controller):
+    start = torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    kinds = {"flow": "flow_prediction", "subvp": "v_prediction", "ve": "score"}
+    runs = {
+        name: adaptive(process, kinds.get(name, "epsilon"), controller, start) for name, process in SAME_ENDS.items()
+    }
+    expected, calls = runs.pop("vp_linear")
+    for name, (x, number) in runs.items():
+        assert number == calls, name
+        torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-6, msg=name)
+
+
+@PATH
+def test_a_plan_is_walked_as_it_was_measured(process, kind, tmp_path):
+    unet, scheduler = PathNetwork(process, kind, **MIXTURE), on_path(DDIMScheduler, process, kind)
+    plan = plan_timesteps((unet, scheduler), tolerance=0.01, seeds=range(16))
+    plan.save(tmp_path / "plan.json")
+    plan = StepPlan.load(tmp_path / "plan.json")
+    planned = plan.scheduler(scheduler)
+    start = torch.randn(16, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    images = sampled(unet, planned, start, plan.num_calls)
+    assert planned.timesteps.tolist() == plan.timesteps
+    solver = on_path(DPMSolverScheduler, process, kind)
+    measured = integrate_adaptive(lambda x, t: unet(x, t).sample, solver, start, rtol=0.01, atol=0.01 * 0.0078 / 0.05)
+    assert measured.num_accepted > 5
+    fine = on_path(DPMSolverScheduler, process, kind, timestep_spacing="logsnr", solver_order=3)
+    exact = sampled(unet, fine, start, 400)
+    for x in (images, measured.sample):
+        assert (x - exact).square().mean().sqrt() < 0.02
+
+
+def test_plans_of_another_path_or_with_whole_timesteps_are_refused():
+    process, kind = PATHS["flow"]
+    unet, scheduler = PathNetwork(process, kind, **MIXTURE), on_path(DDIMScheduler, process, kind)
+    with pytest.raises(ValueError, match="fractional=False"):
+        plan_timesteps((unet, scheduler), fractional=False)
+    plan = plan_timesteps((unet, scheduler), num_pilot_images=2)
+    with pytest.raises(ValueError, match="schedule_hash"):
+        plan.scheduler(on_path(DDIMScheduler, *PATHS["subvp"]))
+    damaged = replace(plan, timesteps=plan.timesteps[::-1])
+    with pytest.raises(ValueError, match="damaged"):
+        damaged.scheduler(scheduler)
+    with pytest.raises(ValueError, match="end=2000"):
+        integrate_adaptive(lambda x, t: x, on_path(DPMSolverScheduler, process, kind), torch.zeros(1, 1), end=2000)
