@@ -13,20 +13,28 @@ import torch
 from torch import Tensor
 
 from .networks import image_size, null_class_of, num_classes_of
-from .scheduler_adapter import SchedulerAdapter
+from .scheduler_adapter import Output, SchedulerAdapter
 
 
 LogProbability = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, x0_hat) -> (B,)
 Network = Callable[..., Tensor]  # x_t -> prediction; that of the pipeline also takes other `class_labels`
 Prediction = tuple[Tensor, Tensor | None]  # guided, and w times the gradient where one was taken
 Scale = float | Sequence[float] | Tensor
-# prediction type -> (p, q) with network output = p x_t + q x_0, where x_t = alpha x_0 + sigma epsilon
-OUTPUTS: dict[str, Callable[[float, float], tuple[float, float]]] = {
+LOSS_SCALE = 2.0**10  # half precision would lose gradients below 6e-8; a power of two rounds nothing
+# What networks return, by prediction type, on any path x_t = alpha x_0 + sigma epsilon.
+OUTPUTS: dict[str, Output] = {
     "epsilon": lambda alpha, sigma: (1 / sigma, -alpha / sigma),
     "sample": lambda alpha, sigma: (0.0, 1.0),
-    "v_prediction": lambda alpha, sigma: (alpha / sigma, -1 / sigma),
+    "v_prediction": lambda alpha, sigma: (alpha / (norm(alpha, sigma) * sigma), -norm(alpha, sigma) / sigma),
+    "flow_prediction": lambda alpha, sigma: (1 / sigma, -1 - alpha / sigma),
+    "score": lambda alpha, sigma: (-1 / sigma**2, alpha / sigma**2),
 }
-LOSS_SCALE = 2.0**10  # half precision would lose gradients below 6e-8; a power of two rounds nothing
+
+
+def norm(alpha: float, sigma: float) -> float:
+    """sqrt(alpha^2 + sigma^2), exactly 1 where only rounding makes it another number."""
+    length = math.hypot(alpha, sigma)
+    return 1.0 if math.isclose(length, 1.0) else length
 
 
 class Guidance:
@@ -133,8 +141,9 @@ class ClassifierGuidance(Guidance):
 
         epsilon' = epsilon - w sigma g      x_0' = x_0 + w sigma^2 / alpha g      v' = v - w sigma / alpha g
 
-    If network and classifier are exact, w = 1 gives exactly the network of the class y. Where alpha = 0, x_t is
-    pure noise and the last two are 0 / 0: there, nothing is shifted.
+    (v where alpha^2 + sigma^2 = 1), and likewise for any other output: it is what belongs to the shifted x_0.
+    If network and classifier are exact, w = 1 gives exactly the network of the class y. Where alpha = 0, as where
+    flow matching begins, x_t is pure noise and the shift of x_0 is 0 / 0: there, nothing is shifted.
 
     Given to `DPMPipeline` as `guidance`, it needs none of its arguments: the pipeline fills in `log_prob` by its
     classifier and the `class_labels` of the call, and `prediction_type` and `clip` by its scheduler.
@@ -144,7 +153,8 @@ class ClassifierGuidance(Guidance):
             minus an energy. `t` is a tensor of shape (); x0_hat is the x_0 that the network predicts from x_t, not
             clipped. It varies with x_t by 1 / alpha, as if the noise that the network predicts were a constant; that
             is large at high noise, see `interval` and `max_gradient_norm`. x0_hat.detach() is a constant.
-        prediction_type: "epsilon", "sample" or "v_prediction".
+        prediction_type: "epsilon", "sample", "v_prediction", "flow_prediction" or "score"; or a function
+            (alpha, sigma) -> (p, q) of a network that returns p x_t + q x_0.
         scale: w, a number or (B,). In the pipeline, 0 leaves the classifier uncalled.
         mode: "score" is right under every scheduler and for any number of steps. "mean_shift" adds
             w * variance * gradient to the mean of each step (Algorithm 1), to first order the same in small steps; it
@@ -163,7 +173,7 @@ class ClassifierGuidance(Guidance):
     """
 
     log_prob: LogProbability | None = None
-    prediction_type: str = "epsilon"
+    prediction_type: str | Output = "epsilon"
     scale: Scale = 1.0
     mode: str = "score"
     interval: tuple[float, float] = (-math.inf, math.inf)
@@ -173,7 +183,7 @@ class ClassifierGuidance(Guidance):
     clip_order: str = "after"
 
     def __post_init__(self) -> None:
-        if self.prediction_type not in OUTPUTS:
+        if not callable(self.prediction_type) and self.prediction_type not in OUTPUTS:
             raise ValueError(f"guidance needs a prediction_type of {[*OUTPUTS]}, not {self.prediction_type!r}")
         super().__post_init__()
         if self.mode not in ("score", "mean_shift"):
@@ -212,8 +222,7 @@ class ClassifierGuidance(Guidance):
                 scale = scale.masked_fill(labels.to(latents.device) < 0, 0)
         if not scale.any():
             return None
-        prediction_type = scheduler.scheduler.config.get("prediction_type")
-        return replace(self, log_prob=log_prob, prediction_type=prediction_type, scale=scale, clip=scheduler.clip)
+        return replace(self, log_prob=log_prob, prediction_type=scheduler.output, scale=scale, clip=scheduler.clip)
 
     def predict(self, network: Network, x_t: Tensor, t: Any, alpha: float, sigma: float) -> Prediction:
         """(the output, guided in mode "score"; w g, or None outside the interval and where alpha = 0)."""
@@ -233,7 +242,7 @@ class ClassifierGuidance(Guidance):
 
         Args:
             output: (B, C, H, W), or (B, 2C, H, W) with a predicted variance in its second half, which is left alone.
-            x_t: (B, C, H, W) as the network saw it, at variance-preserving scale. If it requires a gradient, `output`
+            x_t: (B, C, H, W) as the network saw it. If it requires a gradient, `output`
                 was computed from it and g goes through the network; if not, x0_hat varies with x_t as if epsilon were
                 a constant, by 1 / alpha.
             t: the timestep that the network was given.
@@ -273,7 +282,7 @@ class ClassifierGuidance(Guidance):
         """`output` for an x_0 that is larger by sigma^2 / alpha times `gradient`; all three forms above are this."""
         x_t, output = x_t.detach(), output.detach()
         mean, variance = output.split([x_t.shape[1], output.shape[1] - x_t.shape[1]], dim=1)
-        p, q = OUTPUTS[self.prediction_type](alpha, sigma)
+        p, q = self._output(alpha, sigma)
         if self.clip is not None and self.clip_order != "after":
             mean = p * x_t + q * self.clip(self._x0(output, x_t, alpha, sigma))
         if gradient is not None:
@@ -283,8 +292,12 @@ class ClassifierGuidance(Guidance):
                 mean = torch.where(self._scale_of(mean) != 0, clipped, mean)
         return torch.cat([mean, variance], dim=1) if variance.shape[1] else mean
 
+    def _output(self, alpha: float, sigma: float) -> tuple[float, float]:
+        kind = self.prediction_type
+        return (kind if callable(kind) else OUTPUTS[kind])(alpha, sigma)
+
     def _x0(self, output: Tensor, x_t: Tensor, alpha: float, sigma: float) -> Tensor:
-        p, q = OUTPUTS[self.prediction_type](alpha, sigma)
+        p, q = self._output(alpha, sigma)
         return (output[:, : x_t.shape[1]] - p * x_t) / q
 
 

@@ -78,12 +78,15 @@ class DPMPipeline(DiffusionPipeline):
     `step(model_output, timestep, sample, ...)`. x_t is kept in float32 (float64 for a float64 network); only the
     network computes in its own, possibly half, precision.
 
-    `save_pretrained` and `push_to_hub` write a repository that plain diffusers loads: `DDPMPipeline` and a stock
-    scheduler. What a scheduler has beyond its stock twin is saved by its own `save_pretrained`. The classifier lies
-    in `classifier/`, which the index does not name: load it by itself and pass it to `from_pretrained`.
+    `save_pretrained` and `push_to_hub` write a repository that plain diffusers loads: a stock scheduler of the process
+    and a pipeline that samples with it. That is `DDPMPipeline` for DDPM's process and flow matching,
+    `ConsistencyModelPipeline`, whose default is one step, for EDM, and `ScoreSdeVePipeline` for VE with scores. What a
+    scheduler has beyond its stock twin is saved by its own `save_pretrained`. A scheduler of a process that diffusers
+    has none for is saved itself, and needs this package. The classifier lies in `classifier/`, which the index does
+    not name: load it by itself and pass it to `from_pretrained`.
 
     Args:
-        unet: predicts noise, x_0 or velocity (whichever the scheduler is configured for) as `unet(x_t, t).sample`;
+        unet: predicts noise, x_0 or velocity (whatever the scheduler is configured for) as `unet(x_t, t).sample`;
             class-conditional if it was built with `num_class_embeds` or `class_embed_type`.
         scheduler: turns the predictions into the next sample.
         classifier: for classifier guidance; `classifier(x_t, t)` returns logits (B, K), or an output with `.logits`.
@@ -234,7 +237,9 @@ class DPMPipeline(DiffusionPipeline):
             if guidance is not None and gradient is not None:
                 finite.append((i, gradient.isfinite().all()))
                 if guidance.mode == "mean_shift":
-                    prev_sample = prev_sample + scheduler.step_variance(i, t, model_output, latents) * gradient
+                    variance = scheduler.step_variance(i, t, model_output, latents)
+                    # `gradient` is by what the network saw, which is a multiple of x
+                    prev_sample = prev_sample + variance * scheduler.scale_input(gradient, t)
             if keep_every and i % keep_every == 0:
                 states.append([None if x is None else x.cpu() for x in (t, latents, pred_original_sample)])
             latents = after_step(i, t, latents=prev_sample, pred_original_sample=pred_original_sample)
@@ -381,9 +386,11 @@ class DPMPipeline(DiffusionPipeline):
     def to_json_string(self) -> str:
         """The model index, in names that plain diffusers knows: any other would make a repository nobody can load."""
         written = json.loads(super().to_json_string())
-        scheduler = ["diffusers", adapt(self.scheduler).stock_class.__name__]
+        adapter = adapt(self.scheduler)
+        stock = adapter.stock_class
+        library = "diffusers" if stock.__module__.startswith("diffusers.") else stock.__module__
         kept = {key: written[key] for key in ("_diffusers_version", "unet")}
-        return to_json({**kept, "_class_name": "DDPMPipeline", "scheduler": scheduler})
+        return to_json({**kept, "_class_name": adapter.stock_pipeline, "scheduler": [library, stock.__name__]})
 
     def to_json_file(self, json_file_path: str | Path) -> None:
         """The same as a file, telling plain diffusers not to download the classifier's weights that lie beside it."""

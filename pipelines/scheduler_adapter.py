@@ -17,6 +17,32 @@ from diffusers import DDPMScheduler
 from torch import Tensor
 
 
+# (alpha, sigma) -> (p, q) with network output = p x_t + q x_0, where x_t = alpha x_0 + sigma epsilon
+Output = Callable[[float, float], tuple[float, float]]
+FLOW = "FlowMatchEulerDiscreteScheduler"
+FLOW_FLAGS = {"karras": "use_karras_sigmas", "exponential": "use_exponential_sigmas", "beta": "use_beta_sigmas"}
+
+
+def in_x0_and_epsilon(weights: Output) -> Output:
+    """The output of a network that returns weights[0] x_0 + weights[1] epsilon."""
+
+    def output(alpha: float, sigma: float) -> tuple[float, float]:
+        a, b = weights(alpha, sigma)
+        return b / sigma, a - b * alpha / sigma
+
+    return output
+
+
+def edm_output(data: float, sign: float) -> Output:
+    """F of Karras et al. 2022, eq. 7, times `sign`, for data of standard deviation `data`."""
+
+    def weights(alpha: float, sigma: float) -> tuple[float, float]:
+        norm = math.hypot(data * alpha, sigma)
+        return sign * sigma / (data * norm), -sign * data * alpha / norm
+
+    return in_x0_and_epsilon(weights)
+
+
 def adapt(scheduler: Any) -> "SchedulerAdapter":
     """The adapter of a scheduler. Ours are recognised by their noise schedule: remote code has classes of its own."""
     return OwnScheduler(scheduler) if hasattr(scheduler, "schedule") else StockScheduler(scheduler)
@@ -73,6 +99,11 @@ class SchedulerAdapter:
         """(alpha, sigma) of the network's input in the i-th step."""
         raise ValueError(f"guidance does not know the noise levels of {self.name}: use another scheduler")
 
+    @property
+    def output(self) -> str | Output:
+        """What the network returns: a prediction type, or a function of its own."""
+        return self.scheduler.config.get("prediction_type")
+
     def step_variance(self, i: int, t: Tensor, model_output: Tensor, sample: Tensor) -> float | Tensor:
         """Variance of the noise that the i-th step adds; (B, C, H, W) if the network predicts it."""
         need = 'guidance_mode="mean_shift" needs steps that are Gaussian with a known variance, as those of DDPM'
@@ -102,19 +133,50 @@ class SchedulerAdapter:
 
     @property
     def stock_class(self) -> Any:
-        """diffusers' class of the scheduler's name, or DDPMScheduler, which reads the config of any DDPM process."""
-        return getattr(diffusers, self.name, DDPMScheduler)
+        """diffusers' class of the same process: of the scheduler's name, or one that reads its config.
+
+        It is the scheduler's own class where diffusers has none.
+        """
+        return self._stock_class_and_config()[0]
+
+    def _stock_class_and_config(self) -> tuple[Any, dict[str, Any]]:
+        return getattr(diffusers, self.name, DDPMScheduler), dict(self.scheduler.config)
+
+    @property
+    def stock_pipeline(self) -> str:
+        """The pipeline of diffusers that samples a U-Net with the stock twin.
+
+        DDPMPipeline starts from noise of standard deviation 1, and shows the network x itself, as flow matching has
+        it, too; ConsistencyModelPipeline asks the scheduler for both.
+        """
+        if self.stock_class.__name__ == "ScoreSdeVeScheduler":
+            return "ScoreSdeVePipeline"
+        return "ConsistencyModelPipeline" if "sigma_schedule" in self.scheduler.config else "DDPMPipeline"
 
     def stock_twin(self) -> Any:
-        """A stock scheduler with the settings that stock keys can say; the scheduler itself if it is stock."""
-        scheduler, own, twin = self.scheduler, type(self.scheduler), self.stock_class
+        """A stock scheduler with the settings that stock keys can say; the scheduler itself if there is none."""
+        scheduler, own = self.scheduler, type(self.scheduler)
+        twin, said = self._stock_class_and_config()
         if own is twin:
+            if not own.__module__.startswith("diffusers."):
+                message = (
+                    "diffusers has no scheduler of process=%s: saved %s itself, which plain diffusers cannot load"
+                )
+                logging.getLogger(__name__).warning(message, said.get("process"), own.__name__)
             return scheduler
         keys, own_keys = (inspect.signature(each.__init__).parameters for each in (twin, own))
-        config = {key: value for key, value in scheduler.config.items() if key in keys}
+        config = {key: value for key, value in said.items() if key in keys}
         defaults = {key: parameter.default for key, parameter in own_keys.items() if key not in keys}
         lost = [] if own.__name__ == twin.__name__ else ["its own steps"]
-        lost += [key for key, default in defaults.items() if scheduler.config.get(key, default) != default]
+        lost += [
+            key
+            for key, default in defaults.items()
+            if scheduler.config.get(key, default) != default
+            and key not in ("process", "prediction_type")
+            and (key != "clip_sample" or self.clip)
+        ]
+        if (said.get("process") or {}).get("spacing", "euler") != "euler":
+            lost.append(f"the grid spacing={said['process']['spacing']!r}")
         tables = {"AnalyticDPMScheduler": ["its statistics"], "CalibratedScheduler": ["its fitted rows"]}
         lost += tables.get(own.__name__, [])
         if config.get("timestep_spacing") not in (None, "leading", "linspace", "trailing"):
@@ -130,11 +192,43 @@ class SchedulerAdapter:
             return twin(**{**config, "trained_betas": scheduler.betas.tolist()})
 
 
+def stock_process(process: dict[str, Any], prediction_type: str) -> tuple[str, dict[str, Any]] | None:
+    """(class of diffusers that samples a process of ours, the process in its keys); None if there is none."""
+    keys = {key: value for key, value in process.items() if key != "kind"}
+    if process["kind"] == "flow" and prediction_type == "flow_prediction":
+        names = {"inverted": "invert_sigmas", "terminal": "shift_terminal", "dynamic": "time_shift_type"}
+        said = {names.get(key, key): value for key, value in keys.items() if value is not None}
+        flag = FLOW_FLAGS.get(keys.get("over") or "")
+        return FLOW, {**said, "use_dynamic_shifting": "time_shift_type" in said, **({flag: True} if flag else {})}
+    if process["kind"] == "edm" and keys.get("clock", "log") == "log":
+        return "EDMEulerScheduler", {**keys, "sigma_schedule": keys.get("grid", "karras")}
+    if process["kind"] == "ve" and prediction_type == "score" and keys.get("scale", 1) == 1:
+        return "ScoreSdeVeScheduler", {"sigma_min": 0.01, "sigma_max": 1348.0, **keys}
+    return None
+
+
 class OwnScheduler(SchedulerAdapter):
     """A scheduler of diffusers-dpm: its noise schedule and its rows hold the answers."""
 
     def noise_level(self, i: int, t: Tensor) -> tuple[float, float]:
-        return self.scheduler.schedule.level(t.item())[:2]
+        level = self.scheduler.levels[i]
+        scale = self.scheduler.schedule.input_scale(level)
+        return level.alpha * scale, level.sigma * scale
+
+    @property
+    def output(self) -> str | Output:
+        schedule, kind = self.scheduler.schedule, self.scheduler.config.prediction_type
+        return kind if schedule.is_discrete else in_x0_and_epsilon(schedule.predictions[kind])
+
+    def _stock_class_and_config(self) -> tuple[Any, dict[str, Any]]:
+        config, process = dict(self.scheduler.config), self.scheduler.config.get("process")
+        if process is None:
+            return super()._stock_class_and_config()
+        if process["kind"] == "vp":  # betas that only other schedulers' keys can say
+            betas = {"trained_betas": self.scheduler.schedule.betas.tolist(), "rescale_betas_zero_snr": False}
+            return super()._stock_class_and_config()[0], {**config, **betas}
+        twin = stock_process(process, config["prediction_type"])
+        return (type(self.scheduler), config) if twin is None else (getattr(diffusers, twin[0]), {**config, **twin[1]})
 
     def step_variance(self, i: int, t: Tensor, model_output: Tensor, sample: Tensor) -> float | Tensor:
         row, last = self.scheduler.updates[i], len(self.scheduler.updates) - 1
@@ -161,12 +255,18 @@ class StockScheduler(SchedulerAdapter):
             self.takes_learned_variance = learned and self.is_ddpm
 
     def noise_level(self, i: int, t: Tensor) -> tuple[float, float]:
-        """Either the sample is variance-preserving, or it is x_0 + (sigma / alpha) epsilon.
+        """The sample is variance-preserving, or flow's, or x_0 + (sigma / alpha) epsilon.
 
-        The latter is multiplied by alpha in `scale_model_input`, in the middle stages of second-order methods, too.
+        The last is multiplied by alpha in `scale_model_input`, in the middle stages of second-order methods, too.
         """
         scheduler = self.scheduler
-        if not hasattr(scheduler, "alphas_cumprod") or scheduler.config.get("use_flow_sigmas"):
+        if self._is_flow:
+            sigma = scheduler.sigmas[i].item()
+            return (sigma, 1 - sigma) if scheduler.config.get("invert_sigmas") else (1 - sigma, sigma)
+        if self._is_edm:
+            sigma, scale = scheduler.sigmas[i].item(), self.scale_input(torch.ones((), dtype=torch.float64), t).item()
+            return scale, sigma * scale
+        if not hasattr(scheduler, "alphas_cumprod"):
             return super().noise_level(i, t)
         alpha = self.scale_input(torch.ones((), dtype=torch.float64), t).item()
         if alpha == 1 and hasattr(scheduler, "sigmas"):
@@ -176,6 +276,24 @@ class StockScheduler(SchedulerAdapter):
             log_alpha = scheduler.alphas_cumprod.double().log().cpu().numpy() / 2
             alpha = math.exp(np.interp(t.item(), range(len(log_alpha)), log_alpha))
         return alpha, math.sqrt(1 - alpha**2)
+
+    @property
+    def _is_flow(self) -> bool:
+        return self.name.startswith("FlowMatch") or bool(self.scheduler.config.get("use_flow_sigmas"))
+
+    @property
+    def _is_edm(self) -> bool:
+        return "sigma_schedule" in self.scheduler.config
+
+    @property
+    def output(self) -> str | Output:
+        config, kind = self.scheduler.config, super().output
+        if self._is_edm:
+            return edm_output(config["sigma_data"], -1.0 if kind == "v_prediction" else 1.0)
+        if not self.name.startswith("FlowMatch"):
+            return kind
+        sign = -1.0 if config.get("invert_sigmas") else 1.0
+        return in_x0_and_epsilon(lambda alpha, sigma: (-sign, sign))
 
     def step_variance(self, i: int, t: Tensor, model_output: Tensor, sample: Tensor) -> float | Tensor:
         if not self.is_ddpm:

@@ -3,16 +3,17 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .gaussian_paths import ContinuousSchedule
 from .linear_scheduler import LinearScheduler
 from .noise_schedule import Level
-from .plan import Update, ddim_mean, ddpm_mean, forward_step
+from .plan import Update, ddim_mean, ddpm_mean, forward_step, large_std
 from .timestep_grids import SPACINGS, Grid, spread
 
 
@@ -73,14 +74,16 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
 
     where g = d mean / d x_0, and C_t, one number for each training timestep, is estimated from data once for a
     checkpoint: `diffusers_dpm.estimate_statistics`, or the command `diffusers-dpm statistics`. One table serves every
-    number of steps, every spacing, and both forward processes.
+    number of steps, every spacing, and both forward processes. On a process in continuous time the timesteps 0 .. T-1
+    of this class are the places of `NoiseSchedule.trained_lambdas`, cleanest first.
 
     Config keys beyond those of DDPM:
 
     - forward_process: ddpm, lam^2 the posterior variance beta-tilde; or ddim, lam^2 eta^2 times that. With ddim and
       eta = 0 sampling is not deterministic: its noise is g^2 C_t.
     - reverse_variance: residual, C_t from E|eps - eps_hat|^2, right for the mean that the network has; analytic, C_t
-      from E|eps_hat|^2 as published, for a network that is exact; small, C_t = 0; large, sigma^2 = beta (ddpm only).
+      from E|eps_hat|^2 as published, for a network that is exact; small, C_t = 0; large, sigma^2 = beta (ddpm only),
+      on other paths what makes steps exact for data N(0, I), as beta does.
     - posterior_variance_range: C_t is clipped to it. [0, 1] holds for data in [-1, 1]; [0, None] for latents. It does
       not depend on clip_sample.
     - sigma_clip_steps, sigma_clip_pixels: the noise of the last noisy steps, which one sees in the image, is capped at
@@ -140,6 +143,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         if not spacing_power > 0:
             raise ValueError(f"{spacing_power=} must be positive.")
         self._paths: dict[Any, torch.Tensor] = {}
+        self._lambdas: torch.Tensor | None = None
 
     # Statistics --------------------------------------------------------------------------------------------------
 
@@ -164,9 +168,12 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         self._paths = {}
 
     def _check_statistics(self, statistics: Mapping[str, Any]) -> None:
-        source, own, num = str(statistics.get("schedule_hash")), self.schedule.hash, len(self.schedule)
+        source, own, num = str(statistics.get("schedule_hash")), self.schedule.hash, len(self._trained_lambdas())
         if source != own:
             raise ValueError(f"statistics of another noise schedule: schedule_hash={source[:12]}, not {own[:12]}.")
+        ends, trained = statistics.get("ends"), [self.schedule.cleanest, self.schedule.noisiest]
+        if ends is not None and [*ends] != trained:
+            raise ValueError(f"statistics of another range of timesteps: ends={[*ends]}, not {trained}.")
         lists = {name: statistics[name] for name in ESTIMATES if statistics.get(name) is not None}
         if not lists:
             raise ValueError(f"the statistics hold none of the lists {', '.join(ESTIMATES)}.")
@@ -191,7 +198,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         name = "analytic" if self.config.reverse_variance == "analytic" else "residual"
         statistics = self.statistics
         if statistics is None and self.config.missing_statistics == "lower_bound":
-            return [0.0] * len(self.schedule)
+            return [0.0] * len(self._trained_lambdas())
         if statistics is None or statistics.get(name) is None:
             raise ValueError(
                 f"no {name!r} statistics of the checkpoint: run 'diffusers-dpm statistics RUN --data ...' or call "
@@ -201,6 +208,24 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         return statistics[name]
 
     # The grid ----------------------------------------------------------------------------------------------------
+
+    def _trained_lambdas(self) -> torch.Tensor:
+        """Where the statistics are kept, cleanest first."""
+        if self._lambdas is None:
+            self._lambdas = self.schedule.trained_lambdas()
+        return self._lambdas
+
+    def _times(self, schedule: ContinuousSchedule, num: int, *given: Any) -> torch.Tensor:
+        """Spacings over places, on a process in continuous time."""
+        spacing, lambdas = self.config.timestep_spacing, self._trained_lambdas()
+        if spacing not in ("even", "power", "optimal"):
+            return super()._times(schedule, num, *given)
+        if spacing == "optimal":
+            places = self.optimal_timesteps(num)[::-1]
+        else:
+            grid = Grid(cast(Any, schedule), num, len(lambdas), power=self.config.spacing_power)
+            places = spread([round(t) for t in SPACINGS[spacing](grid)], len(lambdas))
+        return schedule.time_of(lambdas[places]).clamp(*reversed(schedule.ends))
 
     def _spaced_grid(self, n: int) -> list[Any]:
         if self.config.timestep_spacing == "optimal":
@@ -223,7 +248,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         """
         if self.statistics is None:
             raise ValueError("timestep_spacing='optimal' needs statistics: 'diffusers-dpm statistics RUN --data ...'.")
-        n, num = num_inference_steps, len(self.schedule)
+        n, num = num_inference_steps, len(self._trained_lambdas())
         optimal, below, even = self._split_path(n)
         if optimal < 2:
             return [round(t) for t in reversed(SPACINGS["even"](Grid(self.schedule, n, num)))]
@@ -238,7 +263,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         At high noise an estimate of ms_eps may exceed 1, which no exact network's does. From twice the length of that
         tail on the path is even, with fewer nodes, as in the code of Bao et al.
         """
-        num = len(self.schedule)
+        num = len(self._trained_lambdas())
         bad = next((t for t, value in enumerate(self._estimate()) if value < 0), num)
         tail = 2 * (num - bad)
         if not tail:
@@ -257,15 +282,25 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
 
         With the best variance it is log(sigma^2 / lam^2).
         """
-        alpha, sigma, lambda_ = self.schedule.alpha, self.schedule.sigma, self.schedule.lambda_
+        alpha, sigma, lambda_ = self._trained_levels()
         posterior = torch.tensor(self.posterior_variance(), dtype=torch.float64)[:, None]
         u = -torch.expm1(2 * (lambda_[:, None] - lambda_))
         eta = 1.0 if self.config.forward_process == "ddpm" else self.config.eta or 1.0
         free = eta**2 * sigma**2 * u
         direction = sigma * torch.sqrt(1 - eta**2 * u)
         best = free + signal_gain(alpha, u, free, direction, (alpha / sigma)[:, None]) ** 2 * posterior
-        used = {"small": free, "large": sigma[:, None] ** 2 * u}.get(self.config.reverse_variance, best)
+        large = sigma[:, None] ** 2 * u
+        if not self.schedule.preserves_variance:
+            large = sigma**2 * u + (alpha * u) ** 2 * torch.sigmoid(-2 * lambda_)[:, None]
+        used = {"small": free, "large": large}.get(self.config.reverse_variance, best)
         return best / used - 1 + torch.log(used / free)
+
+    def _trained_levels(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(alpha, sigma, lambda) where the statistics are kept."""
+        lambdas, schedule = self._trained_lambdas(), self.schedule
+        if isinstance(schedule, ContinuousSchedule):
+            return *schedule.path(schedule.time_of(lambdas)), lambdas
+        return schedule.alpha, schedule.sigma, lambdas
 
     # The rows ----------------------------------------------------------------------------------------------------
 
@@ -279,7 +314,8 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         direction = s.sigma * math.sqrt(1 - eta**2 * u)
         gain = signal_gain(s.alpha, u, free**2, direction, t.alpha / t.sigma)
         best = math.hypot(free, gain * math.sqrt(posterior_variance))
-        used = {"small": free, "large": t.sigma * math.sqrt(u)}.get(config.reverse_variance, best)
+        large = t.sigma * math.sqrt(u) if self.schedule.preserves_variance else large_std(t, s)
+        used = {"small": free, "large": large}.get(config.reverse_variance, best)
         return mean._replace(noise=used)
 
     def reverse_variances(self) -> list[float]:
@@ -297,7 +333,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
 
     def _posterior_at(self, levels: list[Level]) -> list[float]:
         """C_t at levels of the process; between the timesteps that it is known for it is linear in lambda."""
-        knots, values = self.schedule.trained_lambdas().flip(0), self.posterior_variance()[::-1]
+        knots, values = self._trained_lambdas().flip(0), self.posterior_variance()[::-1]
         finite = int(knots.isfinite().sum())
         lambdas = np.array([level.lambda_ for level in levels])
         inside = np.interp(lambdas, knots[-finite:].numpy(), values[-finite:])

@@ -21,6 +21,7 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
+from .gaussian_paths import ContinuousSchedule
 from .linear_scheduler import LinearScheduler
 from .noise_schedule import Level
 from .plan import Update
@@ -42,8 +43,8 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
     """Samples in few steps with rows of coefficients that were fitted to this checkpoint.
 
     It has a table of rows for each of some numbers of steps, and no others: `available_steps` lists them, and
-    `set_timesteps` takes one of these numbers, or the timesteps of a table. All begin at pure noise. To begin in
-    mid-grid (image to image), or to encode, use `DPMSolverScheduler`.
+    `set_timesteps` takes one of these numbers, or the timesteps of a table; sigmas of a pipeline only say the number.
+    All begin at pure noise. To begin in mid-grid (image to image), or to encode, use `DPMSolverScheduler`.
 
     The config is that of DPM-Solver as far as it concerns the network, and one key more:
 
@@ -120,13 +121,24 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
 
     def _check_table(self, table: Mapping[str, Any]) -> None:
         timesteps, rows, guidance_scale = table["timesteps"], table["rows"], table["guidance_scale"]
-        super()._explicit_grid(timesteps)
+        self._ungated_grid(timesteps)
         # Row i can use the i + 1 predictions made so far.
         fits = len(rows) == len(timesteps) and all(2 <= len(row) <= i + 2 for i, row in enumerate(rows))
         if not fits or not all(math.isfinite(factor) for row in rows for factor in row):
             raise ValueError(f"the calibration is damaged: each of {timesteps=} needs a row of finite factors.")
         if not (guidance_scale is None or math.isfinite(guidance_scale)):
             raise ValueError(f"the calibration is damaged: a table has {guidance_scale=}.")
+
+    def _ungated_grid(self, timesteps: Sequence[float]) -> list[Any]:
+        """Timesteps that any scheduler could visit; in continuous time from the noisiest on, whose noise is x_T's."""
+        if not isinstance(self.schedule, ContinuousSchedule):
+            return super()._explicit_grid(timesteps)
+        grid, levels = super()._continuous_grid(self.schedule, None, timesteps, None, None)
+        first = self.schedule.level(self.schedule.noisiest)
+        if not math.isclose(levels[0].sigma * first.alpha, first.sigma * levels[0].alpha, rel_tol=1e-5, abs_tol=1e-9):
+            noisiest = self.schedule.noisiest
+            raise ValueError(f"rows for a loop from timestep {grid[0]:g} on, but this process begins at {noisiest:g}.")
+        return grid
 
     def _tables(self) -> dict[int, Mapping[str, Any]]:
         """Number of steps -> table, of those for the config's guidance scale."""
@@ -141,7 +153,17 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
 
     # The grid and the rows ---------------------------------------------------------------------------------------
 
-    def _spaced_grid(self, n: int) -> list[int]:
+    def _continuous_grid(
+        self, schedule: ContinuousSchedule, num: int | None, timesteps: Any, sigmas: Any, mu: float | None
+    ) -> tuple[list[float], list[Level]]:
+        if timesteps is not None and sigmas is not None:
+            raise ValueError("timesteps and sigmas: the rows were fitted to a network that is told its own timesteps.")
+        count = num if num is not None else len(sigmas if timesteps is None else timesteps)
+        if timesteps is not None:
+            self._check_fitted(self._ungated_grid(timesteps))
+        return super()._continuous_grid(schedule, None, self._spaced_grid(count), None, None)
+
+    def _spaced_grid(self, n: int) -> list[Any]:
         if n not in self._tables():
             scale = self.config.guidance_scale
             steps = ", ".join(map(str, self.available_steps)) or "no"
@@ -154,12 +176,15 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
         self._check(self.config[CALIBRATION])
         return list(self._tables()[n]["timesteps"])
 
-    def _explicit_grid(self, timesteps: Sequence[float] | torch.Tensor) -> list[int]:
+    def _explicit_grid(self, timesteps: Sequence[float] | torch.Tensor) -> list[Any]:
         grid = super()._explicit_grid(timesteps)
+        self._check_fitted(grid)
+        return grid
+
+    def _check_fitted(self, grid: list[Any]) -> None:
         fitted = self._spaced_grid(len(grid))
         if grid != fitted:
             raise ValueError(f"the rows for {len(grid)} steps were fitted at the timesteps {fitted}, not at {grid}.")
-        return grid
 
     def plan(self, levels: list[Level]) -> list[Update]:
         return [Update(sample=sample, x0=tuple(x0)) for sample, *x0 in self._tables()[len(levels) - 1]["rows"]]

@@ -260,13 +260,19 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
                 raise ValueError(f"the plan was made for {key}={plan.get(key)!r}; this scheduler has {value!r}.")
         try:
             times, orders, end = [float(t) for t in plan["timesteps"]], [*plan["orders"]], plan["end"]
-            fits = descends(times if end is None else [*times, end], len(self.schedule) - 1)
+            fits = self._falls(times if end is None else [*times, end])
             fits = fits and 0 < sum(orders) == len(times) and {*orders} <= {1, 2, 3}
             fits = fits and (end is not None or orders[-1] == 1)
-        except (KeyError, TypeError, ValueError):
+        except (IndexError, KeyError, TypeError, ValueError):
             fits = False
         if not fits:
             raise ValueError("the plan is damaged: timesteps must descend, and orders must sum to the number of them.")
+
+    def _falls(self, timesteps: list[float]) -> bool:
+        """Whether timesteps go from noise to images."""
+        if self.schedule.is_discrete:
+            return descends(timesteps, len(self.schedule) - 1)
+        return all(self.schedule.level(t).lambda_ < self.schedule.level(s).lambda_ for t, s in pairwise(timesteps))
 
     def _explicit_grid(self, timesteps: Timesteps) -> list[Any]:
         """Timesteps as they were given; real-valued ones if the config allows them."""

@@ -14,6 +14,7 @@ from PIL import Image
 
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler, DDPMScheduler, DPMSolverScheduler
+from diffusers_dpm.schedulers.gaussian_paths import path_of
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
 
 
@@ -73,6 +74,9 @@ class MixtureNetwork(ModelMixin, ConfigMixin):
         alpha, sigma = self.at(t, x)
         return x - alpha * self.means, (alpha * self.deviations) ** 2 + sigma**2, alpha, sigma
 
+    def returned(self, x0, epsilon, alpha, sigma):
+        return prediction(self.config.prediction_type, x0, epsilon, alpha, sigma)
+
     def log_densities(self, centred, variances):
         """log p(x_t, k) up to a constant, pixel by pixel."""
         return self.log_weights.view(-1, 1, 1, 1, 1) - 0.5 * variances.log() - centred**2 / (2 * variances)
@@ -90,7 +94,7 @@ class MixtureNetwork(ModelMixin, ConfigMixin):
             parts = torch.nn.functional.one_hot(class_labels, len(self.means)).T.double()[..., None, None, None]
         epsilon = self.config.scale * (parts * sigma * centred / variances).sum(0)
         x0 = (parts * (self.means + alpha * self.deviations**2 / variances * centred)).sum(0)
-        output = prediction(self.config.prediction_type, x0, epsilon, alpha, sigma).to(sample.dtype)
+        output = self.returned(x0, epsilon, alpha, sigma).to(sample.dtype)
         if self.config.learns_variance:
             output = torch.cat([output, torch.full_like(output, math.nan)], dim=1)
         return UNet2DOutput(sample=output)
@@ -152,6 +156,62 @@ class ImageMixtureClassifier(ModelMixin, ConfigMixin):
     def forward(self, sample, timestep):
         self.calls.append(timestep.item())
         return self.weight * self.mixture.logits(sample, timestep)
+
+
+class PathNetwork(ImageMixtureNetwork):
+    """The same on any path, which `process` names. It sees the scaled x, and checks it against what it is told.
+
+    Args:
+        tolerance: of the mean square of x, relative; None for no check.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        process=None,
+        prediction_type="epsilon",
+        means=(0.0,),
+        deviations=(0.5,),
+        num_class_embeds=None,
+        tolerance=None,
+        in_channels=1,
+        sample_size=2,
+    ):
+        super().__init__(means, deviations, prediction_type, num_class_embeds, False, in_channels, sample_size)
+        self.schedule = path_of(process)
+
+    def at(self, t, x):
+        return self.schedule.at(torch.as_tensor(t).double(), x.double())
+
+    def scale(self, t):
+        scales = [
+            self.schedule.input_scale(self.schedule.level(time)) for time in torch.as_tensor(t).flatten().tolist()
+        ]
+        return torch.tensor(scales, dtype=torch.float64)[:, None, None, None]
+
+    def components(self, x, t):
+        return super().components(x / self.scale(t), t)
+
+    def returned(self, x0, epsilon, alpha, sigma):
+        p, q = self.schedule.predictions[self.config.prediction_type](alpha, sigma)
+        return p * x0 + q * epsilon
+
+    def forward(self, sample, timestep, class_labels=None, **others):
+        if self.config.tolerance is not None:
+            alpha, sigma = self.at(timestep, sample)
+            data = (self.means**2 + self.deviations**2).mean()
+            expected = (alpha**2 * data + sigma**2) * self.scale(timestep) ** 2
+            assert abs((sample.double().square() / expected).mean() - 1) < self.config.tolerance
+        return super().forward(sample, timestep, class_labels, **others)
+
+
+class PathClassifier(ImageMixtureClassifier):
+    """The exact noisy classifier of a `PathNetwork`'s data, which sees what the network sees."""
+
+    @register_to_config
+    def __init__(self, process=None, means=(), deviations=(), num_classes=2, in_channels=1, sample_size=2):
+        super().__init__(num_classes, in_channels, sample_size)
+        self.mixture = PathNetwork(process, "epsilon", means, deviations)
 
 
 class GaussianNetwork(torch.nn.Module):

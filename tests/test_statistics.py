@@ -219,7 +219,7 @@ def test_labels_that_a_network_does_not_take_are_left_out():
         ({"timesteps": [5, 1000]}, r"timesteps .*0 \.\. 999, .*0 \.\. 1000"),
         ({"timesteps": [-1]}, r"-1 \.\. 999"),
         ({"class_labels": [0]}, "1 class_labels .*3 "),
-        ({"scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}, "FlowMatchEulerDiscreteScheduler .*betas"),
+        ({"scheduler": diffusers.IPNDMScheduler()}, "IPNDMScheduler .*trained_betas"),
         ({"unet": ExactNetwork(num_class_embeds=2)}, r"num_classes=2\b.* 0 "),
         ({"unet": ExactNetwork(num_class_embeds=2), "class_labels": [0, 1, -1]}, r"num_classes=2\b.* 0 "),
         ({"unet": ExactNetwork(num_class_embeds=2), "class_labels": [0, 1, 2]}, " 2 .*num_classes=2"),

@@ -30,8 +30,9 @@ from diffusers_dpm.pipelines import evaluation_mode, image_shape
 from diffusers_dpm.pipelines.networks import num_classes_of
 from diffusers_dpm.pipelines.pipeline_dpm import draw_labels, make_generators
 from diffusers_dpm.records import Record, provenance
-from diffusers_dpm.schedulers import CLEAN, DPMSolverScheduler, Level
+from diffusers_dpm.schedulers import CLEAN, DPMSolverScheduler, Level, VPNoiseSchedule
 from diffusers_dpm.schedulers.dpm_solver_rows import first_order, singlestep_rows
+from diffusers_dpm.schedulers.gaussian_paths import ContinuousSchedule
 from diffusers_dpm.schedulers.scheduling_dpm_solver import ALGORITHM_TYPES, SOLVER_TYPES
 from diffusers_dpm.schedulers.timestep_grids import spread
 
@@ -72,18 +73,26 @@ def scaled_error(lower: Tensor, higher: Tensor, previous: Tensor, atol: float, r
     return (higher - lower) / (rtol * torch.maximum(lower.abs(), previous.abs())).clamp_min(atol)
 
 
+def length(level: Level) -> float:
+    """sqrt(alpha^2 + sigma^2), in units of which x has one scale on all paths; 1 but for rounding is 1."""
+    norm = math.hypot(level.alpha, level.sigma)
+    return 1.0 if math.isclose(norm, 1.0) else norm
+
+
 @dataclass(frozen=True)
 class ReferenceController:
     """The law of Lu et al. 2022a, appendix C: accept if E <= 1, then h <- safety h E^(-1/order).
 
-    E is the RMS over each image, of which the largest in the batch counts.
+    E is the RMS over each image of x / sqrt(alpha^2 + sigma^2), of which the largest in the batch counts. Theirs is of
+    x, which is the same where they use it: on the variance-preserving path.
     """
 
     safety: float = 0.9
 
     def measure(self, step: Step, atol: float, rtol: float) -> float:
         """The error of a step in units of the tolerance; not finite if the step is not."""
-        error = scaled_error(step.lower, step.higher, step.previous, atol, rtol)
+        lower, higher = step.lower / length(step.t), step.higher / length(step.t)
+        error = scaled_error(lower, higher, step.previous / length(step.s), atol, rtol)
         return error.reshape(len(error), -1).square().mean(dim=1).sqrt().max().item()
 
     def judge(self, error: float, accepted: Sequence[float], order: int) -> tuple[bool, float]:
@@ -134,7 +143,7 @@ class AdaptiveResult:
         num_calls: network calls. The reference code also repeats the call at the start of a rejected step: it
             makes `num_calls + num_rejected`.
         num_accepted, num_rejected: steps.
-        timesteps: of the calls on the accepted path, descending; `sum(orders)` of them.
+        timesteps: of the calls on the accepted path, noisiest first; `sum(orders)` of them.
         lambdas: log(alpha / sigma) there.
         orders: of the accepted steps, and 1 for the last step to clean data if there is one.
         end: timestep at which the path ends; None for clean data.
@@ -164,7 +173,8 @@ class Integrator:
         h_init: first step, in lambda.
         min_step: smallest step, in lambda, that the controller may ask for.
         max_calls: largest number of network calls.
-        resolution: times closer than this are the same.
+        resolution: nodes nearer than this are the same.
+        distance: of two nodes.
 
     Raises:
         DiffusersDPMError: an order or a number out of range.
@@ -182,6 +192,7 @@ class Integrator:
     min_step: float = 1e-4
     max_calls: int = 1000
     resolution: float = 1e-5
+    distance: Callable[[Node, Node], float] = lambda a, b: abs(a.t - b.t)
 
     def __post_init__(self) -> None:
         if self.order not in (2, 3):
@@ -203,7 +214,7 @@ class Integrator:
         errors: list[float] = []
         calls = rejected = 0
         h, previous, opening = self.h_init, x, None
-        while abs(here.t - last.t) > self.resolution:
+        while self.distance(here, last) > self.resolution:
             self._check(here, h, calls + self.order - (opening is not None) + to_clean)
             h = min(h, last.level.lambda_ - here.level.lambda_)
             nodes = [here, *(self.node_at(here.level.lambda_ + h * j / self.order) for j in range(1, self.order + 1))]
@@ -277,24 +288,26 @@ def integrate_adaptive(
     *,
     order: int = 3,
     controller: str | Controller = "reference",
-    end: float = 0.0,
+    end: float | None = None,
     **limits: Any,
 ) -> AdaptiveResult:
     """Solve the probability-flow ODE from noise with steps chosen by their error (DPM-Solver-12 and -23).
 
     The walk leads from the scheduler's noisiest level to timestep `end` and, if its config ends at clean data
     (`final_sigmas_type="zero"` or `denoise_to_zero`), from there by one step of first order, one more call. With zero
-    terminal SNR it starts at the noisiest level at which lambda is finite.
+    terminal SNR it starts at the noisiest level at which lambda is finite; with flow matching, 1e-3 of the time below
+    pure noise.
 
     Args:
-        model: (x, t) -> network output in the scheduler's prediction_type; x of x_T's shape and dtype, t a real-valued
-            timestep, a tensor of shape ().
+        model: (x, t) -> network output in the scheduler's prediction_type; x of x_T's shape and dtype, scaled as the
+            scheduler's `scale_model_input` does, t a real-valued timestep, a tensor of shape ().
         scheduler: its config has the schedule, algorithm_type, solver_type, prediction_type, clipping and the end.
             It is not changed, nor does its grid matter.
-        x_T: standard normal noise, shape (B, ...). Half precision is computed in float32.
+        x_T: standard normal noise, shape (B, ...), which is multiplied by the scheduler's `init_noise_sigma`. Half
+            precision is computed in float32.
         order: 2 compares orders 1 and 2 (DPM-Solver-12), 3 compares orders 2 and 3 (DPM-Solver-23).
         controller: "reference" (Lu et al. 2022a), "pid" (k-diffusion), or one of their classes with other numbers.
-        end: real-valued timestep at which the adaptive steps end, at least 0.
+        end: real-valued timestep at which the adaptive steps end; by default the cleanest one, 0 for DDPM's process.
         limits: atol=0.0078 and rtol=0.05, the tolerance of one step, in units of x and relative to |x|; h_init=0.05
             and min_step=1e-4, the first and the smallest step in lambda = log(alpha / sigma); max_calls=1000.
 
@@ -304,9 +317,20 @@ def integrate_adaptive(
     """
     scheduler = type(scheduler).from_config(scheduler.config)  # one whose grid may encode does not clip
     config, schedule = scheduler.config, scheduler.schedule
-    start = int((schedule.lambda_ > config.lambda_min_clipped).sum()) - 1
-    if not 0 <= end < start:
-        raise DiffusersDPMError(f"end={end} must lie in [0, {start}), below the timestep at which the walk starts.")
+    end = schedule.cleanest if end is None else end
+    start = first_timestep(scheduler)
+    distance: dict[str, Any]
+    if isinstance(schedule, VPNoiseSchedule):
+        if not 0 <= end < start:
+            raise DiffusersDPMError(
+                f"end={end} must lie in [0, {start}), below the timestep at which the walk starts."
+            )
+        distance = {"resolution": 1e-5 * len(schedule)}  # 1e-5 of the time axis, as in the reference
+    else:
+        low, high = sorted((schedule.cleanest, start))
+        if not low <= end <= high or end == start:
+            raise DiffusersDPMError(f"end={end} must lie in {low:g} .. {high:g}, not where the walk starts.")
+        distance = {"distance": lambda a, b: abs(a.level.lambda_ - b.level.lambda_)}
     if config.algorithm_type.startswith("sde"):
         raise DiffusersDPMError(
             f"algorithm_type={config.algorithm_type!r} adds noise; use 'dpmsolver' or 'dpmsolver++'."
@@ -320,7 +344,9 @@ def integrate_adaptive(
 
     def predict(x: Tensor, node: Node) -> Predicted:
         """Converts, clips and thresholds as the scheduler's `step` does."""
-        output = model(x.to(x_T.dtype), torch.tensor(node.t, dtype=x.dtype, device=x.device))
+        scale = schedule.input_scale(node.level)
+        seen = x if scale == 1 else x * scale
+        output = model(seen.to(x_T.dtype), torch.tensor(node.t, dtype=x.dtype, device=x.device))
         output = output.to(x.dtype, copy=True)  # the network may write to its own buffer again
         return scheduler.predict(output, x, node.level)
 
@@ -331,13 +357,25 @@ def integrate_adaptive(
         SOLVER_TYPES[config.solver_type],
         order,
         CONTROLLERS[controller] if isinstance(controller, str) else controller,
-        resolution=1e-5 * len(schedule),  # 1e-5 of the time axis, as in the reference
+        **distance,
         **limits,
     )
     x = x_T if x_T.dtype in (torch.float32, torch.float64) else x_T.float()
+    x = x if schedule.init_noise_sigma == 1 else x * schedule.init_noise_sigma
     to_clean = config.final_sigmas_type == "zero" or config.denoise_to_zero
-    result = integrator(x, schedule[start].lambda_, schedule.level(end).lambda_, to_clean)
+    result = integrator(x, schedule.level(start).lambda_, schedule.level(end).lambda_, to_clean)
     return replace(result, sample=result.sample.to(x_T.dtype))
+
+
+def first_timestep(scheduler: DPMSolverScheduler) -> float:
+    """The noisiest timestep at which lambda is finite, and above `lambda_min_clipped`."""
+    schedule = scheduler.schedule
+    if isinstance(schedule, VPNoiseSchedule):
+        return int((schedule.lambda_ > scheduler.config.lambda_min_clipped).sum()) - 1
+    assert isinstance(schedule, ContinuousSchedule)
+    noisiest = schedule.ends[0]
+    time = noisiest if schedule.level_at(noisiest).alpha else noisiest * (1 - 1e-3)
+    return schedule.told(torch.tensor(time, dtype=torch.float64)).item()
 
 
 # Plans ---------------------------------------------------------------------------------------------------------------
@@ -348,9 +386,9 @@ class StepPlan(Record):
     """An adaptive run, frozen: what `DPMSolverScheduler.set_timesteps(plan=...)` walks.
 
     Attributes:
-        schedule_hash: of the alphas_cumprod of the scheduler's schedule.
+        schedule_hash: of the scheduler's noise schedule.
         algorithm_type, solver_type: of the scheduler.
-        timesteps: of all network calls, strictly descending; integers, or float32 values.
+        timesteps: of all network calls, noisiest first; integers, or float32 values.
         orders: of the singlestep blocks into which the calls are divided.
         end: timestep at which the walk ends; None for clean data.
         tolerance: relative tolerance of the run.
@@ -404,8 +442,8 @@ def plan_timesteps(
         generator: instead of seeds.
         class_labels: one for each pilot image; by default drawn uniformly, for a class-conditional network.
         network_kwargs: further arguments of the network, such as encoder_hidden_states for each pilot image.
-        fractional: False rounds the timesteps to integers, for networks that take no others; the steps are then no
-            longer exactly those whose error was measured.
+        fractional: False rounds the timesteps of DDPM's process to integers, for networks that take no others; the
+            steps are then no longer exactly those whose error was measured.
         options: further arguments of `integrate_adaptive`.
 
     Raises:
@@ -419,6 +457,8 @@ def plan_timesteps(
     seeds = seeds if seeds is None else list(seeds)
     noise, labels = _pilot(unet, num_pilot_images, seeds, generator, class_labels)
     conditioning = {**(network_kwargs or {}), **({} if labels is None else {"class_labels": labels.to(noise.device)})}
+    if not fractional and not scheduler.schedule.is_discrete:
+        raise DiffusersDPMError(f"fractional={fractional} is for DDPM's process: this one has no whole timesteps.")
     options = {"rtol": tolerance, "atol": tolerance * ATOL / RTOL, "order": order, **options}
     with evaluation_mode(unet):
         result = integrate_adaptive(lambda x, t: unet(x, t, **conditioning).sample, scheduler, noise, **options)

@@ -38,9 +38,11 @@ from diffusers_dpm.calibration_inputs import Network
 from diffusers_dpm.errors import DiffusersDPMError, check_at_least
 from diffusers_dpm.networks import NoProgress, Progress, noise_schedule_of, whole_config
 from diffusers_dpm.pipelines import evaluation_mode
+from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import Record, ResultStore, check_types, provenance
 from diffusers_dpm.schedulers import CalibratedScheduler, DPMSolverScheduler, Update
+from diffusers_dpm.schedulers.gaussian_paths import SigmaSchedule
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
 
 
@@ -65,7 +67,7 @@ CHOICES = tuple(product((1, 2, 3, MAX_HISTORY), (RIDGE, 1e-4, 1e-2)))  # (predic
 class FittedTable(TypedDict):
     """The types of what sampling and reports read in one of `Calibration.tables`."""
 
-    timesteps: list[int]
+    timesteps: list[float]  # whole for DDPM's process
     rows: list[list[float]]
     guidance_scale: float | None
     mean_error: float
@@ -77,9 +79,9 @@ class Calibration(Record):
     """Tables of rows for one checkpoint.
 
     Attributes:
-        tables: for each number of steps, and scale of guidance, a dict of `timesteps`, descending; `rows`, the factors
-            [sample, x0, x0 before, ...] of each step; `guidance_scale` and `classifier`, a hash of its weights or
-            "null class", or None for both; and for people `error`, the RMS distance to the teacher's images over
+        tables: for each number of steps, and scale of guidance, a dict of `timesteps`, noisiest first; `rows`, the
+            factors [sample, x0, x0 before, ...] of each step; `guidance_scale` and `classifier`, a hash of its weights
+            or "null class", or None for both; and for people `error`, the RMS distance to the teacher's images over
             pixels of images not used for anything else, `mean_error`, that of the mean over images of their own RMS
             distances, the same for the best of `SOLVERS` on these images (`solver`, `solver_error`,
             `solver_mean_error`), and how the rows were chosen (`history`, `ridge`).
@@ -195,7 +197,7 @@ class Student:
 
     def __init__(self, network: Network, teacher: DPMSolverScheduler, states: Tensor, num_images: int):
         self.network, self.states, self.num_images = network, states, num_images
-        self.timesteps: list[int] = teacher.timesteps.tolist()
+        self.timesteps: list[float] = teacher.timesteps.tolist()
         self.levels = teacher.levels
         self.solvers = {order: DPMSolverScheduler.from_config(teacher.config, solver_order=order) for order in (1, 2)}
 
@@ -332,8 +334,8 @@ def calibrate(
     With `accelerator` every process must make the call, and gets the result.
 
     Args:
-        unet: a network with epsilon, sample or v prediction, C or 2C output channels, on its device.
-        scheduler: any diffusers scheduler of a DDPM process: the noise schedule, prediction_type and clipping.
+        unet: a network with C or 2C output channels, on its device.
+        scheduler: any diffusers scheduler of a known process: the noise schedule, prediction_type and clipping.
         steps: numbers of network calls to make tables for.
         num_images: for fitting, as many for searching and as many for the report.
         teacher_steps: of the solver that is taken for exact.
@@ -355,23 +357,26 @@ def calibrate(
         progress: gets `update(n)` for n images in a network call, at most `network_calls(...)` in all.
 
     Raises:
-        ValueError: arguments out of range or that do not fit the network, a schedule that is none of DDPM's, a network
-            output that is not finite, or a folder with results of other settings.
+        ValueError: arguments out of range or that do not fit the network, an unknown noise schedule, a network output
+            that is not finite, or a folder with results of other settings.
     """
     steps, seed = sorted({*steps}), int(seed)
-    teacher_steps = min(teacher_steps, len(noise_schedule_of(scheduler)))
+    teacher_steps = limited(teacher_steps, scheduler)
     check_steps(steps, teacher_steps)
     check_at_least(1, num_images=num_images, batch_size=batch_size)
     check_at_least(0, seed=seed, max_walks=max_walks)
     if folder is not None and not isinstance(unet, torch.nn.Module):
         raise DiffusersDPMError("folder needs a torch.nn.Module: nothing identifies a function in a later call.")
     scale = None if guidance_scale is None else float(guidance_scale)
-    teacher = solver_for(scheduler, timestep_spacing="quadratic")
+    teacher = solver_for(scheduler)
+    # Of sigmas to 80 and above, squares are too few at low noise.
+    spacing = "karras" if isinstance(teacher.schedule, SigmaSchedule) else "quadratic"
+    teacher = solver_for(scheduler, timestep_spacing=spacing)
     teacher.set_timesteps(teacher_steps)
-    noise = inputs.initial_noise(unet, sample_shape, 3 * num_images, seed)
+    noise = inputs.initial_noise(unet, sample_shape, 3 * num_images, seed) * teacher.init_noise_sigma
     labels = inputs.labels_for(unet, classifier, class_labels, len(noise), seed)
     arguments = inputs.arguments_for(unet, network_kwargs, labels, noise)
-    guidance = inputs.guidance_for(classifier, scale, unet, noise, labels, teacher.config.prediction_type)
+    guidance = inputs.guidance_for(classifier, scale, unet, noise, labels, adapt(teacher).output)
     processes, progress = Processes(accelerator), NoProgress() if progress is None else progress
     network = Network(unet, teacher, arguments, guidance, batch_size, processes, progress, inputs.placement(unet)[1])
     conditions = conditions_of(teacher)
@@ -380,7 +385,8 @@ def calibrate(
         guide["classifier"] = NULL_CLASS
     numbers = {"seed": seed, "num_images": num_images, "teacher_steps": teacher_steps, "max_walks": max_walks}
     facts: dict[str, Any] = {**guide, **numbers, "dtype": str(network.dtype).removeprefix("torch.")}
-    settings = {**conditions, **facts, **inputs.fingerprints(unet, noise, labels, arguments)}
+    ends = {} if teacher.schedule.is_discrete else {"ends": [teacher.schedule.cleanest, teacher.schedule.noisiest]}
+    settings = {**conditions, **facts, **ends, **inputs.fingerprints(unet, noise, labels, arguments)}
     store = ResultStore(folder, settings, process=processes.rank)
     with evaluation_mode(*(part for part in (unet, classifier) if isinstance(part, torch.nn.Module))):
         saved = store.load_json()
@@ -392,6 +398,12 @@ def calibrate(
     better = [{**table, **guide} for table in tables if table["mean_error"] < table["solver_mean_error"]]
     facts["left_out"] = sorted({*steps} - {len(table["timesteps"]) for table in better})
     return Calibration(tables=better, **conditions, weights=settings["weights"], provenance=provenance(**facts))
+
+
+def limited(teacher_steps: int, scheduler: Any) -> int:
+    """At most the training timesteps of DDPM's process."""
+    schedule = noise_schedule_of(scheduler)
+    return min(teacher_steps, len(schedule)) if schedule.is_discrete else teacher_steps
 
 
 def check_steps(steps: Sequence[int], teacher_steps: int) -> None:
@@ -437,7 +449,7 @@ def best_table(student: Student, solvers: Solvers, num_steps: int, max_walks: in
     }
 
 
-def best_solver(student: Student, solvers: Solvers, timesteps: list[int]) -> tuple[dict[str, Any], Tensor]:
+def best_solver(student: Student, solvers: Solvers, timesteps: list[float]) -> tuple[dict[str, Any], Tensor]:
     """(options, distances) of the one of `SOLVERS` that comes nearest, in as many steps, on the report's own images.
 
     So the comparison favours the solvers: nothing of a table is chosen on these images.

@@ -18,6 +18,7 @@ from diffusers_dpm.pipelines.guidance import (
     label_log_probability,
 )
 from diffusers_dpm.pipelines.networks import image_shape, is_conditional, null_class_of, num_classes_of
+from diffusers_dpm.pipelines.scheduler_adapter import Output
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.records import fingerprint, weights_hash
@@ -48,7 +49,7 @@ class Network:
     progress: Progress = field(default_factory=NoProgress)
     dtype: torch.dtype = torch.float32
 
-    def __call__(self, x: Tensor, t: int, level: Level, first: int = 0) -> Tensor:
+    def __call__(self, x: Tensor, t: float, level: Level, first: int = 0) -> Tensor:
         """x_0 of images `first`, first + 1, ... from their x_t, (B, C, H, W)."""
         total = torch.zeros_like(x)
         for number, start in enumerate(range(0, len(x), self.batch_size)):
@@ -61,7 +62,7 @@ class Network:
             raise DiffusersDPMError(f"the network's predictions are not finite at timestep {t}.")
         return total
 
-    def _predict(self, x: Tensor, t: int, level: Level, first: int) -> Tensor:
+    def _predict(self, x: Tensor, t: float, level: Level, first: int) -> Tensor:
         end = first + len(x)
 
         def network(x_t: Tensor, **changes: Any) -> Tensor:
@@ -70,8 +71,11 @@ class Network:
             output = self.unet(x_t.to(self.dtype), torch.tensor(t, device=x.device), **(own | changes))
             return getattr(output, "sample", output).to(x.dtype)
 
+        scale = self.scheduler.schedule.input_scale(level)
+        seen = x if scale == 1 else x * scale
         guided = None if self.guidance is None else self.guidance(first, end)
-        output = network(x) if guided is None else guided.predict(network, x, t, level.alpha, level.sigma)[0]
+        levels = level.alpha * scale, level.sigma * scale
+        output = network(seen) if guided is None else guided.predict(network, seen, t, *levels)[0]
         return self.scheduler.predict_x0(self.scheduler.split_output(output, x)[0], x, level)
 
 
@@ -124,7 +128,7 @@ def arguments_for(
 
 
 def guidance_for(
-    classifier: Any, scale: float | None, unet: Any, noise: Tensor, labels: Tensor | None, prediction_type: str
+    classifier: Any, scale: float | None, unet: Any, noise: Tensor, labels: Tensor | None, output: str | Output
 ) -> Callable[[int, int], Guidance] | None:
     """`Network.guidance` by a classifier, or else by the network's null class; None without a scale.
 
@@ -145,7 +149,7 @@ def guidance_for(
     check_classifier(classifier, unet, noise, labels)
 
     return lambda start, end: ClassifierGuidance(
-        label_log_probability(classifier, labels[start:end], noise.device), prediction_type, scale
+        label_log_probability(classifier, labels[start:end], noise.device), output, scale
     )
 
 

@@ -21,9 +21,9 @@ from diffusers_dpm.pipelines.networks import check_network, evaluation_mode, nul
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import open_tensors, read_json, weights_hash
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
-from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, VPNoiseSchedule
+from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, DDIMScheduler, VPNoiseSchedule
 from diffusers_dpm.schedulers.foreign_configs import translated
-from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS
+from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, NoiseSchedule
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -138,7 +138,8 @@ def load_pipeline(model: str, any_process: bool = False) -> DPMPipeline:
     """The pipeline of a run folder or Hub id, without diffusers' warnings.
 
     Raises:
-        DiffusersDPMError: there is none, its network is not of images, or its process is not DDPM's nor `any_process`.
+        DiffusersDPMError: there is none, its network is not of images, or its process is neither DDPM's, nor one of
+            `PROCESSES`, nor `any_process`.
     """
     run = RunFolder(model)
     if run.path.is_dir() and not run.index.is_file():
@@ -160,9 +161,13 @@ def load_pipeline(model: str, any_process: bool = False) -> DPMPipeline:
         check_network(pipeline.unet)
         image_shape(pipeline.unet)
     check_finite(pipeline.unet, f"{model}/unet")
-    if (process := process_of(pipeline.scheduler)) != "DDPM" and not any_process:
-        raise DiffusersDPMError(f"{model} is for another process ({process}): this needs one of DDPM")
+    name, process = type(pipeline.scheduler).__name__, process_of(pipeline.scheduler)
+    if process == name and not any_process:
+        raise DiffusersDPMError(f"{model} is for a process whose noise levels are not known ({process})")
     config = f"{model}/{RunFolder.scheduler}/{pipeline.scheduler.config_name}"
+    if process in PROCESSES.values() and not hasattr(pipeline.scheduler, "step"):  # score_sde's, which has others
+        with user_error(config):
+            pipeline.scheduler = DDIMScheduler.from_config(whole_config(pipeline.scheduler))
     check_noise_schedule(pipeline.scheduler, config)
     if not any_process:  # the class of the file does not check all values that ours compute with
         noise_schedule_of(pipeline.scheduler, config)
@@ -396,26 +401,46 @@ def process_of(scheduler: Any) -> str:
     return ("DDPM" if len(process) == 1 else "DDPM with other betas") if known else name
 
 
-def noise_schedule_of(scheduler: Any, where: str = "") -> VPNoiseSchedule:
-    """The noise schedule of any diffusers scheduler of a DDPM process, in float64; `where` it is from, in messages.
+def noise_schedule_of(scheduler: Any, where: str = "") -> NoiseSchedule:
+    """The noise schedule of any diffusers scheduler, in float64; `where` it is from, in messages.
 
     It is made from the config, as `AnalyticDPMScheduler.from_config` would: the float32 betas of diffusers' own
     classes are another schedule in the seventh digit.
 
     Raises:
-        DiffusersDPMError: the scheduler has no betas (flow matching, EDM, ...), or others than its config says.
+        DiffusersDPMError: the scheduler is of no known Gaussian path, or has other betas than its config says.
     """
     schedule = getattr(scheduler, "schedule", None)
-    if isinstance(schedule, VPNoiseSchedule):
+    if isinstance(schedule, NoiseSchedule):
         return schedule
     name, betas = type(scheduler).__name__, getattr(scheduler, "betas", None)
-    if betas is None:
-        raise DiffusersDPMError(f"{name} has no betas: the statistics are those of a DDPM process.")
     with user_error(f"{where}{where and ': '}the config of {name}"):
-        schedule = AnalyticDPMScheduler.from_config(whole_config(scheduler), timestep_spacing="even").schedule
+        own = AnalyticDPMScheduler.from_config(whole_config(scheduler), timestep_spacing="even")
+    schedule = own.schedule
+    if own.config.process is not None:
+        return schedule
+    assert isinstance(schedule, VPNoiseSchedule)
+    if betas is None:
+        raise DiffusersDPMError(f"{name} has no betas, and its config names no other process.")
     if betas.shape != schedule.betas.shape or not torch.allclose(betas.double().cpu(), schedule.betas, rtol=1e-3):
         raise DiffusersDPMError(f"the betas of this {name} are not those of its config: give them as trained_betas.")
     return schedule
+
+
+def prediction_type_of(scheduler: Any) -> str:
+    """What the network predicts, in the names of our schedulers: some of diffusers say it by their class."""
+    if hasattr(scheduler, "schedule") or "prediction_type" in scheduler.config:
+        return scheduler.config.prediction_type
+    return AnalyticDPMScheduler.from_config(whole_config(scheduler), timestep_spacing="even").config.prediction_type
+
+
+def scaled_input(schedule: NoiseSchedule, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+    """x of timesteps (B,), or of one for all, (), as the network sees it."""
+    if type(schedule).input_scale is NoiseSchedule.input_scale:
+        return x
+    scales = {t: schedule.input_scale(schedule.level(t)) for t in {*timesteps.flatten().tolist()}}
+    factors = torch.tensor([scales[t] for t in timesteps.flatten().tolist()], dtype=x.dtype, device=x.device)
+    return x * factors.view(-1, *(1,) * (x.ndim - 1))
 
 
 def network_output(
@@ -426,9 +451,10 @@ def network_output(
     Args:
         unet: a network with `dtype`.
         x: (B, C, H, W).
-        timesteps: (B,).
+        timesteps: (B,); real-valued ones reach the network as float32.
         class_labels: (B,), or None for a network without classes.
     """
+    timesteps = timesteps.float() if timesteps.is_floating_point() else timesteps
     conditioning = {} if class_labels is None else {"class_labels": class_labels}
     output = unet(x.to(unet.dtype), timesteps, **conditioning).sample
     return output[:, : x.shape[1]].double()

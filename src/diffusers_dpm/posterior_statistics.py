@@ -13,6 +13,9 @@ dimensions. With k_t = sigma_t^2 / alpha_t^2, one pass of the network gives two 
   published. It takes the network for exact. At high noise it is the difference of two numbers near 1 times a large
   k_t: there it is mostly noise, and what one samples with is the range that it is clipped to.
 
+On a process in continuous time, such as flow matching, the "timesteps" 0 .. T-1 of this file are places of
+`NoiseSchedule.trained_lambdas`, cleanest first.
+
 Both are kept as C_t and not as E|epsilon_hat|^2, which float32 or a process that ends in pure noise would spoil.
 """
 
@@ -20,6 +23,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,13 +40,15 @@ from diffusers_dpm.networks import (
     checked_labels,
     network_output,
     noise_schedule_of,
+    prediction_type_of,
+    scaled_input,
     whole_config,
 )
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.records import Record, ResultStore, fingerprint, provenance, weights_hash
-from diffusers_dpm.schedulers.noise_schedule import VPNoiseSchedule, affine
+from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule, VPNoiseSchedule, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
 
@@ -62,6 +68,7 @@ class PosteriorStatistics(Record):
         num_images: how many images were averaged over; None if unknown.
         weights: SHA-256 of the network's weights; None if unknown.
         provenance: of the statistics; for people, nothing depends on it.
+        ends: in continuous time, the cleanest and the noisiest timestep; else None.
 
     Raises:
         ValueError: no estimate at all, or lists of different lengths.
@@ -79,6 +86,7 @@ class PosteriorStatistics(Record):
     num_images: int | None = None
     weights: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
+    ends: list[float] | None = None
 
     def __post_init__(self) -> None:
         lists = (self.residual, self.analytic, self.residual_error, self.analytic_error)
@@ -88,7 +96,7 @@ class PosteriorStatistics(Record):
         if len(lengths) > 1:
             raise DiffusersDPMError(f"the lists of the statistics have different lengths: {sorted(lengths)}.")
 
-    def ms_eps(self, schedule: VPNoiseSchedule) -> list[float]:
+    def ms_eps(self, schedule: NoiseSchedule) -> list[float]:
         """E|epsilon_hat|^2 / d for t = 0 .. T-1, from `analytic`: what Bao et al. store, with their index t + 1.
 
         Raises:
@@ -98,7 +106,8 @@ class PosteriorStatistics(Record):
             raise DiffusersDPMError("ms_eps is a form of the analytic estimate, but here analytic=None.")
         if (own := self.schedule_hash) != schedule.hash:
             raise DiffusersDPMError(f"statistics of schedule_hash={own[:12]}, not of {schedule.hash[:12]}.")
-        return (1 - torch.tensor(self.analytic, dtype=torch.float64) * torch.exp(2 * schedule.lambda_)).tolist()
+        ratios = torch.exp(2 * schedule.trained_lambdas())
+        return (1 - torch.tensor(self.analytic, dtype=torch.float64) * ratios).tolist()
 
     def scheduler(self, scheduler: Any, **options: Any) -> AnalyticDPMScheduler:
         """An `AnalyticDPMScheduler` with the config of `scheduler`, these statistics, and `options` of its own.
@@ -113,15 +122,19 @@ class PosteriorStatistics(Record):
         return analytic
 
 
-def interpolate(schedule: VPNoiseSchedule, timesteps: Sequence[int], values: Sequence[float]) -> list[float]:
+def interpolate(schedule: NoiseSchedule, timesteps: Sequence[int], values: Sequence[float]) -> list[float]:
     """`values` at all of 0 .. T-1, linear in log sigma_t: in log C between two positive values, else in C itself.
 
+    On any path sigma_t is that of the variance-preserving x_t of the same SNR.
     Towards t = 0, C_t becomes proportional to sigma_t^2 and falls by orders of magnitude between neighbours of a
     coarse grid. From 50 even timesteps of 1000 this form is right to 7 %, and above t = 50 to 0.2 %, where one linear
     in t would be off by 68 % and 3 % (data of four variances, 1 to 0.001). The analytic estimate may be zero or
     negative where it is mostly noise. Computed values stay as they are, bit for bit.
     """
-    everywhere = schedule.sigma.log().numpy()
+    if isinstance(schedule, VPNoiseSchedule):
+        everywhere = schedule.sigma.log().numpy()
+    else:
+        everywhere = torch.nn.functional.logsigmoid(-2 * schedule.trained_lambdas()).numpy() / 2
     places, points = everywhere[list(timesteps)], np.array(values, dtype=np.float64)
     logarithms = np.log(points, out=np.full_like(points, np.nan), where=points > 0)
     curve = np.exp(np.interp(everywhere, places, logarithms))
@@ -157,8 +170,8 @@ def estimate_statistics(
     A class-conditional network gets the true labels. Guidance is no part of the statistics: it moves the mean only.
 
     Args:
-        unet: a `UNet2DModel` with epsilon, sample or v prediction, C or 2C output channels, on its device.
-        scheduler: any diffusers scheduler of a DDPM process: the noise schedule and prediction_type.
+        unet: a `UNet2DModel` with C or 2C output channels, on its device.
+        scheduler: any diffusers scheduler of a known process: the noise schedule and prediction_type.
         images: training images as the network knows them, or latents: a tensor (N, C, H, W), a map-style data set, or
             an iterable of batches, which is read whole. An item or batch is the images, (images, labels), or a dict of
             "images" and "labels".
@@ -174,17 +187,17 @@ def estimate_statistics(
         progress: gets `update(n)` for n (image, timestep) pairs, those of other processes and of `folder` included.
 
     Raises:
-        ValueError: images or labels that do not fit the network, arguments out of range, a schedule that is none of
-            DDPM's, a network output that is not finite, or a folder with partial results of other settings.
+        ValueError: images or labels that do not fit the network, arguments out of range, an unknown noise schedule, a
+            network output that is not finite, or a folder with partial results of other settings.
     """
     schedule = noise_schedule_of(scheduler)
-    grid = computed_timesteps(timesteps, len(schedule))
+    grid = computed_timesteps(timesteps, len(schedule.trained_lambdas()))
     check_at_least(2, num_samples=num_samples)
     check_at_least(1, batch_size=batch_size)
     check_at_least(0, seed=seed)
     (x0, labels), indices, num_available = choose_images(images, class_labels, num_samples, seed)
     labels = checked_labels(unet, x0, labels)
-    problem = Problem(unet, schedule, scheduler.config.prediction_type, grid, x0, labels, indices, seed)
+    problem = Problem(unet, schedule, prediction_type_of(scheduler), grid, x0, labels, indices, seed)
     processes = Processes(accelerator)
     settings = {} if folder is None else problem.settings()
     store = ResultStore(folder, settings, process=processes.rank, save_every=save_every)
@@ -200,7 +213,8 @@ def estimate_statistics(
     facts = provenance(seed=seed, dtype=str(unet.dtype).removeprefix("torch."), images_available=num_available)
     weights = weights_hash(unet) if isinstance(unet, torch.nn.Module) else None
     origin = (grid, schedule.hash, problem.prediction_type, len(x0), weights)
-    return PosteriorStatistics(residual, analytic, residual_error, analytic_error, *origin, facts)
+    ends = None if schedule.is_discrete else [schedule.cleanest, schedule.noisiest]
+    return PosteriorStatistics(residual, analytic, residual_error, analytic_error, *origin, facts, ends)
 
 
 @dataclass(frozen=True)
@@ -216,13 +230,19 @@ class Problem:
     """
 
     unet: Any
-    schedule: VPNoiseSchedule
+    schedule: NoiseSchedule
     prediction_type: str
     timesteps: list[int]
     images: torch.Tensor
     labels: torch.Tensor | None
     indices: list[int]
     seed: int
+
+    @cached_property
+    def told(self) -> torch.Tensor:
+        """What the network is told at each place: real-valued in continuous time."""
+        schedule, places = self.schedule, torch.arange(len(self.schedule.trained_lambdas()))
+        return places if schedule.is_discrete else schedule.timestep_of(schedule.trained_lambdas())
 
     def evaluate(self, pairs: Sequence[Pair]) -> torch.Tensor:
         """The contribution of each pair to (residual, analytic): float64 (len(pairs), 2), on the network's device.
@@ -238,10 +258,11 @@ class Problem:
         keys = [(self.seed, Stream.STATISTICS, self.indices[row], t) for row, t in places]
         noise = torch.stack([normal(self.images.shape[1:], *key) for key in keys])
         rows, device = [row for row, _ in places], self.unet.device
-        x0, t = self.images[rows].to(device, torch.float64), torch.tensor([t for _, t in places], device=device)
+        x0, t = self.images[rows].to(device, torch.float64), self.told[[t for _, t in places]].to(device)
         alpha, sigma = self.schedule.at(t, x0)
         x_t = alpha * x0 + sigma * noise.to(device, torch.float64)
-        output = network_output(self.unet, x_t, t, None if self.labels is None else self.labels[rows].to(device))
+        labels = None if self.labels is None else self.labels[rows].to(device)
+        output = network_output(self.unet, scaled_input(self.schedule, x_t, t), t, labels)
         conversion = self.schedule.conversion(self.prediction_type, alpha, sigma)
         x0_hat, epsilon_hat = (affine(factors, x_t, output) for factors in conversion)
         alpha, sigma = alpha.flatten(), sigma.flatten()
@@ -353,6 +374,8 @@ def import_ms_eps(
             ones or some not finite; a schedule that ends in pure noise, where ms_eps says nothing.
     """
     values, num = read_vector(Path(path), allow_pickle), len(schedule)
+    if not isinstance(schedule, VPNoiseSchedule):
+        raise DiffusersDPMError(f"ms_eps is of a DDPM process, not of a {type(schedule).__name__}.")
     if values.shape not in ((num,), (num + 1,)):
         raise DiffusersDPMError(f"{path} has shape {values.shape}, not {num} values or {num + 1} with a dummy first.")
     values = values[-num:]

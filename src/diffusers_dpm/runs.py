@@ -8,12 +8,12 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 
-from diffusers_dpm.calibration import STEPS, Calibration, calibrate, conditions_of, network_calls, solver_for
+from diffusers_dpm.calibration import STEPS, Calibration, calibrate, conditions_of, limited, network_calls, solver_for
 from diffusers_dpm.data import describe_data, load_images
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.networks import guided_calls, load_guide, load_pipeline, noise_schedule_of, report_cost
@@ -112,12 +112,13 @@ def estimate_run(
     pipeline = load_pipeline(model)
     unet, scheduler = pipeline.unet, pipeline.scheduler
     schedule = noise_schedule_of(scheduler)
-    if timesteps is not None and timesteps > len(schedule):
-        raise DiffusersDPMError(f"--timesteps {timesteps} is more than the model's {len(schedule)}")
+    num = len(schedule.trained_lambdas())
+    if timesteps is not None and timesteps > num:
+        raise DiffusersDPMError(f"--timesteps {timesteps} is more than the model's {num}")
     accelerator = Accelerator(cpu=cpu)
     with accelerator.main_process_first():  # which fills the cache of `datasets`
         dataset = load_images(data, require_labels=is_conditional(unet), **images)
-    places = [round(t) for t in even(Grid(schedule, timesteps or len(schedule), len(schedule)))]
+    places = [round(t) for t in even(Grid(cast(Any, schedule), timesteps or num, num))]
     num_pairs = min(num_samples, len(dataset)) * len(places)
     report_cost(unet.to(accelerator.device), num_pairs, batch_size, accelerator)
     lock = Processes(accelerator).locked(folder / LOCK)
@@ -195,7 +196,7 @@ def calibrate_run(
     earlier = earlier_calibration(folder, pipeline)
     classifier = None if guidance_scale is None else load_guide(model, pipeline.unet)
     accelerator = Accelerator(cpu=cpu)
-    teacher_steps = min(teacher_steps, pipeline.scheduler.config.num_train_timesteps)
+    teacher_steps = limited(teacher_steps, pipeline.scheduler)
     numbers: dict[str, Any] = {"num_images": num_images, "teacher_steps": teacher_steps, "max_walks": max_walks}
     total = network_calls({*steps}, **numbers)
     pipeline.unet.to(accelerator.device)

@@ -485,16 +485,8 @@ def test_a_gradient_that_is_not_finite_names_its_step(make_pipe):
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        (diffusers.EDMEulerScheduler(), "EDMEulerScheduler"),
-        (diffusers.EDMDPMSolverMultistepScheduler(), "EDMDPMSolverMultistepScheduler"),
-        (diffusers.FlowMatchEulerDiscreteScheduler(), "prediction_type"),
         (diffusers.CMStochasticIterativeScheduler(), "prediction_type"),
         (diffusers.IPNDMScheduler(), "prediction_type"),
-        (
-            diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True),
-            "'flow_prediction'",
-        ),
-        (diffusers.UniPCMultistepScheduler(use_flow_sigmas=True), "UniPCMultistepScheduler"),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import numpy as np
 import torch
@@ -143,7 +143,7 @@ def train_networks(screen: Screen, run: Path, options: TrainingOptions, line: st
 def fit_samplers(screen: Screen, run: Path) -> None:
     pipe, images = DPMPipeline.from_pretrained(run), load_images("digits", split="train")
     unet, scheduler, schedule = pipe.unet, pipe.scheduler, noise_schedule_of(pipe.scheduler)
-    grid = map(round, even(Grid(schedule, TIMESTEPS, len(schedule))))
+    grid = map(round, even(Grid(cast(Any, schedule), TIMESTEPS, len(schedule))))
     line = command("statistics", run, data="digits", timesteps=TIMESTEPS, num_samples=NUM_SAMPLES)
     with screen.step("estimate the posterior variances of Analytic-DPM", line, NUM_SAMPLES * TIMESTEPS):
         statistics = estimate_statistics(unet, scheduler, images, NUM_SAMPLES, timesteps=grid, progress=screen)

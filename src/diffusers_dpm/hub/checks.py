@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
-from diffusers import DDPMPipeline
 
 from diffusers_dpm.hub import without_package
 from diffusers_dpm.hub.card import render_card
@@ -58,7 +58,13 @@ class Loaded:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         loaded, extras = load_pipeline(str(folder)), load_extras(self.folder)
-        self.pipeline = DPMPipeline(loaded.unet, adapt(loaded.scheduler).stock_twin())
+        scheduler = adapt(loaded.scheduler).stock_twin()
+        if not type(scheduler).__module__.startswith("diffusers."):
+            raise PublishError(
+                f"{folder}/scheduler: diffusers has no scheduler of process={scheduler.config.process} with "
+                f"prediction_type={scheduler.config.prediction_type!r}, so nobody could load a published model"
+            )
+        self.pipeline = DPMPipeline(loaded.unet, scheduler)
         self.steps = few = min(4, self.pipeline.scheduler.config.num_train_timesteps)
         self.classifier = extras.pop("classifier", None)
         steps = {name: min(getattr(extra, "available_steps", None) or [few]) for name, extra in extras.items()}
@@ -68,8 +74,8 @@ class Loaded:
         """What each part computes from fixed seeds."""
         unet = self.pipeline.unet
         results = {"pipeline": draw(self.pipeline, self.steps, seeds=[0])}
-        if not is_conditional(unet):  # DDPMPipeline passes no labels
-            stock = DDPMPipeline(unet, self.pipeline.scheduler)
+        if not is_conditional(unet):  # stock pipelines pass no labels, or draw them
+            stock = getattr(diffusers, adapt(self.pipeline.scheduler).stock_pipeline)(unet, self.pipeline.scheduler)
             results["plain"] = draw(stock, self.steps, generator=torch.Generator().manual_seed(0))
         for name, (extra, steps) in self.schedulers.items():
             results[name] = draw(DPMPipeline(unet, extra), steps, seeds=[0])
