@@ -23,6 +23,7 @@ from diffusers_dpm.records import read_json, weights_hash
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, DDIMScheduler, VPNoiseSchedule
 from diffusers_dpm.schedulers.foreign_configs import translated
+from diffusers_dpm.schedulers.gaussian_paths import ContinuousSchedule
 from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, NoiseSchedule
 
 
@@ -402,6 +403,19 @@ def noise_schedule_of(scheduler: Any) -> NoiseSchedule:
     if betas.shape != schedule.betas.shape or not torch.allclose(betas.double().cpu(), schedule.betas, rtol=1e-3):
         raise DiffusersDPMError(f"the betas of this {name} are not those of its config: give them as trained_betas.")
     return schedule
+
+
+def first_timestep(schedule: NoiseSchedule, above: float = -math.inf) -> float:
+    """The noisiest timestep whose lambda is finite, and in DDPM's process larger than `above`.
+
+    Where flow matching has no signal, that is 1e-3 of the time below.
+    """
+    if isinstance(schedule, VPNoiseSchedule):
+        return int((schedule.lambda_ > above).sum()) - 1
+    assert isinstance(schedule, ContinuousSchedule)
+    noisiest = schedule.ends[0]
+    time = noisiest if schedule.level_at(noisiest).alpha else noisiest * (1 - 1e-3)
+    return schedule.told(torch.tensor(time, dtype=torch.float64)).item()
 
 
 def prediction_type_of(scheduler: Any) -> str:
