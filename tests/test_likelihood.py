@@ -412,7 +412,7 @@ def visiting(scheduler, timesteps):
         (grid(analytic(forward_process="ddim", eta=0.0)), "eta=0"),
         (grid(DDPMScheduler(variance_type="learned_range")), "learned_range"),
         (grid(DPMSolverScheduler()), "reverse_variance"),
-        (grid(diffusers.FlowMatchEulerDiscreteScheduler()), "reverse_variance"),
+        (grid(diffusers.FlowMatchEulerDiscreteScheduler()), "discrete process"),
         (AnalyticDPMScheduler(), "statistics"),
         (grid(diffusers.DDPMScheduler(timestep_spacing="trailing"), 61), r"999.*\[999, 983, "),
         (visiting(diffusers.DDPMScheduler(), [0, 500, 999]), r"\[0, 500, 999\]"),

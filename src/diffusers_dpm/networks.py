@@ -368,11 +368,11 @@ def process_of(scheduler: Any) -> str:
     """The kind of noise that a scheduler removes; an unknown one, and one that adds noise, is its own."""
     name = type(scheduler).__name__
     own = inspect.signature(type(scheduler)).parameters  # a swap also keeps keys that say nothing to the new class
+    config = {key: value for key, value in scheduler.config.items() if key in own}
     try:
-        said = translated({key: value for key, value in scheduler.config.items() if key in own})
+        process = config.get("process") or translated(config).get("process") or {"kind": "vp"}
     except ValueError:
         return name
-    process = scheduler.config.get("process") or said.get("process") or {"kind": "vp"}
     if process["kind"] != "vp":
         return PROCESSES[process["kind"]]
     known = hasattr(scheduler, "alphas_cumprod") and "prediction_type" in scheduler.config and "Inverse" not in name

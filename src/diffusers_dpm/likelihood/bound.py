@@ -27,7 +27,7 @@ import torch
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.likelihood.decoder import check_levels, decoder_log_prob, decoder_variances
 from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, as_analytic_dpm, standard_error
-from diffusers_dpm.networks import Progress, network_output, noise_schedule_of
+from diffusers_dpm.networks import PROCESSES, Progress, network_output, process_of
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.random_streams import Stream, normal
@@ -170,6 +170,8 @@ class Transition(NamedTuple):
 def why_unbounded(scheduler: Any) -> str | None:
     """Why the sampler has no finite bound, in one line; None if it has one."""
     config = scheduler.config
+    if process_of(scheduler) in PROCESSES.values():
+        return IN_CONTINUOUS_TIME
     variance_type = config.get("variance_type") or "fixed_small"
     if isinstance(scheduler, AnalyticDPMScheduler):
         infinite = config.forward_process == "ddim" and not config.eta
@@ -201,8 +203,6 @@ def reverse_process(scheduler: Any) -> tuple[AnalyticDPMScheduler, list[Transiti
     """
     if reason := why_unbounded(scheduler):
         raise DiffusersDPMError(reason)
-    if not noise_schedule_of(scheduler).is_discrete:
-        raise DiffusersDPMError(IN_CONTINUOUS_TIME)
     options: dict[str, Any] = {}  # with the reverse variance that DDPM and DDIM schedulers have
     if is_ddim(scheduler):
         options = {"forward_process": "ddim", "reverse_variance": "small", "eta": scheduler.config.get("eta", 0.0)}
