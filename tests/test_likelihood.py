@@ -412,7 +412,7 @@ def visiting(scheduler, timesteps):
         (grid(analytic(forward_process="ddim", eta=0.0)), "eta=0"),
         (grid(DDPMScheduler(variance_type="learned_range")), "learned_range"),
         (grid(DPMSolverScheduler()), "reverse_variance"),
-        (grid(diffusers.FlowMatchEulerDiscreteScheduler()), "reverse_variance"),
+        (grid(diffusers.FlowMatchEulerDiscreteScheduler()), "discrete process"),
         (AnalyticDPMScheduler(), "statistics"),
         (grid(diffusers.DDPMScheduler(timestep_spacing="trailing"), 61), r"999.*\[999, 983, "),
         (visiting(diffusers.DDPMScheduler(), [0, 500, 999]), r"\[0, 500, 999\]"),
@@ -450,10 +450,12 @@ def test_bad_arguments(options, message):
 
 
 def test_a_scheduler_of_another_process():
-    with pytest.raises(ValueError, match="betas"):
+    with pytest.raises(ValueError, match="DDPM's discrete process"):
         measure_errors(Contrived(), diffusers.FlowMatchEulerDiscreteScheduler(), grey_images(1), [0])
+    with pytest.raises(ValueError, match="DDPM's discrete process"):
+        evidence_lower_bound(Contrived(), DDPMScheduler(process={"kind": "subvp"}), grey_images(1))
     with pytest.raises(ValueError, match="betas"):
-        ode_log_likelihood(Contrived(), diffusers.FlowMatchEulerDiscreteScheduler(), grey_images(1))
+        ode_log_likelihood(Contrived(), diffusers.IPNDMScheduler(), grey_images(1))
 
 
 def test_the_bound_of_a_slice_of_a_grid_is_that_of_its_timesteps():

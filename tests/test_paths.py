@@ -12,6 +12,7 @@ import torch
 from diffusers_dpm.adaptive import CONTROLLERS, Integrator, Node, StepPlan, integrate_adaptive, plan_timesteps
 from diffusers_dpm.calibration import Calibration, calibrate, solver_for
 from diffusers_dpm.calibration_inputs import initial_noise
+from diffusers_dpm.likelihood.ode import ode_log_likelihood
 from diffusers_dpm.networks import noise_schedule_of
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics, import_ms_eps
@@ -321,3 +322,22 @@ def test_plans_of_another_path_or_with_whole_timesteps_are_refused():
         damaged.scheduler(scheduler)
     with pytest.raises(ValueError, match="end=2000"):
         integrate_adaptive(lambda x, t: x, on_path(DPMSolverScheduler, process, kind), torch.zeros(1, 1), end=2000)
+
+
+# Likelihood ----------------------------------------------------------------------------------------------------------
+
+
+@PATH
+@pytest.mark.parametrize("solver", ["dopri5", "rk4"])
+def test_likelihood_of_a_mixture_is_exact_on_every_path(process, kind, solver):
+    """The density of x_0 + s epsilon at the cleanest timestep, by an exact network that sees its own x and label."""
+    unet, scheduler = PathNetwork(process, kind, **MIXTURE, sample_size=1), on_path(DDIMScheduler, process, kind)
+    x = torch.tensor([-1.6, -1.0, -0.2, 0.3, 0.6, 1.2], dtype=torch.float64).view(-1, 1, 1, 1)
+    options = {"rtol": 1e-7, "atol": 1e-7} if solver == "dopri5" else {"num_steps": 300}
+    result = ode_log_likelihood(unet, scheduler, x, num_levels=None, divergence="exact", solver=solver, **options)
+    level = scheduler.schedule.level(scheduler.schedule.cleanest)
+    variances = torch.tensor(MIXTURE["deviations"], dtype=torch.float64) ** 2 + (level.sigma / level.alpha) ** 2
+    parts = torch.distributions.Normal(torch.tensor(MIXTURE["means"], dtype=torch.float64), variances.sqrt())
+    expected = -(parts.log_prob(x.view(-1, 1)).exp().mean(dim=1).log()) / math.log(2)
+    # what is left: where the walk starts, x is not yet the noise that it is taken for
+    torch.testing.assert_close(result.per_image, expected, rtol=0, atol=0.05)

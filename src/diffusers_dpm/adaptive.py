@@ -25,14 +25,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.networks import whole_config
+from diffusers_dpm.networks import first_timestep, whole_config
 from diffusers_dpm.pipelines import evaluation_mode, image_shape
 from diffusers_dpm.pipelines.networks import num_classes_of
 from diffusers_dpm.pipelines.pipeline_dpm import draw_labels, make_generators
 from diffusers_dpm.records import Record, provenance
 from diffusers_dpm.schedulers import CLEAN, DPMSolverScheduler, Level, VPNoiseSchedule
 from diffusers_dpm.schedulers.dpm_solver_rows import first_order, singlestep_rows
-from diffusers_dpm.schedulers.gaussian_paths import ContinuousSchedule
 from diffusers_dpm.schedulers.scheduling_dpm_solver import ALGORITHM_TYPES, SOLVER_TYPES
 from diffusers_dpm.schedulers.timestep_grids import spread
 
@@ -318,7 +317,7 @@ def integrate_adaptive(
     scheduler = type(scheduler).from_config(scheduler.config)  # one whose grid may encode does not clip
     config, schedule = scheduler.config, scheduler.schedule
     end = schedule.cleanest if end is None else end
-    start = first_timestep(scheduler)
+    start = first_timestep(schedule, config.lambda_min_clipped)
     distance: dict[str, Any]
     if isinstance(schedule, VPNoiseSchedule):
         if not 0 <= end < start:
@@ -365,17 +364,6 @@ def integrate_adaptive(
     to_clean = config.final_sigmas_type == "zero" or config.denoise_to_zero
     result = integrator(x, schedule.level(start).lambda_, schedule.level(end).lambda_, to_clean)
     return replace(result, sample=result.sample.to(x_T.dtype))
-
-
-def first_timestep(scheduler: DPMSolverScheduler) -> float:
-    """The noisiest timestep at which lambda is finite, and above `lambda_min_clipped`."""
-    schedule = scheduler.schedule
-    if isinstance(schedule, VPNoiseSchedule):
-        return int((schedule.lambda_ > scheduler.config.lambda_min_clipped).sum()) - 1
-    assert isinstance(schedule, ContinuousSchedule)
-    noisiest = schedule.ends[0]
-    time = noisiest if schedule.level_at(noisiest).alpha else noisiest * (1 - 1e-3)
-    return schedule.told(torch.tensor(time, dtype=torch.float64)).item()
 
 
 # Plans ---------------------------------------------------------------------------------------------------------------

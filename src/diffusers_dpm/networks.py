@@ -23,6 +23,7 @@ from diffusers_dpm.records import open_tensors, read_json, weights_hash
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, DDIMScheduler, VPNoiseSchedule
 from diffusers_dpm.schedulers.foreign_configs import translated
+from diffusers_dpm.schedulers.gaussian_paths import ContinuousSchedule
 from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, NoiseSchedule
 
 
@@ -390,11 +391,11 @@ def process_of(scheduler: Any) -> str:
     """The kind of noise that a scheduler removes; an unknown one, and one that adds noise, is its own."""
     name = type(scheduler).__name__
     own = inspect.signature(type(scheduler)).parameters  # a swap also keeps keys that say nothing to the new class
+    config = {key: value for key, value in scheduler.config.items() if key in own}
     try:
-        said = translated({key: value for key, value in scheduler.config.items() if key in own})
+        process = config.get("process") or translated(config).get("process") or {"kind": "vp"}
     except ValueError:
         return name
-    process = scheduler.config.get("process") or said.get("process") or {"kind": "vp"}
     if process["kind"] != "vp":
         return PROCESSES[process["kind"]]
     known = hasattr(scheduler, "alphas_cumprod") and "prediction_type" in scheduler.config and "Inverse" not in name
@@ -425,6 +426,19 @@ def noise_schedule_of(scheduler: Any, where: str = "") -> NoiseSchedule:
     if betas.shape != schedule.betas.shape or not torch.allclose(betas.double().cpu(), schedule.betas, rtol=1e-3):
         raise DiffusersDPMError(f"the betas of this {name} are not those of its config: give them as trained_betas.")
     return schedule
+
+
+def first_timestep(schedule: NoiseSchedule, above: float = -math.inf) -> float:
+    """The noisiest timestep whose lambda is finite, and in DDPM's process larger than `above`.
+
+    Where flow matching has no signal, that is 1e-3 of the time below.
+    """
+    if isinstance(schedule, VPNoiseSchedule):
+        return int((schedule.lambda_ > above).sum()) - 1
+    assert isinstance(schedule, ContinuousSchedule)
+    noisiest = schedule.ends[0]
+    time = noisiest if schedule.level_at(noisiest).alpha else noisiest * (1 - 1e-3)
+    return schedule.told(torch.tensor(time, dtype=torch.float64)).item()
 
 
 def prediction_type_of(scheduler: Any) -> str:

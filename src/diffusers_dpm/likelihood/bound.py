@@ -27,12 +27,15 @@ import torch
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.likelihood.decoder import check_levels, decoder_log_prob, decoder_variances
 from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, as_analytic_dpm, standard_error
-from diffusers_dpm.networks import Progress, network_output
+from diffusers_dpm.networks import PROCESSES, Progress, network_output, process_of
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.random_streams import Stream, normal
-from diffusers_dpm.schedulers.noise_schedule import affine
+from diffusers_dpm.schedulers.noise_schedule import VPNoiseSchedule, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
+
+
+IN_CONTINUOUS_TIME = "the bound is of DDPM's discrete process: use ode_log_likelihood ('likelihood --method ode')."
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def measure_errors(
 
     Args:
         unet: a `UNet2DModel` with epsilon, sample or v prediction, C or 2C output channels.
-        scheduler: any diffusers scheduler of a DDPM process: the noise schedule, prediction_type and clipping.
+        scheduler: any diffusers scheduler of a known process: the noise schedule, prediction_type and clipping.
         images: (N, C, H, W) in [-1, 1], kept where they are and moved to the network batch by batch.
         timesteps: where; any order.
         class_labels: (N,), for a class-conditional network.
@@ -106,6 +109,8 @@ def measure_errors(
     """
     process = as_analytic_dpm(scheduler)
     schedule, prediction_type = process.schedule, process.config.prediction_type
+    if not isinstance(schedule, VPNoiseSchedule):
+        raise DiffusersDPMError(IN_CONTINUOUS_TIME)
     grid = sorted(set(map(int, timesteps)))
     if not grid or grid[0] < 0 or grid[-1] >= len(schedule):
         raise DiffusersDPMError(f"timesteps must lie in 0 .. {len(schedule) - 1}, got {grid[:4]} .. {grid[-4:]}.")
@@ -165,6 +170,8 @@ class Transition(NamedTuple):
 def why_unbounded(scheduler: Any) -> str | None:
     """Why the sampler has no finite bound, in one line; None if it has one."""
     config = scheduler.config
+    if process_of(scheduler) in PROCESSES.values():
+        return IN_CONTINUOUS_TIME
     variance_type = config.get("variance_type") or "fixed_small"
     if isinstance(scheduler, AnalyticDPMScheduler):
         infinite = config.forward_process == "ddim" and not config.eta

@@ -11,10 +11,10 @@ from torch import Tensor
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.likelihood.decoder import check_levels, gaussian_log_density
 from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, as_analytic_dpm
-from diffusers_dpm.networks import Progress, network_output
+from diffusers_dpm.networks import Progress, first_timestep, network_output
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.random_streams import Stream, normal, sign, uniform
-from diffusers_dpm.schedulers.noise_schedule import affine
+from diffusers_dpm.schedulers.noise_schedule import Level, VPNoiseSchedule, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
 
@@ -111,6 +111,11 @@ def ode_log_likelihood(
     training timesteps the network gets a real-valued timestep, log alpha being linear. Predictions are not clipped.
     Needs torchdiffeq.
 
+    On other paths x is the variance-preserving multiple of theirs, so that an exact network has the same likelihood on
+    all of them. The images are taken to be x_0 + (sigma / alpha) epsilon of the cleanest timestep, and the end to be
+    the noise that samples start from. Flow matching's noisiest timestep, which has no signal, is left out by 1e-3 of
+    the time.
+
     Args:
         unet, scheduler, images, class_labels, seed, indices: as in `measure_errors`.
         num_levels: number of values that a pixel can have, 256 for 8 bits; None for continuous data.
@@ -170,7 +175,8 @@ def ode_log_likelihood(
 class ProbabilityFlow:
     """d(x, g) / du at u = log(sigma / alpha) for a batch of images; g is what x's log-density gains per dimension.
 
-    The part of g that x's linear term causes, log(alpha_T / alpha_0), is left out and added at the end.
+    The part of g that x's linear term causes, log(alpha_T / alpha_0), is left out and added at the end. x and alpha
+    are those of the variance-preserving path of the same u; the network sees its own path's.
 
     Args:
         unet, process: network and forward process.
@@ -181,15 +187,19 @@ class ProbabilityFlow:
     def __init__(self, unet: Any, process: AnalyticDPMScheduler, class_labels: Tensor | None, probes: Tensor | None):
         self.unet, self.class_labels, self.probes = unet, class_labels, probes
         self.schedule, self.prediction_type = process.schedule, process.config.prediction_type
+        self.is_discrete, self.ends = self.schedule.is_discrete, self._find_ends()
         self.num_evaluations = 0
 
     @torch.no_grad()
     def log_density(self, x: Tensor, solver: str, rtol: float, atol: float, num_steps: int) -> Tensor:
-        """log p(x) / d in nats for x at the level of timestep 0, float64 (B, P); P is 1 without probes."""
+        """log p(x) / d in nats for x at the level of timestep 0, float64 (B, P); P is 1 without probes.
+
+        In continuous time, for x = x_0 + (sigma / alpha) epsilon at the cleanest timestep.
+        """
         from torchdiffeq import odeint
 
-        lowest = self.schedule[0]
-        highest = self.schedule[int(self.schedule.lambda_.isfinite().sum()) - 1]  # the last one may have no signal
+        lowest, highest = self.ends if self.is_discrete else map(preserving, self.ends)
+        x = x if self.is_discrete else x * lowest.alpha
         ends = (-lowest.lambda_, -highest.lambda_)
         span = torch.tensor(ends, dtype=torch.float64, device=x.device)
         gained = x.new_zeros(len(x), 1 if self.probes is None else len(self.probes))
@@ -202,22 +212,45 @@ class ProbabilityFlow:
         except AssertionError as error:  # torchdiffeq's sign that no step is small enough
             raise DiffusersDPMError(f"the ODE cannot be solved to rtol={rtol:g}, atol={atol:g}: {error}.") from error
         noise, gained = (state[-1] for state in states)
-        prior = gaussian_log_density(noise, torch.zeros_like(noise), torch.ones_like(noise))
-        return prior.flatten(1).mean(dim=1, keepdim=True) + gained + math.log(highest.alpha / lowest.alpha)
+        # of the x that samples start from
+        variance = (self.schedule.init_noise_sigma / (1.0 if self.is_discrete else math.hypot(*self.ends[1][:2]))) ** 2
+        prior = gaussian_log_density(noise, torch.zeros_like(noise), torch.full_like(noise, variance))
+        stretched = math.log(highest.alpha / lowest.alpha) + (0.0 if self.is_discrete else math.log(lowest.alpha))
+        return prior.flatten(1).mean(dim=1, keepdim=True) + gained + stretched
+
+    def _find_ends(self) -> tuple[Level, Level]:
+        """The lowest and the highest level, on the schedule's own path."""
+        if isinstance(self.schedule, VPNoiseSchedule):  # the last level may have no signal
+            return self.schedule[0], self.schedule[int(self.schedule.lambda_.isfinite().sum()) - 1]
+        return self.schedule.level(self.schedule.cleanest), self.schedule.level(first_timestep(self.schedule))
 
     def __call__(self, u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         self.num_evaluations += 1
         lambda_ = -u.cpu()
+        if not self.is_discrete:  # an adaptive solver also looks beyond the end
+            lambda_ = lambda_.clamp(self.ends[1].lambda_, self.ends[0].lambda_)
         alpha, sigma = (math.sqrt(value) for value in torch.sigmoid(torch.stack([2 * lambda_, -2 * lambda_])).tolist())
-        t = self.schedule.timestep_of(lambda_).float().to(u.device)
+        t = self.schedule.timestep_of(lambda_)
+        own = Level(alpha, sigma, lambda_.item()) if self.is_discrete else self.schedule.level(t.item())
+        scale = 1.0 if self.is_discrete else math.hypot(own.alpha, own.sigma)
+        seen_scale = scale * self.schedule.input_scale(own)
+        t = t.float().to(u.device)
         with torch.enable_grad():
             x = state[0].detach().requires_grad_()
-            output = network_output(self.unet, x, t.expand(len(x)), self.class_labels)
-            epsilon = affine(self.schedule.conversion(self.prediction_type, alpha, sigma).epsilon, x, output)
+            seen = x if seen_scale == 1 else x * seen_scale
+            output = network_output(self.unet, seen, t.expand(len(x)), self.class_labels)
+            conversion = self.schedule.conversion(self.prediction_type, own.alpha, own.sigma)
+            epsilon = affine(conversion.epsilon, x if scale == 1 else x * scale, output)
             traces = exact_trace(epsilon, x) if self.probes is None else probed_traces(epsilon, x, self.probes)
         if not (epsilon.isfinite().all() and traces.isfinite().all()):  # an adaptive solver would never end
             raise DiffusersDPMError(f"the network's predictions are not finite at timestep {t.item():g}.")
         return sigma * epsilon.detach() - sigma**2 * state[0], sigma / x[0].numel() * traces
+
+
+def preserving(level: Level) -> Level:
+    """The level of the same lambda with alpha^2 + sigma^2 = 1."""
+    norm = math.hypot(level.alpha, level.sigma)
+    return Level(level.alpha / norm, level.sigma / norm, level.lambda_)
 
 
 def probed_traces(outputs: Tensor, inputs: Tensor, probes: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ def as_analytic_dpm(scheduler: Any, **options: Any) -> AnalyticDPMScheduler:
     """Any scheduler's forward process, prediction type and clipping, as an `AnalyticDPMScheduler`.
 
     Raises:
-        ValueError: a scheduler of another process than DDPM's.
+        ValueError: a scheduler of an unknown process.
     """
     if isinstance(scheduler, AnalyticDPMScheduler):
         return scheduler

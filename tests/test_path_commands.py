@@ -1,0 +1,91 @@
+"""The commands on run folders whose models are of flow matching, EDM and VE, as training saves them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_dpm.commands.main import main
+from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler, DDIMScheduler
+from tests.models import save_features, tiny_unet
+
+
+pytestmark = pytest.mark.usefixtures("fresh_process")
+PATHS = {
+    "flow": ({"kind": "flow", "shift": 2.0}, "flow_prediction", "FlowMatchEulerDiscreteScheduler"),
+    "edm": ({"kind": "edm", "sigma_max": 20.0}, "epsilon", "EDMEulerScheduler"),
+    "ve": ({"kind": "ve", "sigma_max": 20.0}, "epsilon", "DDIMScheduler"),
+}
+
+
+@pytest.fixture(params=PATHS, ids=PATHS)
+def run(request, tmp_path):
+    process, kind, stock = PATHS[request.param]
+    scheduler = DDIMScheduler(process=process, prediction_type=kind, clip_sample=False)
+    DPMPipeline(tiny_unet(), scheduler).save_pretrained(tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "scheduler" / "scheduler_config.json").read_text())
+    assert config["_class_name"] == stock
+    return tmp_path / "run"
+
+
+def command(name, run, *arguments):
+    assert main([name, str(run), *arguments, "--cpu"] if name != "likelihood" else [name, str(run), *arguments]) == 0
+
+
+def pixels(folder):
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+
+
+def test_every_command_on_a_run(run, tmp_path, capsys):
+    command("statistics", run, "--data=digits", "--num-samples=4", "--timesteps=12")
+    analytic = AnalyticDPMScheduler.from_pretrained(run / "analytic_dpm")
+    assert len(analytic.posterior_variance()) == 1000
+
+    command("calibrate", run, "--steps=3", "--num-images=4", "--teacher-steps=24", "--max-walks=2")
+    assert CalibratedScheduler.from_pretrained(run / "calibrated").available_steps == [3]
+
+    own = {}
+    for name in ("ddim", "dpm-solver", "analytic-dpm", "calibrated"):
+        options = ["--num-inference-steps=3", "--seeds=0-1", f"--output={tmp_path / name}"]
+        command("sample", run, f"--scheduler={name}", *options)
+        own[name] = pixels(tmp_path / name)
+        assert own[name].shape == (2, 8, 8)
+    command("sample", run, "--num-inference-steps=3", "--seeds=0-1", f"--output={tmp_path / 'default'}")
+    assert (
+        np.abs(pixels(tmp_path / "default").astype(int) - own["ddim"]).max() <= 1
+    )  # the model's own is Euler, as DDIM
+
+    command("likelihood", run, "--data=digits", "--method=ode", "--num-images=2", "--solver=rk4", "--num-steps=6")
+    assert np.isfinite(json.loads((run / "likelihood.json").read_text())["ode"]["bits_per_dim"])
+    arguments = ["likelihood", str(run), "--data=digits", "--num-images=2"]
+    assert main(arguments) != 0
+    assert "--method ode" in capsys.readouterr().err.splitlines()[-1]
+
+    features = save_features(tmp_path / "features")
+    options = ["--data=digits", f"--features={features}", "--num-images=20", "--num-resamples=2", "--steps=3"]
+    command(
+        "evaluate", run, *options, "--held-out-split=test", "--likelihood-images=2", "--schedulers", "ddim", "ddpm"
+    )
+    rows = json.loads((run / "metrics.json").read_text())["rows"]
+    assert {row["scheduler"] for row in rows} == {"DDIMScheduler", "DDPMScheduler"}
+    assert all(np.isfinite(row["value"]) for row in rows)
+
+
+def test_statistics_and_rows_are_of_the_run_s_own_path(run):
+    """A scheduler of DDPM's process cannot draw from it, nor another path's."""
+    options = [str(run), "--num-inference-steps=3", "--seeds=0", "--cpu", f"--output={run / 'images'}"]
+    assert main(["sample", *options, "--scheduler=diffusers:DDIMScheduler"]) != 0
+    assert not (run / "images").exists()
+
+
+def test_images_are_those_of_the_pipeline(run, tmp_path):
+    command("sample", run, "--scheduler=ddim", "--num-inference-steps=4", "--seeds=0-2", f"--output={tmp_path / 'a'}")
+    pipeline = DPMPipeline.from_pretrained(run)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    images = pipeline(seeds=[0, 1, 2], num_inference_steps=4, output_type="pt").images
+    expected = (images[:, 0] * 255).round().to(torch.uint8).numpy().astype(int)
+    assert np.abs(pixels(tmp_path / "a") - expected).max() <= 1
