@@ -36,6 +36,36 @@ PROCESS_KEYS = {
 }
 
 
+ORIGIN = "_process_keys"  # config key: the `PROCESS_KEYS` that `process` was made of; none of a process that was given
+
+
+def said(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says of its process."""
+    return {key: config[key] for key in sorted(PROCESS_KEYS & config.keys())}
+
+
+def with_process(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What takes the place of keys of a config when some of `PROCESS_KEYS` change; `ORIGIN` is among it.
+
+    Raises:
+        ValueError: as `translated`; or the process was given by itself, or is another than the config's.
+    """
+    changes = dict(changes)
+    if "flow_shift" in changes and "shift" in config and not {**config, **changes}.get("use_flow_sigmas"):
+        changes["shift"] = changes["flow_shift"]  # one thing, of two names
+    given, new = config.get("process"), {**config, **changes}
+    if given is not None and not config.get(ORIGIN):
+        if changes:
+            raise ValueError(f"{changes} would change process={given}: give that.")
+        return {ORIGIN: None}
+    if given is not None and said(new) == config[ORIGIN]:
+        return {ORIGIN: config[ORIGIN]}
+    found = translated(new)
+    if changes and "process" in found and "use_flow_sigmas" not in changes and not translated(config):
+        raise ValueError(f"{changes}: this config is of another process.")
+    return {**changes, **found, **({ORIGIN: said(new)} if "process" in found else {})}
+
+
 def translated_classes() -> list[type]:
     """diffusers' schedulers, beyond those of DDPM's process, whose configs have a meaning here."""
     names = [
@@ -60,7 +90,10 @@ def translated(config: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError("prediction_type='trigflow' is of a distilled model: use diffusers' SCMScheduler.")
     if config.get("scale_factors"):
         raise ValueError(f"scale_factors={config['scale_factors']} changes the resolution: use diffusers' class.")
-    found = next((found for rule in RULES if (found := rule(config)) is not None), {})
+    try:
+        found = next((found for rule in RULES if (found := rule(config)) is not None), {})
+    except KeyError as error:
+        raise ValueError(f"{error.args[0]!r} is missing in the config of this process.") from None
     if "process" in found and found["process"]["kind"] != "vp":
         found.setdefault("clip_sample", False)  # of latents or unbounded data; stock schedulers of these cannot clip
     for key, value in (("prediction_type", "flow_prediction"), ("use_dynamic_shifting", True)):
@@ -77,7 +110,8 @@ def defaults_of(class_name: Any) -> dict[str, Any]:
     """
     if class_name in REFUSED_CLASSES:
         raise ValueError(f"_class_name={class_name!r} is of {REFUSED_CLASSES[class_name]}: use diffusers' class.")
-    stock = getattr(diffusers, class_name, None) if isinstance(class_name, str) else None
+    libraries = (diffusers, diffusers.schedulers) if isinstance(class_name, str) else ()
+    stock = next((getattr(each, class_name) for each in libraries if hasattr(each, class_name)), None)
     if not inspect.isclass(stock) or not hasattr(stock, "from_config"):
         return {}
     parameters = inspect.signature(stock.__init__).parameters.items()
@@ -93,7 +127,9 @@ def edm(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if (kind := config.get("prediction_type", "epsilon")) not in ("epsilon", "v_prediction"):
         raise ValueError(f"prediction_type={kind!r} has no meaning for EDM: choose 'epsilon' or 'v_prediction'.")
     named = {key: config[key] for key in ("sigma_min", "sigma_max", "sigma_data", "rho") if key in config}
+    # Of the three only Cosine has an order and no type of algorithm; ours have both, and keep the clock that they had.
     clock = "atan" if "solver_order" in config and "algorithm_type" not in config else "log"
+    clock = (config.get("process") or {}).get("clock", clock)
     return {"process": {"kind": "edm", **named, "clock": clock, "grid": config["sigma_schedule"]}}
 
 
@@ -104,8 +140,12 @@ def continuous_euler(config: Mapping[str, Any]) -> dict[str, Any] | None:
     if config["timestep_type"] != "continuous" or config.get("prediction_type") != "v_prediction":
         kinds = f"timestep_type={config['timestep_type']!r}, prediction_type={config.get('prediction_type')!r}"
         raise ValueError(f"{kinds} is no known process; 'continuous' needs 'v_prediction'.")
-    if not config.get("sigma_max"):
-        raise ValueError(f"timestep_type='continuous' needs sigma_min and sigma_max; got {config.get('sigma_max')}.")
+    if not (config.get("sigma_max") and config.get("sigma_min")):
+        raise ValueError(
+            "timestep_type='continuous' needs sigma_min and sigma_max, as Stable Video Diffusion has them."
+        )
+    if config.get("use_beta_sigmas"):
+        raise ValueError("use_beta_sigmas=True with timestep_type='continuous': give timestep_spacing='beta'.")
     ends = {"sigma_min": config["sigma_min"], "sigma_max": config["sigma_max"]}
     grid = "exponential" if config.get("use_exponential_sigmas") else "karras"
     return {"process": {"kind": "edm", **ends, "sigma_data": 1.0, "clock": "log", "grid": grid}}
@@ -113,7 +153,7 @@ def continuous_euler(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def sigmas_of_flow(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """FlowMatchEuler after Cosmos 2 has registered its range of sigma."""
-    if "shift" not in config or config.get("sigma_max") is None:
+    if "shift" not in config or config.get("sigma_max") is None or config.get("sigma_data") is None:
         return None
     grid = "exponential" if config.get("use_exponential_sigmas") else "karras"
     ends = {"sigma_min": config["sigma_min"], "sigma_max": config["sigma_max"]}
@@ -124,8 +164,11 @@ def sigmas_of_flow(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def flow_matching(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """FlowMatchEuler, FlowMatchHeun, LTXEulerAncestralRF, and other solvers with `use_flow_sigmas`."""
-    own = "shift" in config or "s_noise" in config
-    if not own and not config.get("use_flow_sigmas"):
+    mode = bool(config.get("use_flow_sigmas")) and "FlowMatch" not in str(config.get("_class_name"))
+    own = not mode and (
+        "shift" in config or "s_noise" in config
+    )  # a mode that is on is newer than keys that were kept
+    if not own and not mode:
         return None
     over = [name for flag, name in FLOW_FLAGS.items() if config.get(flag)]
     if len(over) > 1:
@@ -133,7 +176,7 @@ def flow_matching(config: Mapping[str, Any]) -> dict[str, Any] | None:
     process: dict[str, Any] = {
         "kind": "flow",
         "num_train_timesteps": config.get("num_train_timesteps", 1000),
-        "shift": config.get("shift", config.get("flow_shift", 1.0)),
+        "shift": config.get("shift" if own else "flow_shift", 1.0),
         "spacing": "euler" if own else "unipc" if "predict_x0" in config else "dpm",
     }
     if config.get("use_dynamic_shifting"):

@@ -20,7 +20,7 @@ import hashlib
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -57,7 +57,6 @@ class ContinuousSchedule(NoiseSchedule):
     scale: float
     num_train_timesteps: int = 1000
     needs_mu: bool = False
-    stochastic: bool = False
 
     def __len__(self) -> int:
         return self.num_train_timesteps
@@ -72,21 +71,21 @@ class ContinuousSchedule(NoiseSchedule):
     def time_of(self, lambda_: Tensor) -> Tensor:
         """The times at which log(alpha / sigma) = lambda_."""
 
-    def told(self, time: Tensor) -> Tensor:
+    def timestep_at(self, time: Tensor) -> Tensor:
         """The timesteps of times."""
         return self.scale * time
 
-    def heard(self, t: Tensor) -> Tensor:
+    def time_at(self, t: Tensor) -> Tensor:
         """The times of timesteps."""
         return t / self.scale
 
     @property
     def noisiest(self) -> float:  # type: ignore[override]
-        return self.told(on_host(self.ends[0])).item()
+        return self.timestep_at(on_host(self.ends[0])).item()
 
     @property
     def cleanest(self) -> float:  # type: ignore[override]
-        return self.told(on_host(self.ends[1])).item()
+        return self.timestep_at(on_host(self.ends[1])).item()
 
     def levels_at(self, times: Tensor) -> list[Level]:
         """The levels of times, (n,)."""
@@ -97,18 +96,24 @@ class ContinuousSchedule(NoiseSchedule):
         return self.levels_at(on_host([time]))[0]
 
     def level(self, t: float) -> Level:
-        time, (high, _) = self.heard(on_host(t)).item(), self.ends
+        time, (high, _) = self.time_at(on_host(t)).item(), self.ends
         if not 0 <= time <= high * 1.01:
             raise IndexError(f"timestep {t} is outside {self.cleanest:g} .. {self.noisiest:g}.")
         return self.level_at(min(time, high))
 
     def timestep_of(self, lambda_: Tensor) -> Tensor:
         high, low = self.ends
-        return self.told(self.time_of(lambda_.double()).clamp(low, high))
+        return self.timestep_at(self.time_of(lambda_.double()).clamp(low, high))
 
     def at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """As `NoiseSchedule.at`; an accelerator's timesteps are not looked at, for which it would have to wait."""
+        if t.device.type == "cpu":
+            times = self.time_at(t.detach().double())
+            if not ((times >= 0) & (times <= self.ends[0] * 1.01)).all():
+                some = t.flatten().tolist()[:8]
+                raise ValueError(f"timesteps must lie in {self.cleanest:g} .. {self.noisiest:g}; got {some}.")
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        time = self.heard(t.to(like.device, dtype)).reshape(-1, *(1,) * (like.ndim - 1))
+        time = self.time_at(t.to(like.device, dtype)).reshape(-1, *(1,) * (like.ndim - 1))
         return self.path(time)
 
     def __getitem__(self, t: float) -> Level:
@@ -121,7 +126,8 @@ class ContinuousSchedule(NoiseSchedule):
 
     @cached_property
     def hash(self) -> str:
-        text = " ".join([self.kind, *(f"{key}={value}" for key, value in sorted(self.parameters.items()))])
+        values = {key: value if isinstance(value, str) else float(value) for key, value in self.parameters.items()}
+        text = " ".join([self.kind, *(f"{key}={value}" for key, value in sorted(values.items()))])
         return hashlib.sha256(text.encode()).hexdigest()
 
     # The grid ----------------------------------------------------------------------------------------------------
@@ -133,11 +139,11 @@ class ContinuousSchedule(NoiseSchedule):
     def trained_timesteps(self) -> Tensor:
         num = self.num_train_timesteps
         times = torch.linspace(*self.ends, num, **HOST) if self.needs_mu or num == 1 else self.times(num)
-        return self.told(times).float()
+        return self.timestep_at(times).float()
 
     def trained_lambdas(self) -> Tensor:
         """As many as there are in a thousand even timesteps."""
-        times = self.heard(torch.linspace(self.cleanest, self.noisiest, 1000, **HOST))
+        times = self.time_at(torch.linspace(self.cleanest, self.noisiest, 1000, **HOST))
         alpha, sigma = self.path(times.clamp(max=self.ends[0]))
         return alpha.log() - sigma.log()
 
@@ -232,17 +238,22 @@ class FlowSchedule(ContinuousSchedule):
         check_choice("dynamic", dynamic, (None, "exponential", "linear"))
         check_choice("spacing", spacing, ("euler", "dpm", "unipc"))
         check_choice("over", over, (None, "karras", "exponential", "beta"))
-        if not shift > 0:
-            raise ValueError(f"{shift=} must be positive.")
-        self.num_train_timesteps = self.scale = num_train_timesteps
+        check_positive(num_train_timesteps=num_train_timesteps, shift=shift)
+        if num_train_timesteps != int(num_train_timesteps):
+            raise ValueError(f"{num_train_timesteps=} must be a whole number.")
+        if terminal and not 0 < terminal < 1:
+            raise ValueError(f"{terminal=} must lie in 0 .. 1.")
+        self.num_train_timesteps = self.scale = int(num_train_timesteps)
         self.inverted, self.shift = inverted, shift
         self.dynamic, self.terminal, self.spacing, self.over = dynamic, terminal, spacing, over
         self.stochastic = stochastic
         self.karras_ends = (sigma_max, sigma_min) if sigma_max and sigma_min else None
         self.ends = (1.0, 1 / num_train_timesteps if num_train_timesteps > 1 else 1e-3)
         self.needs_mu = dynamic is not None
-        if inverted:
-            self.predictions = {**PREDICTIONS, "flow_prediction": lambda alpha, sigma: (1.0, -1.0)}
+
+    @property
+    def predictions(self) -> dict[str, Any]:  # type: ignore[override]
+        return INVERTED_PREDICTIONS if self.inverted else PREDICTIONS
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -254,32 +265,27 @@ class FlowSchedule(ContinuousSchedule):
     def time_of(self, lambda_: Tensor) -> Tensor:
         return torch.sigmoid(-lambda_)
 
-    def told(self, time: Tensor) -> Tensor:
-        return super().told(1 - time if self.inverted else time)
+    def timestep_at(self, time: Tensor) -> Tensor:
+        return super().timestep_at(1 - time if self.inverted else time)
 
-    def heard(self, t: Tensor) -> Tensor:
-        time = super().heard(t)
+    def time_at(self, t: Tensor) -> Tensor:
+        time = super().time_at(t)
         return 1 - time if self.inverted else time
 
     def sigma_of(self, level: Level) -> float:
         return level.alpha if self.inverted else level.sigma
-
-    def trained_timesteps(self) -> Tensor:
-        num = self.num_train_timesteps
-        times = torch.linspace(*self.ends, num, **HOST) if self.needs_mu or num == 1 else self.times(num)
-        return self.told(times).float()
 
     def time_of_sigma(self, sigma: Tensor) -> Tensor:
         return sigma
 
     def default_times(self, num: int) -> Tensor:
         last = 1 / self.num_train_timesteps
+        if last == 1:
+            raise ValueError("num_train_timesteps=1: this process has no grid of its own; give sigmas.")
         if self.spacing == "unipc":
             return torch.linspace(1, last, num + 1, **HOST)[:-1]
         if self.spacing == "dpm":
             return torch.linspace(1 - last, 0, num + 1, **HOST)[:-1]
-        if self.num_train_timesteps == 1:
-            raise ValueError("num_train_timesteps=1: this process has no grid of its own; give sigmas.")
         return torch.linspace(1, last if self.needs_mu else shifted(on_host(last), self.shift).item(), num, **HOST)
 
     def times(self, num: int | None, sigmas: Any = None, mu: float | None = None) -> Tensor:
@@ -301,7 +307,13 @@ class FlowSchedule(ContinuousSchedule):
     def _factor(self, mu: float | None) -> float:
         if self.dynamic is None or mu is None:
             return self.shift
-        return math.exp(mu) if self.dynamic == "exponential" else mu
+        try:
+            factor = math.exp(float(mu)) if self.dynamic == "exponential" else float(mu)
+        except (OverflowError, TypeError, ValueError):
+            factor = math.nan
+        if not 0 < factor < math.inf:
+            raise ValueError(f"mu={mu!r} must be a number, of moderate size, and positive for linear shifts.")
+        return factor
 
 
 class SigmaSchedule(ContinuousSchedule):
@@ -314,8 +326,9 @@ class SigmaSchedule(ContinuousSchedule):
 
     def __init__(self, sigma_min: float, sigma_max: float, grid: str = "karras", rho: float = 7.0):
         check_choice("grid", grid, ("karras", "exponential"))
-        if not 0 < sigma_min < sigma_max:
-            raise ValueError(f"{sigma_min=} and {sigma_max=} must be positive, in this order.")
+        check_positive(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+        if not sigma_min < sigma_max:
+            raise ValueError(f"{sigma_min=} must be less than {sigma_max=}.")
         self.ends, self.grid, self.rho = (sigma_max, sigma_min), grid, rho
 
     def path(self, time: Tensor) -> tuple[Tensor, Tensor]:
@@ -343,6 +356,7 @@ class EDMSchedule(SigmaSchedule):
     """
 
     kind = "edm"
+    scales_input = True
 
     def __init__(
         self,
@@ -355,9 +369,11 @@ class EDMSchedule(SigmaSchedule):
     ):
         super().__init__(sigma_min, sigma_max, grid, rho)
         check_choice("clock", clock, ("log", "atan"))
+        check_positive(sigma_data=sigma_data)
         self.sigma_data, self.clock = sigma_data, clock
         self.init_noise_sigma = math.hypot(sigma_max, 1)  # diffusers', whatever sigma_data is
-        self.predictions = {"epsilon": v_of_data(sigma_data, -1.0), "v_prediction": v_of_data(sigma_data)}
+        v = partial(v_of_data, data=sigma_data)
+        self.predictions = {"epsilon": partial(v, sign=-1.0), "v_prediction": v}
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -370,15 +386,18 @@ class EDMSchedule(SigmaSchedule):
         alpha, sigma = self.at(t, x)
         return x / torch.hypot(self.sigma_data * alpha, sigma)
 
-    def told(self, time: Tensor) -> Tensor:
+    def timestep_at(self, time: Tensor) -> Tensor:
         return torch.log(time) / 4 if self.clock == "log" else torch.atan(time) * (2 / math.pi)
 
-    def heard(self, t: Tensor) -> Tensor:
+    def time_at(self, t: Tensor) -> Tensor:
         return torch.exp(4 * t) if self.clock == "log" else torch.tan(t * (math.pi / 2))
 
     def times(self, num: int | None, sigmas: Any = None, mu: float | None = None) -> Tensor:
-        if sigmas is not None and float(sigmas[0]) < float(sigmas[-1]):  # diffusers' ramp from 0 to 1, of which
-            num, sigmas = len(sigmas), None  # pipelines give the even one
+        if sigmas is not None and len(sigmas) and float(sigmas[0]) < float(sigmas[-1]):  # diffusers' ramp
+            even = torch.linspace(0, 1, len(sigmas), **HOST)
+            if not torch.allclose(on_host([float(s) for s in sigmas]), even, atol=1e-6):
+                raise ValueError(f"rising sigmas are an even ramp from 0 to 1; got {[float(s) for s in sigmas][:8]}.")
+            num, sigmas = len(sigmas), None
         return super().times(num, sigmas, mu)
 
 
@@ -403,6 +422,7 @@ class VESchedule(SigmaSchedule):
         own_grid: bool = False,
     ):
         super().__init__(sigma_min, sigma_max, grid, rho)
+        check_positive(scale=scale)
         self.scale, self.own_grid, self.init_noise_sigma = scale, own_grid, sigma_max
 
     def times(self, num: int | None, sigmas: Any = None, mu: float | None = None) -> Tensor:
@@ -420,7 +440,8 @@ class UnitTimeSchedule(ContinuousSchedule):
     """
 
     def __init__(self, epsilon: float = 1e-3, scale: float = 999.0):
-        if not 0 < epsilon < 1:
+        check_positive(epsilon=epsilon, scale=scale)
+        if not epsilon < 1:
             raise ValueError(f"{epsilon=} must lie in 0 .. 1.")
         self.ends, self.scale = (1.0, epsilon), scale
 
@@ -437,8 +458,9 @@ class VPLinearSchedule(UnitTimeSchedule):
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0, epsilon: float = 1e-3, scale: float = 999.0):
         super().__init__(epsilon, scale)
-        if not 0 < beta_min < beta_max:
-            raise ValueError(f"{beta_min=} and {beta_max=} must be positive, in this order.")
+        check_positive(beta_min=beta_min, beta_max=beta_max)
+        if not beta_min < beta_max:
+            raise ValueError(f"{beta_min=} must be less than {beta_max=}.")
         self.beta_min, self.beta_max = beta_min, beta_max
 
     @property
@@ -492,6 +514,7 @@ class CosineSchedule(UnitTimeSchedule):
 
     def __init__(self, offset: float = 0.008, epsilon: float = 1e-3, scale: float = 1.0):
         super().__init__(epsilon, scale)
+        check_positive(offset=offset)
         self.offset = offset
         self.ends = (self._time(math.acos(0.01 * math.cos(self._angle(0.0)))), epsilon)  # alpha falls to 0.01
 
@@ -516,6 +539,15 @@ class CosineSchedule(UnitTimeSchedule):
         return self._time(torch.acos(torch.sqrt(torch.sigmoid(2 * lambda_)) * math.cos(self._angle(0.0))))
 
 
+INVERTED_PREDICTIONS = {**PREDICTIONS, "flow_prediction": lambda alpha, sigma: (1.0, -1.0)}
+
+
+def check_positive(**values: Any) -> None:
+    for key, value in values.items():
+        if isinstance(value, (bool, str)) or value is None or not 0 < value < math.inf:
+            raise ValueError(f"{key}={value!r} must be a positive number.")
+
+
 def check_choice(key: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
         raise ValueError(unknown(key, value, choices))
@@ -528,13 +560,13 @@ PATHS: dict[str, type[ContinuousSchedule]] = {
 
 
 def path_of(process: Mapping[str, Any]) -> ContinuousSchedule:
-    """The schedule of a config's `process`.
+    """The schedule of a config's `process`, in continuous time.
 
     Raises:
         ValueError: a kind or an argument that there is not.
     """
     kind = process.get("kind")
-    if kind not in PATHS:
+    if not isinstance(kind, str) or kind not in PATHS:
         raise ValueError(unknown("process kind", kind, PATHS))
     try:
         return PATHS[kind](**{key: value for key, value in process.items() if key != "kind"})

@@ -54,20 +54,25 @@ class GridArguments:
         lengths = [number for number in (num, *map(length, (timesteps, sigmas))) if number is not None]
         if len({*lengths}) > 1:
             raise ValueError(f"num_inference_steps={num}, timesteps and sigmas say different numbers: {lengths}.")
+        if not lengths[0]:
+            raise ValueError(f"no steps: num_inference_steps={num}, {timesteps=}, {sigmas=}.")
         if timesteps is not None and sigmas is None:
             levels = [schedule.level(float(t)) for t in timesteps]
         else:
-            times = self._times(schedule, lengths[0], sigmas, mu)
+            times = schedule.within(self._times(schedule, lengths[0], sigmas, mu))
             levels = schedule.levels_at(times)
-            timesteps = schedule.told(times) if timesteps is None else timesteps
-        if any(t.lambda_ >= s.lambda_ for t, s in pairwise(levels)) or levels[-1].sigma == 0:
-            raise ValueError(f"timesteps must go from noise to images, short of them; got {[*timesteps][:8]}.")
-        return on_host([float(t) for t in timesteps]).float().tolist(), levels
+            if timesteps is None or self.config.timestep_spacing not in STOCK_SPACINGS:
+                timesteps = schedule.timestep_at(times)
+        told = [float(t) for t in timesteps]
+        if not all(t.lambda_ < s.lambda_ for t, s in pairwise(levels)) or not levels[-1].sigma > 0:
+            raise ValueError(f"timesteps must go from noise to images, short of them; got {told[:8]}.")
+        return on_host(told).float().tolist(), levels
 
     def _times(self, schedule: ContinuousSchedule, num: int, sigmas: Any, mu: float | None) -> Tensor:
         spacing = self.config.timestep_spacing
-        own = spacing in STOCK_SPACINGS
-        return schedule.times(num, sigmas, mu) if own else schedule.spaced_times(spacing, num)
+        if spacing in STOCK_SPACINGS or (sigmas is not None and schedule.kind != "flow"):
+            return schedule.times(num, sigmas, mu)
+        return schedule.spaced_times(spacing, num)
 
     def _explicit_grid(self, timesteps: Timesteps) -> list[Any]:
         """Timesteps that a caller gives; DDPM's process has whole ones."""

@@ -11,7 +11,7 @@ is the same for all of them. A new sampler writes `plan(levels)` and nothing els
 import json
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -26,7 +26,7 @@ from torch import Tensor
 from .foreign_configs import translated, translated_classes
 from .gaussian_paths import path_of
 from .grid_arguments import GridArguments, Timesteps
-from .noise_schedule import CLEAN, Level, NoiseSchedule, VPNoiseSchedule, affine, betas_of, unknown
+from .noise_schedule import CLEAN, Level, VPNoiseSchedule, affine, betas_of, unknown
 from .plan import Clipping, History, Plan, Tensors, Update
 from .stock_interface import StockInterface, refuse
 from .timestep_grids import STEP_TABLES
@@ -86,18 +86,18 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
         Raises:
             ValueError: a value that is none of its key's choices, or out of range.
         """
+        if isinstance(self.config.trained_betas, Tensor):  # JSON takes lists
+            self.register_to_config(trained_betas=self.config.trained_betas.tolist())
+        if self.config.get("process") is None:  # of flow modes, which need not come through `from_config`
+            self.register_to_config(**translated(self.config))
+        process = self.config.get("process") or {"kind": "vp"}
+        if not isinstance(process, Mapping):
+            raise ValueError(f"{process=} must be a dict with a kind, such as {{'kind': 'flow'}}.")
+        is_vp = process.get("kind") == "vp"
+        if not is_vp and "clip_sample" in self.config.get("_use_default_values", ()):
+            self.register_to_config(clip_sample=False)  # stock schedulers of these processes have no such key
+        self.schedule = VPNoiseSchedule(betas_of(self.config)) if is_vp else path_of(process)
         config = self.config
-        if isinstance(config.trained_betas, Tensor):  # JSON takes lists
-            self.register_to_config(trained_betas=config.trained_betas.tolist())
-        if config.get("process") is None and config.get("use_flow_sigmas"):
-            self.register_to_config(**translated(config))
-        process = self.config.get("process")
-        if process is None and config.get("use_dynamic_shifting"):
-            raise ValueError("use_dynamic_shifting=True is of flow matching: it needs use_flow_sigmas=True.")
-        if process is None or process.get("kind") == "vp":
-            self.schedule = VPNoiseSchedule(betas_of(config))
-        else:
-            self.schedule = path_of(process)
         if getattr(self.schedule, "stochastic", False) and not self.takes_stochastic:
             raise ValueError("stochastic_sampling=True is a sampler of its own: use DDIMScheduler, or give False.")
         spacings = (*self.spacings, *(STEP_TABLES if self.schedule.is_discrete else ("ays_svd",)))
@@ -228,7 +228,10 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
             ValueError: `encode` on a grid that has no level above that one.
         """
         if not encode:
-            return self._follow(self._new_plan(grid, [*levels, self._last_level()], device))
+            end = self._last_level()
+            if not self.schedule.is_discrete:  # whose grids may end below the trained range
+                end = max(end, levels[-1], key=lambda level: level.lambda_)
+            return self._follow(self._new_plan(grid, [*levels, end], device))
         image = self.schedule.cleanest
         pairs = zip([*levels, self.schedule.level(image)], [*grid, image], strict=True)
         points = {round(level.lambda_, 9): (t, level) for level, t in pairs}  # equal but for rounding is equal
@@ -280,8 +283,10 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """x as the network sees it: x itself, but for EDM's, of which c_in scales it (`NoiseSchedule.input_scale`)."""
-        if type(self.schedule).input_scale is NoiseSchedule.input_scale:
+        if not self.schedule.scales_input:
             return sample
+        if isinstance(timestep, Tensor) and timestep.numel() > 1:
+            return self.schedule.scale_input(sample, timestep)
         walk, index = self._locate(timestep)  # type: ignore[arg-type]
         return sample * self.schedule.input_scale(walk.levels[index])
 
@@ -299,7 +304,8 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
             if timestep.untyped_storage().data_ptr() == self._plan.timesteps.untyped_storage().data_ptr():
                 return self, int(timestep.storage_offset())
             timestep = timestep.item()
-        visited, expected = self._plan.visited, self._history.next
+        visited = self._plan.visited
+        expected = self._history.next if self._has_state else self._step_index or 0
         if expected < len(visited) and visited[expected] == timestep:  # the next one, of those that are equal
             return self, expected
         row = self._plan.index.get(timestep, self._plan.cut.get(timestep))

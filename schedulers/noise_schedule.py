@@ -87,9 +87,12 @@ def betas_of(config: Any) -> torch.Tensor:
     Raises:
         ValueError: an unknown `beta_schedule`, or more `trained_betas` than timesteps; fewer make a shorter process.
     """
-    num, name, process = config.num_train_timesteps, config.beta_schedule, config.get("process") or {}
+    num, name, process = config.num_train_timesteps, config.beta_schedule, {**(config.get("process") or {})}
+    process.pop("kind", None)
     if "scaler" in process:
-        return betas_of_products(_wuerstchen_products(num, process["scaler"], process["offset"]))
+        return betas_of_products(_wuerstchen_products(num, **process))
+    if process.keys() - {"snr_shift_scale"}:
+        raise ValueError(f"process of kind 'vp' takes snr_shift_scale, or scaler and offset; got {process}.")
     if config.trained_betas is not None:
         betas = on_host(config.trained_betas)
         if len(betas) > num:
@@ -111,7 +114,7 @@ def betas_of_products(alphas_cumprod: torch.Tensor) -> torch.Tensor:
     return torch.where(before > 0, 1 - alphas_cumprod / before, 1.0)
 
 
-def _wuerstchen_products(num: int, scaler: float, offset: float) -> torch.Tensor:
+def _wuerstchen_products(num: int, scaler: float, offset: float = 0.008) -> torch.Tensor:
     """alphas_cumprod of diffusers' DDPMWuerstchen: a cosine of a power of the time, down to 1e-4, where it is cut."""
     u = torch.arange(1, num + 1, **HOST) / num
     u = 1 - (1 - u) ** scaler if scaler > 1 else u**scaler
@@ -152,23 +155,19 @@ VP_PREDICTIONS: dict[str, Prediction] = {
 }
 
 
-def v_of_data(data: float, sign: float = 1.0) -> Prediction:
+def v_of_data(alpha: Any, sigma: Any, data: float = 1.0, sign: float = 1.0) -> tuple[Any, Any]:
     """The v of x_0 / data on the variance-preserving path of the same SNR.
 
     With sign -1 it is F of Karras et al. 2022, eq. 7, whose sigma_data is `data`.
     """
-
-    def prediction(alpha: Any, sigma: Any) -> tuple[Any, Any]:
-        norm = ((data * alpha) ** 2 + sigma**2) ** 0.5
-        return -sign * sigma / (data * norm), sign * data * alpha / norm
-
-    return prediction
+    norm = ((data * alpha) ** 2 + sigma**2) ** 0.5
+    return -sign * sigma / (data * norm), sign * data * alpha / norm
 
 
 # On any path.
 PREDICTIONS: dict[str, Prediction] = {
     **VP_PREDICTIONS,
-    "v_prediction": v_of_data(1.0),
+    "v_prediction": v_of_data,
     "flow_prediction": lambda alpha, sigma: (-1.0, 1.0),  # Lipman et al. 2023; Liu et al. 2023
     "score": lambda alpha, sigma: (0.0, -1 / sigma),  # Song et al. 2021b
 }
@@ -183,6 +182,7 @@ class NoiseSchedule(ABC):
         predictions: prediction type -> what such a network returns.
         preserves_variance: whether alpha^2 + sigma^2 = 1 everywhere.
         is_discrete: whether only whole timesteps were trained.
+        scales_input: whether `input_scale` is ever other than 1.
     """
 
     noisiest: float
@@ -191,6 +191,7 @@ class NoiseSchedule(ABC):
     predictions: Mapping[str, Prediction] = PREDICTIONS
     preserves_variance: bool = False
     is_discrete: bool = False
+    scales_input: bool = False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -201,7 +202,7 @@ class NoiseSchedule(ABC):
         """The level of a timestep. Raises IndexError for one outside the process."""
 
     def has(self, t: Any) -> bool:
-        """Whether the network was trained at this timestep."""
+        """Whether this is a timestep of the process, with noise."""
         try:
             return self.level(t).sigma > 0 and not (self.is_discrete and t != int(t))
         except (IndexError, TypeError, ValueError):
@@ -283,7 +284,10 @@ class NoiseSchedule(ABC):
         return (q * noise + p * x0).to(x0.dtype)
 
     def velocity(self, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """v = (alpha_t noise - sigma_t x_0) / sqrt(alpha_t^2 + sigma_t^2) (Salimans and Ho 2022, appendix D)."""
+        """v = (alpha_t noise - sigma_t x_0) / sqrt(alpha_t^2 + sigma_t^2) (Salimans and Ho 2022, appendix D).
+
+        Under EDM it is that of x_0 / sigma_data.
+        """
         return self.target(x0, noise, t, "v_prediction")
 
     def snr(self, t: torch.Tensor) -> torch.Tensor:

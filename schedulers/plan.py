@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -158,8 +159,8 @@ class Plan:
 
     @cached_property
     def cut(self) -> Mapping[float, int]:
-        """The same of real-valued timesteps that a pipeline has cut to integers, where that tells them apart."""
-        if all(t == int(t) for t in self.visited) or len({int(t) for t in self.visited}) < len(self.visited):
+        """The same of real-valued timesteps that a pipeline has cut to integers, where they are more than 1 apart."""
+        if any(abs(t - s) <= 1 for t, s in pairwise(self.visited)) or max(map(abs, self.visited), default=0) <= 1:
             return {}
         return {int(t): i for i, t in enumerate(self.visited)}
 

@@ -127,7 +127,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
     Networks with 2C output channels work; the variance half is not used, whatever variance_type says.
 
     Raises:
-        ValueError: a key that cannot be honoured, with its value (flow matching, SDE in singlestep form, ...).
+        ValueError: a key that cannot be honoured, with its value (SDE in singlestep form, ...).
     """
 
     alpha_t = Table(lambda scheduler: scheduler.schedule.alpha)
@@ -137,8 +137,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
     own_keys = (
         *LinearScheduler.own_keys,
         *("method", "third_order_rule", "denoise_to_zero", "fractional_timesteps", "step_plan"),
-        *("clip_sample", "clip_sample_range"),
-    )
+    )  # not clip_sample: a scheduler with another default must read it in the file
 
     @register_to_config
     def __init__(

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import unwrap
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from .foreign_configs import PROCESS_KEYS, translated
+from .foreign_configs import ORIGIN, PROCESS_KEYS, with_process
 from .noise_schedule import HOST, betas_of_products, on_host
 from .plan import Plan, dynamic_threshold
 
@@ -140,19 +141,20 @@ class StockInterface(SchedulerMixin, ConfigMixin):
 
     @classmethod
     def _with_process(cls, config: dict[str, Any], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        """(the config with the keys of processes that are among the keywords, the keywords with a process)."""
-        changed = {key: kwargs[key] for key in kwargs.keys() & PROCESS_KEYS}
-        if kwargs.get("process") is not None or (config.get("process") is not None and not changed):
-            return config, kwargs
-        found = translated({**config, **changed})
-        if changed and not found and config.get("process") is not None:
-            raise ValueError(f"{changed} would change process={config['process']}: give that.")
-        unwritten = [key for key in config.get("_use_default_values", ()) if key not in PROCESS_KEYS or not found]
-        config = {**config, **changed, "_use_default_values": unwritten}
-        own = cls._get_init_keys(cls)
-        if "process" in found and "process" not in own:
+        """The arguments of `ConfigMixin.from_config`: the process by its name, foreign keys in the config."""
+        own, changes = cls._get_init_keys(cls), {key: kwargs[key] for key in kwargs.keys() & PROCESS_KEYS}
+        found = with_process(config, {} if kwargs.get("process") is not None else changes)
+        if kwargs.get("process") is not None:
+            same = (found.get("process") or {}).get("kind") == kwargs["process"].get("kind")
+            found = {**(found if same else {}), "process": kwargs["process"], ORIGIN: None}
+        if found.get("process") is not None and "process" not in own:
             raise ValueError(f"process={found['process']}: {cls.__name__} has no such key, and is for DDPM's alone.")
-        return config, {**found, **{key: value for key, value in kwargs.items() if key in own or key not in changed}}
+        crosses = PROCESS_KEYS if found else set()  # also what the other scheduler has by default
+        unwritten = [key for key in config.get("_use_default_values", ()) if key not in crosses]
+        hidden = {key: value for key, value in found.items() if key not in own}
+        named = {key: value for key, value in kwargs.items() if key in own or key not in changes}
+        config = {**config, **changes, **hidden, "_use_default_values": unwritten}
+        return config, {**{key: value for key, value in found.items() if key in own}, **named}
 
     # For steps and rows, which are many: the looking is done, and no table changes what they read.
     _config: Any = ConfigMixin.config
@@ -171,9 +173,9 @@ class StockInterface(SchedulerMixin, ConfigMixin):
                 scheduler stays as it was.
         """
         known = self._get_init_keys(type(self))
-        foreign = PROCESS_KEYS - known
-        if kwargs.keys() & foreign and self.__dict__.get("_internal_dict", {}).keys() & foreign:  # not at construction
-            kwargs = {**kwargs, **translated({**self.config, **kwargs})}
+        changes = {key: kwargs[key] for key in kwargs.keys() & PROCESS_KEYS - known}
+        if changes and "schedule" in self.__dict__ and ORIGIN not in kwargs:  # not those that `from_config` keeps
+            kwargs = {**kwargs, **with_process(self.config, changes)}
         keys = kwargs.keys() & known if "schedule" in self.__dict__ else ()
         if not keys:
             return super().register_to_config(**kwargs)
@@ -243,7 +245,9 @@ class StockInterface(SchedulerMixin, ConfigMixin):
         if outside := next((value for value in t.flatten().tolist() if not self.schedule.has(value)), None):
             ends = f"{self.schedule.cleanest:g} .. {self.schedule.noisiest:g}"
             raise ValueError(f"timestep {outside} is not inside {ends}.")
-        end = self.schedule.timestep_of(on_host(self.levels[-1].lambda_)).item() if self._plan.ascends else -1
+        end = -1 if self.schedule.is_discrete else self.schedule.timestep_at(on_host(0.0)).item()  # clean data
+        if self._plan.ascends:
+            end = self.schedule.timestep_of(on_host(self.levels[-1].lambda_)).item()
         grid = torch.tensor([*self._plan.visited, end], dtype=self._plan.timesteps.dtype, device=t.device)
         rises = self._plan.ascends != (self.schedule.noisiest < self.schedule.cleanest)
         passed = grid[:-1] <= t[..., None] if rises else grid[:-1] >= t[..., None]
@@ -258,8 +262,11 @@ class StockInterface(SchedulerMixin, ConfigMixin):
         for sigma, level in zip(sigmas.tolist(), plan.levels, strict=True):
             same = math.isclose(sigma, schedule.sigma_of(level), rel_tol=1e-6, abs_tol=1e-12)
             levels.append(level if same else schedule.level_at(schedule.time_of_sigma(on_host(sigma)).item()))
-        if levels[-1].lambda_ - levels[-2].lambda_ < 1e-6:  # a last step that does nothing
+        if abs(levels[-1].lambda_ - levels[-2].lambda_) < 1e-6:  # a last step that does nothing
             levels[-1] = levels[-2]
+        inside = levels[0].sigma <= schedule.level(schedule.noisiest).sigma * 1.01
+        if not inside or not all(t.lambda_ < s.lambda_ for t, s in pairwise([*levels[:-2], levels[-1]])):
+            raise ValueError(f"sigmas must fall inside the trained range; got {sigmas.tolist()[:8]}.")
         self._follow(replace(plan, levels=levels))
         return True
 

@@ -65,7 +65,7 @@ def loss_weights(
         "p2": lambda: (p2_k + snr) ** -p2_gamma,
     }
     if timesteps is not None and (squared_diffusion := SQUARED_DIFFUSION.get(every.kind)):
-        epsilon_weights["likelihood"] = lambda: squared_diffusion(schedule, alpha, sigma, every.heard(timesteps))
+        epsilon_weights["likelihood"] = lambda: squared_diffusion(schedule, alpha, sigma, every.time_at(timesteps))
     if (prediction := schedule.predictions.get(prediction_type)) is None:
         known = ", ".join(schedule.predictions)
         raise DiffusersDPMError(f"prediction_type must be one of {known}, got {prediction_type!r}")

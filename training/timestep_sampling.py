@@ -58,6 +58,6 @@ def timestep_quantile(schedule: NoiseSchedule, options: Any) -> Quantile | None:
             times = low * (high / low) ** u
         else:
             times = low + (high - low) * u
-        return path.told(times.clamp(low, high))
+        return path.timestep_at(times.clamp(low, high))
 
     return timesteps

@@ -438,7 +438,7 @@ def first_timestep(schedule: NoiseSchedule, above: float = -math.inf) -> float:
     assert isinstance(schedule, ContinuousSchedule)
     noisiest = schedule.ends[0]
     time = noisiest if schedule.level_at(noisiest).alpha else noisiest * (1 - 1e-3)
-    return schedule.told(torch.tensor(time, dtype=torch.float64)).item()
+    return schedule.timestep_at(torch.tensor(time, dtype=torch.float64)).item()
 
 
 def prediction_type_of(scheduler: Any) -> str:

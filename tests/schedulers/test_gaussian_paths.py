@@ -101,7 +101,7 @@ def test_a_clock_and_a_level_invert_each_other(process):
     for time in times.tolist():
         level = schedule.level_at(time)
         assert level.lambda_ == pytest.approx(math.log(level.alpha / level.sigma) if level.alpha > 0 else -math.inf)
-        t = schedule.told(torch.tensor(time, dtype=torch.float64)).item()
+        t = schedule.timestep_at(torch.tensor(time, dtype=torch.float64)).item()
         close(schedule.level(t), [*level], rtol=1e-9, atol=1e-9)
         alpha, sigma = schedule.at(torch.tensor([t], dtype=torch.float64), torch.zeros(1, 3, dtype=torch.float64))
         close([alpha.item(), sigma.item()], [*level[:2]], rtol=1e-9, atol=1e-9)
@@ -224,7 +224,7 @@ def test_golden_timesteps_of_edm():
     )
     clock = path_of({"kind": "edm", "sigma_min": 0.3, "sigma_max": 500.0, "grid": "exponential", "clock": "atan"})
     close(
-        clock.told(clock.times(5)),
+        clock.timestep_at(clock.times(5)),
         [0.998726762152913, 0.991865166513346, 0.948135264034615, 0.693879802638068, 0.185547158155485],
     )
 
@@ -794,7 +794,7 @@ def test_encoding_and_decoding_a_flow():
     ours = DPMSolverScheduler(process=FLOW, prediction_type="flow_prediction", algorithm_type="dpmsolver")
     network = exact(schedule, "flow_prediction")
     image = torch.tensor([[0.55, -0.9, 0.7, -1.2]], dtype=torch.float64)
-    grid = schedule.told(schedule.spaced_times("logsnr", 201)[1:])  # pure noise has forgotten the image
+    grid = schedule.timestep_at(schedule.spaced_times("logsnr", 201)[1:])  # pure noise has forgotten the image
     ours.set_timesteps(timesteps=grid, encode=True)
     assert ours.levels[0] == schedule.level(schedule.cleanest)
     encoded = sample(ours, network, image)
@@ -802,19 +802,6 @@ def test_encoding_and_decoding_a_flow():
     torch.testing.assert_close(encoded[0], torch.from_numpy(exactly), rtol=1e-3, atol=1e-3)
     ours.set_timesteps(timesteps=grid)
     torch.testing.assert_close(sample(ours, network, encoded), image, rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize("scheduler_class", PLANNING)
-def test_timesteps_may_repeat_after_rounding(scheduler_class):
-    """Two levels that are told as one timestep are walked in turn."""
-    options = {"reverse_variance": "small"} if scheduler_class is AnalyticDPMScheduler else {}
-    ours = scheduler_class(process=FLOW, prediction_type="flow_prediction", clip_sample=False, **options)
-    ours.set_timesteps(timesteps=[500.0, 500.0, 100.0], sigmas=[0.5, 0.4, 0.1])
-    x, visited = noise(1, 4), []
-    for t in [500.0, 500.0, 100.0]:
-        x = ours.step(torch.zeros_like(x), t, x).prev_sample
-        visited.append(ours.step_index)
-    assert visited == ([1, 2, 3] if ours._has_state else visited)
 
 
 def test_every_scheduler_of_diffusers_is_known_or_refused():

@@ -139,7 +139,7 @@ def test_likelihood_weighting_is_g_squared(kind):
         low, at, high = (schedule.level_at(time(v)) for v in (u - step, u, u + step))
         growth = (high.sigma**2 - low.sigma**2) / (2 * step)
         squared = growth - 2 * at.sigma**2 * math.log(high.alpha / low.alpha) / (2 * step)
-        t = schedule.told(torch.tensor([time(u)], dtype=torch.float64))
+        t = schedule.timestep_at(torch.tensor([time(u)], dtype=torch.float64))
         weight = loss_weights(schedule, "epsilon", "likelihood", timesteps=t)
         assert weight.item() == pytest.approx(squared / at.sigma**2, rel=1e-6)
         score = loss_weights(schedule, "score", "likelihood", timesteps=t)
