@@ -321,7 +321,8 @@ class SigmaSchedule(ContinuousSchedule):
 
     def trained_lambdas(self) -> Tensor:
         """Even, whatever the clock: of even sigmas nearly all are noise."""
-        return torch.linspace(*(-math.log(end) for end in reversed(self.ends)), 1000, **HOST)
+        high, low = self.ends
+        return torch.linspace(-math.log(low), -math.log(high), 1000, **HOST)
 
     def default_times(self, num: int) -> Tensor:
         return spaced(self.grid, num, *self.ends, **({"rho": self.rho} if self.grid == "karras" else {}))
