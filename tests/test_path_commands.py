@@ -8,9 +8,12 @@ import torch
 from PIL import Image
 
 from diffusers_dpm.commands.main import main
+from diffusers_dpm.hub.checks import check
+from diffusers_dpm.hub.staging import stage
+from diffusers_dpm.hub.upload import PublishError
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler, DDIMScheduler
-from tests.models import save_features, tiny_unet
+from tests.models import make_run, save_features, tiny_unet
 
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -89,3 +92,22 @@ def test_images_are_those_of_the_pipeline(run, tmp_path):
     images = pipeline(seeds=[0, 1, 2], num_inference_steps=4, output_type="pt").images
     expected = (images[:, 0] * 255).round().to(torch.uint8).numpy().astype(int)
     assert np.abs(pixels(tmp_path / "a") - expected).max() <= 1
+
+
+@pytest.mark.slow
+def test_runs_are_published_where_stock_can_load_them(run, tmp_path):
+    """As the card says: by plain diffusers, whose images are the run's."""
+    stock = json.loads((run / "model_index.json").read_text())["scheduler"][0] == "diffusers"
+    make_run(tmp_path / "whole")
+    for folder in (run, tmp_path / "whole"):  # the card needs what training leaves
+        for path in folder.glob("**/*"):
+            target = tmp_path / "published" / path.relative_to(folder)
+            if path.is_file() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+    stage(tmp_path / "published", tmp_path / "staged", "org/name")
+    if stock:
+        check(tmp_path / "published", tmp_path / "staged")
+        return
+    with pytest.raises(PublishError, match="process="):
+        check(tmp_path / "published", tmp_path / "staged")

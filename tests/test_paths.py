@@ -309,7 +309,7 @@ def test_a_plan_is_walked_as_it_was_measured(process, kind, tmp_path):
         assert (x - exact).square().mean().sqrt() < 0.02
 
 
-def test_plans_of_another_path_or_with_whole_timesteps_are_refused():
+def test_plans_of_another_path_or_of_integers_are_refused():
     process, kind = PATHS["flow"]
     unet, scheduler = PathNetwork(process, kind, **MIXTURE), on_path(DDIMScheduler, process, kind)
     with pytest.raises(ValueError, match="fractional=False"):
