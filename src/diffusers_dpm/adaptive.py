@@ -30,7 +30,7 @@ from diffusers_dpm.pipelines import evaluation_mode, image_shape
 from diffusers_dpm.pipelines.networks import num_classes_of
 from diffusers_dpm.pipelines.pipeline_dpm import draw_labels, make_generators
 from diffusers_dpm.records import Record, provenance
-from diffusers_dpm.schedulers import CLEAN, DPMSolverScheduler, Level, VPNoiseSchedule
+from diffusers_dpm.schedulers import CLEAN, DPMSolverScheduler, Level
 from diffusers_dpm.schedulers.dpm_solver_rows import first_order, singlestep_rows
 from diffusers_dpm.schedulers.scheduling_dpm_solver import ALGORITHM_TYPES, SOLVER_TYPES
 from diffusers_dpm.schedulers.timestep_grids import spread
@@ -318,18 +318,12 @@ def integrate_adaptive(
     config, schedule = scheduler.config, scheduler.schedule
     end = schedule.cleanest if end is None else end
     start = first_timestep(schedule, config.lambda_min_clipped)
-    distance: dict[str, Any]
-    if isinstance(schedule, VPNoiseSchedule):
-        if not 0 <= end < start:
-            raise DiffusersDPMError(
-                f"end={end} must lie in [0, {start}), below the timestep at which the walk starts."
-            )
+    low, high = sorted((schedule.cleanest, start))
+    if not low <= end <= high or end == start:
+        raise DiffusersDPMError(f"end={end} must lie in {low:g} .. {high:g}, short of where the walk starts.")
+    distance: dict[str, Any] = {"distance": lambda a, b: abs(a.level.lambda_ - b.level.lambda_)}
+    if schedule.is_discrete:
         distance = {"resolution": 1e-5 * len(schedule)}  # 1e-5 of the time axis, as in the reference
-    else:
-        low, high = sorted((schedule.cleanest, start))
-        if not low <= end <= high or end == start:
-            raise DiffusersDPMError(f"end={end} must lie in {low:g} .. {high:g}, not where the walk starts.")
-        distance = {"distance": lambda a, b: abs(a.level.lambda_ - b.level.lambda_)}
     if config.algorithm_type.startswith("sde"):
         raise DiffusersDPMError(
             f"algorithm_type={config.algorithm_type!r} adds noise; use 'dpmsolver' or 'dpmsolver++'."

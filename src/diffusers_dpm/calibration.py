@@ -368,10 +368,7 @@ def calibrate(
     if folder is not None and not isinstance(unet, torch.nn.Module):
         raise DiffusersDPMError("folder needs a torch.nn.Module: nothing identifies a function in a later call.")
     scale = None if guidance_scale is None else float(guidance_scale)
-    teacher = solver_for(scheduler)
-    # Of sigmas to 80 and above, squares are too few at low noise.
-    spacing = "karras" if isinstance(teacher.schedule, SigmaSchedule) else "quadratic"
-    teacher = solver_for(scheduler, timestep_spacing=spacing)
+    teacher = teacher_for(scheduler)
     teacher.set_timesteps(teacher_steps)
     noise = inputs.initial_noise(unet, sample_shape, 3 * num_images, seed) * teacher.init_noise_sigma
     labels = inputs.labels_for(unet, classifier, class_labels, len(noise), seed)
@@ -380,9 +377,8 @@ def calibrate(
     processes, progress = Processes(accelerator), NoProgress() if progress is None else progress
     network = Network(unet, teacher, arguments, guidance, batch_size, processes, progress, inputs.placement(unet)[1])
     conditions = conditions_of(teacher)
-    guide = {"guidance_scale": scale, "classifier": inputs.weights_of(classifier)}
-    if scale is not None and classifier is None:
-        guide["classifier"] = NULL_CLASS
+    by_null_class = scale is not None and classifier is None
+    guide = {"guidance_scale": scale, "classifier": NULL_CLASS if by_null_class else inputs.weights_of(classifier)}
     numbers = {"seed": seed, "num_images": num_images, "teacher_steps": teacher_steps, "max_walks": max_walks}
     facts: dict[str, Any] = {**guide, **numbers, "dtype": str(network.dtype).removeprefix("torch.")}
     ends = {} if teacher.schedule.is_discrete else {"ends": [teacher.schedule.cleanest, teacher.schedule.noisiest]}
@@ -398,6 +394,12 @@ def calibrate(
     better = [{**table, **guide} for table in tables if table["mean_error"] < table["solver_mean_error"]]
     facts["left_out"] = sorted({*steps} - {len(table["timesteps"]) for table in better})
     return Calibration(tables=better, **conditions, weights=settings["weights"], provenance=provenance(**facts))
+
+
+def teacher_for(scheduler: Any) -> DPMSolverScheduler:
+    """The solver, on a grid that is dense at low noise: of sigmas to 80 and above, squares are too few there."""
+    is_sigma = isinstance(solver_for(scheduler).schedule, SigmaSchedule)
+    return solver_for(scheduler, timestep_spacing="karras" if is_sigma else "quadratic")
 
 
 def limited(teacher_steps: int, scheduler: Any) -> int:
