@@ -256,7 +256,8 @@ class ClassifierGuidance(Guidance):
     def gradient(self, output: Tensor, x_t: Tensor, t: float | Tensor, alpha: float, sigma: float) -> Tensor | None:
         """w g, (B, C, H, W) without a graph; None outside the interval and where alpha = 0."""
         t = t.item() if isinstance(t, Tensor) else t
-        if alpha == 0 or not self.interval[0] <= t <= self.interval[1]:
+        # UniPC begins at alpha = 1e-6 where others begin at 0, and divides by it.
+        if alpha <= 1e-5 * sigma or not self.interval[0] <= t <= self.interval[1]:
             return None
         with torch.inference_mode(False), torch.enable_grad():
             if x_t.requires_grad:
