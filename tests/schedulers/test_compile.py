@@ -51,6 +51,9 @@ WALKS = [
     (AnalyticDPMScheduler, {"forward_process": "ddim"}),
     (DPMSolverScheduler, {"solver_order": 3, "algorithm_type": "sde-dpmsolver++"}),
     (DPMSolverScheduler, {"solver_order": 3, "method": "singlestep"}),
+    (DDIMScheduler, {"process": {"kind": "flow"}, "prediction_type": "flow_prediction", "eta": 0.5}),
+    (DPMSolverScheduler, {"process": {"kind": "flow", "shift": 3.0}, "prediction_type": "flow_prediction"}),
+    (DPMSolverScheduler, {"process": {"kind": "edm"}, "solver_order": 3}),
 ]
 
 
@@ -71,5 +74,6 @@ def test_a_loop_reads_no_value_of_a_tensor(scheduler_class, options, integers, d
         with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
             float(x[0, 0, 0, 0])
         for t in timesteps:
-            x = scheduler.step(torch.cat([x.sin(), x.cos()], dim=1), t, x, return_dict=False)[0]
+            seen = scheduler.scale_model_input(x, t)
+            x = scheduler.step(torch.cat([seen.sin(), seen.cos()], dim=1), t, x, return_dict=False)[0]
         assert (x.shape, x.dtype) == ((2, 3, 8, 8), dtype)
