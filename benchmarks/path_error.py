@@ -88,7 +88,7 @@ def sample(scheduler: Any, network: Callable, x: torch.Tensor, n: int) -> torch.
 
 
 @torch.no_grad()
-def measure(run: Path, images: int, counts: list[int], bar: tqdm) -> dict[str, Any]:
+def measure(run: Path, images: int, counts: list[int], steps: int, bar: tqdm) -> dict[str, Any]:
     unet = UNet2DModel.from_pretrained(run, subfolder="unet").double().eval()
     model = DDIMScheduler.from_pretrained(run, subfolder="scheduler")
     kind, size = model.config.process["kind"], unet.config.sample_size
@@ -99,7 +99,7 @@ def measure(run: Path, images: int, counts: list[int], bar: tqdm) -> dict[str, A
         return unet(x, t).sample
 
     converged = DPMSolverScheduler.from_config(model.config, timestep_spacing="logsnr")
-    exact, rows = sample(converged, network, x, 1000), []
+    exact, rows = sample(converged, network, x, steps), []
     for name, build in samplers(kind, model.config):
         cap = float(name.split("cap ")[1]) if "cap" in name else 2.5
         scheduling_dpm_solver.LARGEST_RATIO = cap
@@ -157,8 +157,9 @@ def main() -> None:
     counts = arguments.steps
     if arguments.smallest:
         arguments.images, counts = 2, [4]
+    steps = 20 if arguments.smallest else 1000
     with tqdm(unit="sampler") as bar:
-        results = [measure(run, arguments.images, counts, bar) for run in arguments.runs]
+        results = [measure(run, arguments.images, counts, steps, bar) for run in arguments.runs]
     save(arguments.output, {"versions": versions(), "results": results})
     show(arguments.output, markdown(results, counts), plot(results))
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from diffusers import FlowMatchEulerDiscreteScheduler
 
 from diffusers_dpm.data import load_images
 from diffusers_dpm.posterior_statistics import estimate_statistics
@@ -27,6 +29,7 @@ ALONE = (
     "training_throughput",
 )
 ON_A_CHECKOUT = ("peer_tests",)
+ON_A_FLOW = ("path_error",)
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +49,16 @@ def folders(tmp_path_factory):
     return run, features
 
 
-@pytest.mark.parametrize("script", sorted([*ON_A_RUN, *ALONE]))
+@pytest.mark.parametrize("script", sorted([*ON_A_RUN, *ALONE, *ON_A_FLOW]))
 def test_script_runs(script, folders, tmp_path):
     run, features = folders
+    if script in ON_A_FLOW:
+        run = tmp_path / "flow"
+        shutil.copytree(folders[0], run)
+        FlowMatchEulerDiscreteScheduler().save_pretrained(run / "scheduler")
     output = tmp_path / f"{script}.json"
     command = ["-m", f"benchmarks.{script}"] if script in MODULES else [f"benchmarks/{script}.py"]
-    command += [str(run)] if script in ON_A_RUN else []
+    command += [str(run)] if script in (*ON_A_RUN, *ON_A_FLOW) else []
     command += [f"--features={features}"] if script in ON_DIGITS else []
     command += ["--data=digits"] if script == "quality" else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -65,7 +72,7 @@ def test_script_runs(script, folders, tmp_path):
 
 def test_every_script_is_listed():
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts == {*ON_A_RUN, *ALONE, *ON_A_CHECKOUT, "common"}
+    assert scripts == {*ON_A_RUN, *ALONE, *ON_A_CHECKOUT, *ON_A_FLOW, "common"}
 
 
 PEER_TESTS = """
