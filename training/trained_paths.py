@@ -10,7 +10,7 @@ from typing import Any
 
 import diffusers
 from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, ScoreSdeVeScheduler, UNet2DModel
-from diffusers.schedulers import ScoreSdeVpScheduler
+from diffusers.schedulers.deprecated.scheduling_sde_vp import ScoreSdeVpScheduler
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.networks import process_of

@@ -33,7 +33,8 @@ OTHER_NAMES = {
     DPMSolverScheduler: diffusers.DPMSolverMultistepScheduler,
 }
 TWIN = {c: OTHER_NAMES.get(c) or getattr(diffusers, c.__name__) for c in ALL_SCHEDULERS}
-NOT_IN_TWIN = {CalibratedScheduler: {"clip_sample", "clip_sample_range"}}  # but in other stock schedulers
+CLIPPING = {"clip_sample", "clip_sample_range"}
+NOT_IN_TWIN = {CalibratedScheduler: CLIPPING, DPMSolverScheduler: CLIPPING}  # but in other stock schedulers
 # Far from every default, for the keys that change the forward process or the grid.
 SHARED = {
     "num_train_timesteps": 500,
