@@ -9,6 +9,7 @@ is the same for all of them. A new sampler writes `plan(levels)` and nothing els
 """
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -109,7 +110,7 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
             raise ValueError(f"dynamic_thresholding_ratio={config.dynamic_thresholding_ratio} must lie in [0, 1].")
         if config.thresholding and not config.sample_max_value > 0:
             raise ValueError(f"sample_max_value={config.sample_max_value} must be positive.")
-        if config.clip_sample and not config.clip_sample_range > 0:
+        if config.clip_sample and not 0 < config.clip_sample_range < math.inf:
             raise ValueError(f"clip_sample_range={config.clip_sample_range} must be positive.")
         self._handed_out = {}
         self._forget_grid()
@@ -257,6 +258,7 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
         """Take the plan, with rows for its levels and options, and forget the last loop."""
         self._plan = plan  # `plan` looks at its options
         self._plan = replace(plan, rows=self.plan(plan.levels))
+        _ = self._plan.index, self._plan.cut  # made here: the lock of a cached property is no part of a compiled graph
         self._history = History(self._plan.rows)
         self._handed_out = {name: table for name, table in self._handed_out.items() if name != "sigmas"}
         self._hand_out("timesteps", plan.timesteps)

@@ -113,6 +113,8 @@ class StockInterface(SchedulerMixin, ConfigMixin):
 
     def _notice_writing(self, but: str = "") -> None:
         """Take over what the caller wrote into tables or timesteps in place; what is refused is forgotten."""
+        if torch.compiler.is_compiling():  # a graph cannot depend on what is written to
+            return
         for name, (tensor, before) in self._handed_out.items():
             if tensor._version != before and name != but:  # that one may be written to element by element
                 if name == "timesteps" and tensor.tolist() == [*self._plan.visited]:  # a deep copy, which counts anew

@@ -169,7 +169,10 @@ def test_two_evaluations_into_one_folder(run, features):
     pair = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     started = [subprocess.Popen([*command, "ddim", name], **pair) for name in ("dpm-solver", "ddpm")]
     said = [process.communicate()[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
+    for process, text in zip(
+        started, said, strict=True
+    ):  # a cell that the other one drew at that moment is left to it
+        assert process.returncode == 2 * ("is in use by another process" in text), text
     results = json.loads((run / "metrics.json").read_text())
     cells = Counter((row["scheduler"], row["steps"]) for row in results["rows"])
     names = ("DDIMScheduler", "DPMSolverScheduler", "DDPMScheduler")
