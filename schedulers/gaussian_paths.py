@@ -56,7 +56,6 @@ class ContinuousSchedule(NoiseSchedule):
     ends: tuple[float, float]
     scale: float
     num_train_timesteps: int = 1000
-    needs_mu: bool = False
 
     def __len__(self) -> int:
         return self.num_train_timesteps
@@ -86,6 +85,12 @@ class ContinuousSchedule(NoiseSchedule):
     @property
     def cleanest(self) -> float:  # type: ignore[override]
         return self.timestep_at(on_host(self.ends[1])).item()
+
+    @property
+    def noisiest_signal(self) -> float:
+        """The noisiest time at which x is not pure noise: where flow matching begins, 1e-3 below."""
+        high = self.ends[0]
+        return high if self.level_at(high).alpha else high * (1 - 1e-3)
 
     def levels_at(self, times: Tensor) -> list[Level]:
         """The levels of times, (n,)."""
@@ -137,9 +142,7 @@ class ContinuousSchedule(NoiseSchedule):
         """Where models of this kind are sampled in `num` steps."""
 
     def trained_timesteps(self) -> Tensor:
-        num = self.num_train_timesteps
-        times = torch.linspace(*self.ends, num, **HOST) if self.needs_mu or num == 1 else self.times(num)
-        return self.timestep_at(times).float()
+        return self.timestep_at(self.times(self.num_train_timesteps)).float()
 
     def trained_lambdas(self) -> Tensor:
         """As many as there are in a thousand even timesteps."""
@@ -194,8 +197,8 @@ class ContinuousSchedule(NoiseSchedule):
         if spacing not in LAMBDA_PATHS:
             known = ("quadratic", *LAMBDA_PATHS, "ays_svd", *STOCK_SPACINGS)
             raise ValueError(unknown("timestep_spacing", spacing, known))
-        if self.level_at(high).alpha == 0:
-            first, num, high = [high], num - 1, high * (1 - 1e-3)
+        if self.noisiest_signal < high:
+            first, num, high = [high], num - 1, self.noisiest_signal
         noisiest, cleanest = (self.level_at(end).lambda_ for end in (high, low))
         path = LAMBDA_PATHS[spacing](torch.linspace(0, 1, num, **HOST), noisiest, cleanest, **options)
         return torch.cat([on_host(first), self.time_of(path)])
@@ -249,7 +252,6 @@ class FlowSchedule(ContinuousSchedule):
         self.stochastic = stochastic
         self.karras_ends = (sigma_max, sigma_min) if sigma_max and sigma_min else None
         self.ends = (1.0, 1 / num_train_timesteps if num_train_timesteps > 1 else 1e-3)
-        self.needs_mu = dynamic is not None
 
     @property
     def predictions(self) -> dict[str, Any]:  # type: ignore[override]
@@ -275,6 +277,11 @@ class FlowSchedule(ContinuousSchedule):
     def sigma_of(self, level: Level) -> float:
         return level.alpha if self.inverted else level.sigma
 
+    def trained_timesteps(self) -> Tensor:
+        if self.dynamic is None and self.num_train_timesteps > 1:
+            return super().trained_timesteps()
+        return self.timestep_at(torch.linspace(*self.ends, self.num_train_timesteps, **HOST)).float()
+
     def time_of_sigma(self, sigma: Tensor) -> Tensor:
         return sigma
 
@@ -286,7 +293,7 @@ class FlowSchedule(ContinuousSchedule):
             return torch.linspace(1, last, num + 1, **HOST)[:-1]
         if self.spacing == "dpm":
             return torch.linspace(1 - last, 0, num + 1, **HOST)[:-1]
-        return torch.linspace(1, last if self.needs_mu else shifted(on_host(last), self.shift).item(), num, **HOST)
+        return torch.linspace(1, last if self.dynamic else shifted(on_host(last), self.shift).item(), num, **HOST)
 
     def times(self, num: int | None, sigmas: Any = None, mu: float | None = None) -> Tensor:
         times = super().times(num, sigmas, mu)

@@ -32,6 +32,12 @@ class Level(NamedTuple):
     sigma: float
     lambda_: float
 
+    @property
+    def norm(self) -> float:
+        """sqrt(alpha^2 + sigma^2), by which x has one scale on all paths; exactly 1 where rounding alone differs."""
+        norm = math.hypot(self.alpha, self.sigma)
+        return 1.0 if math.isclose(norm, 1.0) else norm
+
 
 CLEAN = Level(1.0, 0.0, math.inf)
 HOST: Any = {"dtype": torch.float64, "device": "cpu"}  # of every table, whatever torch's default dtype and device are
@@ -183,6 +189,7 @@ class NoiseSchedule(ABC):
         preserves_variance: whether alpha^2 + sigma^2 = 1 everywhere.
         is_discrete: whether only whole timesteps were trained.
         scales_input: whether `input_scale` is ever other than 1.
+        stochastic: whether every step noises its x_0 anew; see `FlowSchedule`.
     """
 
     noisiest: float
@@ -192,6 +199,7 @@ class NoiseSchedule(ABC):
     preserves_variance: bool = False
     is_discrete: bool = False
     scales_input: bool = False
+    stochastic: bool = False
 
     @abstractmethod
     def __len__(self) -> int:

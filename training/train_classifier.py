@@ -15,7 +15,7 @@ from diffusers import UNet2DModel
 
 from diffusers_dpm.data import ImageDataset, describe
 from diffusers_dpm.errors import DiffusersDPMError, user_error
-from diffusers_dpm.networks import Progress, load_pipeline
+from diffusers_dpm.networks import Progress, load_pipeline, noise_schedule_of
 from diffusers_dpm.pipelines import NoisyClassifier, image_shape
 from diffusers_dpm.records import atomic_folder, move_children, remove, write_json
 from diffusers_dpm.run_folder import RunFolder
@@ -24,7 +24,7 @@ from diffusers_dpm.training.classifier_presets import CLASSIFIER_PRESETS, build_
 from diffusers_dpm.training.loss import ClassifierLoss
 from diffusers_dpm.training.options import ClassifierTrainingOptions
 from diffusers_dpm.training.timestep_sampling import timestep_quantile
-from diffusers_dpm.training.trained_paths import kind_of, schedule_of
+from diffusers_dpm.training.trained_paths import kind_of
 from diffusers_dpm.training.trainer import Trainer
 from diffusers_dpm.training.unet_presets import read_config
 
@@ -69,7 +69,7 @@ class ClassifierTrainer(Trainer):
         # Not ve: its images are of any scale, and its timesteps are sigmas, which only a logarithm tells apart.
         kind_of(scheduler, str(self.folder), ("vp", "flow", "edm", "vp_linear", "subvp"))
         with user_error(f"noise schedule of {self.model_run.scheduler}", TypeError, NotImplementedError):
-            schedule = schedule_of(scheduler)
+            schedule = noise_schedule_of(scheduler)
         return build_network(unet, data, self.num_classes, self.options), ClassifierLoss(schedule)
 
     @cached_property

@@ -17,7 +17,7 @@ from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.hub.publish import check_repo_id, publish
 from diffusers_dpm.hub.upload import PublishError, log_in
 from diffusers_dpm.images import GRID, image_grid, to_uint8
-from diffusers_dpm.networks import Progress, check_noise_schedule, load_pipeline
+from diffusers_dpm.networks import Progress, check_noise_schedule, load_pipeline, noise_schedule_of
 from diffusers_dpm.options import flag, values_of
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import TEMPORARY, atomic_file, atomic_folder, move_children
@@ -29,7 +29,6 @@ from diffusers_dpm.training.trained_paths import (
     TRAINED_PATHS,
     options_of,
     save_pipeline,
-    schedule_of,
     with_own_values,
 )
 from diffusers_dpm.training.trainer import Trainer, is_due
@@ -95,7 +94,7 @@ class DiffusionTrainer(Trainer):
             raise DiffusersDPMError(f"--push-to-hub publishes models of DDPM's process, not of {options.process}")
         check_noise_schedule(self.scheduler, "noise schedule")
         with user_error("noise schedule"):
-            schedule = schedule_of(self.scheduler)
+            schedule = noise_schedule_of(self.scheduler)
         return unet, DenoisingLoss(schedule, options.prediction_type, **values_of(options, LossOptions))
 
     def _origin(self, source: str) -> DPMPipeline:

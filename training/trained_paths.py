@@ -18,7 +18,6 @@ from diffusers_dpm.options import flag
 from diffusers_dpm.records import write_json
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import DDIMScheduler
-from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule
 from diffusers_dpm.training.options import NoiseScheduleOptions, ProcessOptions, TrainingOptions
 
 
@@ -51,7 +50,7 @@ def linear_betas(options: Any) -> dict[str, float]:
     return {"beta_min": 1000 * options.beta_start, "beta_max": 1000 * options.beta_end}
 
 
-def betas_of(schedule: Any) -> dict[str, float]:
+def beta_options(schedule: Any) -> dict[str, float]:
     return {"beta_start": schedule.beta_min / 1000, "beta_end": schedule.beta_max / 1000}
 
 
@@ -94,14 +93,14 @@ TRAINED_PATHS: dict[str, TrainedPath] = {
         lambda options: ScoreSdeVpScheduler(**linear_betas(options)),
         prediction_type="epsilon",
         options=BETAS,
-        read=betas_of,
+        read=beta_options,
         library="diffusers.schedulers",
     ),
     "subvp": TrainedPath(
         sub_vp_scheduler,
         prediction_type="epsilon",
         options=BETAS,
-        read=betas_of,
+        read=beta_options,
         library="diffusers.schedulers",
     ),
 }
@@ -150,11 +149,6 @@ def kind_of(scheduler: Any, source: str, kinds: Any) -> str:
     if process["kind"] not in kinds or (process["kind"] == "vp" and name != "DDPM"):
         raise DiffusersDPMError(f"{source} is for another process ({name}): this needs one of {', '.join(kinds)}")
     return process["kind"]
-
-
-def schedule_of(scheduler: Any) -> NoiseSchedule:
-    """Our noise schedule of any scheduler whose config we read."""
-    return DDIMScheduler.from_config(scheduler.config).schedule
 
 
 def save_pipeline(folder: Path, unet: UNet2DModel, scheduler: Any, kind: str) -> None:

@@ -72,12 +72,6 @@ def scaled_error(lower: Tensor, higher: Tensor, previous: Tensor, atol: float, r
     return (higher - lower) / (rtol * torch.maximum(lower.abs(), previous.abs())).clamp_min(atol)
 
 
-def length(level: Level) -> float:
-    """sqrt(alpha^2 + sigma^2), in units of which x has one scale on all paths; 1 but for rounding is 1."""
-    norm = math.hypot(level.alpha, level.sigma)
-    return 1.0 if math.isclose(norm, 1.0) else norm
-
-
 @dataclass(frozen=True)
 class ReferenceController:
     """The law of Lu et al. 2022a, appendix C: accept if E <= 1, then h <- safety h E^(-1/order).
@@ -90,8 +84,8 @@ class ReferenceController:
 
     def measure(self, step: Step, atol: float, rtol: float) -> float:
         """The error of a step in units of the tolerance; not finite if the step is not."""
-        lower, higher = step.lower / length(step.t), step.higher / length(step.t)
-        error = scaled_error(lower, higher, step.previous / length(step.s), atol, rtol)
+        lower, higher = step.lower / step.t.norm, step.higher / step.t.norm
+        error = scaled_error(lower, higher, step.previous / step.s.norm, atol, rtol)
         return error.reshape(len(error), -1).square().mean(dim=1).sqrt().max().item()
 
     def judge(self, error: float, accepted: Sequence[float], order: int) -> tuple[bool, float]:

@@ -24,12 +24,12 @@ from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, DDIMScheduler, VPNoiseSchedule
 from diffusers_dpm.schedulers.foreign_configs import translated
 from diffusers_dpm.schedulers.gaussian_paths import ContinuousSchedule
-from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, NoiseSchedule
+from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, NoiseSchedule, on_host
+from diffusers_dpm.schedulers.timestep_grids import STOCK_SPACINGS
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 OWN = {cls.__name__: cls for cls in (*ALL_SCHEDULERS, *(extra.cls for extra in EXTRAS.values()))}
-STOCK_SPACINGS = ("linspace", "leading", "trailing")
 DEFAULTS = {"sample_size": 1, "trained_betas": [0.0]}  # for what their classes have None
 MAX_PARAMETERS = 10**11
 LARGEST_FLOAT = torch.finfo(torch.float32).max
@@ -436,9 +436,7 @@ def first_timestep(schedule: NoiseSchedule, above: float = -math.inf) -> float:
     if isinstance(schedule, VPNoiseSchedule):
         return int((schedule.lambda_ > above).sum()) - 1
     assert isinstance(schedule, ContinuousSchedule)
-    noisiest = schedule.ends[0]
-    time = noisiest if schedule.level_at(noisiest).alpha else noisiest * (1 - 1e-3)
-    return schedule.timestep_at(torch.tensor(time, dtype=torch.float64)).item()
+    return schedule.timestep_at(on_host(schedule.noisiest_signal)).item()
 
 
 def prediction_type_of(scheduler: Any) -> str:
@@ -446,15 +444,6 @@ def prediction_type_of(scheduler: Any) -> str:
     if hasattr(scheduler, "schedule") or "prediction_type" in scheduler.config:
         return scheduler.config.prediction_type
     return AnalyticDPMScheduler.from_config(whole_config(scheduler), timestep_spacing="even").config.prediction_type
-
-
-def scaled_input(schedule: NoiseSchedule, x: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-    """x of timesteps (B,), or of one for all, (), as the network sees it."""
-    if type(schedule).input_scale is NoiseSchedule.input_scale:
-        return x
-    scales = {t: schedule.input_scale(schedule.level(t)) for t in {*timesteps.flatten().tolist()}}
-    factors = torch.tensor([scales[t] for t in timesteps.flatten().tolist()], dtype=x.dtype, device=x.device)
-    return x * factors.view(-1, *(1,) * (x.ndim - 1))
 
 
 def network_output(

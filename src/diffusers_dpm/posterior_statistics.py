@@ -41,7 +41,6 @@ from diffusers_dpm.networks import (
     network_output,
     noise_schedule_of,
     prediction_type_of,
-    scaled_input,
     whole_config,
 )
 from diffusers_dpm.pipelines.networks import evaluation_mode
@@ -262,7 +261,7 @@ class Problem:
         alpha, sigma = self.schedule.at(t, x0)
         x_t = alpha * x0 + sigma * noise.to(device, torch.float64)
         labels = None if self.labels is None else self.labels[rows].to(device)
-        output = network_output(self.unet, scaled_input(self.schedule, x_t, t), t, labels)
+        output = network_output(self.unet, self.schedule.scale_input(x_t, t), t, labels)
         conversion = self.schedule.conversion(self.prediction_type, alpha, sigma)
         x0_hat, epsilon_hat = (affine(factors, x_t, output) for factors in conversion)
         alpha, sigma = alpha.flatten(), sigma.flatten()

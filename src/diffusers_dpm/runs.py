@@ -8,7 +8,7 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from accelerate import Accelerator
 from accelerate.utils import tqdm
@@ -118,7 +118,7 @@ def estimate_run(
     accelerator = Accelerator(cpu=cpu)
     with accelerator.main_process_first():  # which fills the cache of `datasets`
         dataset = load_images(data, require_labels=is_conditional(unet), **images)
-    places = [round(t) for t in even(Grid(cast(Any, schedule), timesteps or num, num))]
+    places = [round(t) for t in even(Grid(schedule, timesteps or num, num))]
     num_pairs = min(num_samples, len(dataset)) * len(places)
     report_cost(unet.to(accelerator.device), num_pairs, batch_size, accelerator)
     lock = Processes(accelerator).locked(folder / LOCK)

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from diffusers_dpm.commands.main import main as cli
+from diffusers_dpm.networks import noise_schedule_of
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.training import ClassifierLoss, DenoisingLoss, loss_weights, training_steps
@@ -17,7 +18,7 @@ from diffusers_dpm.training.loop import draw_step
 from diffusers_dpm.training.options import TrainingOptions
 from diffusers_dpm.training.timestep_sampling import timestep_quantile
 from diffusers_dpm.training.train_diffusion import DiffusionTrainer, train
-from diffusers_dpm.training.trained_paths import TRAINED_PATHS, schedule_of, with_own_values
+from diffusers_dpm.training.trained_paths import TRAINED_PATHS, with_own_values
 from diffusers_dpm.training.unet_presets import ddpm_unet
 from tests.commands import error_of
 
@@ -57,7 +58,7 @@ def settings(kind, **changes):
 
 def loss_of(kind, weighting="none", **changes):
     options = settings(kind, **changes)
-    schedule = schedule_of(TRAINED_PATHS[kind].scheduler(options))
+    schedule = noise_schedule_of(TRAINED_PATHS[kind].scheduler(options))
     return DenoisingLoss(schedule, options.prediction_type, weighting=weighting)
 
 
@@ -190,7 +191,7 @@ UNIFORM = torch.tensor([0.001, 0.1, 0.5, 0.75, 0.999])
 )
 def test_timesteps_are_distributed_as_in_the_papers(kind, changes, expected):
     options = settings(kind, **changes)
-    schedule = schedule_of(TRAINED_PATHS[kind].scheduler(options))
+    schedule = noise_schedule_of(TRAINED_PATHS[kind].scheduler(options))
     quantile = timestep_quantile(schedule, options)
     torch.testing.assert_close(quantile(UNIFORM), expected(UNIFORM), rtol=1e-4, atol=1e-5)
     ends = quantile(torch.tensor([0.0, 1.0]))
@@ -342,7 +343,9 @@ def test_going_on_takes_the_process_over(tmp_path, process_run, options, kind, c
     run = DiffusionTrainer(options(**common))
     assert {name: getattr(run.options, name) for name in changes} == changes
     assert run.options.process == run.loss.schedule.kind == kind
-    schedules = [schedule_of(each) for each in (run.scheduler, DiffusionPipeline.from_pretrained(first).scheduler)]
+    schedules = [
+        noise_schedule_of(each) for each in (run.scheduler, DiffusionPipeline.from_pretrained(first).scheduler)
+    ]
     assert schedules[0].hash == schedules[1].hash
     with pytest.raises(ValueError, match=f"--process is ve, .* has {kind}"):
         DiffusionTrainer(options(process="ve", **common))

@@ -14,7 +14,7 @@ from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, a
 from diffusers_dpm.networks import Progress, first_timestep, network_output
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.random_streams import Stream, normal, sign, uniform
-from diffusers_dpm.schedulers.noise_schedule import Level, VPNoiseSchedule, affine
+from diffusers_dpm.schedulers.noise_schedule import Level, affine
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
 
@@ -187,7 +187,8 @@ class ProbabilityFlow:
     def __init__(self, unet: Any, process: AnalyticDPMScheduler, class_labels: Tensor | None, probes: Tensor | None):
         self.unet, self.class_labels, self.probes = unet, class_labels, probes
         self.schedule, self.prediction_type = process.schedule, process.config.prediction_type
-        self.is_discrete, self.ends = self.schedule.is_discrete, self._find_ends()
+        self.is_discrete = self.schedule.is_discrete
+        self.ends = [*map(self.schedule.level, (self.schedule.cleanest, first_timestep(self.schedule)))]
         self.num_evaluations = 0
 
     @torch.no_grad()
@@ -213,16 +214,10 @@ class ProbabilityFlow:
             raise DiffusersDPMError(f"the ODE cannot be solved to rtol={rtol:g}, atol={atol:g}: {error}.") from error
         noise, gained = (state[-1] for state in states)
         # of the x that samples start from
-        variance = (self.schedule.init_noise_sigma / (1.0 if self.is_discrete else math.hypot(*self.ends[1][:2]))) ** 2
+        variance = (self.schedule.init_noise_sigma / self.ends[1].norm) ** 2
         prior = gaussian_log_density(noise, torch.zeros_like(noise), torch.full_like(noise, variance))
         stretched = math.log(highest.alpha / lowest.alpha) + (0.0 if self.is_discrete else math.log(lowest.alpha))
         return prior.flatten(1).mean(dim=1, keepdim=True) + gained + stretched
-
-    def _find_ends(self) -> tuple[Level, Level]:
-        """The lowest and the highest level, on the schedule's own path."""
-        if isinstance(self.schedule, VPNoiseSchedule):  # the last level may have no signal
-            return self.schedule[0], self.schedule[int(self.schedule.lambda_.isfinite().sum()) - 1]
-        return self.schedule.level(self.schedule.cleanest), self.schedule.level(first_timestep(self.schedule))
 
     def __call__(self, u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         self.num_evaluations += 1
@@ -232,7 +227,7 @@ class ProbabilityFlow:
         alpha, sigma = (math.sqrt(value) for value in torch.sigmoid(torch.stack([2 * lambda_, -2 * lambda_])).tolist())
         t = self.schedule.timestep_of(lambda_)
         own = Level(alpha, sigma, lambda_.item()) if self.is_discrete else self.schedule.level(t.item())
-        scale = 1.0 if self.is_discrete else math.hypot(own.alpha, own.sigma)
+        scale = own.norm
         seen_scale = scale * self.schedule.input_scale(own)
         t = t.float().to(u.device)
         with torch.enable_grad():
@@ -249,8 +244,7 @@ class ProbabilityFlow:
 
 def preserving(level: Level) -> Level:
     """The level of the same lambda with alpha^2 + sigma^2 = 1."""
-    norm = math.hypot(level.alpha, level.sigma)
-    return Level(level.alpha / norm, level.sigma / norm, level.lambda_)
+    return Level(level.alpha / level.norm, level.sigma / level.norm, level.lambda_)
 
 
 def probed_traces(outputs: Tensor, inputs: Tensor, probes: Tensor) -> Tensor:
