@@ -34,8 +34,6 @@ PROCESS_KEYS = {
     *("shift_terminal", "stochastic_sampling", "sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho"),
     *("timestep_type", "snr_shift_scale", "scaler", "s", "snr", "beta_min", "beta_max", "sampling_eps", *FLOW_FLAGS),
 }
-
-
 ORIGIN = "_process_keys"  # config key: the `PROCESS_KEYS` that `process` was made of; none of a process that was given
 
 
@@ -165,9 +163,8 @@ def sigmas_of_flow(config: Mapping[str, Any]) -> dict[str, Any] | None:
 def flow_matching(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """FlowMatchEuler, FlowMatchHeun, LTXEulerAncestralRF, and other solvers with `use_flow_sigmas`."""
     mode = bool(config.get("use_flow_sigmas")) and "FlowMatch" not in str(config.get("_class_name"))
-    own = not mode and (
-        "shift" in config or "s_noise" in config
-    )  # a mode that is on is newer than keys that were kept
+    # A mode that is on is newer than keys of FlowMatchEuler that were kept.
+    own = not mode and ("shift" in config or "s_noise" in config)
     if not own and not mode:
         return None
     over = [name for flag, name in FLOW_FLAGS.items() if config.get(flag)]

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .gaussian_paths import ContinuousSchedule
 from .noise_schedule import Level, on_host
 from .timestep_grids import SPACINGS, STOCK_SPACINGS, Grid, descends, spread
 
@@ -22,7 +21,7 @@ class GridArguments:
 
     config: Any
     schedule: Any  # a NoiseSchedule
-    custom_timesteps = False
+    custom_timesteps: bool
     # What `timestep_spacing` may be.
     spacings: ClassVar[tuple[str, ...]] = (*STOCK_SPACINGS, "quadratic", "quad", "logsnr", "karras", "beta")
 
@@ -37,8 +36,8 @@ class GridArguments:
         top, name = (len(self.schedule), "num_train_timesteps=") if self.schedule.is_discrete else (MOST_STEPS, "")
         if num is not None and (not 1 <= num <= top or int(num) != num):
             raise ValueError(f"num_inference_steps={num} must be a whole number in 1 .. {name}{top}.")
-        if isinstance(self.schedule, ContinuousSchedule):
-            return self._continuous_grid(self.schedule, None if num is None else int(num), timesteps, sigmas, mu)
+        if not self.schedule.is_discrete:
+            return self._continuous_grid(None if num is None else int(num), timesteps, sigmas, mu)
         if number > 1:
             raise ValueError(f"give only one of {', '.join(given)}.")
         if timesteps is not None:
@@ -48,9 +47,10 @@ class GridArguments:
         return grid, [*map(self.schedule.level, grid)]
 
     def _continuous_grid(
-        self, schedule: ContinuousSchedule, num: int | None, timesteps: Any, sigmas: Any, mu: float | None
+        self, num: int | None, timesteps: Any, sigmas: Any = None, mu: float | None = None
     ) -> tuple[list[float], list[Level]]:
         """`_grid` for any process but DDPM's: levels are exact, and timesteps what float32 makes of theirs."""
+        schedule = self.schedule
         lengths = [number for number in (num, *map(length, (timesteps, sigmas))) if number is not None]
         if len({*lengths}) > 1:
             raise ValueError(f"num_inference_steps={num}, timesteps and sigmas say different numbers: {lengths}.")
@@ -59,7 +59,7 @@ class GridArguments:
         if timesteps is not None and sigmas is None:
             levels = [schedule.level(float(t)) for t in timesteps]
         else:
-            times = schedule.within(self._times(schedule, lengths[0], sigmas, mu))
+            times = schedule.within(self._times(lengths[0], sigmas, mu))
             levels = schedule.levels_at(times)
             if timesteps is None or self.config.timestep_spacing not in STOCK_SPACINGS:
                 timesteps = schedule.timestep_at(times)
@@ -68,16 +68,17 @@ class GridArguments:
             raise ValueError(f"timesteps must go from noise to images, short of them; got {told[:8]}.")
         return on_host(told).float().tolist(), levels
 
-    def _times(self, schedule: ContinuousSchedule, num: int, sigmas: Any, mu: float | None) -> Tensor:
+    def _times(self, num: int, sigmas: Any, mu: float | None) -> Tensor:
+        """The times to visit, of a process in continuous time."""
         spacing = self.config.timestep_spacing
-        if spacing in STOCK_SPACINGS or (sigmas is not None and schedule.kind != "flow"):
-            return schedule.times(num, sigmas, mu)
-        return schedule.spaced_times(spacing, num)
+        if spacing in STOCK_SPACINGS or (sigmas is not None and self.schedule.kind != "flow"):
+            return self.schedule.times(num, sigmas, mu)
+        return self.schedule.spaced_times(spacing, num)
 
     def _explicit_grid(self, timesteps: Timesteps) -> list[Any]:
         """Timesteps that a caller gives; DDPM's process has whole ones."""
-        if isinstance(self.schedule, ContinuousSchedule):
-            return self._continuous_grid(self.schedule, None, timesteps, None, None)[0]
+        if not self.schedule.is_discrete:
+            return self._continuous_grid(None, timesteps)[0]
         grid, top = [int(t) for t in timesteps], len(self.schedule) - 1
         if not descends(grid, top) or grid != [float(t) for t in timesteps]:
             raise ValueError(f"timesteps must be descending integers in 0 .. {top}; got {list(timesteps)[:8]}.")

@@ -89,8 +89,8 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
         """
         if isinstance(self.config.trained_betas, Tensor):  # JSON takes lists
             self.register_to_config(trained_betas=self.config.trained_betas.tolist())
-        if self.config.get("process") is None:  # of flow modes, which need not come through `from_config`
-            self.register_to_config(**translated(self.config))
+        if self.config.get("process") is None and (found := translated(self.config)):  # not through `from_config`
+            self.register_to_config(**found)
         process = self.config.get("process") or {"kind": "vp"}
         if not isinstance(process, Mapping):
             raise ValueError(f"{process=} must be a dict with a kind, such as {{'kind': 'flow'}}.")
@@ -99,7 +99,7 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
             self.register_to_config(clip_sample=False)  # stock schedulers of these processes have no such key
         self.schedule = VPNoiseSchedule(betas_of(self.config)) if is_vp else path_of(process)
         config = self.config
-        if getattr(self.schedule, "stochastic", False) and not self.takes_stochastic:
+        if self.schedule.stochastic and not self.takes_stochastic:
             raise ValueError("stochastic_sampling=True is a sampler of its own: use DDIMScheduler, or give False.")
         spacings = (*self.spacings, *(STEP_TABLES if self.schedule.is_discrete else ("ays_svd",)))
         choices = {**choices, "prediction_type": self.schedule.predictions, "timestep_spacing": spacings}

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -215,17 +215,17 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
             self._lambdas = self.schedule.trained_lambdas()
         return self._lambdas
 
-    def _times(self, schedule: ContinuousSchedule, num: int, *given: Any) -> torch.Tensor:
+    def _times(self, num: int, *given: Any) -> torch.Tensor:
         """Spacings over places, on a process in continuous time."""
         spacing, lambdas = self.config.timestep_spacing, self._trained_lambdas()
         if spacing not in ("even", "power", "optimal"):
-            return super()._times(schedule, num, *given)
+            return super()._times(num, *given)
         if spacing == "optimal":
             places = self.optimal_timesteps(num)[::-1]
         else:
-            grid = Grid(cast(Any, schedule), num, len(lambdas), power=self.config.spacing_power)
+            grid = Grid(self.schedule, num, len(lambdas), power=self.config.spacing_power)
             places = spread([round(t) for t in SPACINGS[spacing](grid)], len(lambdas))
-        return schedule.time_of(lambdas[places]).clamp(*reversed(schedule.ends))
+        return self.schedule.time_of(lambdas[places]).clamp(*reversed(self.schedule.ends))
 
     def _spaced_grid(self, n: int) -> list[Any]:
         if self.config.timestep_spacing == "optimal":

@@ -21,7 +21,6 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from .gaussian_paths import ContinuousSchedule
 from .linear_scheduler import LinearScheduler
 from .noise_schedule import Level
 from .plan import Update
@@ -58,10 +57,8 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
     """
 
     whole_loops_only = True  # each row, even one without history, is for the states that the rows before it lead to
-    own_keys = (
-        *LinearScheduler.own_keys,
-        "guidance_scale",
-    )  # not clip_sample: a stock scheduler with another default must read it in the file
+    # Not clip_sample: a stock scheduler with another default must read it in the file.
+    own_keys = (*LinearScheduler.own_keys, "guidance_scale")
 
     @register_to_config
     def __init__(
@@ -131,9 +128,9 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
 
     def _ungated_grid(self, timesteps: Sequence[float]) -> list[Any]:
         """Timesteps that any scheduler could visit; in continuous time from the noisiest on, whose noise is x_T's."""
-        if not isinstance(self.schedule, ContinuousSchedule):
+        if self.schedule.is_discrete:
             return super()._explicit_grid(timesteps)
-        grid, levels = super()._continuous_grid(self.schedule, None, timesteps, None, None)
+        grid, levels = super()._continuous_grid(None, timesteps)
         first = self.schedule.level(self.schedule.noisiest)
         if not math.isclose(levels[0].sigma * first.alpha, first.sigma * levels[0].alpha, rel_tol=1e-5, abs_tol=1e-9):
             noisiest = self.schedule.noisiest
@@ -154,14 +151,14 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
     # The grid and the rows ---------------------------------------------------------------------------------------
 
     def _continuous_grid(
-        self, schedule: ContinuousSchedule, num: int | None, timesteps: Any, sigmas: Any, mu: float | None
+        self, num: int | None, timesteps: Any, sigmas: Any = None, mu: float | None = None
     ) -> tuple[list[float], list[Level]]:
         if timesteps is not None and sigmas is not None:
             raise ValueError("timesteps and sigmas: the rows were fitted to a network that is told its own timesteps.")
         count = num if num is not None else len(sigmas if timesteps is None else timesteps)
         if timesteps is not None:
             self._check_fitted(self._ungated_grid(timesteps))
-        return super()._continuous_grid(schedule, None, self._spaced_grid(count), None, None)
+        return super()._continuous_grid(None, self._spaced_grid(count))
 
     def _spaced_grid(self, n: int) -> list[Any]:
         if n not in self._tables():

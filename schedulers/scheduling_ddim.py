@@ -105,7 +105,7 @@ class DDIMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks
 
     def update(self, t: Level, s: Level) -> Update:
         """Eq. 12 with the standard deviation of eq. 16; all of sigma_s for flows that are sampled stochastically."""
-        if getattr(self.schedule, "stochastic", False):
+        if self.schedule.stochastic:
             return Update(x0=(s.alpha,), noise=s.sigma)
         eta = self._plan.options.eta
         mean = ddim_mean(t, s, eta)

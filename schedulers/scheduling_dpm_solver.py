@@ -14,7 +14,6 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from .dpm_solver_rows import multistep_row, singlestep_rows
-from .gaussian_paths import ContinuousSchedule
 from .linear_scheduler import Device, LinearScheduler, Timesteps
 from .noise_schedule import CLEAN, HOST, Level, on_host
 from .plan import History, Update
@@ -40,14 +39,14 @@ def multistep_orders(num_steps: int, solver_order: int, lower_last: int) -> list
     return orders
 
 
-LARGEST_RATIO = 2.5
+LARGEST_RATIO = 2.5  # of the widths of two steps; DDPM's process follows the published rule, whatever its grid
 
 
 def orders_of_widths(levels: Sequence[Level]) -> list[int]:
     """Largest order of each step: 1 where it is more than `LARGEST_RATIO` times as wide in lambda as the one before.
 
     Shifted grids of flow matching have such steps, and extrapolation over them is worse than none
-    (benchmarks/ode_error.py). The usual grids of DDPM's process do not, and follow the published rule.
+    (test_wide_steps_are_better_of_first_order).
     """
     widths = [abs(t.lambda_ - s.lambda_) for s, t in pairwise(levels)]
     return [3, *(1 if after > LARGEST_RATIO * before else 3 for before, after in pairwise(widths))]
@@ -134,10 +133,11 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
     sigma_t = Table(lambda scheduler: scheduler.schedule.sigma)
     lambda_t = Table(lambda scheduler: scheduler.schedule.lambda_)
 
+    # Not clip_sample: a scheduler with another default must read it in the file.
     own_keys = (
         *LinearScheduler.own_keys,
         *("method", "third_order_rule", "denoise_to_zero", "fractional_timesteps", "step_plan"),
-    )  # not clip_sample: a scheduler with another default must read it in the file
+    )
 
     @register_to_config
     def __init__(
@@ -282,12 +282,12 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
             raise ValueError(f"timesteps must descend strictly inside 0 .. {len(self.schedule) - 1}; got {grid[:8]}.")
         return grid
 
-    def _times(self, schedule: ContinuousSchedule, num: int, sigmas: Any, mu: float | None) -> Tensor:
+    def _times(self, num: int, sigmas: Any, mu: float | None) -> Tensor:
         config = self.config
         if config.denoise_to_zero or config.method == "singlestep_fixed" or config.lambda_min_clipped > -math.inf:
             keys = ("denoise_to_zero", "method", "lambda_min_clipped")
             raise ValueError(f"{ {key: config[key] for key in keys} }: at least one is for DDPM's process only.")
-        return super()._times(schedule, num, sigmas, mu)
+        return super()._times(num, sigmas, mu)
 
     def _spaced_grid(self, n: int) -> list[Any]:
         if self.config.denoise_to_zero and n > 1:

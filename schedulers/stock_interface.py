@@ -17,13 +17,13 @@ from .noise_schedule import HOST, betas_of_products, on_host
 from .plan import Plan, dynamic_threshold
 
 
-# Arguments of methods of other schedulers, which their pipelines pass -> whose they are.
+# Arguments of methods of other schedulers, which their pipelines pass -> whose they are, and which scheduler to use.
 FOREIGN_ARGUMENTS = {
-    "original_inference_steps": "LCMScheduler and its distilled models",
-    "prev_timestep": "UnCLIPScheduler; here step goes to the next entry of timesteps",
-    "mu": "flow matching",
-    "per_token_timesteps": "methods without history, such as DDIMScheduler",
-    "pred_original_sample": "methods without history, such as DDIMScheduler",
+    "original_inference_steps": "LCMScheduler and its distilled models: use diffusers' class",
+    "prev_timestep": "UnCLIPScheduler; here step goes to the next entry of timesteps: use diffusers' class",
+    "mu": "flow matching: use diffusers' class",
+    "per_token_timesteps": "methods without history: use DDIMScheduler",
+    "pred_original_sample": "methods without history: use DDIMScheduler",
 }
 
 
@@ -31,7 +31,7 @@ def refuse(arguments: Mapping[str, object]) -> None:
     """Raises ValueError for an argument of another scheduler, and TypeError, as Python does, for any other."""
     for key in arguments.keys() & FOREIGN_ARGUMENTS.keys():
         value = "..." if isinstance(arguments[key], Tensor) else arguments[key]
-        raise ValueError(f"{key}={value} is an argument of {FOREIGN_ARGUMENTS[key]}: use diffusers' class.")
+        raise ValueError(f"{key}={value} is an argument of {FOREIGN_ARGUMENTS[key]}.")
     for key in arguments:
         raise TypeError(f"got an unexpected keyword argument {key!r}")
 
@@ -138,11 +138,11 @@ class StockInterface(SchedulerMixin, ConfigMixin):
             ValueError: the config is of a process that is none of ours.
         """
         if isinstance(config, dict):
-            config, kwargs = cls._with_process(config, kwargs)
+            config, kwargs = cls._in_our_keys(config, kwargs)
         return super().from_config(config, return_unused_kwargs, **kwargs)
 
     @classmethod
-    def _with_process(cls, config: dict[str, Any], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _in_our_keys(cls, config: dict[str, Any], kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The arguments of `ConfigMixin.from_config`: the process by its name, foreign keys in the config."""
         own, changes = cls._get_init_keys(cls), {key: kwargs[key] for key in kwargs.keys() & PROCESS_KEYS}
         found = with_process(config, {} if kwargs.get("process") is not None else changes)
@@ -192,8 +192,10 @@ class StockInterface(SchedulerMixin, ConfigMixin):
             if plan.visited and ("process" not in keys or self.schedule.hash == state["schedule"].hash):
                 if plan.levels[-1] != end:
                     raise ValueError(f"{', '.join(keys)}: this loop ends elsewhere than usual; call set_timesteps.")
-                grid = self._explicit_grid([*plan.visited]) if self.schedule.is_discrete else plan.visited
-                levels = [*map(self.schedule.level, grid)] if self.schedule.is_discrete else plan.levels[:-1]
+                grid, levels = plan.visited, plan.levels[:-1]
+                if self.schedule.is_discrete:
+                    grid = self._explicit_grid(grid)
+                    levels = [*map(self.schedule.level, grid)]
                 levels = [*levels, self._last_level()]
                 options = self._options() if plan.options == options else plan.options
                 self._follow(replace(self._new_plan(grid, levels, None), timesteps=plan.timesteps, options=options))
@@ -244,9 +246,9 @@ class StockInterface(SchedulerMixin, ConfigMixin):
         if self.num_inference_steps is None:
             return timestep - 1
         t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device="cpu")
-        if outside := next((value for value in t.flatten().tolist() if not self.schedule.has(value)), None):
+        if outside := [value for value in t.flatten().tolist() if not self.schedule.has(value)]:
             ends = f"{self.schedule.cleanest:g} .. {self.schedule.noisiest:g}"
-            raise ValueError(f"timestep {outside} is not inside {ends}.")
+            raise ValueError(f"timestep {outside[0]} is not inside {ends}.")
         end = -1 if self.schedule.is_discrete else self.schedule.timestep_at(on_host(0.0)).item()  # clean data
         if self._plan.ascends:
             end = self.schedule.timestep_of(on_host(self.levels[-1].lambda_)).item()

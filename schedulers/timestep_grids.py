@@ -9,19 +9,19 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib import import_module
 from itertools import accumulate, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.schedulers import AysSchedules
 
-from .noise_schedule import HOST, VPNoiseSchedule, bracket, on_host
+from .noise_schedule import HOST, bracket, on_host
 
 
 class Grid(NamedTuple):
     """What a spacing divides into timesteps.
 
     Attributes:
-        schedule: its lambda, for the spacings that are even in lambda or sigma / alpha.
+        schedule: a VPNoiseSchedule, for the spacings that are even in lambda or sigma / alpha; others do not look.
         n: number of timesteps, at least 1.
         top: one more than the highest timestep that may be used; `len(schedule)` for all of them.
         skip: 1 leaves out the lowest of n + 1 points, 0 keeps all of n.
@@ -29,7 +29,7 @@ class Grid(NamedTuple):
         power: of "power".
     """
 
-    schedule: VPNoiseSchedule
+    schedule: Any
     n: int
     top: int
     skip: int = 0
@@ -168,7 +168,7 @@ LAMBDA_SPACINGS: dict[str, Spacing] = {
 }
 
 
-def tabled(name: str, read: Callable[[], Sequence[float]]) -> Spacing:
+def tabled(read: Callable[[], Sequence[float]]) -> Spacing:
     """The spacing of a published table of timesteps; between its entries lambda is linear."""
 
     def spacing(grid: Grid) -> list[float]:
@@ -176,14 +176,13 @@ def tabled(name: str, read: Callable[[], Sequence[float]]) -> Spacing:
         if grid.n == len(table):
             return table
         if grid.schedule.level(table[0]).alpha == 0:  # pure noise, whose lambda is infinite, stands by itself
-            rest = tabled(name, lambda: table[1:])
+            rest = tabled(lambda: table[1:])
             return [table[0], *(rest(grid._replace(n=grid.n - 1)) if grid.n > 1 else [])]
         knots = on_host([grid.schedule.level(t).lambda_ for t in table])
         place = torch.linspace(0, len(table) - 1, grid.n, **HOST)
         below = place.long().clamp(max=len(table) - 2)
         return grid.schedule.timestep_of(torch.lerp(knots[below], knots[below + 1], place - below)).tolist()
 
-    spacing.__name__ = name
     return spacing
 
 
@@ -193,10 +192,10 @@ def deepfloyd(name: str) -> Sequence[float]:
 
 # Step tables that diffusers ships: Align Your Steps (Sabour et al. 2024, arXiv 2404.14507), and DeepFloyd IF's.
 STEP_TABLES: dict[str, Spacing] = {
-    "ays_sd": tabled("ays_sd", lambda: AysSchedules["StableDiffusionTimesteps"]),
-    "ays_sdxl": tabled("ays_sdxl", lambda: AysSchedules["StableDiffusionXLTimesteps"]),
+    "ays_sd": tabled(lambda: AysSchedules["StableDiffusionTimesteps"]),
+    "ays_sdxl": tabled(lambda: AysSchedules["StableDiffusionXLTimesteps"]),
     **{
-        name: tabled(name, partial(deepfloyd, name))
+        name: tabled(partial(deepfloyd, name))
         for name in ("fast27", "smart27", "smart50", "smart100", "smart185", "super27", "super40", "super100")
     },
 }
