@@ -64,16 +64,16 @@ def stock(kind: str, shift: float | None) -> Iterator[tuple[str, type, dict[str,
     yield f"diffusers UniPC shift {shift:g}", diffusers.UniPCMultistepScheduler, mode
 
 
-def samplers(kind: str, config: Any) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name, builder) of every scheduler for a process."""
+def samplers(kind: str, config: Any) -> Iterator[tuple[str, float, Callable[[], Any]]]:
+    """(name, cap of ours, builder) of every scheduler for a process."""
     for shift in SHIFTS if kind == "flow" else (None,):
         shifted = {} if shift is None else {"shift": shift}
         for name, scheduler_class, keys in solvers(shift):
-            own = {key: value for key, value in keys.items() if key != "cap"}
-            yield name, lambda c=scheduler_class, k={**own, **shifted}: c.from_config(config, **k)
+            cap = keys.pop("cap", scheduling_dpm_solver.LARGEST_RATIO)
+            yield name, cap, lambda c=scheduler_class, k={**keys, **shifted}: c.from_config(config, **k)
         for name, scheduler_class, keys in stock(kind, shift):
             ends = {key: config[key] for key in ("sigma_min", "sigma_max", "sigma_data") if key in config}
-            yield name, lambda c=scheduler_class, k={**ends, **keys}: c(**k)
+            yield name, math.nan, lambda c=scheduler_class, k={**ends, **keys}: c(**k)
 
 
 def sample(scheduler: Any, network: Callable, x: torch.Tensor, n: int) -> torch.Tensor:
@@ -100,8 +100,7 @@ def measure(run: Path, images: int, counts: list[int], steps: int, bar: tqdm) ->
 
     converged = DPMSolverScheduler.from_config(model.config, timestep_spacing="logsnr")
     exact, rows = sample(converged, network, x, steps), []
-    for name, build in samplers(kind, model.config):
-        cap = float(name.split("cap ")[1]) if "cap" in name else 2.5
+    for name, cap, build in [*samplers(kind, model.config)]:  # all at once: they read what is set here
         scheduling_dpm_solver.LARGEST_RATIO = cap
         ends = {n: sample(build(), network, x, n) for n in counts}
         rows += [{"sampler": name, "n": n, "rms": rms(end - exact)} for n, end in ends.items()]
