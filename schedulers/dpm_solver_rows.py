@@ -1,5 +1,7 @@
 """Rows of DPM-Solver (Lu et al. 2022a, https://arxiv.org/abs/2206.00927) and DPM-Solver++ (2022b, arXiv 2211.01095).
 
+Also of UniC, which corrects them (Zhao et al. 2023, arXiv 2302.04867).
+
 All updates from level s to level t, with h = lambda_t - lambda_s, are one formula in the network's prediction m
 (epsilon or x_0) and its scaled derivatives D1 ~ h m', D2 ~ h^2 m'' with respect to lambda:
 
@@ -16,6 +18,7 @@ All updates from level s to level t, with h = lambda_t - lambda_s, are one formu
 import math
 from collections.abc import Sequence
 from functools import reduce
+from itertools import zip_longest
 from typing import NamedTuple
 
 from .noise_schedule import Level
@@ -23,7 +26,7 @@ from .plan import Update
 
 
 # 1 / (j + k)! for j = 14 ... 0: the Taylor series of phi_k for Horner's scheme; the first one left out is below 1e-17.
-TAYLOR = {k: tuple(1 / math.factorial(j + k) for j in reversed(range(15))) for k in (1, 2, 3)}
+TAYLOR = {k: tuple(1 / math.factorial(j + k) for j in reversed(range(15))) for k in (1, 2, 3, 4)}
 
 
 def phi(k: int, z: float) -> float:
@@ -111,8 +114,9 @@ def predictions(algorithm_type: str, k: Kernel, factors: tuple[float, ...], anch
 def multistep_row(algorithm_type: str, order: int, solver_type: str, factor: float, levels: Sequence[Level]) -> Update:
     """Adams-type step from levels[-2] to levels[-1]; `levels` also holds the order - 1 levels before them.
 
-    Lu et al. 2022a, appendix, and 2022b, Algorithm 2. `factor` scales the second difference: 2 is what the Taylor
-    expansion needs and gives third order; 1 is in every published implementation and gives second order.
+    Lu et al. 2022a, appendix, and 2022b, Algorithm 2; `solver_type` "bh1" is UniPC's second order (Zhao et al. 2023).
+    `factor` scales the second difference: 2 is what the Taylor expansion needs and gives third order; 1 is in every
+    published implementation and gives second order.
     """
     s, t = levels[-2:]
     if order == 1 or 0 in (s.alpha, t.alpha, t.sigma):
@@ -122,13 +126,61 @@ def multistep_row(algorithm_type: str, order: int, solver_type: str, factor: flo
     h0 = s.lambda_ - levels[-3].lambda_
     i0 = h / h0  # inverse ratios: 0 where the history begins at pure noise, so that it drops out
     if order == 2:
-        second = k.first / 2 if solver_type == "midpoint" else k.weight * phi(2, k.z)
+        second = k.weight * phi(2, k.z)
+        if solver_type != "heun":
+            second = (k.weight if solver_type == "bh1" else k.first) / 2
         return predictions(algorithm_type, k, k.row((i0, -i0), (), second))
     h1 = levels[-3].lambda_ - levels[-4].lambda_
     i1, a, b = h / h1, h0 / (h0 + h1), factor * h / (h0 + h1)
     d1 = ((1 + a) * i0, -(1 + a) * i0 - a * i1, a * i1)
     d2 = (b * i0, -b * (i0 + i1), b * i1)
     return predictions(algorithm_type, k, k.row(d1, d2, k.weight * phi(2, k.z)))
+
+
+def polynomial_factors(k: Kernel, nodes: Sequence[float]) -> tuple[float, ...]:
+    """Factors of predictions at `nodes`, for the step whose polynomial through them is integrated exactly.
+
+    A node is (lambda - lambda_s) / h: 0 is where the step begins, and 1 where it ends.
+    """
+    moments = [k.weight * math.factorial(j) * phi(j + 1, k.z) for j in range(len(nodes))]
+    factors = []
+    for node in nodes:
+        lagrange = [1.0]  # coefficients of the polynomial that is 1 at this node and 0 at the others, lowest first
+        for other in nodes:
+            if other != node:
+                shifted = zip([0.0, *lagrange], [*lagrange, 0.0], strict=True)
+                lagrange = [(a - other * b) / (node - other) for a, b in shifted]
+        factors.append(math.fsum(c * moment for c, moment in zip(lagrange, moments, strict=True)))
+    return tuple(factors)
+
+
+def corrector_factors(algorithm_type: str, corrector: str, levels: Sequence[Level]) -> tuple[float, ...]:
+    """Factors of the predictions, newest first, in the step to levels[-1] that knows the one there (UniC, eq. 9).
+
+    B(h), `corrector`, plays a part with two predictions only: more of them determine their weights. () where there is
+    nothing to correct: at both ends.
+    """
+    s, t = levels[-2:]
+    if 0 in (s.alpha, t.alpha, t.sigma):
+        return ()
+    k, h = kernel(algorithm_type, s, t), t.lambda_ - s.lambda_
+    nodes = [(level.lambda_ - s.lambda_) / h for level in reversed(levels) if level.alpha]
+    if len(nodes) > 2:
+        return polynomial_factors(k, nodes)
+    newest = (k.weight if corrector == "bh1" else k.first) / 2
+    return (newest, k.first - newest)
+
+
+def corrected(row: Update, before: Update, corrector: tuple[float, ...]) -> Update:
+    """`row`, from x that is corrected first: the corrector has what `before`, which led to x, has for its sample.
+
+    So it differs from it in the predictions only, and what it adds to x is known as soon as the prediction there is.
+    """
+    if not corrector or not row.sample:
+        return row
+    terms = zip_longest(row.x0 or row.epsilon, corrector, (0.0, *(before.x0 or before.epsilon)), fillvalue=0.0)
+    factors = tuple(own + row.sample * (right - used) for own, right, used in terms)
+    return row._replace(x0=factors) if row.x0 else row._replace(epsilon=factors)
 
 
 def singlestep_rows(algorithm_type: str, solver_type: str, levels: Sequence[Level]) -> list[Update]:

@@ -13,7 +13,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from .dpm_solver_rows import multistep_row, singlestep_rows
+from .dpm_solver_rows import corrected, corrector_factors, multistep_row, singlestep_rows
 from .linear_scheduler import Device, LinearScheduler, Timesteps
 from .noise_schedule import CLEAN, HOST, Level, on_host
 from .plan import History, Update
@@ -87,6 +87,7 @@ CHOICES = {
     "solver_order": (1, 2, 3),
     "method": ("multistep", "singlestep", "singlestep_fixed"),
     "third_order_rule": THIRD_ORDER_RULES,
+    "corrector": (None, "bh1", "bh2"),
     "final_sigmas_type": ("zero", "sigma_min"),
 }
 
@@ -116,6 +117,9 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
       model at 10 and 20 calls, exact against published: quadratic 0.058, 0.016 against 0.047, 0.012; logsnr 0.105,
       0.012 against 0.080, 0.010); in the epsilon form they differ by an eighth at most, and exact is the nearer
       one on logsnr (0.051, 0.011 against 0.053, 0.013). So published is the default (benchmarks/ode_error.py).
+    - corrector: bh2 or bh1 corrects each multistep ODE step by the prediction at its end, before the next step starts
+      (UniC with this B(h), Zhao et al. 2023, arXiv 2302.04867): one order more, and no further call. UniPC is
+      corrector="bh2" with third_order_rule="exact".
     - denoise_to_zero: ends at the level of timestep 0 and spends the last call on a prediction of x_0 from there.
     - fractional_timesteps: real-valued timesteps where the grid has them; False rounds, and takes the level from the
       rounded timestep, so that the network is told what it gets.
@@ -136,7 +140,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
     # Not clip_sample: a scheduler with another default must read it in the file.
     own_keys = (
         *LinearScheduler.own_keys,
-        *("method", "third_order_rule", "denoise_to_zero", "fractional_timesteps", "step_plan"),
+        *("method", "third_order_rule", "corrector", "denoise_to_zero", "fractional_timesteps", "step_plan"),
     )
 
     @register_to_config
@@ -170,6 +174,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         use_dynamic_shifting: bool = False,
         method: str = "multistep",
         third_order_rule: str = "published",
+        corrector: str | None = None,
         denoise_to_zero: bool = False,
         fractional_timesteps: bool = False,
         clip_sample: bool = False,
@@ -186,6 +191,10 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         if method != "multistep" and algorithm_type.startswith("sde"):
             # The noise of the stages of a singlestep block would have to come from one Brownian path.
             raise ValueError(f"{algorithm_type=} adds noise: it needs method='multistep', not {method!r}.")
+        if corrector and (method != "multistep" or algorithm_type.startswith("sde")):
+            raise ValueError(
+                f"{corrector=} needs method='multistep' and an ODE, not {method!r} of {algorithm_type!r}."
+            )
         self._num_levels = len(self.schedule)
         if self.schedule.is_discrete:  # what the grids may start from: of the levels of pure noise only the first
             pure_noise = self.schedule.alpha == 0
@@ -369,10 +378,16 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         if not self.schedule.is_discrete:
             orders = [min(order, most) for order, most in zip(orders, orders_of_widths(levels), strict=True)]
         factor = THIRD_ORDER_RULES[config.third_order_rule]
-        return [
-            multistep_row(algorithm_type, order, solver_type, factor, levels[i - order + 1 : i + 2])
-            for i, order in enumerate(orders)
+        solver_type = "bh1" if config.corrector == "bh1" else solver_type
+        spans = [levels[i - order + 1 : i + 2] for i, order in enumerate(orders)]
+        rows = [
+            multistep_row(algorithm_type, order, solver_type, factor, span)
+            for order, span in zip(orders, spans, strict=True)
         ]
+        if config.corrector:
+            factors = [corrector_factors(algorithm_type, config.corrector, span) for span in spans[:-1]]
+            rows[1:] = map(corrected, rows[1:], rows[:-1], factors)
+        return rows
 
     # What code for diffusers' classes of these names reads and writes ---------------------------------------------
 

@@ -43,7 +43,7 @@ def walk_rows(rows, levels, epsilon, x, noises=None):
     history, anchor = [], x
     for i, (row, level) in enumerate(zip(rows, levels, strict=False)):
         e = epsilon(x, level)
-        history = [((x - level.sigma * e) / level.alpha, e), *history[:2]]
+        history = [((x - level.sigma * e) / level.alpha, e), *history[:3]]
         anchor = anchor if row.anchored else x
         x = row.sample * anchor
         for place, factors in enumerate((row.x0, row.epsilon)):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from diffusers_dpm.schedulers import CLEAN, DPMSolverScheduler
+from diffusers_dpm.schedulers.dpm_solver_rows import corrector_factors, multistep_row
 
 from .helpers import order
 from .problems import CLEANEST, GAUSS, MIXTURE, NOISIEST, STARTS, at_lambda, at_time, grid, walk_rows
@@ -136,6 +137,14 @@ def test_third_order(form, options, counts):
     assert 2.85 < slope({**form, **THIRD, **options}, counts) < 3.2
 
 
+@pytest.mark.parametrize("corrector", ["bh1", "bh2"])
+@pytest.mark.parametrize("solver_order", [1, 2, 3])
+@pytest.mark.parametrize("form", [NOISE, DATA], ids=["noise", "data"])
+def test_the_corrector_adds_one_order(form, solver_order, corrector):
+    options = {**form, **EXACT, "solver_order": solver_order, "corrector": corrector}
+    assert slope(options, LADDER) > solver_order + 0.85
+
+
 @pytest.mark.parametrize("form", [NOISE, DATA], ids=["noise", "data"])
 def test_the_published_rule_of_third_order_has_second_order(form):
     options = {**form, **THIRD, "third_order_rule": "published"}
@@ -192,6 +201,24 @@ def test_a_step_is_exact_for_polynomials(algorithm_types, options, lambdas, poly
         scheduler = DPMSolverScheduler(algorithm_type=algorithm_type, lower_order_final=False, **options)
         got, exact = one_step(scheduler, lambdas, polynomial)
         assert got == pytest.approx(exact, abs=1e-12), algorithm_type
+
+
+@pytest.mark.parametrize(
+    ("lambdas", "polynomial"),
+    [
+        ((-1.8, -1.0, 1.3), QUADRATIC),
+        ((-3.0, -1.8, -1.0, 1.3), (0.2, *QUADRATIC)),
+        ((-1.0, -0.9, -0.7, -0.698), (0.2, *QUADRATIC)),
+        ((1.3, -1.0, -1.8, -3.0), (0.2, *QUADRATIC)),  # encoding
+    ],
+)
+@pytest.mark.parametrize("algorithm_type", ODE)
+def test_a_corrected_step_is_exact_for_one_degree_more(algorithm_type, lambdas, polynomial):
+    levels = [at_lambda(v) for v in lambdas]
+    factors = corrector_factors(algorithm_type, "bh2", levels)
+    sample = multistep_row(algorithm_type, 1, "midpoint", 1.0, levels[-2:]).sample
+    got = sample * 0.4 + sum(f * np.polyval(polynomial, v) for f, v in zip(factors, lambdas[::-1], strict=True))
+    assert got == pytest.approx(exact_step(algorithm_type, *levels[-2:], polynomial, 0.4), abs=1e-12)
 
 
 @pytest.mark.parametrize("form", [NOISE, DATA], ids=["noise", "data"])

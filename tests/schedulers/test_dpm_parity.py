@@ -38,7 +38,8 @@ def pair(stock_class, n, **config):
 def path(scheduler, x, network=network):
     kept, generator = [], seeded()
     for t in scheduler.timesteps:
-        x = scheduler.step(network(x, t), t, x, generator=generator).prev_sample
+        drawn = {} if isinstance(scheduler, diffusers.UniPCMultistepScheduler) else {"generator": generator}
+        x = scheduler.step(network(x, t), t, x, **drawn).prev_sample
         kept.append(x)
     return torch.stack(kept)
 
@@ -459,3 +460,41 @@ def test_a_loop_far_from_the_solution_is_told(method, spacing, caplog):
             )
             scheduler.set_timesteps(n)
             assert caplog.text or exact_error(scheduler, data) < 0.25
+
+
+# UniPC ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [2, 5, 14])
+@pytest.mark.parametrize("solver_order", [1, 2, 3])
+@pytest.mark.parametrize("corrector", ["bh1", "bh2"])
+@pytest.mark.parametrize("form", ["dpmsolver", "dpmsolver++"])
+def test_the_corrector_is_that_of_unipc(form, corrector, solver_order, n):
+    config = {"solver_order": solver_order, "final_sigmas_type": "sigma_min"}
+    stock = diffusers.UniPCMultistepScheduler(solver_type=corrector, predict_x0=form.endswith("++"), **config)
+    ours = DPMSolverScheduler(algorithm_type=form, corrector=corrector, third_order_rule="exact", **config)
+    for scheduler in (ours, stock):
+        scheduler.set_timesteps(n)
+    assert ours.timesteps.tolist() == stock.timesteps.tolist()
+    assert distance((ours, stock)) < 2e-5
+
+
+def test_differs_unipc_discards_what_a_caller_changes():
+    """Inpainting and guidance change x between the steps; UniPC starts the next one from what it was before."""
+
+    def endpoints(change):
+        ends = []
+        for scheduler in (DPMSolverScheduler(corrector="bh2"), diffusers.UniPCMultistepScheduler()):
+            scheduler.set_timesteps(3)
+            x = noise(1, 1, 2, 2, dtype=torch.float32)
+            for i, t in enumerate(scheduler.timesteps[:2]):
+                x = scheduler.step(torch.full_like(x, 0.3), t, x + change * (i == 1)).prev_sample
+            ends.append(x)
+        return ends
+
+    (ours, stock), (ours_changed, stock_changed) = endpoints(0.0), endpoints(0.1)
+    torch.testing.assert_close(ours, stock)
+    schedule = DPMSolverScheduler().schedule
+    s, t = (schedule.level(i) for i in (666, 333))
+    # x_0 there is (x - sigma_s 0.3) / alpha_s: both use it, and ours x itself, too
+    assert (ours_changed - stock_changed).mean() > 0.5 * 0.1 * t.sigma / s.sigma
