@@ -17,6 +17,7 @@ Every measurement is kept: an interrupted call continues where it stopped.
 """
 
 import time
+from collections.abc import Sequence
 from functools import cache, cached_property, partial
 from itertools import product
 from pathlib import Path
@@ -44,6 +45,8 @@ SEED = 1_000_000  # of the first noise; the fit's are not seeded by number
 
 class Benchmark:
     """The model, its calibrations, and the results."""
+
+    finest = "quadratic"  # grid of the solution: with 1,000 steps all the timesteps that there are
 
     def __init__(
         self,
@@ -100,21 +103,27 @@ class Benchmark:
         parts = [self.pipe.unet(part.float(), t).sample for part in x.split(self.batch_size)]
         return torch.cat(parts).to(x.dtype)
 
+    def solver(self, **keys: Any) -> Any:
+        """DPM-Solver++ for the model, unclipped."""
+        return build(DPMSolverScheduler, keys, self.schedule)
+
+    def derived(self) -> dict[str, Any]:
+        """Name -> scheduler, unclipped, of ours and diffusers'."""
+        listed = [*our_samplers(), *stock_samplers()]
+        return {name: build(kind, config, self.schedule) for name, kind, config in listed}
+
     def samplers(self) -> dict[str, Any]:
         """Name -> scheduler, unclipped."""
-        unclipped = build(DPMSolverScheduler, {}, self.schedule)
+        unclipped = self.solver()
         fitted = scheduler_of(self.calibration("unclipped", unclipped, self.counts), unclipped)
-        built = {
-            name: build(kind, config, self.schedule) for name, kind, config in [*our_samplers(), *stock_samplers()]
-        }
-        return {FITTED: fitted, **built}
+        return {FITTED: fitted, **self.derived()}
 
     def measure_distances(self, num_images: int) -> None:
         x, samplers = self.noise(num_images).double(), self.samplers()
 
         @cache
         def exact() -> torch.Tensor:
-            return sample(build(DPMSolverScheduler, {"solver_order": 2}, self.schedule), self.network, x, 1000)[0]
+            return sample(self.solver(timestep_spacing=self.finest), self.network, x, 1000)[0]
 
         def measure(name: str, n: int) -> dict[str, Any]:
             end, calls = sample(samplers[name], self.network, x, n)
@@ -135,7 +144,7 @@ class Benchmark:
 
     def measure_images(self, num_images: int) -> None:
         samplers = {
-            "solution": build(DPMSolverScheduler, {"timestep_spacing": "quadratic"}, self.schedule),
+            "solution": self.solver(timestep_spacing=self.finest),
             **self.samplers(),
         }
         x = self.noise(num_images)
@@ -251,7 +260,8 @@ def distance(row: dict[str, Any], places: int) -> str:
 
 
 @torch.no_grad()
-def main() -> None:
+def measured(kind: type[Benchmark], doc: str | None, results: str, parts: Sequence[str]) -> tuple[Benchmark, Path]:
+    """The command line: (the benchmark after it measured `parts`, or those that are asked for; its output)."""
     numbers = {
         "noises": (256, "for the distances"),
         "images": (1797, "for the Fréchet distances"),
@@ -259,15 +269,15 @@ def main() -> None:
         "batch_size": (256, "images in a network call"),
     }
     run = "folder of a pipeline; for images and guided one trained on the digits"
-    parser = make_parser(__doc__, "calibrated.json", run, **numbers)
+    parser = make_parser(doc, results, run, **numbers)
     add_features(parser)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="images: after distances")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="images: after distances")
     parser.add_argument("--calls", type=int, nargs="+", default=COUNTS, help="numbers of network calls")
     arguments = parse(parser)
     fit = {"num_images": 4, "teacher_steps": 20, "max_walks": 1} if arguments.smallest else {}
     if arguments.smallest:
         arguments.calls, arguments.noises, arguments.images, arguments.guided_images = [4], 4, 20, 20
-    benchmark = Benchmark(
+    benchmark = kind(
         *(arguments.run, arguments.output, arguments.batch_size, tuple(arguments.calls), arguments.features), **fit
     )
     if "distances" in arguments.parts:
@@ -276,7 +286,12 @@ def main() -> None:
         benchmark.measure_images(arguments.images)
     if "guided" in arguments.parts:
         benchmark.measure_guided(arguments.guided_images, GUIDED_COUNTS[:1] if arguments.smallest else GUIDED_COUNTS)
-    show(arguments.output, benchmark.markdown())
+    return benchmark, arguments.output
+
+
+def main() -> None:
+    benchmark, output = measured(Benchmark, __doc__, "calibrated.json", PARTS)
+    show(output, benchmark.markdown())
 
 
 if __name__ == "__main__":

@@ -55,6 +55,9 @@ def our_samplers() -> Iterator[tuple[str, type, dict[str, Any]]]:
             for rule in ("exact", "published"):
                 third = {"solver_order": 3, "third_order_rule": rule}
                 yield f"{algorithm} 3M {rule} {spacing}", DPMSolverScheduler, {**third, **config}
+            for order in (2, 3):
+                keys = {"solver_order": order, "corrector": "bh2", "third_order_rule": "exact"}
+                yield f"{algorithm} {order}M bh2 {spacing}", DPMSolverScheduler, {**keys, **config}
             single = {"solver_order": 3, "method": "singlestep"}
             yield f"{algorithm} 3S {spacing}", DPMSolverScheduler, {**single, **config}
     for spacing in ("quadratic", "logsnr"):
@@ -93,16 +96,18 @@ def build(scheduler_class: type, config: dict[str, Any], schedule: dict[str, Any
 def sample(scheduler: Any, network: Callable, x: torch.Tensor, n: int) -> tuple[torch.Tensor, int]:
     """(endpoint, network calls made), of at most n calls, from standard normal noise x."""
     heun = isinstance(scheduler, diffusers.HeunDiscreteScheduler)
-    scheduler.set_timesteps((n + 1) // 2 if heun else n)
-    if heun:  # works on x / alpha
-        x = x * (scheduler.sigmas[0].double() ** 2 + 1).sqrt()
+    halved = heun or isinstance(scheduler, diffusers.FlowMatchHeunDiscreteScheduler)
+    scheduler.set_timesteps((n + 1) // 2 if halved else n)
+    # diffusers' Heun works on x / alpha; FlowMatchEuler has no such property
+    x = x * ((scheduler.sigmas[0].double() ** 2 + 1).sqrt() if heun else getattr(scheduler, "init_noise_sigma", 1.0))
     return walk(scheduler, network, x), len(scheduler.timesteps)
 
 
 def walk(scheduler: Any, network: Callable, x: torch.Tensor) -> torch.Tensor:
     """The sampling loop of every pipeline."""
+    scale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     for t in scheduler.timesteps:
-        x = scheduler.step(network(scheduler.scale_model_input(x, t), t), t, x).prev_sample.double()
+        x = scheduler.step(network(scale(x, t), t), t, x).prev_sample.double()
     return x
 
 
