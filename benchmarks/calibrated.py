@@ -64,7 +64,10 @@ class Benchmark:
         self.folder = output.with_suffix("")
         weights = fingerprint(self.pipe.unet.state_dict().values())
         self.results = Results(output, {"run": run.name, "weights": weights})
-        self.schedule = {key: self.scheduler.config[key] for key in SCHEDULE_KEYS}
+
+    @cached_property
+    def schedule(self) -> dict[str, Any]:
+        return {key: self.scheduler.config[key] for key in SCHEDULE_KEYS}
 
     @cached_property
     def judge(self) -> Judge:

@@ -498,3 +498,13 @@ def test_differs_unipc_discards_what_a_caller_changes():
     s, t = (schedule.level(i) for i in (666, 333))
     # x_0 there is (x - sigma_s 0.3) / alpha_s: both use it, and ours x itself, too
     assert (ours_changed - stock_changed).mean() > 0.5 * 0.1 * t.sigma / s.sigma
+
+
+@pytest.mark.parametrize("corrector", ["bh1", "bh2"])
+def test_the_corrector_ends_at_clean_data(corrector):
+    ours, stock = DPMSolverScheduler(corrector=corrector), diffusers.UniPCMultistepScheduler(solver_type=corrector)
+    for scheduler in (ours, stock):
+        scheduler.set_timesteps(5)
+    ends = [path(scheduler, noise(2, 3, 4, 4, dtype=torch.float32))[-1] for scheduler in (ours, stock)]
+    assert ends[0].isfinite().all()
+    assert ends[1].isfinite().all() == (corrector == "bh2")
