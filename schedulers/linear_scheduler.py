@@ -385,7 +385,7 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
             if self._has_state and index != self._history.next:
                 self._enter(index)
         if noise is None and any(walk.updates[i].noise for walk, i in places):
-            noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            noise = self._draw(index, x, generator)
         if tokens is not None:
             result = self._apply_to_tokens(tokens, output, x, noise)
         elif known is not None:
@@ -396,6 +396,10 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
             result = self._apply_each(places, output, variance, x, noise)
         prev_sample, x0 = result if x is sample else (tensor.to(sample.dtype) for tensor in result)
         return LinearSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
+
+    def _draw(self, index: int, x: Tensor, generator: Generators) -> Tensor:
+        """The noise of a step from x at row `index`."""
+        return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
 
     def _places(self, timestep: int | Tensor, num_images: int) -> list[Place]:
         """The place of all images, or of each if they differ."""

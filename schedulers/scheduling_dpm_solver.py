@@ -13,8 +13,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from .brownian_path import BrownianPath
 from .dpm_solver_rows import corrected, corrector_factors, multistep_row, singlestep_rows
-from .linear_scheduler import Device, LinearScheduler, Timesteps
+from .linear_scheduler import Device, Generators, LinearScheduler, Timesteps
 from .noise_schedule import CLEAN, HOST, Level, on_host
 from .plan import History, Update
 from .stock_interface import Table
@@ -120,6 +121,9 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
     - corrector: bh2 or bh1 corrects each multistep ODE step by the prediction at its end, before the next step starts
       (UniC with this B(h), Zhao et al. 2023, arXiv 2302.04867): one order more, and no further call. UniPC is
       corrector="bh2" with third_order_rule="exact".
+    - brownian_path: the noise of an image belongs to one Brownian path, of which the generator draws the seed when the
+      loop begins: the same for any number of steps, so that the samples converge, and on any device. Singlestep SDE
+      forms need it, because their stages share noise.
     - denoise_to_zero: ends at the level of timestep 0 and spends the last call on a prediction of x_0 from there.
     - fractional_timesteps: real-valued timesteps where the grid has them; False rounds, and takes the level from the
       rounded timestep, so that the network is told what it gets.
@@ -140,7 +144,15 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
     # Not clip_sample: a scheduler with another default must read it in the file.
     own_keys = (
         *LinearScheduler.own_keys,
-        *("method", "third_order_rule", "corrector", "denoise_to_zero", "fractional_timesteps", "step_plan"),
+        *(
+            "method",
+            "third_order_rule",
+            "corrector",
+            "brownian_path",
+            "denoise_to_zero",
+            "fractional_timesteps",
+            "step_plan",
+        ),
     )
 
     @register_to_config
@@ -175,6 +187,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         method: str = "multistep",
         third_order_rule: str = "published",
         corrector: str | None = None,
+        brownian_path: bool = False,
         denoise_to_zero: bool = False,
         fractional_timesteps: bool = False,
         clip_sample: bool = False,
@@ -188,10 +201,14 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
             raise ValueError("euler_at_final=True needs method='multistep': the blocks of the others end as they end.")
         if sum(self.config[flag] for flag in SIGMA_FLAGS) > 1:
             raise ValueError(f"only one of {', '.join(SIGMA_FLAGS)} can be used.")
-        if method != "multistep" and algorithm_type.startswith("sde"):
-            # The noise of the stages of a singlestep block would have to come from one Brownian path.
-            raise ValueError(f"{algorithm_type=} adds noise: it needs method='multistep', not {method!r}.")
-        if corrector and (method != "multistep" or algorithm_type.startswith("sde")):
+        is_sde = algorithm_type.startswith("sde")
+        if method != "multistep" and is_sde and not brownian_path:
+            raise ValueError(
+                f"{algorithm_type=} adds noise: {method=} needs brownian_path=True, for noise of one path."
+            )
+        if brownian_path and not is_sde:
+            raise ValueError(f"{brownian_path=} is for sde-dpmsolver and sde-dpmsolver++, not {algorithm_type!r}.")
+        if corrector and (method != "multistep" or is_sde):
             raise ValueError(
                 f"{corrector=} needs method='multistep' and an ODE, not {method!r} of {algorithm_type!r}."
             )
@@ -388,6 +405,22 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
             factors = [corrector_factors(algorithm_type, config.corrector, span) for span in spans[:-1]]
             rows[1:] = map(corrected, rows[1:], rows[:-1], factors)
         return rows
+
+    # The noise ---------------------------------------------------------------------------------------------------
+
+    _path: BrownianPath | None = None
+
+    @property
+    def _has_state(self) -> bool:
+        return bool(self._config.brownian_path) or super()._has_state
+
+    def _draw(self, index: int, x: Tensor, generator: Generators) -> Tensor:
+        if not self._config.brownian_path:
+            return super()._draw(index, x, generator)
+        if self._history.last is None or self._path is None:
+            self._path = BrownianPath.drawn(x, generator)
+        start = next(i for i in range(index, -1, -1) if not self.updates[i].anchored)
+        return self._path.noise(self.levels[start], self.levels[index + 1], x)
 
     # What code for diffusers' classes of these names reads and writes ---------------------------------------------
 

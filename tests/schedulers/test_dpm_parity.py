@@ -348,7 +348,7 @@ def test_differs_float64_samples_lose_their_precision():
 
 
 def test_differs_singlestep_sde_is_not_of_second_order():
-    """[6.1, 11] Its stages draw noises that belong to no common path; ours refuses: test_dpm_solver."""
+    """[6.1, 11] Its stages draw noises that belong to no common path; ours do: test_brownian_path."""
 
     def stock_error(n):
         stock = SINGLE(algorithm_type="sde-dpmsolver++", lower_order_final=True, final_sigmas_type="zero")

@@ -516,6 +516,7 @@ def test_names_of_other_libraries(stock):
         ({"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
         ({"algorithm_type": "sde-dpmsolver++", "method": "singlestep"}, "sde-dpmsolver.*'singlestep'"),
         ({"algorithm_type": "sde-dpmsolver", "method": "singlestep_fixed"}, "sde-dpmsolver.*'singlestep_fixed'"),
+        ({"brownian_path": True}, "brownian_path=True.*'dpmsolver\\+\\+'"),
         ({"euler_at_final": True, "method": "singlestep"}, "euler_at_final=True .*method='multistep'"),
         ({"algorithm_type": "dpm"}, "algorithm_type='dpm'.*'dpmsolver'"),
         ({"solver_order": 4}, "solver_order=4"),

@@ -1,0 +1,111 @@
+"""Noise of one Brownian path: its law, its sums, and the solvers that follow it."""
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from diffusers_dpm.schedulers import DPMSolverScheduler
+from diffusers_dpm.schedulers.brownian_path import BrownianPath
+
+from .helpers import order
+from .problems import GAUSS, at_lambda, grid
+
+
+SDE = ("sde-dpmsolver", "sde-dpmsolver++")
+LEVELS = [at_lambda(v) for v in (-5.0, -2.0, -1.99, 0.0, 0.5, 4.0)]
+
+
+def snr(level):
+    return (level.alpha / level.sigma) ** 2
+
+
+def test_increments_are_independent_and_standard_normal():
+    path = BrownianPath([0], (20_000,))
+    draws = torch.cat([path.noise(s, t, torch.zeros((), dtype=torch.float64)) for s, t in pairwise(LEVELS)])
+    assert draws.mean(dim=1).abs().max() < 4 / math.sqrt(20_000)
+    assert (torch.cov(draws) - torch.eye(len(draws))).abs().max() < 5 / math.sqrt(20_000)
+    assert draws.pow(4).mean(dim=1) == pytest.approx(np.full(5, 3), abs=5 * math.sqrt(96 / 20_000))
+
+
+def test_a_wide_step_has_the_noise_of_the_narrow_ones_in_it():
+    like = torch.zeros((), dtype=torch.float64)
+    fine, coarse = (BrownianPath([3, 4], (2, 5)) for _ in range(2))
+    parts = [fine.noise(s, t, like) * math.sqrt(snr(t) - snr(s)) for s, t in pairwise(LEVELS)]
+    whole = coarse.noise(LEVELS[0], LEVELS[-1], like) * math.sqrt(snr(LEVELS[-1]) - snr(LEVELS[0]))
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-3, atol=0)  # a leaf is 2e-5 wide
+
+
+def test_an_image_has_its_own_path_in_any_batch():
+    x = torch.zeros(3, 1, 2, 2)
+    seeds = [7, 8, 9]
+    draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+    batch = BrownianPath.drawn(x, draws).noise(*LEVELS[1:3], x)
+    alone = BrownianPath.drawn(x[:1], torch.Generator().manual_seed(9)).noise(*LEVELS[1:3], x)
+    assert torch.equal(batch[2:], alone)
+    assert len({*batch.flatten().tolist()}) == batch.numel()
+
+
+def loop(n, end="sigma_min", size=64, **options):
+    """x after n steps for data N(0, 1/4); the spread of its errors is that of `size` paths."""
+    spacing = {"timestep_spacing": "logsnr", "fractional_timesteps": True, "final_sigmas_type": end}
+    scheduler = DPMSolverScheduler(brownian_path=True, lower_order_final=False, **spacing, **options)
+    scheduler.set_timesteps(n)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, size, generator=generator, dtype=torch.float64)
+    for t, level in zip(scheduler.timesteps, scheduler.levels, strict=False):
+        epsilon = level.sigma / (0.25 * level.alpha**2 + level.sigma**2) * x
+        x = scheduler.step(epsilon, t, x, generator=generator).prev_sample
+    return x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"solver_order": 1}, {"solver_order": 2}, {"method": "singlestep"}], ids=str)
+@pytest.mark.parametrize("algorithm_type", SDE)
+def test_samples_converge_on_the_path(algorithm_type, options):
+    counts = (40, 80, 160)
+    exact = loop(1000, algorithm_type="sde-dpmsolver++", solver_order=2)  # whatever the form: the path is the same
+    errors = [(loop(n, algorithm_type=algorithm_type, **options) - exact).abs().mean().item() for n in counts]
+    assert order(counts, errors) > 0.8
+    assert errors[-1] < 0.1 * exact.std()
+
+
+@pytest.mark.parametrize(
+    ("algorithm_type", "solver_order"), [("sde-dpmsolver++", 2), ("sde-dpmsolver++", 3), ("sde-dpmsolver", 2)]
+)
+def test_weak_order_of_singlestep(algorithm_type, solver_order):
+    """The variance of x for data N(0, 1/4), to which each increment of the path contributes a coefficient."""
+    counts, errors = (192, 384, 768), []
+    for n in counts:
+        options = {"algorithm_type": algorithm_type, "solver_order": solver_order, "method": "singlestep"}
+        scheduler = DPMSolverScheduler(brownian_path=True, **options)
+        levels = grid("logSNR", scheduler, n)
+        increments = np.eye(n + 1)[1:] * np.sqrt(np.diff([snr(level) for level in levels]))[:, None]
+        x = np.eye(n + 1)[0] * math.sqrt(0.25 * levels[0].alpha ** 2 + levels[0].sigma ** 2)
+        history, anchor, opened = [], x, 0
+        for i, (row, level) in enumerate(zip(scheduler.plan(levels), levels, strict=False)):
+            e = GAUSS.epsilon(x, level)
+            history = [((x - level.sigma * e) / level.alpha, e), *history[:2]]
+            anchor, opened = (anchor, opened) if row.anchored else (x, i)
+            noise = increments[opened : i + 1].sum(axis=0) / math.sqrt(snr(levels[i + 1]) - snr(levels[opened]))
+            x = row.sample * anchor + row.noise * noise
+            x = x + sum(f * h[0] for f, h in zip(row.x0, history, strict=False))
+            x = x + sum(f * h[1] for f, h in zip(row.epsilon, history, strict=False))
+        errors.append(abs((x**2).sum() / 0.25008245796679024 - 1))
+    assert order(counts, errors) == pytest.approx(2, abs=0.3), errors
+
+
+def test_the_noise_of_a_loop_is_that_of_its_generator():
+    options = {"algorithm_type": "sde-dpmsolver++", "brownian_path": True}
+    ends = []
+    for seed, copies in ((0, 1), (0, 1), (1, 1)):
+        scheduler = DPMSolverScheduler(**options)
+        scheduler.set_timesteps(4)
+        generator, x = torch.Generator().manual_seed(seed), torch.zeros(copies, 1, 2, 2)
+        for t in scheduler.timesteps:
+            x = scheduler.step(x, t, x, generator=generator).prev_sample
+        ends.append(x)
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2])
