@@ -143,7 +143,9 @@ class ClassifierGuidance(Guidance):
 
     (v where alpha^2 + sigma^2 = 1), and likewise for any other output: it is what belongs to the shifted x_0.
     If network and classifier are exact, w = 1 gives exactly the network of the class y. Where alpha = 0, as where
-    flow matching begins, x_t is pure noise and the shift of x_0 is 0 / 0: there, nothing is shifted.
+    flow matching begins, x_t is pure noise, g is 0 and the shift of x_0 is 0 / 0: there, nothing is shifted. The
+    limit, w (E[x_0 | y] - E[x_0]), cannot be read off g, and a classifier's error at a level with little signal would
+    count sigma^2 / alpha times. So x_s of that step lacks alpha_s times the limit, which falls as 1 / steps.
 
     Given to `DPMPipeline` as `guidance`, it needs none of its arguments: the pipeline fills in `log_prob` by its
     classifier and the `class_labels` of the call, and `prediction_type` and `clip` by its scheduler.

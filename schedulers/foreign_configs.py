@@ -37,6 +37,35 @@ PROCESS_KEYS = {
 ORIGIN = "_process_keys"  # config key: the `PROCESS_KEYS` that `process` was made of; none of a process that was given
 
 
+NO_WORDS = ("true", "false", "yes", "no", "on", "off", "none", "null")
+
+
+def check_words(config: Mapping[str, Any]) -> None:
+    """Check that no number and no boolean is text: "false" would be taken for true, and "1000" for a name.
+
+    No key of any scheduler has a value that reads like one, but for those of an underscore: versions, names, hashes.
+
+    Raises:
+        ValueError: names the key and the value.
+    """
+    for key, value in config.items():
+        if key.startswith("_"):
+            continue
+        if isinstance(value, Mapping):
+            check_words(value)
+        for leaf in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(leaf, str) and (leaf.strip().lower() in NO_WORDS or is_number(leaf)):
+                raise ValueError(f"{key}={leaf!r} is text: write numbers, true, false and null without quotes.")
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def said(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a config says of its process."""
     return {key: config[key] for key in sorted(PROCESS_KEYS & config.keys())}
@@ -46,8 +75,10 @@ def with_process(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
     """What takes the place of keys of a config when some of `PROCESS_KEYS` change; `ORIGIN` is among it.
 
     Raises:
-        ValueError: as `translated`; or the process was given by itself, or is another than the config's.
+        ValueError: as `translated` and `check_words`; or the process was given by itself, or is another than the
+            config's.
     """
+    check_words({**config, **changes})
     changes = dict(changes)
     if "flow_shift" in changes and "shift" in config and not {**config, **changes}.get("use_flow_sigmas"):
         changes["shift"] = changes["flow_shift"]  # one thing, of two names

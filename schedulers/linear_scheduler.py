@@ -24,7 +24,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .foreign_configs import translated, translated_classes
+from .foreign_configs import check_words, translated, translated_classes
 from .gaussian_paths import path_of
 from .grid_arguments import GridArguments, Timesteps
 from .noise_schedule import CLEAN, Level, VPNoiseSchedule, affine, betas_of, unknown
@@ -85,8 +85,9 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
             choices: for keys of the subclass, the values that they may have.
 
         Raises:
-            ValueError: a value that is none of its key's choices, or out of range.
+            ValueError: a value that is none of its key's choices, out of range, or text in the place of a number.
         """
+        check_words(self.config)
         if isinstance(self.config.trained_betas, Tensor):  # JSON takes lists
             self.register_to_config(trained_betas=self.config.trained_betas.tolist())
         if self.config.get("process") is None and (found := translated(self.config)):  # not through `from_config`

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from diffusers_dpm.commands.main import main
+from diffusers_dpm.evaluation.run import BOUND
 from diffusers_dpm.hub.checks import check
 from diffusers_dpm.hub.staging import stage
 from diffusers_dpm.hub.upload import PublishError
@@ -42,7 +43,7 @@ def pixels(folder):
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
 
 
-def test_every_command_on_a_run(run, tmp_path, capsys):
+def test_every_command_on_a_run(run, tmp_path):
     command("statistics", run, "--data=digits", "--num-samples=4", "--timesteps=12")
     analytic = AnalyticDPMScheduler.from_pretrained(run / "analytic_dpm")
     assert len(analytic.posterior_variance()) == 1000
@@ -63,9 +64,11 @@ def test_every_command_on_a_run(run, tmp_path, capsys):
 
     command("likelihood", run, "--data=digits", "--method=ode", "--num-images=2", "--solver=rk4", "--num-steps=6")
     assert np.isfinite(json.loads((run / "likelihood.json").read_text())["ode"]["bits_per_dim"])
-    arguments = ["likelihood", str(run), "--data=digits", "--num-images=2"]
-    assert main(arguments) != 0
-    assert "--method ode" in capsys.readouterr().err.splitlines()[-1]
+    options = ["--data=digits", "--num-images=2", "--num-inference-steps=4", "--timestep-spacing"]
+    command("likelihood", run, *options, "even", "leading", "optimal")
+    bounds = json.loads((run / "likelihood.json").read_text())["elbo"]["bounds"]
+    assert len(bounds) == 3 * 3
+    assert all(np.isfinite(row["bits_per_dim"]) for row in bounds)
 
     features = save_features(tmp_path / "features")
     options = ["--data=digits", f"--features={features}", "--num-images=20", "--num-resamples=2", "--steps=3"]
@@ -74,6 +77,7 @@ def test_every_command_on_a_run(run, tmp_path, capsys):
     )
     rows = json.loads((run / "metrics.json").read_text())["rows"]
     assert {row["scheduler"] for row in rows} == {"DDIMScheduler", "DDPMScheduler"}
+    assert [row["scheduler"] for row in rows if row["metric"] == BOUND] == ["DDPMScheduler"]
     assert all(np.isfinite(row["value"]) for row in rows)
 
 

@@ -12,10 +12,12 @@ import torch
 from diffusers_dpm.adaptive import CONTROLLERS, Integrator, Node, StepPlan, integrate_adaptive, plan_timesteps
 from diffusers_dpm.calibration import Calibration, calibrate, solver_for
 from diffusers_dpm.calibration_inputs import initial_noise
+from diffusers_dpm.likelihood.bound import PredictionErrors, bound_from_errors, evidence_lower_bound, noise_key
 from diffusers_dpm.likelihood.ode import ode_log_likelihood
 from diffusers_dpm.networks import noise_schedule_of
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics, import_ms_eps
+from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.schedulers import (
     AnalyticDPMScheduler,
     CalibratedScheduler,
@@ -24,7 +26,7 @@ from diffusers_dpm.schedulers import (
     DPMSolverScheduler,
 )
 from tests.models import PathClassifier, PathNetwork
-from tests.schedulers.helpers import Gaussian
+from tests.schedulers.helpers import Gaussian, order
 
 
 PATHS = {
@@ -341,3 +343,134 @@ def test_likelihood_of_a_mixture_is_exact_on_every_path(process, kind, solver):
     expected = -(parts.log_prob(x.view(-1, 1)).exp().mean(dim=1).log()) / math.log(2)
     # what is left: where the walk starts, x is not yet the noise that it is taken for
     torch.testing.assert_close(result.per_image, expected, rtol=0, atol=0.05)
+
+
+def gaussian_errors(sampler, variance, decoder=None):
+    """What an infinite sample of N(0, variance) would measure on the sampler's grid; the best decoder, or that."""
+    timesteps = sampler.timesteps.tolist()
+    levels = [sampler.schedule.level(t) for t in timesteps]
+    error = torch.tensor([Gaussian(0.0, variance).posterior_variance(level) for level in levels], dtype=torch.float64)
+    decoder = error if decoder is None else torch.full_like(error, decoder)
+    moments = torch.stack([error, 0 * error, 0 * error], dim=1)
+    nll = 0.5 * (torch.where(error > 0, error / decoder, 0.0) + torch.log(2 * math.pi * decoder))
+    mean_square = torch.tensor([variance], dtype=torch.float64)
+    return levels, PredictionErrors(tuple(timesteps), moments[None], nll[None], mean_square, sampler.schedule.hash)
+
+
+def in_nats(bound):
+    return [term * math.log(2) for term in bound.per_term[0].tolist()]
+
+
+@PATH
+@pytest.mark.parametrize("variance", [0.25, 0.0], ids=["gaussian", "point"])
+def test_bound_of_gaussian_data_on_every_path(process, kind, variance):
+    """fixed_small: half of what the SNR gains, times the error (Kingma et al. 2021, eq. 14); the prior by torch."""
+    sampler = on_path(DDPMScheduler, process, kind)
+    sampler.set_timesteps(9)
+    levels, errors = gaussian_errors(sampler, variance, decoder=0.01)
+    prior, *steps, _ = in_nats(bound_from_errors(errors, sampler))
+    ratios = [math.exp(2 * level.lambda_) for level in levels]
+    expected = [(s - t) / 2 * e for (t, s), e in zip(pairwise(ratios), errors.moments[0, :, 0].tolist(), strict=False)]
+    assert steps == pytest.approx(expected, rel=1e-10, abs=1e-10)
+    x0 = torch.tensor([variance**0.5, -(variance**0.5)], dtype=torch.float64)
+    q = torch.distributions.Normal(levels[0].alpha * x0, levels[0].sigma)
+    p = torch.distributions.Normal(torch.zeros(2, dtype=torch.float64), sampler.init_noise_sigma)
+    assert prior == pytest.approx(torch.distributions.kl_divergence(q, p).mean().item(), abs=1e-10)
+
+
+@PATH
+@pytest.mark.parametrize("options", [{}, {"forward_process": "ddim", "eta": 1.0}], ids=["ddpm", "ddim"])
+def test_best_variances_make_the_bound_tight_on_every_path(process, kind, options):
+    """Left are the entropy of the data and what the noise that a loop begins with is wrong by."""
+    sampler = on_path(AnalyticDPMScheduler, process, kind, timestep_spacing="even", **options)
+    sampler.set_statistics(QUARTER.statistics(sampler.schedule))
+    for steps in (1, 6):
+        sampler.set_timesteps(steps)
+        levels, errors = gaussian_errors(sampler, 0.25)
+        ratio = QUARTER.total(levels[0]) / sampler.init_noise_sigma**2
+        expected = 0.5 * (math.log(2 * math.pi * math.e / 4) + ratio - 1 - math.log(ratio))
+        assert math.fsum(in_nats(bound_from_errors(errors, sampler))) == pytest.approx(expected, abs=1e-10)
+
+
+@PATH
+def test_measured_steps_depend_on_lambda_alone(process, kind):
+    """With the noise of an image at a lambda, those of an exact network are the same numbers on every path."""
+    network = PathNetwork(process, kind, in_channels=3, sample_size=8)
+    sampler, images = on_path(DDPMScheduler, process, kind), gaussian_images(3)
+    lambdas = [-3.0, -1.2, 0.3, 1.9, 3.1]
+    sampler.set_timesteps(timesteps=sampler.schedule.timestep_of(torch.tensor(lambdas, dtype=torch.float64)))
+    bound = evidence_lower_bound(network, sampler, images, num_levels=None, indices=[4, 5, 8], batch_size=4)
+    ratios, expected = [math.exp(2 * value) for value in lambdas], []
+    for ratio, value in zip(ratios, lambdas, strict=True):
+        key = round(1000 * (50 + value))
+        noise = torch.stack([normal((3, 8, 8), 0, Stream.BOUND, i, key) for i in (4, 5, 8)]).double()
+        expected.append(((images - noise * ratio**0.5 / 4) / (1 + ratio / 4)).square().flatten(1).mean(dim=1))
+    gains = torch.tensor([s - t for t, s in pairwise(ratios)], dtype=torch.float64)
+    steps = gains / 2 * torch.stack(expected[:-1], dim=1) / math.log(2)
+    torch.testing.assert_close(bound.per_term[:, 1:-1], steps, rtol=2e-5, atol=0)
+    variance = 1 / (1 + ratios[-1])
+    decoder = 0.5 * (expected[-1] / variance + math.log(2 * math.pi * variance)) / math.log(2)
+    torch.testing.assert_close(bound.per_term[:, -1], decoder, rtol=2e-5, atol=0)
+
+
+def test_noise_where_there_is_no_signal_has_a_key():
+    schedule = on_path(DDIMScheduler, *PATHS["flow"]).schedule
+    assert noise_key(schedule, 1000.0) == 0
+    assert len({noise_key(schedule, t) for t in range(1, 1000)}) == 999
+
+
+@pytest.mark.parametrize("name", ["vp_linear", "ve", "flow"])
+@pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_large"])
+def test_bound_at_levels_of_ddpm_is_ddpm_s(name, variance_type):
+    """The same chain of levels in continuous time has the same bound, but for the prior where x has another scale."""
+    discrete = DDPMScheduler(variance_type=variance_type, clip_sample=False)
+    discrete.set_timesteps(timesteps=range(850, 9, -10))
+    levels, errors = gaussian_errors(discrete, 0.25, decoder=0.001)
+    expected = in_nats(bound_from_errors(errors, discrete))
+    sampler = on_path(DDPMScheduler, *PATHS[name], variance_type=variance_type)
+    lambdas = torch.tensor([level.lambda_ for level in levels], dtype=torch.float64)
+    sampler.set_timesteps(timesteps=sampler.schedule.timestep_of(lambdas))
+    terms = in_nats(bound_from_errors(gaussian_errors(sampler, 0.25, decoder=0.001)[1], sampler))
+    begin = 0 if name == "vp_linear" else 1
+    assert terms[begin:] == pytest.approx(expected[begin:], rel=1e-4)
+
+
+def mixture_errors(sampler, nodes=40):
+    """(what an infinite sample of `MIXTURE` would measure, its entropy in nats), by quadrature over data and noise."""
+    points, weights = (torch.from_numpy(part) for part in np.polynomial.hermite_e.hermegauss(nodes))
+    weights = weights / weights.sum()
+    means, deviations = (torch.tensor(MIXTURE[key], dtype=torch.float64) for key in ("means", "deviations"))
+    x0 = (means[:, None] + deviations[:, None] * points).flatten()
+    data = (weights / len(means)).repeat(len(means))
+    log_density = torch.distributions.Normal(means, deviations).log_prob(x0[:, None]).exp().mean(dim=1).log()
+    schedule, kind = sampler.schedule, sampler.config.prediction_type
+    network = PathNetwork(sampler.config.process, kind, **MIXTURE, sample_size=1)
+    errors = []
+    for t in sampler.timesteps.tolist():
+        alpha, sigma = schedule.level(t)[:2]
+        x = (alpha * x0[:, None] + sigma * points).view(-1, 1, 1, 1)
+        seen = schedule.scale_input(x, torch.full((len(x),), t))
+        x0_hat = schedule.conversion(kind, alpha, sigma).x0
+        predicted = x0_hat[0] * x + x0_hat[1] * network(seen, torch.tensor(t)).sample
+        errors.append(data @ ((x0[:, None] - predicted.view(len(x0), -1)) ** 2 @ weights))
+    error = torch.stack(errors)
+    moments = torch.stack([error, 0 * error, 0 * error], dim=1)
+    nll = 0.5 * (1 + torch.log(2 * math.pi * error))  # of a decoder with the best variance
+    mean_square = (data @ x0**2)[None]
+    measured = PredictionErrors(
+        tuple(sampler.timesteps.tolist()), moments[None], nll[None], mean_square, schedule.hash
+    )
+    return measured, -(data @ log_density).item()
+
+
+@pytest.mark.parametrize("name", ["flow", "edm"])
+def test_bound_of_a_mixture_falls_to_its_entropy(name):
+    """For any steps it is above -E log p(x_0), by what falls as 1 / n and leaves nothing (Kingma et al. 2021)."""
+    sampler, counts, gaps = on_path(DDPMScheduler, *PATHS[name], timestep_spacing="logsnr"), (100, 200, 400), []
+    for count in counts:
+        sampler.set_timesteps(count)
+        errors, entropy = mixture_errors(sampler)
+        gaps.append(math.fsum(in_nats(bound_from_errors(errors, sampler))) - entropy)
+    assert min(gaps) > 0
+    assert order(counts, gaps) == pytest.approx(1, abs=0.1)
+    assert abs(gaps[0] - 6 * gaps[1] + 8 * gaps[2]) / 3 < 2e-3  # the limit, if two powers of 1 / n are left

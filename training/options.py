@@ -126,8 +126,9 @@ class NoiseScheduleOptions:
     """last beta, if the shape has one; of vp_linear and subvp, a thousandth of beta(1)"""
     rescale_betas_zero_snr: bool = False
     """end in pure noise; not with epsilon prediction"""
-    prediction_type: PredictionType = "epsilon"
-    """what the network predicts: epsilon, sample or v_prediction; other processes than vp have one each"""
+    prediction_type: PredictionType | None = None
+    """what the network predicts; vp: epsilon (default), sample or v_prediction; flow: flow_prediction (default) or
+    sample; edm: epsilon (default), which is its name for F, or v_prediction, -F; others: what they have"""
     variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"] = "fixed_small"
     """reverse variance saved with the model (the DDPM paper's FID: fixed_large)"""
     clip_sample: bool = True

@@ -95,6 +95,7 @@ class DiffusionTrainer(Trainer):
         check_noise_schedule(self.scheduler, "noise schedule")
         with user_error("noise schedule"):
             schedule = noise_schedule_of(self.scheduler)
+        assert options.prediction_type is not None  # `with_own_values` has set it
         return unet, DenoisingLoss(schedule, options.prediction_type, **values_of(options, LossOptions))
 
     def _origin(self, source: str) -> DPMPipeline:

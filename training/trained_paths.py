@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, ScoreSdeVeScheduler, UNet2DModel
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    ScoreSdeVeScheduler,
+    UNet2DModel,
+)
 from diffusers.schedulers.deprecated.scheduling_sde_vp import ScoreSdeVpScheduler
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
@@ -27,7 +33,7 @@ class TrainedPath:
 
     Attributes:
         scheduler: diffusers' scheduler for options.
-        prediction_type: what its networks return, by the name that diffusers has for it.
+        prediction_types: what its networks may return, by the names that diffusers has for it; the first by default.
         options: those of `ProcessOptions` and `NoiseScheduleOptions` that have a meaning -> their defaults.
         read: the same options, of our schedule.
         library, pipeline: in the index: where the scheduler is, and a stock pipeline that samples with it.
@@ -37,7 +43,7 @@ class TrainedPath:
     """
 
     scheduler: Callable[[Any], Any]
-    prediction_type: str
+    prediction_types: tuple[str, ...]
     options: Mapping[str, Any]
     read: Callable[[Any], dict[str, Any]]
     library: str = "diffusers"
@@ -58,6 +64,14 @@ def ends_of(schedule: Any) -> dict[str, float]:
     return {"sigma_min": schedule.ends[1], "sigma_max": schedule.ends[0]}
 
 
+def flow_scheduler(options: Any) -> Any:
+    """Of diffusers' classes Euler's method takes the velocity alone; DPM-Solver's flow mode is told the prediction."""
+    shared = {"num_train_timesteps": options.num_train_timesteps}
+    if options.prediction_type == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler(**shared)
+    return DPMSolverMultistepScheduler(prediction_type=options.prediction_type, use_flow_sigmas=True, **shared)
+
+
 def sub_vp_scheduler(options: Any) -> Any:
     """diffusers has none: the file names the class with the same betas, which has no `step`, and the process."""
     scheduler = ScoreSdeVpScheduler(**linear_betas(options))
@@ -68,37 +82,41 @@ def sub_vp_scheduler(options: Any) -> Any:
 BETAS = {"beta_start": 1e-4, "beta_end": 0.02}
 TRAINED_PATHS: dict[str, TrainedPath] = {
     "flow": TrainedPath(
-        lambda options: FlowMatchEulerDiscreteScheduler(num_train_timesteps=options.num_train_timesteps),
-        prediction_type="flow_prediction",
+        flow_scheduler,
+        # not epsilon, which tells nothing where flow begins; of v diffusers' flow mode has another meaning
+        prediction_types=("flow_prediction", "sample"),
         options={"num_train_timesteps": 1000},
         read=lambda schedule: {"num_train_timesteps": schedule.num_train_timesteps},
     ),
     "edm": TrainedPath(
         lambda options: EDMEulerScheduler(
-            sigma_min=options.sigma_min, sigma_max=options.sigma_max, sigma_data=options.sigma_data
+            sigma_min=options.sigma_min,
+            sigma_max=options.sigma_max,
+            sigma_data=options.sigma_data,
+            prediction_type=options.prediction_type,
         ),
-        prediction_type="epsilon",  # there the name of F
+        prediction_types=("epsilon", "v_prediction"),  # there the names of F and -F
         options={"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5},
         read=lambda schedule: {**ends_of(schedule), "sigma_data": schedule.sigma_data},
         pipeline="ConsistencyModelPipeline",  # DDPMPipeline neither scales the network's input nor the first noise
     ),
     "ve": TrainedPath(
         lambda options: ScoreSdeVeScheduler(sigma_min=options.sigma_min, sigma_max=options.sigma_max),
-        prediction_type="score",
+        prediction_types=("score",),
         options={"sigma_min": 0.01, "sigma_max": 50.0},
         read=ends_of,
         time_embedding="fourier",
     ),
     "vp_linear": TrainedPath(
         lambda options: ScoreSdeVpScheduler(**linear_betas(options)),
-        prediction_type="epsilon",
+        prediction_types=("epsilon",),
         options=BETAS,
         read=beta_options,
         library="diffusers.schedulers",
     ),
     "subvp": TrainedPath(
         sub_vp_scheduler,
-        prediction_type="epsilon",
+        prediction_types=("epsilon",),
         options=BETAS,
         read=beta_options,
         library="diffusers.schedulers",
@@ -113,15 +131,17 @@ def with_own_values(options: TrainingOptions) -> TrainingOptions:
         DiffusersDPMError: an option that has no meaning for the process.
     """
     path = TRAINED_PATHS.get(options.process)
-    own: dict[str, Any] = {**path.options, "prediction_type": path.prediction_type} if path else {}
+    predicted = path.prediction_types if path else ("epsilon",)
+    own: dict[str, Any] = {**(path.options if path else {}), "prediction_type": predicted[0]}
     schedule, process = ([item.name for item in dataclasses.fields(g)] for g in (NoiseScheduleOptions, ProcessOptions))
     free, changes = (path.options if path else schedule), {}
     for name in (*schedule, *process[1:]):  # the first is the process
         value = getattr(options, name)
         if value == getattr(TrainingOptions, name):
             changes[name] = own.get(name, value)
-        elif name not in free and value != own.get(name):
-            raise DiffusersDPMError(f"{flag(name)} {value} has no meaning with --process {options.process}")
+        elif name not in free and value not in (predicted if name == "prediction_type" else (own.get(name),)):
+            choices = f": choose {' or '.join(predicted)}" if name == "prediction_type" else ""
+            raise DiffusersDPMError(f"{flag(name)} {value} has no meaning with --process {options.process}{choices}")
     return dataclasses.replace(options, **changes)
 
 
@@ -136,8 +156,9 @@ def options_of(scheduler: Any, source: str) -> dict[str, Any]:
         return {"process": kind}
     own: Any = DDIMScheduler.from_config(scheduler.config)
     path, predicted = TRAINED_PATHS[kind], own.config.prediction_type
-    if predicted != path.prediction_type:
-        raise DiffusersDPMError(f"{source} predicts {predicted}: of {kind}, {path.prediction_type} can be trained")
+    if predicted not in path.prediction_types:
+        known = " or ".join(path.prediction_types)
+        raise DiffusersDPMError(f"{source} predicts {predicted}: of {kind}, {known} can be trained")
     return {"process": kind, "prediction_type": predicted, **path.read(own.schedule)}
 
 

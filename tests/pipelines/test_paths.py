@@ -81,6 +81,23 @@ def test_exact_classifier_makes_the_network_of_a_class(process, kind, nested):
     assert (expected[labels == 0].mean() - expected[labels == 1].mean()) > 0.5
 
 
+@pytest.mark.parametrize(("spacing", "missing"), [("euler", 1.0), ("dpm", 0.0)])
+def test_flow_s_first_step_is_that_of_all_classes(spacing, missing):
+    """From pure noise x_0 is not shifted, which lacks E[x_0 | y] - E[x_0]; from just short of it, it is."""
+    process, kind = {"kind": "flow", "spacing": spacing}, "flow_prediction"
+    data, labels = {"means": MEANS, "deviations": DEVIATIONS}, torch.tensor([0, 1, 1, 0])
+    scheduler, classifier = on_path(DDIMScheduler, process, kind), PathClassifier(process, **data)
+    known = DPMPipeline(PathNetwork(process, kind, **data, num_class_embeds=2), scheduler)
+    arguments = {"class_labels": labels, "num_inference_steps": 1}
+    shift = draw(known, **arguments) - draw(
+        DPMPipeline(PathNetwork(process, kind, **data), scheduler, classifier), **arguments
+    )
+    means = torch.tensor(MEANS, dtype=torch.float64)
+    expected = missing * (means[labels] - means.mean()).view(-1, 1, 1, 1).expand_as(shift)
+    torch.testing.assert_close(shift.double(), expected, rtol=0, atol=1e-6)
+    assert len(classifier.calls) == (spacing == "dpm")
+
+
 @PATH
 def test_mean_shift_is_the_same_in_small_steps(process, kind):
     data = {"means": MEANS, "deviations": DEVIATIONS}

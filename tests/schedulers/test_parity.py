@@ -447,6 +447,14 @@ def test_differs_a_schedule_that_is_registered_counts():
     assert torch.equal(ours.betas, DDPMScheduler(beta_end=0.01).betas)
 
 
+def test_differs_text_for_a_boolean_is_true():
+    stock = diffusers.DDIMScheduler(clip_sample="false")
+    stock.set_timesteps(1)
+    assert stock.step(noise(1, 2), 0, 9 * noise(1, 2, seed=1)).pred_original_sample.abs().max() == 1
+    with pytest.raises(ValueError, match="clip_sample='false'"):
+        DDIMScheduler.from_config(stock.config)
+
+
 def test_differs_own_keys_at_default_are_not_written(tmp_path):
     DDIMScheduler().save_pretrained(tmp_path)
     assert set(DDIMScheduler.from_pretrained(tmp_path).config["_use_default_values"]) == {*DDIMScheduler.own_keys}

@@ -1,14 +1,17 @@
 """What a config says of its process, through chains of swaps, files, and changes afterwards."""
 
 import copy
+import json
 import math
 import pickle
+import re
+from inspect import signature
 
 import diffusers
 import pytest
 import torch
 
-from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler
+from diffusers_dpm.schedulers import ALL_SCHEDULERS, DDIMScheduler, DDPMScheduler, DPMSolverScheduler
 
 from .helpers import PLANNING, noise
 
@@ -114,6 +117,54 @@ def test_what_has_no_effect_or_no_meaning_is_refused(change, message):
     with pytest.raises(ValueError, match=message) as caught:
         change()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps='1000'"),
+        ({"beta_end": "2e-2"}, "beta_end='2e-2'"),
+        ({"clip_sample": "False"}, "clip_sample='False'"),
+        ({"thresholding": "off"}, "thresholding='off'"),
+        ({"trained_betas": [0.1, "0.2"]}, "trained_betas='0.2'"),
+        ({"steps_offset": " 1 "}, "steps_offset=' 1 '"),
+        ({"process": {"kind": "flow", "inverted": "no"}}, "inverted='no'"),
+        ({"shift": "3.0"}, "shift='3.0'"),
+        ({"use_karras_sigmas": "false"}, "use_karras_sigmas='false'"),
+        ({**FLOW_MODE, "use_flow_sigmas": "true"}, "use_flow_sigmas='true'"),
+        ({"sigma_schedule": "karras", "sigma_data": "0.5"}, "sigma_data='0.5'"),
+        ({"snr_shift_scale": "null"}, "snr_shift_scale='null'"),
+    ],
+    ids=str,
+)
+def test_text_in_the_place_of_a_number_is_refused(scheduler_class, config, message, tmp_path):
+    """By a swap, as an argument of one, from a file, by the constructor, and when it is registered."""
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(config))
+    made, stock, own = scheduler_class(), diffusers.DDIMScheduler().config, signature(scheduler_class).parameters
+    ways = [
+        lambda: scheduler_class.from_config(config),
+        lambda: scheduler_class.from_config(stock, **config),
+        lambda: scheduler_class.from_pretrained(tmp_path),
+        lambda: made.register_to_config(**config),
+    ]
+    if config.keys() <= own.keys():
+        ways.append(lambda: scheduler_class(**config))
+    for way in ways:
+        with pytest.raises(ValueError, match=re.escape(message)) as caught:
+            way()
+        assert "\n" not in str(caught.value)
+    assert made.config == scheduler_class().config
+
+
+def test_names_and_versions_may_read_like_numbers():
+    config = {
+        **diffusers.DDIMScheduler().config,
+        "_diffusers_version": "0.38",
+        "_name_or_path": "1000",
+        "_note": ["no"],
+    }
+    assert DDIMScheduler.from_config(config).config["_name_or_path"] == "1000"
 
 
 @pytest.mark.parametrize("mu", [math.nan, math.inf, 1000.0, "one"])

@@ -27,15 +27,12 @@ import torch
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.likelihood.decoder import check_levels, decoder_log_prob, decoder_variances
 from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, as_analytic_dpm, standard_error
-from diffusers_dpm.networks import PROCESSES, Progress, network_output, process_of
+from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.random_streams import Stream, normal
-from diffusers_dpm.schedulers.noise_schedule import VPNoiseSchedule, affine
+from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule, affine, on_host
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
-
-
-IN_CONTINUOUS_TIME = "the bound is of DDPM's discrete process: use ode_log_likelihood ('likelihood --method ode')."
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class PredictionErrors:
         DiffusersDPMError: tensors of other images or timesteps than the rest.
     """
 
-    timesteps: tuple[int, ...]
+    timesteps: tuple[float, ...]
     moments: torch.Tensor
     decoder: torch.Tensor
     mean_square: torch.Tensor
@@ -74,7 +71,7 @@ def measure_errors(
     unet: Any,
     scheduler: Any,
     images: torch.Tensor,
-    timesteps: Iterable[int],
+    timesteps: Iterable[float],
     *,
     class_labels: torch.Tensor | None = None,
     num_levels: int | None = 256,
@@ -88,17 +85,17 @@ def measure_errors(
     """Calls the network once for each image and timestep; `bound_from_errors` makes any bound of the result.
 
     Args:
-        unet: a `UNet2DModel` with epsilon, sample or v prediction, C or 2C output channels.
+        unet: a `UNet2DModel` of any prediction type, with C or 2C output channels.
         scheduler: any diffusers scheduler of a known process: the noise schedule, prediction_type and clipping.
         images: (N, C, H, W) in [-1, 1], kept where they are and moved to the network batch by batch.
-        timesteps: where; any order.
+        timesteps: where; any order. In continuous time, real-valued.
         class_labels: (N,), for a class-conditional network.
         num_levels: number of values that a pixel can have, 256 for 8 bits; None for continuous data, whose bound is
             one of the density.
         cdf: of the decoder, see `discretized_gaussian_log_prob`.
         decoder_variance: of p(x_0 | x_t); default: see `decoder_variances`.
         seed: of the noise. The noise of an image at a timestep follows from the seed, the image's index and the
-            timestep alone.
+            timestep alone; in continuous time from the timestep's lambda, and so is the same on every path.
         indices: (N,) the index of each image in its data set; default: 0 .. N-1.
         batch_size: (image, timestep) pairs in a network call. It changes results only by the network's rounding.
         progress: gets `update(n)` for n pairs.
@@ -109,25 +106,26 @@ def measure_errors(
     """
     process = as_analytic_dpm(scheduler)
     schedule, prediction_type = process.schedule, process.config.prediction_type
-    if not isinstance(schedule, VPNoiseSchedule):
-        raise DiffusersDPMError(IN_CONTINUOUS_TIME)
-    grid = sorted(set(map(int, timesteps)))
-    if not grid or grid[0] < 0 or grid[-1] >= len(schedule):
-        raise DiffusersDPMError(f"timesteps must lie in 0 .. {len(schedule) - 1}, got {grid[:4]} .. {grid[-4:]}.")
+    grid = sorted({*as_told(schedule, timesteps)})
+    if not grid or not all(map(schedule.has, grid)):
+        ends = f"{schedule.cleanest:g} .. {schedule.noisiest:g}"
+        raise DiffusersDPMError(f"timesteps must lie in {ends}, got {grid[:4]} .. {grid[-4:]}.")
     examples = Examples(unet, images, class_labels, indices, seed, batch_size)
     if num_levels is not None:
         check_levels(images, num_levels)
     variances = decoder_variances(schedule, grid, decoder_variance)
+    keys = [(noise_key(schedule, t),) for t in grid]
 
     def evaluate(pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
         """(len(pairs), 4): the moments and the decoder term of (image, place in the grid) pairs."""
         rows, places = zip(*pairs, strict=True)
         x0, labels = examples.batch(rows)
-        noise = examples.draw(normal, Stream.BOUND, rows, ((grid[place],) for place in places))
+        noise = examples.draw(normal, Stream.BOUND, rows, (keys[place] for place in places))
         t = torch.tensor([grid[place] for place in places], device=x0.device)
         alpha, sigma = schedule.at(t, x0)
         x_t = alpha * x0 + sigma * noise
-        raw = affine(schedule.conversion(prediction_type, alpha, sigma).x0, x_t, network_output(unet, x_t, t, labels))
+        output = network_output(unet, schedule.scale_input(x_t, t), t, labels)
+        raw = affine(schedule.conversion(prediction_type, alpha, sigma).x0, x_t, output)
         predicted = process.clip_x0(raw)
         error, clipping = x0 - predicted, predicted - raw
         variance = variances[list(places)].to(x0).view(-1, *(1,) * (x0.ndim - 1))
@@ -149,11 +147,22 @@ def measure_errors(
     return PredictionErrors(tuple(grid), values[..., :3], values[..., 3], mean_square, schedule.hash)
 
 
+def as_told(schedule: NoiseSchedule, timesteps: Iterable[float]) -> list[Any]:
+    """Timesteps as the network is told them: whole ones in DDPM's process, float32 in continuous time."""
+    values = on_host([*timesteps])
+    return (values.long() if schedule.is_discrete else values.float()).tolist()
+
+
+def noise_key(schedule: NoiseSchedule, t: float) -> int:
+    """What the noise at a timestep depends on: in continuous time lambda + 50 in thousandths, whatever the path."""
+    return int(t) if schedule.is_discrete else round(1000 * max(schedule.level(t).lambda_ + 50, 0.0))
+
+
 class Transition(NamedTuple):
     """One step t -> s of the reverse process, whose means under q and p differ by `error` * e - `clipping` * c."""
 
-    t: int
-    s: int
+    t: float
+    s: float
     posterior_variance: float
     reverse_variance: float
     error: float
@@ -170,8 +179,6 @@ class Transition(NamedTuple):
 def why_unbounded(scheduler: Any) -> str | None:
     """Why the sampler has no finite bound, in one line; None if it has one."""
     config = scheduler.config
-    if process_of(scheduler) in PROCESSES.values():
-        return IN_CONTINUOUS_TIME
     variance_type = config.get("variance_type") or "fixed_small"
     if isinstance(scheduler, AnalyticDPMScheduler):
         infinite = config.forward_process == "ddim" and not config.eta
@@ -233,8 +240,8 @@ class Term(NamedTuple):
     """
 
     name: str
-    t: int | None
-    s: int | None
+    t: float | None
+    s: float | None
     posterior_variance: float | None
     reverse_variance: float | None
     bits_per_dim: float
@@ -270,14 +277,18 @@ class EvidenceLowerBound(Estimate):
 def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLowerBound:
     """The bound of the sampler that `scheduler` is on its present grid, without calling the network.
 
-    Any descending grid has one. It is that of its own model, which begins at N(0, I) for the grid's first timestep and
-    ends with the decoder at its last, so a grid that does not reach T - 1 and 0 pays for it in these two terms
-    (Sohl-Dickstein et al. 2015; Ho et al. 2020, eq. 5; Bao et al. 2022, section 3.2 for sub-sequences).
+    Any descending grid on any Gaussian path has one. It is that of its own model, which begins at the noise that
+    samples start from, N(0, init_noise_sigma^2 I), for the grid's first timestep and ends with the decoder at its
+    last, so a grid that does not reach both ends of the process pays for it in these two terms (Sohl-Dickstein et al.
+    2015; Ho et al. 2020, eq. 5; Bao et al. 2022, section 3.2 for sub-sequences). Each step depends on lambda alone:
+    with DDPM's fixed_small it is (SNR_s - SNR_t) |e|^2 / 2 nats (Kingma et al. 2021, eq. 13 to 15), which many steps
+    turn into the integral over the SNR.
 
     Args:
         errors: measured at least at the timesteps of the grid, with the same clipping.
         scheduler: `AnalyticDPMScheduler`, without its cap in grey levels; or DDPM with fixed variance or DDIM with
-            eta > 0, ours or diffusers'. `set_timesteps` chooses the grid; before it is called, that is all timesteps.
+            eta > 0, ours or diffusers'. `set_timesteps` chooses the grid; before it is called, that is all timesteps,
+            1,000 in continuous time.
 
     Raises:
         DiffusersDPMError: no bound (see `reverse_process`), other noise levels, or a timestep that was not measured.
@@ -289,9 +300,11 @@ def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLower
     if missing := sorted(set(timesteps) - set(errors.timesteps)):
         raise DiffusersDPMError(f"{len(missing)} timesteps of the grid were not measured, the first is {missing[0]}.")
     place = {t: i for i, t in enumerate(errors.timesteps)}
-    first = process.levels[0]
+    first, variance = process.levels[0], process.schedule.init_noise_sigma**2
+    ratio = first.sigma**2 / variance
     nats = [
-        0.5 * (first.alpha**2 * (errors.mean_square - 1) - 2 * math.log(first.sigma)),  # KL(q(x_t | x_0) || N(0, I))
+        # KL(q(x_t | x_0) || N(0, variance I))
+        0.5 * (first.alpha**2 / variance * errors.mean_square + ratio - 1 - math.log(ratio)),
         *(transition.divergence(errors.moments[:, place[transition.t]]) for transition in transitions),
         errors.decoder[:, place[timesteps[-1]]],
     ]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.special import log_ndtr
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.schedulers.noise_schedule import VPNoiseSchedule
+from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule, VPNoiseSchedule, on_host
 
 
 CDFS = ("exact", "tanh")
@@ -78,10 +78,11 @@ def decoder_log_prob(x: Tensor, mean: Tensor, variance: Tensor, num_levels: int 
     return discretized_gaussian_log_prob(x, mean, variance, num_levels, cdf)
 
 
-def decoder_variances(schedule: VPNoiseSchedule, timesteps: Sequence[int], variance: float | None = None) -> Tensor:
+def decoder_variances(schedule: NoiseSchedule, timesteps: Sequence[float], variance: float | None = None) -> Tensor:
     """Variance of p(x_0 | x_t), float64 (n,): `variance`, or by the rule of Bao et al. 2022 and all code before.
 
-    The rule is the posterior variance of the step 1 -> 0 where t = 0, and sigma_t^2 above.
+    The rule is sigma_t^2 of the variance-preserving x_t of the same SNR; at timestep 0 of DDPM's process the posterior
+    variance of the step 1 -> 0.
 
     Raises:
         DiffusersDPMError: `variance` is not positive.
@@ -90,7 +91,8 @@ def decoder_variances(schedule: VPNoiseSchedule, timesteps: Sequence[int], varia
         if not variance > 0:
             raise DiffusersDPMError(f"decoder_variance={variance} must be positive.")
         return torch.full((len(timesteps),), variance, dtype=torch.float64)
-    first = schedule[0].sigma ** 2
-    if len(schedule) > 1:
-        first *= -math.expm1(2 * (schedule[1].lambda_ - schedule[0].lambda_))
-    return torch.tensor([schedule[t].sigma ** 2 if t else first for t in timesteps], dtype=torch.float64)
+    levels = [*map(schedule.level, timesteps)]
+    variances = on_host([(level.sigma / level.norm) ** 2 for level in levels])
+    if isinstance(schedule, VPNoiseSchedule) and len(schedule) > 1:
+        variances[on_host(timesteps) == 0] *= -math.expm1(2 * (schedule[1].lambda_ - schedule[0].lambda_))
+    return variances
