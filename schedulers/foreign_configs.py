@@ -128,7 +128,8 @@ def edm(config: Mapping[str, Any]) -> dict[str, Any] | None:
     # Of the three only Cosine has an order and no type of algorithm; ours have both, and keep the clock that they had.
     clock = "atan" if "solver_order" in config and "algorithm_type" not in config else "log"
     clock = (config.get("process") or {}).get("clock", clock)
-    return {"process": {"kind": "edm", **named, "clock": clock, "grid": config["sigma_schedule"]}}
+    process = {"kind": "edm", **named, "clock": clock, "grid": config["sigma_schedule"]}
+    return {"process": process, "prediction_type": kind}  # Cosine's default is another than ours
 
 
 def continuous_euler(config: Mapping[str, Any]) -> dict[str, Any] | None:

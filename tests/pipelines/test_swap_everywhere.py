@@ -23,10 +23,17 @@ from .tiny_pipelines import FLOW, PIPELINES, built, sample, swapped
 pytestmark = pytest.mark.filterwarnings("ignore")
 N = 4
 FAST = (DDIMScheduler, DPMSolverScheduler)
+# Pipelines whose loop ours cannot follow, and by which argument of theirs they are known.
+NEVER = {
+    "StableDiffusionLatentUpscalePipeline": "^sample=",
+    "UnCLIPPipeline": "prev_timestep=",
+    "WuerstchenPriorPipeline": r"^timestep=\[\d+.0\]",
+    "WuerstchenDecoderPipeline": r"^timestep=\[\d+.0\]",
+}
 MAY_REFUSE = {
     **{("LTXConditionPipeline", ours): "step is given per_token_timesteps" for ours in ALL_SCHEDULERS},
     **{("CosmosTextToWorldPipeline", ours): "step is given pred_original_sample" for ours in ALL_SCHEDULERS},
-    **{("UnCLIPPipeline", ours): "step is given prev_timestep" for ours in ALL_SCHEDULERS},
+    **{(name, ours): "their loops take another path for granted" for ours in ALL_SCHEDULERS for name in NEVER},
     **{(name, CalibratedScheduler): "tables are for the timesteps they were fitted to" for name in PIPELINES},
 }
 UNIPC = ("WanPipeline UniPC", "WanVideoToVideoPipeline UniPC", "SkyReelsV2DiffusionForcingPipeline")  # no twin here
@@ -54,9 +61,10 @@ NEEDS = {
 TOLERANCE = {"IFPipeline": 1e-4, "IFSuperResolutionPipeline": 1e-4}
 
 
-def case(name, *others):
+def case(name, *others, slow=False):
     requirement, reason = NEEDS.get(name, (None, None))
-    return pytest.param(name, *others, marks=[pytest.mark.needs(requirement, reason=reason)] if requirement else [])
+    marks = [pytest.mark.needs(requirement, reason=reason)] if requirement else []
+    return pytest.param(name, *others, marks=[*marks, pytest.mark.slow] if slow else marks)
 
 
 NAMES = [case(name) for name in PIPELINES]
@@ -102,6 +110,14 @@ def test_a_swap_samples_or_is_refused_in_a_line(name, ours):
     else:
         assert (name, ours) in MAY_REFUSE, refusal
         assert "\n" not in refusal
+
+
+@pytest.mark.parametrize(("name", "match"), NEVER.items())
+@pytest.mark.parametrize("ours", FAST)
+def test_a_loop_that_ours_cannot_follow_is_refused(name, match, ours):
+    pipe, arguments = built(name)
+    with swapped(pipe, functools.partial(from_config, ours)), pytest.raises(ValueError, match=match):
+        sample(pipe, arguments, N)
 
 
 @pytest.mark.parametrize(("name", "ours", "keywords"), [case(*row) for row in SAME])
