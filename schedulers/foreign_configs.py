@@ -34,6 +34,8 @@ PROCESS_KEYS = {
     *("shift_terminal", "stochastic_sampling", "sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho"),
     *("timestep_type", "snr_shift_scale", "scaler", "s", "snr", "beta_min", "beta_max", "sampling_eps", *FLOW_FLAGS),
 }
+# What pipelines of flow matching read from the config to find `mu`, and which may be there by default only.
+SHIFT_KEYS = {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"}
 ORIGIN = "_process_keys"  # config key: the `PROCESS_KEYS` that `process` was made of; none of a process that was given
 
 

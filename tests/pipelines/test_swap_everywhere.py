@@ -36,7 +36,13 @@ MAY_REFUSE = {
     **{(name, ours): "their loops take another path for granted" for ours in ALL_SCHEDULERS for name in NEVER},
     **{(name, CalibratedScheduler): "tables are for the timesteps they were fitted to" for name in PIPELINES},
 }
-UNIPC = ("WanPipeline UniPC", "WanVideoToVideoPipeline UniPC", "SkyReelsV2DiffusionForcingPipeline")  # no twin here
+# Their stock scheduler has no twin here.
+UNIPC = (
+    "WanPipeline UniPC",
+    "WanVideoToVideoPipeline UniPC",
+    "SkyReelsV2DiffusionForcingPipeline",
+    "Cosmos2_5_PredictBasePipeline",
+)
 SAME = [
     *((name, DDIMScheduler, {}) for name in FLOW if name not in (*UNIPC, "SanaPipeline")),
     ("SanaPipeline", DPMSolverScheduler, {}),
@@ -56,6 +62,11 @@ NEEDS = {
     **dict.fromkeys(("ZImagePipeline", "ZImageImg2ImgPipeline"), ("diffusers>=0.36", "Z-Image")),
     "Flux2KleinPipeline": ("diffusers>=0.37", "Flux 2 Klein"),
     "SkyReelsV2DiffusionForcingPipeline": ("diffusers>=0.37", "SkyReels without ftfy"),
+    "HunyuanVideo15Pipeline": ("diffusers>=0.36", "HunyuanVideo 1.5"),
+    "Kandinsky5T2IPipeline": ("diffusers>=0.36", "Kandinsky 5"),
+    "LTX2Pipeline": ("diffusers>=0.37", "LTX 2"),
+    "Cosmos2_5_PredictBasePipeline": ("diffusers>=0.37", "Cosmos 2.5"),
+    "StableAudio3Pipeline": ("diffusers>=0.40", "Stable Audio 3"),
 }
 # Of the output's standard deviation. The float32 table of a cosine schedule is that coarse at its noisy end.
 TOLERANCE = {"IFPipeline": 1e-4, "IFSuperResolutionPipeline": 1e-4}

@@ -88,8 +88,8 @@ class OneImage:
     def shaped(t, x):
         """Timesteps as a number, or of each token or frame, to be broadcast over x."""
         t = t.double()
-        if t.ndim < 2:
-            return t.flatten()[0]
+        if t.ndim < 2 or t.ndim == x.ndim:
+            return t.flatten()[0] if t.ndim < 2 else t
         if x.ndim == 3:
             return t[..., None]
         return t[:, None, :, None, None] if t.shape[1] == x.shape[2] else t[0, 0]

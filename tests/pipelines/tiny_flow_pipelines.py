@@ -1,11 +1,11 @@
-"""Tiny pipelines of flow matching."""
+"""Tiny pipelines of flow matching for images."""
 
 from importlib import import_module
 from unittest.mock import patch
 
 import diffusers
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler
 
 from .tiny_parts import (
     GUIDED,
@@ -17,24 +17,16 @@ from .tiny_parts import (
     PROMPT,
     SIZE,
     SIZE_8,
-    VIDEO,
     assemble,
     autoencoder,
     cosmos,
+    dynamic,
+    flow,
     network,
     numbers,
     tokenizer,
     with_image,
 )
-
-
-def flow(shift=1.0, **config):
-    return FlowMatchEulerDiscreteScheduler(shift=shift, **config)
-
-
-def dynamic(shift=3.0, **config):
-    """As in Flux dev: the shift grows with the number of tokens."""
-    return flow(shift, use_dynamic_shifting=True, **config)
 
 
 FLUX = {
@@ -101,40 +93,6 @@ def qwen_image():
     return pipe, {**prompt, **SIZE_8, "true_cfg_scale": 1.0}
 
 
-def wan(name, scheduler, expand=False, **arguments):
-    transformer = network(
-        "WanTransformer3DModel",
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=8,
-        ffn_dim=16,
-        num_layers=1,
-        rope_max_seq_len=8,
-    )
-    vae = network(
-        "AutoencoderKLWan",
-        base_dim=2,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    pipe = assemble(
-        name, scheduler, transformer=transformer, vae=vae, **({"expand_timesteps": True} if expand else {})
-    )
-    return pipe, {**PROMPT, **SIZE_8, **arguments}
-
-
-def unipc(flow_shift=3.0):
-    return UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift, final_sigmas_type="zero"
-    )
-
-
 def sana():
     transformer = network(
         "SanaTransformer2DModel",
@@ -158,85 +116,6 @@ def sana():
         **size,
         "use_resolution_binning": False,
     }
-
-
-def ltx(name, scheduler, **arguments):
-    transformer = network(
-        "LTXVideoTransformer3DModel",
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        cross_attention_dim=16,
-        num_layers=1,
-        caption_channels=8,
-    )
-    vae = network(
-        "AutoencoderKLLTXVideo",
-        latent_channels=4,
-        block_out_channels=(4, 4, 4, 4),
-        decoder_block_out_channels=(4, 4, 4, 4),
-        layers_per_block=(1, 1, 1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1, 1, 1),
-        spatio_temporal_scaling=(True, True, True, False),
-        patch_size=4,
-    )
-    pipe = assemble(name, scheduler, transformer=transformer, vae=vae)
-    return pipe, {**MASKED, "height": 64, "width": 64, "num_frames": 9, "output_type": "latent", **arguments}
-
-
-def hunyuan_video():
-    transformer = network(
-        "HunyuanVideoTransformer3DModel",
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=1,
-        num_single_layers=1,
-        num_refiner_layers=1,
-        patch_size=1,
-        text_embed_dim=8,
-        pooled_projection_dim=8,
-        rope_axes_dim=(2, 2, 4),
-    )
-    pipe = assemble("HunyuanVideoPipeline", flow(7.0), transformer=transformer)
-    return pipe, {**POOLED, **MASKED, **SIZE_8, "num_frames": 5}
-
-
-def hunyuan_video_15():
-    """Its guidance is a component."""
-    transformer = network(
-        "HunyuanVideo15Transformer3DModel",
-        in_channels=9,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=1,
-        num_refiner_layers=1,
-        text_embed_dim=8,
-        text_embed_2_dim=8,
-        image_embed_dim=4,
-        rope_axes_dim=(2, 2, 4),
-        task_type="t2v",
-    )
-    vae = network(
-        "AutoencoderKLHunyuanVideo15",
-        latent_channels=4,
-        block_out_channels=(8, 8),
-        layers_per_block=1,
-        spatial_compression_ratio=4,
-        temporal_compression_ratio=2,
-        downsample_match_channel=False,
-        upsample_match_channel=False,
-    )
-    guider = diffusers.ClassifierFreeGuidance(guidance_scale=2.0)
-    pipe = assemble("HunyuanVideo15Pipeline", flow(7.0), transformer=transformer, vae=vae, guider=guider)
-    pipe.vision_num_semantic_tokens = 2
-    keys = ("prompt_embeds", "prompt_embeds_2", "negative_prompt_embeds", "negative_prompt_embeds_2")
-    prompts = {key: numbers(1, 4, 8, seed=seed) for seed, key in enumerate(keys)}
-    masks = {key.replace("embeds", "embeds_mask"): torch.ones(1, 4) for key in keys}
-    return pipe, {**prompts, **masks, "height": 16, "width": 16, "num_frames": 3, "output_type": "latent"}
 
 
 def omnigen():
@@ -268,6 +147,34 @@ def omnigen():
         components = {"transformer": transformer, "vae": vae, "tokenizer": tokenizer()}
         pipe = assemble("OmniGenPipeline", scheduler, **components)
     return pipe, {"prompt": "?", **SIZE_8, "guidance_scale": 2.0}
+
+
+def kandinsky_5():
+    transformer = network(
+        "Kandinsky5Transformer3DModel",
+        in_visual_dim=4,
+        in_text_dim=8,
+        in_text_dim2=8,
+        time_dim=8,
+        out_visual_dim=4,
+        model_dim=8,
+        ff_dim=8,
+        num_text_blocks=1,
+        num_visual_blocks=1,
+        axes_dims=(2, 2, 4),
+    )
+    pipe = assemble("Kandinsky5T2IPipeline", flow(7.0), transformer=transformer)
+    pipe.resolutions = [(32, 32)]
+    prompts = {
+        f"{sign}prompt_{key}": value
+        for sign in ("", "negative_")
+        for key, value in {
+            "embeds_qwen": numbers(1, 4, 8),
+            "embeds_clip": numbers(1, 8),
+            "cu_seqlens": torch.tensor([0, 4], dtype=torch.int32),
+        }.items()
+    }
+    return pipe, {**prompts, **SIZE_8}
 
 
 def aura_flow():
@@ -321,23 +228,6 @@ def cogview4():
     return assemble("CogView4Pipeline", scheduler, transformer=transformer), {**PROMPT, **SIZE_8}
 
 
-def mochi():
-    transformer = network(
-        "MochiTransformer3DModel",
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=2,
-        pooled_projection_dim=8,
-        in_channels=4,
-        text_embed_dim=8,
-        time_embed_dim=4,
-        max_sequence_length=4,
-    )
-    mask = {"prompt_attention_mask": torch.ones(1, 4, dtype=torch.bool)}
-    pipe = assemble("MochiPipeline", flow(invert_sigmas=True), transformer=transformer)
-    return pipe, {**PROMPT, **mask, **SIZE_8, "num_frames": 7}
-
-
 def z_image(name="ZImagePipeline", **arguments):
     transformer = network(
         "ZImageTransformer2DModel",
@@ -371,24 +261,6 @@ def chroma(name="ChromaPipeline", scheduler=None, **arguments):
     )
     pipe = assemble(name, scheduler or flow(), transformer=transformer, vae=autoencoder(1))
     return pipe, {**MASKED, **SIZE, **arguments}
-
-
-def skyreels():
-    """A scheduler for each frame, copied from the pipeline's."""
-    transformer = network(
-        "SkyReelsV2Transformer3DModel",
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=8,
-        freq_dim=8,
-        ffn_dim=16,
-        num_layers=1,
-        rope_max_seq_len=8,
-    )
-    pipe = assemble("SkyReelsV2DiffusionForcingPipeline", unipc(8.0), transformer=transformer)
-    return pipe, {"prompt": None, **PROMPT, **SIZE_8, "num_frames": 9, "ar_step": 1, "causal_block_size": 1}
 
 
 def lumina():
@@ -451,7 +323,7 @@ def hidream():
     return pipe, {**prompts, "pooled_prompt_embeds": numbers(1, 16), "guidance_scale": 1.0, **SIZE}
 
 
-FLOW = {
+IMAGES = {
     "FluxPipeline": flux,
     "FluxPipeline schnell": lambda: flux(scheduler=flow()),
     "FluxImg2ImgPipeline": with_image(flux, "FluxImg2ImgPipeline"),
@@ -464,30 +336,20 @@ FLOW = {
         stable_diffusion_3, "StableDiffusion3InpaintPipeline", channels=16, mask_image=MASK
     ),
     "QwenImagePipeline": qwen_image,
-    "WanPipeline": lambda: wan("WanPipeline", flow(3.0), num_frames=5),
-    "WanPipeline UniPC": lambda: wan("WanPipeline", unipc(), num_frames=5),
-    "WanPipeline a timestep per token": lambda: wan("WanPipeline", flow(5.0), expand=True, num_frames=5),
-    "WanVideoToVideoPipeline": lambda: wan("WanVideoToVideoPipeline", flow(3.0), video=VIDEO, strength=0.75),
-    "WanVideoToVideoPipeline UniPC": lambda: wan("WanVideoToVideoPipeline", unipc(), video=VIDEO, strength=0.75),
     "SanaPipeline": sana,
-    "LTXPipeline": lambda: ltx("LTXPipeline", dynamic(1.0, base_shift=0.95, max_shift=2.05, shift_terminal=0.1)),
-    "LTXConditionPipeline": lambda: ltx("LTXConditionPipeline", flow(), image=numbers(1, 3, 64, 64).clamp(-1, 1)),
-    "HunyuanVideoPipeline": hunyuan_video,
     "AuraFlowPipeline": aura_flow,
     "Lumina2Pipeline": lumina2,
     "CogView4Pipeline": cogview4,
-    "MochiPipeline": mochi,
     "ZImagePipeline": z_image,
     "ZImageImg2ImgPipeline": with_image(z_image, "ZImageImg2ImgPipeline"),
     "ChromaPipeline": chroma,
     "ChromaPipeline beta": lambda: chroma(scheduler=flow(use_beta_sigmas=True)),
     "ChromaImg2ImgPipeline": with_image(chroma, "ChromaImg2ImgPipeline"),
     "Cosmos2TextToImagePipeline": lambda: cosmos("Cosmos2TextToImagePipeline", flow(use_karras_sigmas=True)),
-    "SkyReelsV2DiffusionForcingPipeline": skyreels,
     "LuminaPipeline": lumina,
     "Flux2KleinPipeline": flux2_klein,
     "HiDreamImagePipeline": hidream,
     "FluxControlNetPipeline": flux_controlnet,
-    "HunyuanVideo15Pipeline": hunyuan_video_15,
     "OmniGenPipeline": omnigen,
+    "Kandinsky5T2IPipeline": kandinsky_5,
 }

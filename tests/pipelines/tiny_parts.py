@@ -5,6 +5,7 @@ from functools import partial
 
 import diffusers
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
@@ -61,11 +62,20 @@ def autoencoder(latent_channels, factor=1):
     return network("AutoencoderKL", latent_channels=latent_channels, **config, **blocks)
 
 
-def cosmos(name, scheduler, **arguments):
+def flow(shift=1.0, **config):
+    return FlowMatchEulerDiscreteScheduler(shift=shift, **config)
+
+
+def dynamic(shift=3.0, **config):
+    """As in Flux dev: the shift grows with the number of tokens."""
+    return flow(shift, use_dynamic_shifting=True, **config)
+
+
+def cosmos(name, scheduler, components=None, in_channels=4, **arguments):
     """The second generation writes sigma_min, sigma_max and sigma_data of EDM into the scheduler's config."""
     transformer = network(
         "CosmosTransformer3DModel",
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         num_attention_heads=2,
         attention_head_dim=16,
@@ -79,7 +89,8 @@ def cosmos(name, scheduler, **arguments):
         extra_pos_embed_type="learnable",
     )
     checker = {"safety_checker": transformer}  # any model: it is not asked, as no prompt is given
-    return assemble(name, scheduler, transformer=transformer, **checker), {**PROMPT, **SIZE_8, **arguments}
+    pipe = assemble(name, scheduler, transformer=transformer, **checker, **(components or {}))
+    return pipe, {**PROMPT, **SIZE_8, **arguments}
 
 
 def tokenizer():

@@ -11,9 +11,11 @@ from functools import cache
 import torch
 
 from .tiny_diffusion_pipelines import DIFFUSION
-from .tiny_flow_pipelines import FLOW
+from .tiny_flow_pipelines import IMAGES
+from .tiny_video_pipelines import VIDEOS
 
 
+FLOW = {**IMAGES, **VIDEOS}
 PIPELINES = {**FLOW, **DIFFUSION}
 
 

@@ -229,6 +229,14 @@ def test_the_network_is_told_where_x_is_in_spacings_of_ours():
     torch.testing.assert_close(ours.timesteps, 1000 * ours.sigmas[:-1])
 
 
+def test_what_pipelines_make_mu_of_crosses_though_a_default():
+    stock = FlowEuler(use_dynamic_shifting=True)
+    config = DDIMScheduler.from_config(stock.config).config
+    for key in ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"):
+        assert key in stock.config["_use_default_values"]
+        assert config[key] == stock.config[key]
+
+
 def test_the_prediction_type_of_cosine_is_read_though_a_default():
     stock = diffusers.CosineDPMSolverMultistepScheduler()
     assert "prediction_type" in stock.config["_use_default_values"]
