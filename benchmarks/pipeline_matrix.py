@@ -6,12 +6,10 @@ Each pipeline has tiny random networks and the stock scheduler of its published 
 `Class.from_config(pipe.scheduler.config)` and no more; for diffusers' solvers in a pipeline of flow matching, with
 `use_flow_sigmas`, `prediction_type` and `flow_shift`. Each gets the same seed and number of steps.
 
-- equal: within 2e-5 of the stock scheduler's output, in its standard deviations
-- runs: another output, which is finite; whether it is that of the right process, this table does not say
-- refused: ValueError, with its first words
-- fails: any other error, with its first words
+Below the outcomes stand all pipelines of diffusers that have a scheduler and are not in the table.
 """
 
+import inspect
 import re
 import warnings
 from functools import partial
@@ -21,11 +19,37 @@ from tqdm.auto import tqdm
 
 from benchmarks.common import make_parser, parse, save, show, table, versions
 from diffusers_dpm.schedulers import ALL_SCHEDULERS
+from diffusers_dpm.schedulers.foreign_configs import translated
 from tests.pipelines.tiny_pipelines import FLOW, PIPELINES, built, sample, swapped
 from tests.schedulers.helpers import with_statistics
 
 
 STOCK = (diffusers.DPMSolverMultistepScheduler, diffusers.UniPCMultistepScheduler)
+KINDS = """
+- equal: within 2e-5 of the stock scheduler's output, in its standard deviations
+- runs: another output, which is finite, since the stock scheduler is another method, or visits other timesteps. DDIM
+  is not PNDM, UniPC, a second-order solver or a sampler with noise; DPMSolver is of second order; DDPM and AnalyticDPM
+  add noise; Calibrated has rows of its own. `tests/pipelines/test_told_timesteps.py` shows for DPMSolver or DDIM that
+  x is at the level that the network is told; for diffusers' two columns nothing does.
+- refused: ValueError, with its first words
+- fails: any other error, with its first words
+"""
+# Where a swap is refused or of no effect, though the config is one of a path that is known: it is in the pipeline.
+UNCLIP, LCM = "its loop says where a step leads (prev_timestep)", "distilled for LCM (original_inference_steps)"
+INVERSE, STOCK_ONLY = "has an inverse scheduler, too", "its loop has formulas of stock schedulers in it"
+LOOPS = {
+    **dict.fromkeys(("KandinskyPrior", "KandinskyV22Prior", "UnCLIP"), UNCLIP),
+    **dict.fromkeys(("Wuerstchen",), "tells the network a time in 0 .. 1, and leaves the last timestep out"),
+    "LatentConsistency": LCM,
+    "StableDiffusionLatentUpscale": "converts the output in sigma / alpha",
+    **dict.fromkeys(("StableDiffusionDiffEdit", "StableDiffusionPix2PixZero"), INVERSE),
+    **dict.fromkeys(("LEdits", "CycleDiffusion", "StableDiffusionParadigms", "RePaint", "ScoreSdeVe"), STOCK_ONLY),
+    "SanaSprint": "distilled for SCMScheduler (trigflow)",
+    "LTX2DFRTemporalRefine": "asks for LTXEulerAncestralRF by its class",
+    "CosmosVideoToWorld": "asks the scheduler for c_in",
+    "LongCatAudioDiT": "replaces the scheduler that it is given; one assigned afterwards stays",
+    "ShapE": "betas of the name exp",
+}
 COLUMNS = {
     **{c.__name__.removesuffix("Scheduler"): c for c in ALL_SCHEDULERS},
     **{f"diffusers' {c.__name__.removesuffix('MultistepScheduler')}": c for c in STOCK},
@@ -56,8 +80,57 @@ def outcome(name, scheduler_class, num_inference_steps):
     return "equal" if distance < 2e-5 else "runs"
 
 
+def families():
+    """Family -> names of its pipelines that have a scheduler; a family is a folder of diffusers'."""
+    found = {}
+    for name in sorted(dir(diffusers)):
+        pipeline = getattr(diffusers, name)
+        if not inspect.isclass(pipeline) or not pipeline.__module__.startswith("diffusers.pipelines."):
+            continue
+        if any(key.endswith("scheduler") for key in inspect.signature(pipeline.__init__).parameters):
+            folders = pipeline.__module__.removeprefix("diffusers.pipelines.deprecated.").split(".")
+            found.setdefault(folders[2] if folders[0] == "diffusers" else folders[0], []).append(name)
+    return found
+
+
+def why_not(name):
+    """Why a pipeline cannot have our schedulers; "" if nothing is known against it."""
+    if reason := next((LOOPS[start] for start in LOOPS if name.startswith(start)), None):
+        return reason
+    if name.endswith("CombinedPipeline"):
+        return "swap the schedulers of its parts"
+    parameters = inspect.signature(getattr(diffusers, name).__init__).parameters
+    annotations = [str(each.annotation) for key, each in parameters.items() if key.endswith("scheduler")]
+    classes = {word for each in annotations for word in re.findall(r"\w+Scheduler\b", each)} - {"SchedulerMixin"}
+    reasons = [refusal(getattr(diffusers, each, None) or getattr(diffusers.schedulers, each)) for each in classes]
+    return reasons[0] if reasons and all(reasons) else ""
+
+
+def refusal(stock):
+    """Why the config of a scheduler of diffusers is refused; "" if it is not."""
+    parameters = [*inspect.signature(stock.__init__).parameters.values()][1:]
+    config = {p.name: 1 if p.default is p.empty else p.default for p in parameters}
+    try:
+        translated({**config, "_class_name": stock.__name__})
+    except ValueError as error:
+        return str(error).split(": use")[0]
+    return ""
+
+
+def not_in_the_table(names):
+    """Lines of (family, pipelines not run, what is known of them) for all families."""
+    run = {name.split()[0] for name in names}
+    lines = []
+    for family, members in sorted(families().items()):
+        stands = "others of this family run" if run & {*members} else "not run"
+        reasons = {name: why_not(name) or stands for name in members if name not in run}
+        groups = {reason: [name for name in reasons if reasons[name] == reason] for reason in reasons.values()}
+        lines += [[family, ", ".join(group), reason] for reason, group in groups.items()]
+    return lines
+
+
 def markdown(rows):
-    """Every outcome, after how many of each kind a scheduler has."""
+    """How many outcomes of each kind a scheduler has, every outcome, and the pipelines that are not among them."""
     kinds = {"equal": "equal", "runs": "runs", "ValueError": "refused", "": "fails"}
     cells = {name: [row["outcomes"][name] for row in rows] for name in COLUMNS}
     kind = {cell: next(k for k in kinds if cell.startswith(k)) for column in cells.values() for cell in column}
@@ -66,7 +139,11 @@ def markdown(rows):
         for start, text in kinds.items()
     ]
     lines = [[row["pipeline"], *(row["outcomes"][name].replace("|", "\\|") for name in COLUMNS)] for row in rows]
-    return "\n\n".join([table(["", *COLUMNS], counts), table(["pipeline", *COLUMNS], lines)]) + "\n"
+    rest = table(
+        ["family", "not in the table", "what is known against it"], not_in_the_table([row["pipeline"] for row in rows])
+    )
+    parts = [table(["", *COLUMNS], counts), KINDS.strip(), table(["pipeline", *COLUMNS], lines), rest]
+    return "\n\n".join(parts) + "\n"
 
 
 def main():

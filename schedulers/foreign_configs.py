@@ -34,6 +34,8 @@ PROCESS_KEYS = {
     *("shift_terminal", "stochastic_sampling", "sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho"),
     *("timestep_type", "snr_shift_scale", "scaler", "s", "snr", "beta_min", "beta_max", "sampling_eps", *FLOW_FLAGS),
 }
+# What pipelines of flow matching read from the config to find `mu`, and which may be there by default only.
+SHIFT_KEYS = {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"}
 ORIGIN = "_process_keys"  # config key: the `PROCESS_KEYS` that `process` was made of; none of a process that was given
 
 
@@ -159,7 +161,8 @@ def edm(config: Mapping[str, Any]) -> dict[str, Any] | None:
     # Of the three only Cosine has an order and no type of algorithm; ours have both, and keep the clock that they had.
     clock = "atan" if "solver_order" in config and "algorithm_type" not in config else "log"
     clock = (config.get("process") or {}).get("clock", clock)
-    return {"process": {"kind": "edm", **named, "clock": clock, "grid": config["sigma_schedule"]}}
+    process = {"kind": "edm", **named, "clock": clock, "grid": config["sigma_schedule"]}
+    return {"process": process, "prediction_type": kind}  # Cosine's default is another than ours
 
 
 def continuous_euler(config: Mapping[str, Any]) -> dict[str, Any] | None:

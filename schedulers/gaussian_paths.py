@@ -181,6 +181,10 @@ class ContinuousSchedule(NoiseSchedule):
             )
         return times.clamp(max=high)
 
+    def before_shift(self, times: Tensor, mu: float | None) -> Tensor:
+        """What the shift of the grid makes `times` of: with timesteps and sigmas, pipelines tell the network this."""
+        return times
+
     def spaced_times(self, spacing: str, num: int, **options: float) -> Tensor:
         """Times in a spacing of ours between the trained ends; pure noise, whose lambda is infinite, stands by itself.
 
@@ -300,8 +304,6 @@ class FlowSchedule(ContinuousSchedule):
         if self.over == "karras" and self.karras_ends is not None:
             ratio = spaced("karras", len(times), *self.karras_ends)
             return ratio / (1 + ratio)
-        if self.dynamic is not None and mu is None:
-            raise ValueError(f"dynamic={self.dynamic!r}: the shift of this process depends on the image; give mu.")
         times = shifted(times, self._factor(mu))
         if self.terminal:
             if len(times) == 1:
@@ -311,9 +313,14 @@ class FlowSchedule(ContinuousSchedule):
             times = spaced(self.over, len(times), times[0].item(), times[-1].item())
         return times
 
+    def before_shift(self, times: Tensor, mu: float | None) -> Tensor:
+        return shifted(times, 1 / self._factor(mu))
+
     def _factor(self, mu: float | None) -> float:
-        if self.dynamic is None or mu is None:
+        if self.dynamic is None:
             return self.shift
+        if mu is None:
+            raise ValueError(f"dynamic={self.dynamic!r}: the shift of this process depends on the image; give mu.")
         try:
             factor = math.exp(float(mu)) if self.dynamic == "exponential" else float(mu)
         except (OverflowError, TypeError, ValueError):

@@ -62,7 +62,7 @@ class GridArguments:
             times = schedule.within(self._times(lengths[0], sigmas, mu))
             levels = schedule.levels_at(times)
             if timesteps is None or self.config.timestep_spacing not in STOCK_SPACINGS:
-                timesteps = schedule.timestep_at(times)
+                timesteps = schedule.timestep_at(times if timesteps is None else schedule.before_shift(times, mu))
         told = [float(t) for t in timesteps]
         if not all(t.lambda_ < s.lambda_ for t, s in pairwise(levels)) or not levels[-1].sigma > 0:
             raise ValueError(f"timesteps must go from noise to images, short of them; got {told[:8]}.")

@@ -285,8 +285,15 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
         self._begin_index = begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """x as the network sees it: x itself, but for EDM's, of which c_in scales it (`NoiseSchedule.input_scale`)."""
+        """x as the network sees it: x itself, but for EDM's, of which c_in scales it (`NoiseSchedule.input_scale`).
+
+        Raises:
+            ValueError: a sample without dimensions, from a pipeline that converts the network's output by itself.
+        """
         if not self.schedule.scales_input:
+            if sample.ndim == 0:
+                whose = "StableDiffusionLatentUpscalePipeline, which samples in sigma / alpha: use diffusers' class"
+                raise ValueError(f"sample={sample.item():g} is no sample but what is given by {whose}.")
             return sample
         if isinstance(timestep, Tensor) and timestep.numel() > 1:
             return self.schedule.scale_input(sample, timestep)
@@ -404,7 +411,12 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
 
     def _places(self, timestep: int | Tensor, num_images: int) -> list[Place]:
         """The place of all images, or of each if they differ."""
-        if not isinstance(timestep, Tensor) or timestep.numel() == 1:
+        if not isinstance(timestep, Tensor):
+            return [self._locate(timestep)]
+        if self.schedule.is_discrete and timestep.is_floating_point() and "scaler" in (self.config.process or {}):
+            advice = "Würstchen's, which tell the network 0 .. 1 and leave the last out: use diffusers' class"
+            raise ValueError(f"timestep={timestep.tolist()[:8]} of real numbers is of pipelines like {advice}.")
+        if timestep.numel() == 1:
             return [self._locate(timestep)]
         each = timestep.tolist()
         if len(each) != num_images:

@@ -121,12 +121,14 @@ def betas_of_products(alphas_cumprod: torch.Tensor) -> torch.Tensor:
 
 
 def _wuerstchen_products(num: int, scaler: float, offset: float = 0.008) -> torch.Tensor:
-    """alphas_cumprod of diffusers' DDPMWuerstchen: a cosine of a power of the time, down to 1e-4, where it is cut."""
+    """alphas_cumprod of diffusers' DDPMWuerstchen: a cosine of a power of the time, between 0.9999 and 1e-4."""
     u = torch.arange(1, num + 1, **HOST) / num
     u = 1 - (1 - u) ** scaler if scaler > 1 else u**scaler
     start, quarter = offset / (1 + offset) * (math.pi / 2), math.pi / 2
-    last = math.acos(0.01 * math.cos(start)) / quarter * (1 + offset) - offset
-    return (torch.cos((last * u + offset) / (1 + offset) * quarter) / math.cos(start)) ** 2
+    ends = on_host([math.sqrt(0.9999), 0.01]) * math.cos(start)
+    first, last = (ends.acos() / quarter * (1 + offset) - offset).tolist()
+    time = first + (last - first) * (u - u[0]) / (1 - u[0])
+    return (torch.cos((time + offset) / (1 + offset) * quarter) / math.cos(start)) ** 2
 
 
 def bracket(knots: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from .foreign_configs import ORIGIN, PROCESS_KEYS, with_process
+from .foreign_configs import ORIGIN, PROCESS_KEYS, SHIFT_KEYS, with_process
 from .noise_schedule import HOST, betas_of_products, on_host
 from .plan import Plan, dynamic_threshold
 
@@ -151,7 +151,7 @@ class StockInterface(SchedulerMixin, ConfigMixin):
             found = {**(found if same else {}), "process": kwargs["process"], ORIGIN: None}
         if found.get("process") is not None and "process" not in own:
             raise ValueError(f"process={found['process']}: {cls.__name__} has no such key, and is for DDPM's alone.")
-        crosses = PROCESS_KEYS if found else set()  # also what the other scheduler has by default
+        crosses = PROCESS_KEYS | SHIFT_KEYS if found else set()  # also what the other scheduler has by default
         unwritten = [key for key in config.get("_use_default_values", ()) if key not in crosses]
         hidden = {key: value for key, value in found.items() if key not in own}
         named = {key: value for key, value in kwargs.items() if key in own or key not in changes}

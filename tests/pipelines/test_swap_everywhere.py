@@ -23,13 +23,26 @@ from .tiny_pipelines import FLOW, PIPELINES, built, sample, swapped
 pytestmark = pytest.mark.filterwarnings("ignore")
 N = 4
 FAST = (DDIMScheduler, DPMSolverScheduler)
+# Pipelines whose loop ours cannot follow, and by which argument of theirs they are known.
+NEVER = {
+    "StableDiffusionLatentUpscalePipeline": "^sample=",
+    "UnCLIPPipeline": "prev_timestep=",
+    "WuerstchenPriorPipeline": r"^timestep=\[\d+.0\]",
+    "WuerstchenDecoderPipeline": r"^timestep=\[\d+.0\]",
+}
 MAY_REFUSE = {
     **{("LTXConditionPipeline", ours): "step is given per_token_timesteps" for ours in ALL_SCHEDULERS},
     **{("CosmosTextToWorldPipeline", ours): "step is given pred_original_sample" for ours in ALL_SCHEDULERS},
-    **{("UnCLIPPipeline", ours): "step is given prev_timestep" for ours in ALL_SCHEDULERS},
+    **{(name, ours): "their loops take another path for granted" for ours in ALL_SCHEDULERS for name in NEVER},
     **{(name, CalibratedScheduler): "tables are for the timesteps they were fitted to" for name in PIPELINES},
 }
-UNIPC = ("WanPipeline UniPC", "WanVideoToVideoPipeline UniPC", "SkyReelsV2DiffusionForcingPipeline")  # no twin here
+# Their stock scheduler has no twin here.
+UNIPC = (
+    "WanPipeline UniPC",
+    "WanVideoToVideoPipeline UniPC",
+    "SkyReelsV2DiffusionForcingPipeline",
+    "Cosmos2_5_PredictBasePipeline",
+)
 SAME = [
     *((name, DDIMScheduler, {}) for name in FLOW if name not in (*UNIPC, "SanaPipeline")),
     ("SanaPipeline", DPMSolverScheduler, {}),
@@ -49,14 +62,20 @@ NEEDS = {
     **dict.fromkeys(("ZImagePipeline", "ZImageImg2ImgPipeline"), ("diffusers>=0.36", "Z-Image")),
     "Flux2KleinPipeline": ("diffusers>=0.37", "Flux 2 Klein"),
     "SkyReelsV2DiffusionForcingPipeline": ("diffusers>=0.37", "SkyReels without ftfy"),
+    "HunyuanVideo15Pipeline": ("diffusers>=0.36", "HunyuanVideo 1.5"),
+    "Kandinsky5T2IPipeline": ("diffusers>=0.36", "Kandinsky 5"),
+    "LTX2Pipeline": ("diffusers>=0.37", "LTX 2"),
+    "Cosmos2_5_PredictBasePipeline": ("diffusers>=0.37", "Cosmos 2.5"),
+    "StableAudio3Pipeline": ("diffusers>=0.40", "Stable Audio 3"),
 }
 # Of the output's standard deviation. The float32 table of a cosine schedule is that coarse at its noisy end.
 TOLERANCE = {"IFPipeline": 1e-4, "IFSuperResolutionPipeline": 1e-4}
 
 
-def case(name, *others):
+def case(name, *others, slow=False):
     requirement, reason = NEEDS.get(name, (None, None))
-    return pytest.param(name, *others, marks=[pytest.mark.needs(requirement, reason=reason)] if requirement else [])
+    marks = [pytest.mark.needs(requirement, reason=reason)] if requirement else []
+    return pytest.param(name, *others, marks=[*marks, pytest.mark.slow] if slow else marks)
 
 
 NAMES = [case(name) for name in PIPELINES]
@@ -102,6 +121,14 @@ def test_a_swap_samples_or_is_refused_in_a_line(name, ours):
     else:
         assert (name, ours) in MAY_REFUSE, refusal
         assert "\n" not in refusal
+
+
+@pytest.mark.parametrize(("name", "match"), NEVER.items())
+@pytest.mark.parametrize("ours", FAST)
+def test_a_loop_that_ours_cannot_follow_is_refused(name, match, ours):
+    pipe, arguments = built(name)
+    with swapped(pipe, functools.partial(from_config, ours)), pytest.raises(ValueError, match=match):
+        sample(pipe, arguments, N)
 
 
 @pytest.mark.parametrize(("name", "ours", "keywords"), [case(*row) for row in SAME])

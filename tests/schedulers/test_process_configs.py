@@ -271,10 +271,30 @@ def test_equal_timesteps_are_walked_in_turn(scheduler_class):
 
 
 def test_the_network_is_told_where_x_is_in_spacings_of_ours():
-    """CogView4 gives timesteps and sigmas: under a spacing of ours both only say how many."""
-    ours = DDIMScheduler.from_config(FlowEuler().config, timestep_spacing="logsnr")
+    """CogView4 gives timesteps and sigmas, of which it shifts the sigmas: here both only say how many."""
+    ours = DDIMScheduler.from_config(FlowEuler(shift=3.0).config, timestep_spacing="logsnr")
     ours.set_timesteps(timesteps=[1000.0, 667.0, 334.0, 1.0], sigmas=[1.0, 0.667, 0.334, 0.001])
+    told = ours.timesteps / 1000
+    torch.testing.assert_close(3 * told / (1 + 2 * told), ours.sigmas[:-1])
+    ours.set_timesteps(4)
     torch.testing.assert_close(ours.timesteps, 1000 * ours.sigmas[:-1])
+
+
+def test_what_pipelines_make_mu_of_crosses_though_a_default():
+    stock = FlowEuler(use_dynamic_shifting=True)
+    config = DDIMScheduler.from_config(stock.config).config
+    for key in ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"):
+        assert key in stock.config["_use_default_values"]
+        assert config[key] == stock.config[key]
+
+
+def test_the_prediction_type_of_cosine_is_read_though_a_default():
+    stock = diffusers.CosineDPMSolverMultistepScheduler()
+    assert "prediction_type" in stock.config["_use_default_values"]
+    ours = DDIMScheduler.from_config(stock.config)
+    assert ours.config.prediction_type == "v_prediction"
+    again = DDIMScheduler.from_config(ours.config, prediction_type="epsilon")
+    assert again.config.prediction_type == "epsilon"
 
 
 def test_explicit_sigmas_count_but_on_flow():
