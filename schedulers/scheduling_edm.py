@@ -25,7 +25,7 @@ Point = tuple[float, Level]  # a timestep and its level
 
 
 def euler(t: Level, s: Level) -> Update:
-    """y_s = y_t + (r_s - r_t) epsilon_t, written in x_t and x_0: Algorithm 1 up to line 5; it is DDIM's step."""
+    """y_s = y_t + (r_s - r_t) epsilon_t, written in x_t and x_0 (Algorithm 1, line 5); it is DDIM's step."""
     return Update(sample=s.sigma / t.sigma, x0=(-s.alpha * math.expm1(t.lambda_ - s.lambda_),))
 
 
@@ -34,10 +34,8 @@ def second_call(t: Level, m: Level, s: Level) -> Update:
 
     y_s = y_t + (r_s - r_t) [(1 - 1 / 2a) epsilon_t + 1 / 2a epsilon_m]; of second order for any a.
     """
-    width, stage = (
-        -math.expm1(t.lambda_ - s.lambda_),
-        -math.expm1(t.lambda_ - m.lambda_),
-    )  # 1 - r_s / r_t, 1 - r_m / r_t
+    width = -math.expm1(t.lambda_ - s.lambda_)  # 1 - r_s / r_t
+    stage = -math.expm1(t.lambda_ - m.lambda_)
     newest = s.alpha * width**2 / (2 * stage * (1 - stage))
     return Update(sample=s.sigma / t.sigma, x0=(newest, s.alpha * width - newest), anchored=True)
 
@@ -187,7 +185,7 @@ class EDMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks 
         return super()._times(num, sigmas, mu)
 
     def _steps(self, points: list[Point], device: Device) -> None:
-        """Plan the loop whose steps begin at every second of the points, as a rule, and which calls as often."""
+        """Plan the loop that has as many calls as there are points, and whose steps begin at every second of them."""
         orders = orders_of_steps([*(level for _, level in points), CLEAN], self.config.solver_order)
         calls, rows, gamma = [points[0]], [], self._gamma(len(orders))
         for order in orders[:-1]:  # the last one leads to clean data
@@ -213,7 +211,7 @@ class EDMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks 
         return label, schedule.level(label)
 
     def _churned(self, point: Point, gamma: float) -> Point:
-        """Where a step begins that the last one leads to `point`."""
+        """Where a step begins if the one before has led to `point`."""
         if not self._churns(point[1]):
             return point
         return min(point, self._point(point[1].lambda_ - math.log1p(gamma)), key=lambda each: each[1].lambda_)
