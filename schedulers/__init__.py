@@ -8,10 +8,14 @@ from diffusers_dpm.schedulers.scheduling_calibrated import CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers_dpm.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers_dpm.schedulers.scheduling_dpm_solver import DPMSolverScheduler
+from diffusers_dpm.schedulers.scheduling_edm import EDMScheduler
 
 
 # Every sampler: what the commands offer, what saving and the Hub know, and what the tests run over.
-ALL_SCHEDULERS = (DDPMScheduler, DDIMScheduler, AnalyticDPMScheduler, DPMSolverScheduler, CalibratedScheduler)
+ALL_SCHEDULERS = (
+    *(DDPMScheduler, DDIMScheduler, AnalyticDPMScheduler, DPMSolverScheduler, EDMScheduler),
+    CalibratedScheduler,
+)
 
 __all__ = [
     "ALL_SCHEDULERS",
@@ -21,6 +25,7 @@ __all__ = [
     "DDIMScheduler",
     "DDPMScheduler",
     "DPMSolverScheduler",
+    "EDMScheduler",
     "Level",
     "LinearScheduler",
     "LinearSchedulerOutput",

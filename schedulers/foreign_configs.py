@@ -12,7 +12,7 @@ import diffusers
 
 # Keys of schedulers whose networks are no denoisers at given noise levels, or were distilled for one sampler.
 REFUSED = {
-    "s_churn": "KarrasVeScheduler, whose networks take sigmas that its own grid squares",
+    "s_min": "KarrasVeScheduler, whose networks take sigmas that its own grid squares",
     "clip_denoised": "consistency models",
     "stages": "Helios, which changes the resolution between stages",
     "num_policy_substeps": "policy flow models",
@@ -198,7 +198,9 @@ def flow_matching(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """FlowMatchEuler, FlowMatchHeun, LTXEulerAncestralRF, and other solvers with `use_flow_sigmas`."""
     mode = bool(config.get("use_flow_sigmas")) and "FlowMatch" not in str(config.get("_class_name"))
     # A mode that is on is newer than keys of FlowMatchEuler that were kept.
-    own = not mode and ("shift" in config or "s_noise" in config)
+    # LTXEulerAncestralRF has no more than s_noise; EDMScheduler has it beside betas.
+    ltx = "s_noise" in config and ("beta_start" not in config or (config.get("process") or {}).get("kind") == "flow")
+    own = not mode and ("shift" in config or ltx)
     if not own and not mode:
         return None
     over = [name for flag, name in FLOW_FLAGS.items() if config.get(flag)]

@@ -316,9 +316,9 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
             timestep = timestep.item()
         visited = self._plan.visited
         expected = self._history.next if self._has_state else self._step_index or 0
-        if expected < len(visited) and visited[expected] == timestep:  # the next one, of those that are equal
-            return self, expected
         row = self._plan.index.get(timestep, self._plan.cut.get(timestep))
+        if row is not None and expected < len(visited) and visited[expected] == visited[row]:
+            return self, expected  # the next one, of those that are equal
         return (self._walk_from(timestep), 0) if row is None else (self, row)
 
     def _walk_from(self, t: Any) -> "LinearScheduler":

@@ -160,9 +160,9 @@ class Plan:
     @cached_property
     def cut(self) -> Mapping[float, int]:
         """The same of real-valued timesteps that a pipeline has cut to integers, where they are more than 1 apart."""
-        if any(abs(t - s) <= 1 for t, s in pairwise(self.visited)) or max(map(abs, self.visited), default=0) <= 1:
+        if any(0 < abs(t - s) <= 1 for t, s in pairwise(self.visited)) or max(map(abs, self.visited), default=0) <= 1:
             return {}
-        return {int(t): i for i, t in enumerate(self.visited)}
+        return {int(t): i for i, t in reversed([*enumerate(self.visited)])}
 
     @property
     def ascends(self) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .brownian_path import BrownianPath
 from .dpm_solver_rows import corrected, corrector_factors, multistep_row, singlestep_rows
 from .linear_scheduler import Device, Generators, LinearScheduler, Timesteps
-from .noise_schedule import CLEAN, HOST, Level, on_host
+from .noise_schedule import CLEAN, HOST, Level
 from .plan import History, Update
 from .stock_interface import Table
 from .timestep_grids import LAMBDA_SPACINGS, SPACINGS, Grid, descends, lambda_grid
@@ -298,15 +298,6 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         if self.schedule.is_discrete:
             return descends(timesteps, len(self.schedule) - 1)
         return all(self.schedule.level(t).lambda_ < self.schedule.level(s).lambda_ for t, s in pairwise(timesteps))
-
-    def _explicit_grid(self, timesteps: Timesteps) -> list[Any]:
-        """Timesteps as they were given; real-valued ones if the config allows them."""
-        if not self.config.fractional_timesteps or not self.schedule.is_discrete:
-            return super()._explicit_grid(timesteps)
-        grid = on_host([float(t) for t in timesteps]).float().tolist()
-        if not descends(grid, len(self.schedule) - 1):
-            raise ValueError(f"timesteps must descend strictly inside 0 .. {len(self.schedule) - 1}; got {grid[:8]}.")
-        return grid
 
     def _times(self, num: int, sigmas: Any, mu: float | None) -> Tensor:
         config = self.config

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from diffusers_dpm.schedulers import DDIMScheduler as DDIMScheduler
     from diffusers_dpm.schedulers import DDPMScheduler as DDPMScheduler
     from diffusers_dpm.schedulers import DPMSolverScheduler as DPMSolverScheduler
+    from diffusers_dpm.schedulers import EDMScheduler as EDMScheduler
     from diffusers_dpm.schedulers import LinearScheduler as LinearScheduler
     from diffusers_dpm.schedulers import Update as Update
     from diffusers_dpm.schedulers import VPNoiseSchedule as VPNoiseSchedule

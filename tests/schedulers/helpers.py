@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from diffusers_dpm.calibration import solver_for
-from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler
+from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler, EDMScheduler
 from tests.models import prediction, solver_rows
 
 
@@ -20,6 +20,8 @@ SPACINGS = (*STOCK_SPACINGS, "quadratic", "quad", "logsnr")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 # Those that make rows for any timesteps, and for a walk that begins in mid-grid; the others have tables of rows.
 PLANNING = tuple(c for c in ALL_SCHEDULERS if c is not CalibratedScheduler)
+# What makes any of them visit each timestep once.
+ONCE = {EDMScheduler: {"solver_order": 1}}
 STOCK = (
     diffusers.DDPMScheduler,
     diffusers.DDIMScheduler,

@@ -10,6 +10,7 @@ from diffusers_dpm.schedulers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverScheduler,
+    EDMScheduler,
 )
 
 from .helpers import network, noise, working
@@ -54,6 +55,7 @@ WALKS = [
     (DDIMScheduler, {"process": {"kind": "flow"}, "prediction_type": "flow_prediction", "eta": 0.5}),
     (DPMSolverScheduler, {"process": {"kind": "flow", "shift": 3.0}, "prediction_type": "flow_prediction"}),
     (DPMSolverScheduler, {"process": {"kind": "edm"}, "solver_order": 3}),
+    (EDMScheduler, {"process": {"kind": "edm"}, "s_churn": 2.0, "stage_fraction": 0.5}),
 ]
 
 

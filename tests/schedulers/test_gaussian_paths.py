@@ -14,11 +14,12 @@ from diffusers_dpm.schedulers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverScheduler,
+    EDMScheduler,
 )
 from diffusers_dpm.schedulers.gaussian_paths import PATHS, path_of
 from diffusers_dpm.schedulers.noise_schedule import CLEAN, PREDICTIONS
 
-from .helpers import PLANNING, noise, seeded
+from .helpers import ONCE, PLANNING, noise, seeded, sources
 from .problems import MIXTURE, STARTS
 
 
@@ -387,6 +388,9 @@ SAMPLERS = {
     "3S": (DPMSolverScheduler, {"method": "singlestep", "solver_order": 3}),
     "SDE 2M": (DPMSolverScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "SDE 2M epsilon": (DPMSolverScheduler, {"algorithm_type": "sde-dpmsolver"}),
+    "Heun": (EDMScheduler, {}),
+    "EDM midpoint": (EDMScheduler, {"stage_fraction": 0.5}),
+    "EDM with churn": (EDMScheduler, {"s_churn": 1.0, "s_tmin": 0.5}),
 }
 
 
@@ -410,8 +414,12 @@ def test_all_paths_lead_to_the_same_image(name, spacing, n):
             continue
         wide = {"sigma_min": 1e-3, "sigma_max": 100.0} if process["kind"] in ("edm", "ve") else {}
         scheduler = scheduler_class(process=process | wide, clip_sample=False, **options)
-        levels = on_path(process | wide, lambdas)
-        scheduler._follow(scheduler._new_plan([float(i) for i in range(n)], levels, None))
+        levels, labels = on_path(process | wide, lambdas), [float(i) for i in range(n)]
+        if scheduler_class is EDMScheduler:
+            scheduler._steps([*zip(labels, levels, strict=False)], None)
+        else:
+            scheduler._follow(scheduler._new_plan(labels, levels, None))
+        levels = scheduler.levels
         x, history, anchor = STARTS * math.hypot(levels[0].alpha, levels[0].sigma), [], None
         for i, row in enumerate(scheduler.updates):
             epsilon = MIXTURE.epsilon(x, levels[i])
@@ -434,7 +442,7 @@ def test_rows_land_on_the_next_level(process, scheduler_class):
     scheduler.set_timesteps(
         7, **({"sigmas": [1 - i / 8 for i in range(7)]} if process.get("num_train_timesteps") else {})
     )
-    for (t, s), row in zip(pairwise(scheduler.levels), scheduler.updates, strict=True):
+    for t, s, row in zip(sources(scheduler), scheduler.levels[1:], scheduler.updates, strict=True):
         signal, excess = row.defect(t, s)
         assert abs(signal) < 1e-12
         assert abs(excess) < 1e-12 * max(1, t.sigma**2)
@@ -686,7 +694,7 @@ def test_a_shift_may_be_given_in_the_swap():
     [
         ({"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
         ({"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
-        ({"s_churn": 80, "sigma_min": 0.02, "sigma_max": 100}, "s_churn=80"),
+        ({"s_churn": 80, "s_min": 0.05, "sigma_max": 100}, "s_min=0.05"),
         ({"sigma_data": 0.5}, "sigma_data=0.5"),
         ({"prediction_type": "trigflow"}, "prediction_type='trigflow'"),
         ({"sigma_schedule": "karras", "prediction_type": "sample"}, "prediction_type='sample'"),
@@ -748,6 +756,7 @@ def test_mu_is_ignored_where_nothing_depends_on_it():
 def test_spacings_of_ours_on_a_flow(scheduler_class, spacing):
     stock = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     options = {"reverse_variance": "small"} if scheduler_class is AnalyticDPMScheduler else {}
+    options |= ONCE.get(scheduler_class, {})
     ours = scheduler_class.from_config(stock.config, timestep_spacing=spacing, **options)
     ours.set_timesteps(sigmas=np.linspace(1, 0.1, 10))  # a pipeline's own: only their number counts
     lambdas = [level.lambda_ for level in ours.levels]

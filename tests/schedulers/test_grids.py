@@ -18,7 +18,7 @@ from diffusers_dpm.schedulers import (
 )
 from diffusers_dpm.schedulers.timestep_grids import SPACINGS, STEP_TABLES, Grid, spread
 
-from .helpers import PLANNING, STOCK_SPACINGS, working
+from .helpers import ONCE, PLANNING, STOCK_SPACINGS, working
 from .helpers import SPACINGS as COMMON_SPACINGS
 
 
@@ -154,7 +154,7 @@ def test_explicit_timesteps(scheduler_class, form):
 )
 def test_bad_grids_are_refused_with_the_reason(scheduler_class, arguments, message):
     with pytest.raises(ValueError, match=message):
-        working(scheduler_class).set_timesteps(**arguments)
+        working(scheduler_class, **ONCE.get(scheduler_class, {})).set_timesteps(**arguments)
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler(), DPMSolverScheduler()])
@@ -216,7 +216,7 @@ def test_sigma_tables_are_within_a_rounding(scheduler_class, name):
     """Their ends lie a rounding outside the trained range, and are its ends."""
     config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     small = {"reverse_variance": "small"} if scheduler_class is AnalyticDPMScheduler else {}
-    scheduler = scheduler_class(**config, **small)
+    scheduler = scheduler_class(**config, **small, **ONCE.get(scheduler_class, {}))
     scheduler.set_timesteps(sigmas=AysSchedules[name])
     assert len(scheduler.timesteps) == 10
     expected = torch.tensor(AysSchedules[name])

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler
+from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler, EDMScheduler
+from diffusers_dpm.schedulers.gaussian_paths import path_of
+from diffusers_dpm.schedulers.scheduling_edm import euler, second_call
 
-from .helpers import noise
+from .helpers import Gaussian, noise, seeded
+from .problems import MIXTURE, walk_rows
 
 
 FlowEuler = diffusers.FlowMatchEulerDiscreteScheduler
@@ -148,3 +151,56 @@ def test_differs_v_on_a_flow_has_its_norm():
     stock._step_index = 1
     assert stock.convert_model_output(given[0], sample=given[1]).item() != pytest.approx(x0, rel=0.05)
     assert ours.predict(*given, level)[0].item() == pytest.approx(x0)
+
+
+def test_differs_churn_comes_after_the_network_call():
+    """Algorithm 2 asks for x_0 at the noisier x; diffusers takes that of the x before the noise."""
+    data, stock = Gaussian(0.7, 1.0), EDMEuler()
+    ours = EDMScheduler.from_config(stock.config, solver_order=1, s_churn=100.0, s_tmin=0.1)
+    for scheduler in (stock, ours):
+        scheduler.set_timesteps(10)
+    x, z = 3 * noise(1, 4), noise(1, 4, seed=1)
+    sigma, end = stock.sigmas[5:7].tolist()
+    level, higher = ours.schedule.level_at(sigma), ours.levels[5]
+    assert higher.sigma == pytest.approx(math.sqrt(2) * sigma, rel=1e-4)
+
+    def network(x, level):
+        x0 = data.predict(x, level, "sample")
+        p, q = ours.schedule.predictions["epsilon"](level.alpha, level.sigma)
+        return p * x0 + q * (x - x0) / level.sigma
+
+    noisier = x + math.sqrt(higher.sigma**2 - sigma**2) * z
+    direction = (noisier - data.predict(noisier, higher, "sample")) / higher.sigma
+    algorithm_2 = noisier + (end - higher.sigma) * direction
+    got = ours.step(network(noisier, higher), ours.timesteps[5], noisier, variance_noise=0 * z).prev_sample
+    torch.testing.assert_close(got, algorithm_2, rtol=1e-6, atol=1e-6)
+    stock._step_index = 5
+    options = {"s_churn": 100.0, "s_tmin": 0.1, "generator": seeded(1)}
+    got = stock.step(network(x, level), stock.timesteps[5], x, **options).prev_sample
+    assert (got - algorithm_2).abs().max() > 0.01
+
+
+def test_differs_heun_of_flow_is_in_its_time():
+    """From sigma 0.8 to 0.5, as x / alpha: exactly 0.561; Heun's step depends on the time that it is taken in."""
+    stock = diffusers.FlowMatchHeunDiscreteScheduler()
+    stock.set_timesteps(2)
+    stock.sigmas = torch.tensor([0.8, 0.5, 0.5, 0.0], dtype=torch.float64)
+    t, s = (path_of({"kind": "flow"}).level_at(sigma) for sigma in (0.8, 0.5))
+    ours = walk_rows([euler(t, s), second_call(t, s, s)], [t, s], MIXTURE.epsilon, np.array([1.5 * t.alpha]))
+    assert ours.item() / s.alpha == pytest.approx(0.820, abs=1e-3)
+    x = torch.tensor([1.5 * t.alpha], dtype=torch.float64)
+    for place, level in ((0, t), (1, s)):
+        epsilon = torch.from_numpy(MIXTURE.epsilon(x.numpy(), level))
+        output = epsilon - (x - level.sigma * epsilon) / level.alpha
+        stock._step_index = place
+        x = stock.step(output, stock.timesteps[place], x).prev_sample.double()
+    assert x.item() / s.alpha == pytest.approx(0.603, abs=1e-3)
+
+
+def test_differs_heun_counts_steps():
+    stock = diffusers.HeunDiscreteScheduler()
+    ours = EDMScheduler.from_config(stock.config)
+    for scheduler in (stock, ours):
+        scheduler.set_timesteps(9)
+    assert (len(stock.timesteps), stock.order) == (17, 2)
+    assert (len(ours.timesteps), ours.order) == (9, 1)

@@ -199,7 +199,7 @@ def test_dpm_solver_takes_what_the_other_config_says(source, config, tmp_path):
         (STOCK[3], {"prediction_type": "flow_prediction"}, "prediction_type='flow_prediction'"),
         (STOCK[3], {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
         (diffusers.EulerDiscreteScheduler, {"timestep_type": "continuous"}, "timestep_type='continuous'"),
-        (diffusers.KarrasVeScheduler, {}, "s_churn=80"),
+        (diffusers.KarrasVeScheduler, {}, "s_min=0.05"),
         (diffusers.SCMScheduler, {}, "trigflow"),
     ],
 )
