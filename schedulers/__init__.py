@@ -8,10 +8,18 @@ from diffusers_dpm.schedulers.scheduling_calibrated import CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers_dpm.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers_dpm.schedulers.scheduling_dpm_solver import DPMSolverScheduler
+from diffusers_dpm.schedulers.scheduling_score_sde import ScoreSDEScheduler
 
 
 # Every sampler: what the commands offer, what saving and the Hub know, and what the tests run over.
-ALL_SCHEDULERS = (DDPMScheduler, DDIMScheduler, AnalyticDPMScheduler, DPMSolverScheduler, CalibratedScheduler)
+ALL_SCHEDULERS = (
+    DDPMScheduler,
+    DDIMScheduler,
+    AnalyticDPMScheduler,
+    DPMSolverScheduler,
+    ScoreSDEScheduler,
+    CalibratedScheduler,
+)
 
 __all__ = [
     "ALL_SCHEDULERS",
@@ -25,6 +33,7 @@ __all__ = [
     "LinearScheduler",
     "LinearSchedulerOutput",
     "NoiseSchedule",
+    "ScoreSDEScheduler",
     "Update",
     "VPNoiseSchedule",
 ]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +22,7 @@ class GridArguments:
     config: Any
     schedule: Any  # a NoiseSchedule
     custom_timesteps: bool
+    may_repeat: bool = False  # whether neighbours among explicit timesteps may be equal
     # What `timestep_spacing` may be.
     spacings: ClassVar[tuple[str, ...]] = (*STOCK_SPACINGS, "quadratic", "quad", "logsnr", "karras", "beta")
 
@@ -64,7 +65,7 @@ class GridArguments:
             if timesteps is None or self.config.timestep_spacing not in STOCK_SPACINGS:
                 timesteps = schedule.timestep_at(times)
         told = [float(t) for t in timesteps]
-        if not all(t.lambda_ < s.lambda_ for t, s in pairwise(levels)) or not levels[-1].sigma > 0:
+        if not self._in_order(levels) or not levels[-1].sigma > 0:
             raise ValueError(f"timesteps must go from noise to images, short of them; got {told[:8]}.")
         return on_host(told).float().tolist(), levels
 
@@ -76,13 +77,21 @@ class GridArguments:
         return self.schedule.spaced_times(spacing, num)
 
     def _explicit_grid(self, timesteps: Timesteps) -> list[Any]:
-        """Timesteps that a caller gives; DDPM's process has whole ones."""
+        """Timesteps that a caller gives; DDPM's process has whole ones, unless the config allows for others."""
         if not self.schedule.is_discrete:
             return self._continuous_grid(None, timesteps)[0]
-        grid, top = [int(t) for t in timesteps], len(self.schedule) - 1
-        if not descends(grid, top) or grid != [float(t) for t in timesteps]:
-            raise ValueError(f"timesteps must be descending integers in 0 .. {top}; got {list(timesteps)[:8]}.")
+        given, top = [float(t) for t in timesteps], len(self.schedule) - 1
+        fractional = self.config.get("fractional_timesteps", False)
+        grid = on_host(given).float().tolist() if fractional else [int(t) for t in given]
+        distinct = [t for t, _ in groupby(grid)] if self.may_repeat else grid
+        if not descends(distinct, top) or (grid != given and not fractional):
+            kind = "numbers" if fractional else "integers"
+            raise ValueError(f"timesteps must be descending {kind} in 0 .. {top}; got {list(timesteps)[:8]}.")
         return grid
+
+    def _in_order(self, levels: list[Level]) -> bool:
+        """Whether levels go from noise to images."""
+        return all(t.lambda_ < s.lambda_ or (self.may_repeat and t == s) for t, s in pairwise(levels))
 
     def _sigma_grid(self, sigmas: Any) -> list[Any]:
         """Timesteps of values of sigma / alpha, the last may be 0; rounded beyond an end they are the end."""

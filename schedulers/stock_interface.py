@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import unwrap
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -192,16 +191,19 @@ class StockInterface(SchedulerMixin, ConfigMixin):
             if plan.visited and ("process" not in keys or self.schedule.hash == state["schedule"].hash):
                 if plan.levels[-1] != end:
                     raise ValueError(f"{', '.join(keys)}: this loop ends elsewhere than usual; call set_timesteps.")
-                grid, levels = plan.visited, plan.levels[:-1]
-                if self.schedule.is_discrete:
-                    grid = self._explicit_grid(grid)
-                    levels = [*map(self.schedule.level, grid)]
-                levels = [*levels, self._last_level()]
-                options = self._options() if plan.options == options else plan.options
-                self._follow(replace(self._new_plan(grid, levels, None), timesteps=plan.timesteps, options=options))
+                self._renew(plan, self._options() if plan.options == options else plan.options)
         except Exception:
             self.__dict__.update(state)
             raise
+
+    def _renew(self, plan: Plan, options: Any) -> None:
+        """Walk the timesteps of a plan under another config."""
+        grid, levels = plan.visited, plan.levels[:-1]
+        if self.schedule.is_discrete:
+            grid = self._explicit_grid(grid)
+            levels = [*map(self.schedule.level, grid)]
+        levels = [*levels, self._last_level()]
+        self._follow(replace(self._new_plan(grid, levels, None), timesteps=plan.timesteps, options=options))
 
     # The grid and the step ---------------------------------------------------------------------------------------
 
@@ -269,7 +271,7 @@ class StockInterface(SchedulerMixin, ConfigMixin):
         if abs(levels[-1].lambda_ - levels[-2].lambda_) < 1e-6:  # a last step that does nothing
             levels[-1] = levels[-2]
         inside = levels[0].sigma <= schedule.level(schedule.noisiest).sigma * 1.01
-        if not inside or not all(t.lambda_ < s.lambda_ for t, s in pairwise([*levels[:-2], levels[-1]])):
+        if not inside or not self._in_order([*levels[:-2], levels[-1]]):
             raise ValueError(f"sigmas must fall inside the trained range; got {sigmas.tolist()[:8]}.")
         self._follow(replace(plan, levels=levels))
         return True

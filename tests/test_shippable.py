@@ -65,6 +65,7 @@ def test_files_are_found():
         "scheduling_analytic_dpm",
         "scheduling_calibrated",
         "scheduling_dpm_solver",
+        "scheduling_score_sde",
         "guidance",
         "networks",
         "pipeline_dpm",

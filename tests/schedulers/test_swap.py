@@ -19,6 +19,7 @@ from diffusers_dpm.schedulers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverScheduler,
+    ScoreSDEScheduler,
 )
 from diffusers_dpm.schedulers.foreign_configs import translated_classes
 
@@ -31,10 +32,11 @@ OTHER_NAMES = {
     AnalyticDPMScheduler: diffusers.DDPMScheduler,
     CalibratedScheduler: diffusers.DPMSolverMultistepScheduler,
     DPMSolverScheduler: diffusers.DPMSolverMultistepScheduler,
+    ScoreSDEScheduler: diffusers.DPMSolverMultistepScheduler,
 }
 TWIN = {c: OTHER_NAMES.get(c) or getattr(diffusers, c.__name__) for c in ALL_SCHEDULERS}
 CLIPPING = {"clip_sample", "clip_sample_range"}
-NOT_IN_TWIN = {CalibratedScheduler: CLIPPING, DPMSolverScheduler: CLIPPING}  # but in other stock schedulers
+NOT_IN_TWIN = dict.fromkeys((CalibratedScheduler, DPMSolverScheduler, ScoreSDEScheduler), CLIPPING)  # but elsewhere
 # Far from every default, for the keys that change the forward process or the grid.
 SHARED = {
     "num_train_timesteps": 500,
@@ -170,7 +172,7 @@ def test_a_config_of_2022_loads_and_runs(scheduler_class, name):
     for key, value in public(scheduler).items():
         assert value == file.get(key, known.get(key, value)), key
     scheduler.set_timesteps(10)
-    if scheduler_class is not AnalyticDPMScheduler:  # which has linspace where a file says nothing
+    if scheduler_class not in (AnalyticDPMScheduler, ScoreSDEScheduler):  # with linspace where a file says nothing
         stock = TWIN[scheduler_class].from_pretrained(CONFIGS / name)
         stock.set_timesteps(10)
         assert scheduler.timesteps.tolist() == stock.timesteps.tolist()
