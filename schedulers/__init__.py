@@ -9,11 +9,17 @@ from diffusers_dpm.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers_dpm.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers_dpm.schedulers.scheduling_dpm_solver import DPMSolverScheduler
 from diffusers_dpm.schedulers.scheduling_edm import EDMScheduler
+from diffusers_dpm.schedulers.scheduling_score_sde import ScoreSDEScheduler
 
 
 # Every sampler: what the commands offer, what saving and the Hub know, and what the tests run over.
 ALL_SCHEDULERS = (
-    *(DDPMScheduler, DDIMScheduler, AnalyticDPMScheduler, DPMSolverScheduler, EDMScheduler),
+    DDPMScheduler,
+    DDIMScheduler,
+    AnalyticDPMScheduler,
+    DPMSolverScheduler,
+    EDMScheduler,
+    ScoreSDEScheduler,
     CalibratedScheduler,
 )
 
@@ -30,6 +36,7 @@ __all__ = [
     "LinearScheduler",
     "LinearSchedulerOutput",
     "NoiseSchedule",
+    "ScoreSDEScheduler",
     "Update",
     "VPNoiseSchedule",
 ]

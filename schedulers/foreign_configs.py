@@ -32,7 +32,7 @@ FLOW_FLAGS = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponent
 PROCESS_KEYS = {
     *("shift", "flow_shift", "use_flow_sigmas", "use_dynamic_shifting", "time_shift_type", "invert_sigmas"),
     *("shift_terminal", "stochastic_sampling", "sigma_min", "sigma_max", "sigma_data", "sigma_schedule", "rho"),
-    *("timestep_type", "snr_shift_scale", "scaler", "s", "snr", "beta_min", "beta_max", "sampling_eps", *FLOW_FLAGS),
+    *("timestep_type", "snr_shift_scale", "scaler", "s", "beta_min", "beta_max", "sampling_eps", *FLOW_FLAGS),
 }
 # What pipelines of flow matching read from the config to find `mu`, and which may be there by default only.
 SHIFT_KEYS = {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len"}
@@ -245,14 +245,15 @@ def wuerstchen(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def score_sde(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """ScoreSdeVe and ScoreSdeVp."""
-    if "snr" in config:
+    """ScoreSdeVe and ScoreSdeVp, whose samplers are those of `ScoreSDEScheduler`."""
+    if "snr" in config and "sampling_eps" in config:
         ends = {"sigma_min": config["sigma_min"], "sigma_max": config["sigma_max"]}
-        return {"process": {"kind": "ve", **ends}, "prediction_type": "score"}
+        return {"process": {"kind": "ve", **ends}, "prediction_type": "score", "corrector": "langevin"}
     if "beta_min" not in config:
         return None
     process = {"kind": "vp_linear", **{key: config[key] for key in ("beta_min", "beta_max") if key in config}}
-    return {"process": {**process, "epsilon": config.get("sampling_eps", 1e-3)}, "prediction_type": "epsilon"}
+    process["epsilon"] = config.get("sampling_eps", 1e-3)
+    return {"process": process, "prediction_type": "epsilon", "predictor": "euler_maruyama"}
 
 
 RULES = (edm, continuous_euler, sigmas_of_flow, flow_matching, cogvideox, wuerstchen, score_sde)

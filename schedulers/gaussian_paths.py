@@ -70,6 +70,14 @@ class ContinuousSchedule(NoiseSchedule):
     def time_of(self, lambda_: Tensor) -> Tensor:
         """The times at which log(alpha / sigma) = lambda_."""
 
+    def sde(self, lambda_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.inference_mode(False), torch.enable_grad():
+            time = self.time_of(lambda_.double()).detach().requires_grad_()
+            alpha, sigma = (values + 0 * time for values in self.path(time))  # even a constant has a derivative
+            rates = [torch.autograd.grad(values.sum(), time, retain_graph=True)[0] for values in (alpha, sigma)]
+        drift = rates[0] / alpha.detach()
+        return time.detach(), drift, 2 * sigma.detach() * (rates[1] - drift * sigma.detach())
+
     def timestep_at(self, time: Tensor) -> Tensor:
         """The timesteps of times."""
         return self.scale * time
@@ -452,6 +460,8 @@ class UnitTimeSchedule(ContinuousSchedule):
         epsilon: the cleanest time.
         scale: of the timesteps.
     """
+
+    training_step = 1 / ContinuousSchedule.num_train_timesteps
 
     def __init__(self, epsilon: float = 1e-3, scale: float = 999.0):
         check_positive(epsilon=epsilon, scale=scale)

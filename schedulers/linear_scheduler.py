@@ -282,7 +282,7 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
         """Say at which entry of `timesteps` the loop will begin. Pipelines call it; `step` finds out by itself."""
         self._ensure_grid()
         self._enter(begin_index)
-        self._begin_index = begin_index
+        self._begin_index, self._step_index = begin_index, None
 
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """x as the network sees it: x itself, but for EDM's, of which c_in scales it (`NoiseSchedule.input_scale`).
@@ -315,7 +315,7 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
                 return self, int(timestep.storage_offset())
             timestep = timestep.item()
         visited = self._plan.visited
-        expected = self._history.next if self._has_state else self._step_index or 0
+        expected = self._history.next if self._has_state else self._step_index or self._history.entry
         row = self._plan.index.get(timestep, self._plan.cut.get(timestep))
         if row is not None and expected < len(visited) and visited[expected] == visited[row]:
             return self, expected  # the next one, of those that are equal

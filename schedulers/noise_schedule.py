@@ -192,6 +192,7 @@ class NoiseSchedule(ABC):
         is_discrete: whether only whole timesteps were trained.
         scales_input: whether `input_scale` is ever other than 1.
         stochastic: whether every step noises its x_0 anew; see `FlowSchedule`.
+        training_step: time between two training timesteps, where the process is one of betas; elsewhere 0.
     """
 
     noisiest: float
@@ -202,6 +203,7 @@ class NoiseSchedule(ABC):
     is_discrete: bool = False
     scales_input: bool = False
     stochastic: bool = False
+    training_step: float = 0.0
 
     @abstractmethod
     def __len__(self) -> int:
@@ -229,6 +231,13 @@ class NoiseSchedule(ABC):
     @abstractmethod
     def timestep_of(self, lambda_: torch.Tensor) -> torch.Tensor:
         """The timesteps at which log(alpha / sigma) = lambda_; beyond the trained range, its ends."""
+
+    @abstractmethod
+    def sde(self, lambda_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(u, f, g^2) of dx = f x du + g dw at log(alpha / sigma) = lambda_, with the path's own time u.
+
+        f = d log alpha / du and g^2 = d sigma^2 / du - 2 f sigma^2 (Song et al. 2021b, eq. 5 and 29).
+        """
 
     @abstractmethod
     def at(self, t: torch.Tensor, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -323,6 +332,7 @@ class VPNoiseSchedule(NoiseSchedule):
     predictions = VP_PREDICTIONS
     preserves_variance = True
     is_discrete = True
+    training_step = 1.0
 
     def __init__(self, betas: torch.Tensor):
         betas = on_host(betas)
@@ -380,6 +390,12 @@ class VPNoiseSchedule(NoiseSchedule):
         t = left + fraction.clamp(0, 1)
         whole = t.round()  # a step from one timestep to the same but for rounding would divide by next to nothing
         return torch.where((t - whole).abs() < 1e-6, whole, t)
+
+    def sde(self, lambda_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `NoiseSchedule.sde`: u is the timestep, and g^2 = -2 f the beta of the next one that was trained."""
+        t = self.timestep_of(lambda_)
+        beta = self.betas[t.ceil().long()]
+        return t, -beta / 2, beta
 
     @cached_property
     def hash(self) -> str:

@@ -28,6 +28,8 @@ class Update(NamedTuple):
             the last row that was not anchored started.
         log_variance: the interval [low, high] in which a network with 2C output channels chooses the logarithm of the
             noise variance; it then replaces `noise`, which must still be positive.
+        ratio: the step size follows the image: with rho = |z| / |epsilon| of each image, `epsilon` is multiplied by
+            rho^2 and `noise` by rho (the Langevin corrector of Song et al. 2021b, Algorithm 4).
     """
 
     sample: float = 0.0
@@ -36,6 +38,7 @@ class Update(NamedTuple):
     noise: float = 0.0
     anchored: bool = False
     log_variance: tuple[float, float] | None = None
+    ratio: bool = False
 
     def apply(self, x: Tensor, x0s: Tensors, epsilons: Tensors = (), noise: Tensor | None = None) -> Tensor:
         """x_s, always a new tensor.
@@ -45,6 +48,9 @@ class Update(NamedTuple):
             x0s, epsilons: predictions, newest first; those beyond the row's factors are not used.
             noise: z, standard normal; None leaves it out.
         """
+        if self.ratio and noise is not None:
+            rho = norms(noise) / norms(epsilons[0])
+            epsilons, noise = (rho**2 * epsilons[0],), rho * noise
         factors = (self.sample, *self.x0, *self.epsilon)
         tensors = (x, *x0s[: len(self.x0)], *epsilons[: len(self.epsilon)])
         total: Tensor | None = None
@@ -65,6 +71,11 @@ class Update(NamedTuple):
         signal = self.sample * source.alpha + math.fsum(self.x0)
         noise = self.sample * source.sigma + math.fsum(self.epsilon)
         return signal - target.alpha, math.hypot(noise, self.noise) ** 2 - target.sigma**2
+
+
+def norms(x: Tensor) -> Tensor:
+    """The norm of each image, shaped to broadcast over x."""
+    return torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1).view(-1, *(1,) * (x.ndim - 1))
 
 
 def forward_step(t: Level, s: Level) -> float:

@@ -13,7 +13,14 @@ from torch.distributions import Normal, kl_divergence
 from diffusers_dpm import random_streams
 from diffusers_dpm.likelihood.bound import PredictionErrors, bound_from_errors, evidence_lower_bound, measure_errors
 from diffusers_dpm.likelihood.decoder import decoder_variances, discretized_gaussian_log_prob
-from diffusers_dpm.likelihood.ode import dequantize, exact_trace, largest_error, ode_log_likelihood, probed_traces
+from diffusers_dpm.likelihood.ode import (
+    dequantize,
+    exact_trace,
+    largest_error,
+    ode_log_likelihood,
+    ode_sample,
+    probed_traces,
+)
 from diffusers_dpm.random_streams import Stream
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
@@ -538,6 +545,27 @@ def test_exact_likelihood_of_a_correlated_gaussian(beta_schedule, solver):
     assert result.samples.shape == (3, 1, 1)
     assert result.bits_per_dim == pytest.approx(expected.mean().item(), abs=1e-4)
     assert result.num_evaluations == 800 if solver == "rk4" else result.num_evaluations > 20
+
+
+@pytest.mark.parametrize("stock", [DDPMScheduler, diffusers.DDPMScheduler])
+def test_the_ode_draws_a_correlated_gaussian(stock):
+    """Each principal component is scaled by the ratio of the standard deviations, down to timestep 0."""
+    schedule = DDPMScheduler().schedule
+    network = GaussianNetwork(schedule, COVARIANCE, mean=0.3)
+    images, calls = ode_sample(network, stock(), (5, 1, 2, 2), generator=seeded(), rtol=1e-8, atol=1e-8)
+    spectrum, basis = torch.linalg.eigh(COVARIANCE)
+    end, start = (schedule.alpha[t] ** 2 * spectrum + schedule.sigma[t] ** 2 for t in (0, -1))
+    noise_, shift = noise(5, 4), 0.3 * schedule.alpha[-1]
+    kept = (noise_ - shift) @ basis * (end / start).sqrt()
+    expected = 0.3 + kept * (schedule.alpha[0] * spectrum / end) @ basis.T
+    torch.testing.assert_close(images.flatten(1), expected, rtol=0, atol=1e-6)
+    assert calls > 20
+
+
+def test_a_network_that_returns_nan_ends_the_ode():
+    network = GaussianNetwork(DDPMScheduler().schedule, torch.full((4, 4), math.nan, dtype=torch.float64))
+    with pytest.raises(ValueError, match="timestep 999"):
+        ode_sample(network, DDPMScheduler(), (1, 1, 2, 2))
 
 
 def test_zero_terminal_snr_starts_at_the_last_signal():

@@ -13,8 +13,8 @@ from diffusers_dpm.adaptive import CONTROLLERS, Integrator, Node, StepPlan, inte
 from diffusers_dpm.calibration import Calibration, calibrate, solver_for
 from diffusers_dpm.calibration_inputs import initial_noise
 from diffusers_dpm.likelihood.bound import PredictionErrors, bound_from_errors, evidence_lower_bound, noise_key
-from diffusers_dpm.likelihood.ode import ode_log_likelihood
-from diffusers_dpm.networks import noise_schedule_of
+from diffusers_dpm.likelihood.ode import ode_log_likelihood, ode_sample
+from diffusers_dpm.networks import first_timestep, noise_schedule_of
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics, import_ms_eps
 from diffusers_dpm.random_streams import Stream, normal
@@ -27,6 +27,7 @@ from diffusers_dpm.schedulers import (
 )
 from tests.models import PathClassifier, PathNetwork
 from tests.schedulers.helpers import Gaussian, order
+from tests.schedulers.problems import Mixture
 
 
 PATHS = {
@@ -343,6 +344,28 @@ def test_likelihood_of_a_mixture_is_exact_on_every_path(process, kind, solver):
     expected = -(parts.log_prob(x.view(-1, 1)).exp().mean(dim=1).log()) / math.log(2)
     # what is left: where the walk starts, x is not yet the noise that it is taken for
     torch.testing.assert_close(result.per_image, expected, rtol=0, atol=0.05)
+
+
+@PATH
+def test_the_ode_draws_a_mixture_exactly_on_every_path(process, kind):
+    """Where quantiles of the noise go, and on to the prediction of x_0; the tolerance says how near."""
+    unet, scheduler = PathNetwork(process, kind, **MIXTURE, sample_size=1), on_path(DDIMScheduler, process, kind)
+    schedule, data = scheduler.schedule, Mixture([0.5, 0.5], MIXTURE["means"], MIXTURE["deviations"])
+    first, last = (schedule.level(t) for t in (first_timestep(schedule), schedule.cleanest))
+    shape, errors = (16, 1, 1, 1), []
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=unet.dtype).double().numpy()
+    x = data.flow(schedule.init_noise_sigma * start.ravel(), first, last)
+    exact = (x - last.sigma * data.epsilon(x, last)) / last.alpha
+    calls = []
+    for tolerance in (1e-3, 1e-8):
+        unet.calls.clear()
+        generator = torch.Generator().manual_seed(0)
+        images, number = ode_sample(unet, scheduler, shape, generator=generator, rtol=tolerance, atol=tolerance)
+        assert (images.shape, images.dtype, len(unet.calls)) == (shape, torch.float64, number)
+        errors.append(np.abs(images.numpy().ravel() - exact).max())
+        calls.append(number)
+    assert errors[1] < 1e-5 < errors[0] < 0.05
+    assert calls[1] > 2 * calls[0]
 
 
 def gaussian_errors(sampler, variance, decoder=None):

@@ -66,6 +66,7 @@ def test_files_are_found():
         "scheduling_calibrated",
         "scheduling_dpm_solver",
         "scheduling_edm",
+        "scheduling_score_sde",
         "guidance",
         "networks",
         "pipeline_dpm",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from diffusers_dpm.errors import DiffusersDPMError as DiffusersDPMError
     from diffusers_dpm.likelihood.bound import evidence_lower_bound as evidence_lower_bound
     from diffusers_dpm.likelihood.ode import ode_log_likelihood as ode_log_likelihood
+    from diffusers_dpm.likelihood.ode import ode_sample as ode_sample
     from diffusers_dpm.pipelines import ClassifierFreeGuidance as ClassifierFreeGuidance
     from diffusers_dpm.pipelines import ClassifierGuidance as ClassifierGuidance
     from diffusers_dpm.pipelines import DPMPipeline as DPMPipeline
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from diffusers_dpm.schedulers import DPMSolverScheduler as DPMSolverScheduler
     from diffusers_dpm.schedulers import EDMScheduler as EDMScheduler
     from diffusers_dpm.schedulers import LinearScheduler as LinearScheduler
+    from diffusers_dpm.schedulers import ScoreSDEScheduler as ScoreSDEScheduler
     from diffusers_dpm.schedulers import Update as Update
     from diffusers_dpm.schedulers import VPNoiseSchedule as VPNoiseSchedule
 

@@ -15,6 +15,7 @@ from diffusers_dpm.schedulers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverScheduler,
+    ScoreSDEScheduler,
     VPNoiseSchedule,
 )
 from tests.models import ImageMixtureClassifier, ImageMixtureNetwork
@@ -416,6 +417,7 @@ def test_mean_shift_of_stock_ddpm_for_the_logarithmic_variance(make_pipe):
         DDIMScheduler(),
         DPMSolverScheduler(),
         DPMSolverScheduler(algorithm_type="sde-dpmsolver++"),
+        ScoreSDEScheduler(corrector="ald"),
         diffusers.DDIMScheduler(),
         diffusers.EulerAncestralDiscreteScheduler(),
     ],

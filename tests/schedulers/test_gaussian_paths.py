@@ -15,6 +15,7 @@ from diffusers_dpm.schedulers import (
     DDPMScheduler,
     DPMSolverScheduler,
     EDMScheduler,
+    ScoreSDEScheduler,
 )
 from diffusers_dpm.schedulers.gaussian_paths import PATHS, path_of
 from diffusers_dpm.schedulers.noise_schedule import CLEAN, PREDICTIONS
@@ -435,7 +436,7 @@ def test_all_paths_lead_to_the_same_image(name, spacing, n):
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=name_of)
-@pytest.mark.parametrize("scheduler_class", PLANNING)
+@pytest.mark.parametrize("scheduler_class", [c for c in PLANNING if c is not ScoreSDEScheduler])  # of Euler's steps
 def test_rows_land_on_the_next_level(process, scheduler_class):
     small = {"reverse_variance": "small"} if scheduler_class is AnalyticDPMScheduler else {}
     scheduler = scheduler_class(process=process, clip_sample=False, **small)

@@ -105,7 +105,7 @@ def test_a_given_process_keeps_what_goes_with_it():
         (lambda: DDIMScheduler(process={"kind": "vp", "bogus": 1}), "'bogus': 1"),
         (lambda: DDIMScheduler(process="flow"), "process='flow'"),
         (lambda: DDIMScheduler(process={"kind": ["flow"]}), r"kind=\['flow'\]"),
-        (lambda: DDIMScheduler.from_config({"snr": 0.15}), "'sigma_min'"),
+        (lambda: DDIMScheduler.from_config({"snr": 0.15, "sampling_eps": 1e-5}), "'sigma_min'"),
         (lambda: DDIMScheduler.from_config({"scaler": 1.0}), "'s'"),
         (
             lambda: DDIMScheduler.from_config({"timestep_type": "continuous", "prediction_type": "v_prediction"}),

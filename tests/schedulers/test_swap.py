@@ -20,6 +20,7 @@ from diffusers_dpm.schedulers import (
     DDPMScheduler,
     DPMSolverScheduler,
     EDMScheduler,
+    ScoreSDEScheduler,
 )
 from diffusers_dpm.schedulers.foreign_configs import translated_classes
 
@@ -33,12 +34,12 @@ OTHER_NAMES = {
     CalibratedScheduler: diffusers.DPMSolverMultistepScheduler,
     DPMSolverScheduler: diffusers.DPMSolverMultistepScheduler,
     EDMScheduler: diffusers.DPMSolverMultistepScheduler,
+    ScoreSDEScheduler: diffusers.DPMSolverMultistepScheduler,
 }
 TWIN = {c: OTHER_NAMES.get(c) or getattr(diffusers, c.__name__) for c in ALL_SCHEDULERS}
 CLIPPING = {"clip_sample", "clip_sample_range"}
-NOT_IN_TWIN = dict.fromkeys(
-    (CalibratedScheduler, DPMSolverScheduler, EDMScheduler), CLIPPING
-)  # but in other stock schedulers
+# But in other stock schedulers.
+NOT_IN_TWIN = dict.fromkeys((CalibratedScheduler, DPMSolverScheduler, EDMScheduler, ScoreSDEScheduler), CLIPPING)
 # Far from every default, for the keys that change the forward process or the grid.
 SHARED = {
     "num_train_timesteps": 500,
@@ -174,8 +175,8 @@ def test_a_config_of_2022_loads_and_runs(scheduler_class, name):
     for key, value in public(scheduler).items():
         assert value == file.get(key, known.get(key, value)), key
     scheduler.set_timesteps(10)
-    # Where a file says nothing Analytic-DPM has linspace; EDM visits timesteps twice.
-    if scheduler_class not in (AnalyticDPMScheduler, EDMScheduler):
+    # Where a file says nothing Analytic-DPM and Score SDE have linspace; EDM visits timesteps twice.
+    if scheduler_class not in (AnalyticDPMScheduler, EDMScheduler, ScoreSDEScheduler):
         stock = TWIN[scheduler_class].from_pretrained(CONFIGS / name)
         stock.set_timesteps(10)
         assert scheduler.timesteps.tolist() == stock.timesteps.tolist()

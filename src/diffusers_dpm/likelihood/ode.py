@@ -3,9 +3,10 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from diffusers_dpm.errors import DiffusersDPMError
@@ -172,6 +173,52 @@ def ode_log_likelihood(
     return ODELikelihood(torch.cat(samples), sum(calls) / len(calls))
 
 
+class ODESamples(NamedTuple):
+    """What `ode_sample` returns.
+
+    Attributes:
+        images: predictions of x_0, float64 (B, C, ...), not clipped.
+        num_evaluations: network calls of the batch.
+    """
+
+    images: Tensor
+    num_evaluations: int
+
+
+def ode_sample(
+    unet: Any,
+    scheduler: Any,
+    shape: Sequence[int],
+    *,
+    class_labels: Tensor | None = None,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+) -> ODESamples:
+    """Images by the ODE of `ode_log_likelihood`, solved downwards with steps that dopri5 chooses.
+
+    It begins with noise at the noisiest level that has a signal, and ends with a prediction of x_0 at the cleanest one
+    (Song et al. 2021, appendix D.4). Predictions are not clipped. Needs torchdiffeq.
+
+    Args:
+        unet, scheduler: network, and its forward process: any scheduler of it, of ours or of diffusers.
+        shape: (B, C, ...).
+        class_labels: (B,), or None for a network without classes.
+        generator: source of the noise, which is drawn as pipelines draw it.
+        rtol, atol: tolerances on the variance-preserving multiple of x. Every image meets them, and all take the steps
+            of the hardest one.
+
+    Raises:
+        DiffusersDPMError: predictions that are not finite, or tolerances that cannot be met.
+        ValueError: a scheduler of an unknown process.
+    """
+    noise = randn_tensor(tuple(shape), generator=generator, device=unet.device, dtype=unet.dtype).double()
+    labels = None if class_labels is None else class_labels.to(unet.device)
+    flow = ProbabilityFlow(unet, as_analytic_dpm(scheduler), labels, None)
+    with evaluation_mode(unet):
+        return ODESamples(flow.sample(noise, rtol, atol), flow.num_evaluations)
+
+
 class ProbabilityFlow:
     """d(x, g) / du at u = log(sigma / alpha) for a batch of images; g is what x's log-density gains per dimension.
 
@@ -191,55 +238,100 @@ class ProbabilityFlow:
         self.ends = [*map(self.schedule.level, (self.schedule.cleanest, first_timestep(self.schedule)))]
         self.num_evaluations = 0
 
+    @property
+    def start_std(self) -> float:
+        """The standard deviation of the x that samples start from, on the variance-preserving path."""
+        return self.schedule.init_noise_sigma / self.ends[1].norm
+
     @torch.no_grad()
     def log_density(self, x: Tensor, solver: str, rtol: float, atol: float, num_steps: int) -> Tensor:
         """log p(x) / d in nats for x at the level of timestep 0, float64 (B, P); P is 1 without probes.
 
         In continuous time, for x = x_0 + (sigma / alpha) epsilon at the cleanest timestep.
         """
-        from torchdiffeq import odeint
-
         lowest, highest = self.ends if self.is_discrete else map(preserving, self.ends)
         x = x if self.is_discrete else x * lowest.alpha
         ends = (-lowest.lambda_, -highest.lambda_)
-        span = torch.tensor(ends, dtype=torch.float64, device=x.device)
         gained = x.new_zeros(len(x), 1 if self.probes is None else len(self.probes))
-        options: dict[str, Any] = {"norm": largest_error}
-        if solver == "rk4":
-            grid = torch.linspace(*ends, num_steps + 1, dtype=span.dtype, device=span.device)
-            options = {"grid_constructor": lambda f, y, t: grid}
-        try:
-            states = odeint(self, (x, gained), span, rtol=rtol, atol=atol, method=solver, options=options)
-        except AssertionError as error:  # torchdiffeq's sign that no step is small enough
-            raise DiffusersDPMError(f"the ODE cannot be solved to rtol={rtol:g}, atol={atol:g}: {error}.") from error
-        noise, gained = (state[-1] for state in states)
-        # of the x that samples start from
-        variance = (self.schedule.init_noise_sigma / self.ends[1].norm) ** 2
+        noise, gained = solve(self, (x, gained), ends, solver, rtol, atol, num_steps)
+        variance = self.start_std**2
         prior = gaussian_log_density(noise, torch.zeros_like(noise), torch.full_like(noise, variance))
         stretched = math.log(highest.alpha / lowest.alpha) + (0.0 if self.is_discrete else math.log(lowest.alpha))
         return prior.flatten(1).mean(dim=1, keepdim=True) + gained + stretched
 
+    @torch.no_grad()
+    def sample(self, noise: Tensor, rtol: float, atol: float) -> Tensor:
+        """x_0 at the end of the ODE that begins with float64 noise of variance 1."""
+        end, start = (-level.lambda_ for level in self.ends)
+        (x,) = solve(
+            lambda u, state: (self.slope(u, *state),), (self.start_std * noise,), (start, end), "dopri5", rtol, atol
+        )
+        level, epsilon = self.epsilon(torch.tensor(end, dtype=torch.float64), x)
+        return (x - level.sigma * epsilon) / level.alpha
+
     def __call__(self, u: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = state[0].detach().requires_grad_()
+            level, epsilon = self.epsilon(u, x)
+            traces = exact_trace(epsilon, x) if self.probes is None else probed_traces(epsilon, x, self.probes)
+        check_finite(traces, self.schedule.timestep_of(-u.cpu()))
+        sigma = level.sigma
+        return sigma * epsilon.detach() - sigma**2 * state[0], sigma / x[0].numel() * traces
+
+    def slope(self, u: Tensor, x: Tensor) -> Tensor:
+        """dx / du."""
+        level, epsilon = self.epsilon(u, x)
+        return level.sigma * epsilon - level.sigma**2 * x
+
+    def epsilon(self, u: Tensor, x: Tensor) -> tuple[Level, Tensor]:
+        """(level of x, prediction) on the variance-preserving path."""
         self.num_evaluations += 1
         lambda_ = -u.cpu()
         if not self.is_discrete:  # an adaptive solver also looks beyond the end
             lambda_ = lambda_.clamp(self.ends[1].lambda_, self.ends[0].lambda_)
         alpha, sigma = (math.sqrt(value) for value in torch.sigmoid(torch.stack([2 * lambda_, -2 * lambda_])).tolist())
+        level = Level(alpha, sigma, lambda_.item())
         t = self.schedule.timestep_of(lambda_)
-        own = Level(alpha, sigma, lambda_.item()) if self.is_discrete else self.schedule.level(t.item())
+        own = level if self.is_discrete else self.schedule.level(t.item())
         scale = own.norm
         seen_scale = scale * self.schedule.input_scale(own)
         t = t.float().to(u.device)
-        with torch.enable_grad():
-            x = state[0].detach().requires_grad_()
-            seen = x if seen_scale == 1 else x * seen_scale
-            output = network_output(self.unet, seen, t.expand(len(x)), self.class_labels)
-            conversion = self.schedule.conversion(self.prediction_type, own.alpha, own.sigma)
-            epsilon = affine(conversion.epsilon, x if scale == 1 else x * scale, output)
-            traces = exact_trace(epsilon, x) if self.probes is None else probed_traces(epsilon, x, self.probes)
-        if not (epsilon.isfinite().all() and traces.isfinite().all()):  # an adaptive solver would never end
-            raise DiffusersDPMError(f"the network's predictions are not finite at timestep {t.item():g}.")
-        return sigma * epsilon.detach() - sigma**2 * state[0], sigma / x[0].numel() * traces
+        seen = x if seen_scale == 1 else x * seen_scale
+        output = network_output(self.unet, seen, t.expand(len(x)), self.class_labels)
+        conversion = self.schedule.conversion(self.prediction_type, own.alpha, own.sigma)
+        epsilon = affine(conversion.epsilon, x if scale == 1 else x * scale, output)
+        check_finite(epsilon, t)
+        return level, epsilon
+
+
+def check_finite(values: Tensor, t: Tensor) -> None:
+    """Raises DiffusersDPMError for what an adaptive solver would never come to an end with."""
+    if not values.isfinite().all():
+        raise DiffusersDPMError(f"the network's predictions are not finite at timestep {t.item():g}.")
+
+
+def solve(
+    slope: Any,
+    state: Sequence[Tensor],
+    ends: tuple[float, float],
+    solver: str,
+    rtol: float,
+    atol: float,
+    steps: int = 0,
+) -> tuple[Tensor, ...]:
+    """The state at ends[1] of d state / du = slope(u, state), from that at ends[0]."""
+    from torchdiffeq import odeint
+
+    span = torch.tensor(ends, dtype=torch.float64, device=state[0].device)
+    options: dict[str, Any] = {"norm": largest_error}
+    if solver == "rk4":
+        grid = torch.linspace(*ends, steps + 1, dtype=span.dtype, device=span.device)
+        options = {"grid_constructor": lambda f, y, t: grid}
+    try:
+        states = odeint(slope, tuple(state), span, rtol=rtol, atol=atol, method=solver, options=options)
+    except AssertionError as error:  # torchdiffeq's sign that no step is small enough
+        raise DiffusersDPMError(f"the ODE cannot be solved to rtol={rtol:g}, atol={atol:g}: {error}.") from error
+    return tuple(each[-1] for each in states)
 
 
 def preserving(level: Level) -> Level:
