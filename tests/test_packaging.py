@@ -92,5 +92,6 @@ print("imported")
 """
 
 
+@pytest.mark.slow
 def test_the_package_imports_without_the_extra_train():
     assert "imported" in run(sys.executable, "-c", HIDE + IMPORT_WITHOUT, EXTRA_TRAIN, cwd=REPOSITORY)

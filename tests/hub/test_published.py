@@ -291,10 +291,14 @@ for name, options in {
 def test_private(hub, staged):
     upload(staged, REPO, private=True, api=hub.api())
     hub.log.clear()
-    code = f"{BEGIN}\nprint(outcome(lambda: DiffusionPipeline.from_pretrained('{REPO}')))"
-    assert hub.run(code, token=hub.alice_read_only).stdout == "loaded\n"
-    for token in (None, hub.bob):
-        assert hub.run(code, token=token).stdout.startswith("OSError")
+    code = """
+import os
+for token in sys.argv[1:]:
+    os.environ["HF_TOKEN"] = token
+    print(outcome(lambda: DiffusionPipeline.from_pretrained(model, cache_dir=f"cache of {token}")))
+"""
+    said = hub.run(f'{BEGIN}\nmodel = "{REPO}"\n{code}', hub.alice_read_only, "", hub.bob).stdout.splitlines()
+    assert [line.partition(":")[0] for line in said] == ["loaded", "OSError", "OSError"]
     sent = [entry for entry in hub.requests(f"GET /{REPO}/resolve/") if entry.status == 200]
     assert len(sent) == len(PLAIN_FILES)
 
@@ -303,9 +307,12 @@ def test_a_damaged_download(hub, staged):
     """The Hub's client compares sizes only. What safetensors refuses to read stays in the cache until deleted."""
     upload(staged, REPO, api=hub.api())
     hub.inject(f"GET .*/unet/{WEIGHTS}", corrupt=True)
-    load = f'{BEGIN}\nprint(outcome(lambda: DiffusionPipeline.from_pretrained("{REPO}")))'
-    for cache, said in (("damaged", "OSError"), ("damaged", "OSError"), ("new", "loaded")):
-        assert hub.run(load, cache=cache, without_package=True).stdout.startswith(said)
+    code = f"""{BEGIN}
+for cache in sys.argv[1:]:
+    print(outcome(lambda: DiffusionPipeline.from_pretrained("{REPO}", cache_dir=cache)))
+"""
+    said = hub.run(code, "damaged", "damaged", "new", without_package=True).stdout.splitlines()
+    assert [line.partition(":")[0] for line in said] == ["OSError", "OSError", "loaded"]
 
 
 class Payload:
@@ -424,30 +431,40 @@ def test_what_was_loaded_from_the_hub_is_published_again(run, published, tmp_pat
 
 
 TRAIN = """
-import sys
+import os, sys
 from diffusers_dpm.commands.main import main
-sys.exit(main(["train", "--data", "digits", "--log-with", "none", "--max-train-steps", "2", "--sample-every", "0",
-    "--unet-config", sys.argv[1], "--output-dir", sys.argv[2], "--push-to-hub", sys.argv[3], "--cpu"]))
+
+def train(unet, run, name, *options):
+    return main(["train", "--data", "digits", "--log-with", "none", "--max-train-steps", "2", "--sample-every", "0",
+        "--unet-config", unet, "--output-dir", run, "--push-to-hub", name, "--cpu", *options])
+"""
+REFUSED_THEN_DONE = """
+unet, run, name, token = sys.argv[1:]
+for wrong, to in (("", name), ("hf_wrong", name), (token, "no owner")):
+    os.environ["HF_TOKEN"] = wrong
+    assert train(unet, run, to) == 2
+    assert not os.path.exists(run)
+os.environ["HF_TOKEN"] = token
+sys.exit(train(unet, run, name))
 """
 
 
 def test_training_ends_in_publishing(run, hub, tmp_path):
-    for token, name, message in (
-        (None, REPO, "not logged in"),
-        ("hf_wrong", REPO, "the token is not valid"),
-        (hub.alice, "no owner", "no name for a Hub repository"),
+    done = hub.run(TRAIN + REFUSED_THEN_DONE, run / "unet", tmp_path / "run", REPO, hub.alice)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    for line, message in zip(
+        errors,
+        ("not logged in", "the token is not valid", "no name for a Hub repository"),
+        strict=True,
     ):
-        refused = hub.run(TRAIN, run / "unet", tmp_path / "run", name, token=token, returncode=2)
-        assert message in refused.stderr.splitlines()[-1]
-        assert not (tmp_path / "run").exists()
-    hub.run(TRAIN, run / "unet", tmp_path / "run", REPO, token=hub.alice)
+        assert message in line
     files = hub.files(REPO)
     assert files[f"unet/{WEIGHTS}"] == (tmp_path / "run" / "unet" / WEIGHTS).read_bytes()
     assert "| max_train_steps | 2 |" in files["README.md"].decode()
     assert "push_to_hub" not in (tmp_path / "run" / "training_options.json").read_text()
     hub.inject("POST .*/commit/", drop_request=True)
     failed = hub.run(
-        TRAIN.replace('"--cpu"', '"--cpu", "--overwrite"'),
+        TRAIN + 'sys.exit(train(*sys.argv[1:], "--overwrite"))',
         run / "unet",
         tmp_path / "run",
         "org/second",

@@ -215,6 +215,7 @@ def kill_while_writing(command, run) -> bool:
     return any(folder.glob(f"{TEMPORARY}step-*/trainer_state"))
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_checkpoint(tmp_path, options, arguments):
     common = {"sample_every": 6, "sample_steps": 3, "num_samples": 4}
     run = tmp_path / "killed"

@@ -91,6 +91,7 @@ def files(folder):
 # What it learns
 
 
+@pytest.mark.slow
 def test_exact_posterior_of_two_gaussians(classifier_options):
     """Pixels are N(-m, s^2) or N(m, s^2): the log-odds are 2 alpha m / (alpha^2 s^2 + sigma^2) times their sum."""
     mean, std = 0.15, 0.25

@@ -80,6 +80,7 @@ def test_command_then_plain_diffusers(tmp_path):
     assert [path.name for path in list_checkpoints(folder)] == ["step-00000003"]
 
 
+@pytest.mark.slow
 def test_command_through_accelerate(tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--cpu", "-m", "diffusers_dpm.commands.main", "train"]
     result = run(*launch, *DIGITS, "--dry-run", "--output-dir", str(tmp_path / "run"))
