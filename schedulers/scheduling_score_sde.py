@@ -18,7 +18,7 @@ from .noise_schedule import HOST, Level, on_host
 from .plan import Update, ddpm_mean, forward_step
 
 
-PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama", "none")
+PREDICTORS = ("reverse_diffusion", "ancestral", "euler_maruyama", None)
 CORRECTORS = ("langevin", "ald", "renoise", None)
 Rates = tuple[float, float, float]
 
@@ -35,10 +35,10 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
           q(x_s | x_t, x_0) elsewhere (eq. 47).
         - euler_maruyama: the reverse SDE itself (eq. 6), in the path's own time: timesteps of DDPM's process, sigma of
           EDM and VE, and 0 .. 1 of the others.
-        - none: x / alpha stays as it is, and the correctors of the level do all of the work.
+        - None: x / alpha stays as it is, and the correctors of the level do all of the work.
     - corrector: x + eta score + sqrt(2 eta) z at a level; None for no corrector.
         - langevin: eta = 2 a (snr |z| / |score|)^2, of each image by itself (Algorithms 4 and 5).
-        - ald: eta = 2 a (snr sigma)^2, a fixed step. With the predictor none it is annealed Langevin dynamics (Song
+        - ald: eta = 2 a (snr sigma)^2, a fixed step. Without a predictor it is annealed Langevin dynamics (Song
           and Ermon 2019, Algorithm 1), whose epsilon is 2 (snr sigma_L)^2.
         - renoise: noise of standard deviation 2 sqrt(a) snr sigma takes the place of as much of the predicted noise:
           ald to first order, and with an exact prediction x stays at its level.
@@ -51,7 +51,7 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
     ancestral. Clipping is off by default; where it is on, epsilon follows from the clipped x_0.
 
     Raises:
-        ValueError: predictor="none" without a corrector, or an snr that is not positive or too large for renoise.
+        ValueError: predictor=None without a corrector, or an snr that is not positive or too large for renoise.
     """
 
     own_keys = (*LinearScheduler.own_keys, "predictor", "corrector", "snr", "correct_steps")
@@ -64,7 +64,7 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
         beta_end: float = 0.02,
         beta_schedule: str = "linear",
         trained_betas: Sequence[float] | None = None,
-        predictor: str = "reverse_diffusion",
+        predictor: str | None = "reverse_diffusion",
         corrector: str | None = None,
         snr: float = 0.15,
         correct_steps: int = 1,
@@ -85,8 +85,8 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
         if correct_steps < 0 or int(correct_steps) != correct_steps:
             raise ValueError(f"{correct_steps=} must be a whole number, 0 or more.")
         self._corrections = int(correct_steps) if corrector else 0
-        if predictor == "none" and not self._corrections:
-            raise ValueError(f"predictor='none' needs a corrector; got {corrector=}, {correct_steps=}.")
+        if predictor is None and not self._corrections:
+            raise ValueError(f"predictor=None needs a corrector; got {corrector=}, {correct_steps=}.")
         self.may_repeat = bool(self._corrections)
 
     # The grid ----------------------------------------------------------------------------------------------------
@@ -103,8 +103,8 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
         """As `LinearScheduler.set_timesteps`; levels are visited more than once.
 
         Args:
-            num_inference_steps: number of network calls. Every level has `correct_steps` + 1 of them, or with the
-                predictor none `correct_steps` and one more at the end; the noisiest has what is left over.
+            num_inference_steps: number of network calls. Every level has `correct_steps` + 1 of them, or without a
+                predictor `correct_steps` and one more at the end; the noisiest has what is left over.
             device, mu: as there.
             timesteps: visited as they are; one that is repeated is corrected.
             sigmas: one for each call, of which the levels are evenly picked.
@@ -126,7 +126,7 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
     @property
     def _denoises(self) -> int:
         """1 if the last step is no predictor's, and so a call of its own."""
-        return int(self.config.predictor == "none")
+        return int(self.config.predictor is None)
 
     @property
     def _visits_of_a_level(self) -> int:
@@ -155,7 +155,7 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
         predictor, (u, f, g2) = self._config.predictor, at_t
         if s.sigma == 0:
             return Update(x0=(s.alpha,))
-        if s == t or (predictor == "none" and t.alpha):
+        if s == t or (predictor is None and t.alpha):
             return self.correction(t, f, s.alpha / t.alpha if s != t else 1.0)
         if predictor == "euler_maruyama" and t.alpha:
             d = u - at_s[0]

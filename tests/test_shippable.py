@@ -59,6 +59,7 @@ def test_files_are_found():
         "linear_scheduler",
         "plan",
         "stock_interface",
+        "brownian_path",
         "dpm_solver_rows",
         "scheduling_ddpm",
         "scheduling_ddim",

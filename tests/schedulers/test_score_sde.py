@@ -69,7 +69,7 @@ def test_golden_steps(process, times, options, x, expected):
 def test_golden_annealed_langevin():
     """eta = epsilon (sigma / sigma_L)^2 of Song and Ermon 2019, with epsilon 2e-5 and sigma_L 0.01."""
     snr = math.sqrt(2e-5 / 2) / 0.01
-    scheduler = at_times(VE, (1.0, 1.0, 0.5), predictor="none", corrector="ald", snr=snr)
+    scheduler = at_times(VE, (1.0, 1.0, 0.5), predictor=None, corrector="ald", snr=snr)
     first = moved(scheduler, [0.3], [Z[0]])
     second = moved(scheduler, first.tolist(), [Z[1]], index=1)  # and on to the next level, where x stays
     torch.testing.assert_close(torch.cat([first, second], 1), tensor([0.782385870629973, 0.452794245832468]))
@@ -258,7 +258,7 @@ def test_correctors_take_the_predictors_error_away(process):
 
 
 @pytest.mark.parametrize("correct_steps", [1, 2, 5])
-@pytest.mark.parametrize("predictor", ["reverse_diffusion", "none"])
+@pytest.mark.parametrize("predictor", ["reverse_diffusion", None])
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 12, 50, 101])
 def test_steps_count_network_calls(n, predictor, correct_steps):
     """A corrector comes after the predictor, at its level; the noisiest level has the calls that are left."""
@@ -266,7 +266,7 @@ def test_steps_count_network_calls(n, predictor, correct_steps):
     scheduler.set_timesteps(n)
     visits = [len([*equal]) for _, equal in groupby(scheduler.timesteps.tolist())]
     assert sum(visits) == n == len(scheduler.updates)
-    last = predictor == "none"
+    last = predictor is None
     each = correct_steps + 1 - last
     assert visits[1:] == [each] * (len(visits) - 2) + [each + last] * (len(visits) > 1)
     assert visits[0] <= each + (last and len(visits) == 1)
@@ -277,7 +277,7 @@ def test_steps_count_network_calls(n, predictor, correct_steps):
     assert [row.noise > 0 for row in scheduler.updates] == [True] * (n - 1) + [False]
 
 
-@pytest.mark.parametrize("predictor", ["ancestral", "none"])
+@pytest.mark.parametrize("predictor", ["ancestral", None])
 def test_explicit_timesteps_are_calls(predictor):
     """As they are, and so they can be given back; of sigmas, which pipelines give for every call, some are levels."""
     options = {"predictor": predictor, "corrector": "ald", "correct_steps": 2}
@@ -293,7 +293,7 @@ def test_explicit_timesteps_are_calls(predictor):
         visits
         == {
             "ancestral": [(1000, 1), (700, 3), (400, 3), (100, 3)],
-            "none": [(1000, 1), (800, 2), (600, 2), (300, 2), (100, 3)],
+            None: [(1000, 1), (800, 2), (600, 2), (300, 2), (100, 3)],
         }[predictor]
     )
 
@@ -347,7 +347,7 @@ def test_a_config_key_registered_later_keeps_the_corrector():
     assert scheduler.updates[1].epsilon[0] < -0.07  # of the new snr
 
 
-@pytest.mark.parametrize("predictor", ["reverse_diffusion", "ancestral", "euler_maruyama", "none"])
+@pytest.mark.parametrize("predictor", ["reverse_diffusion", "ancestral", "euler_maruyama", None])
 def test_a_first_step_from_pure_noise_is_ancestral(predictor):
     """Flow matching begins at alpha = 0, where the drift is infinite and x says nothing."""
     scheduler = ScoreSDEScheduler(process=FLOW, predictor=predictor, corrector="ald")
@@ -362,8 +362,8 @@ def test_a_first_step_from_pure_noise_is_ancestral(predictor):
     [
         {"predictor": "euler"},
         {"corrector": "mala"},
-        {"predictor": "none"},
-        {"predictor": "none", "corrector": "ald", "correct_steps": 0},
+        {"predictor": None},
+        {"predictor": None, "corrector": "ald", "correct_steps": 0},
         {"snr": 0.0},
         {"snr": 0.5, "corrector": "renoise"},
         {"correct_steps": -1},
@@ -389,8 +389,8 @@ def test_covariance_of_predictors_and_correctors():
         walks = []
         for options in (
             {"predictor": "ancestral", "corrector": "langevin"},
-            {"predictor": "none", "corrector": "ald"},
-            {"predictor": "none", "corrector": "renoise"},
+            {"predictor": None, "corrector": "ald"},
+            {"predictor": None, "corrector": "renoise"},
         ):
             scheduler = at_times(process, times, snr=0.4, **options)
             x = tensor(START) * scheduler.levels[0].sigma
