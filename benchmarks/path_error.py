@@ -13,6 +13,7 @@ the first, 2.5 as it is, by the RMS at each count.
 
 import math
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import diffusers
@@ -21,7 +22,7 @@ from common import show, table
 from matplotlib.figure import Figure
 from ode_error import markdown, rms, sample
 
-from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler, scheduling_dpm_solver
+from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler, EDMScheduler, scheduling_dpm_solver
 
 
 SHIFTS = (1.0, 3.0)
@@ -29,20 +30,27 @@ CAPS = (1.5, 2.0, 2.5, 3.0, math.inf)
 
 
 def ours(shift: float | None) -> Iterator[tuple[str, type, dict[str, Any]]]:
-    """(name, class, keys) of each of ours; the grid is that of the process unless the name says another."""
+    """(name, class, keys) of each of ours; the grid is that of the process unless the name says another.
+
+    "points" is the grid of diffusers' solvers in flow mode: n + 1 points, of which the lowest is left out.
+    """
     grid = "" if shift is None else f" shift {shift:g}"
-    yield f"DDIM{grid}", DDIMScheduler, {}
-    for order in (2, 3):
-        corrected = {"corrector": "bh2", "third_order_rule": "exact"}
-        yield f"{order}M{grid}", DPMSolverScheduler, {"solver_order": order}
-        yield f"{order}M bh2{grid}", DPMSolverScheduler, {"solver_order": order, **corrected}
+    shifted = {} if shift is None else {"shift": shift}
+    points = {"use_flow_sigmas": True, "flow_shift": shift}
+    yield f"DDIM{grid}", DDIMScheduler, shifted
+    yield f"Heun{grid}", EDMScheduler, shifted
+    for order, corrected in product((2, 3), (False, True)):
+        name = f"{order}M bh2" if corrected else f"{order}M"
+        keys = {"solver_order": order, **({"corrector": "bh2", "third_order_rule": "exact"} if corrected else {})}
+        yield f"{name}{grid}", DPMSolverScheduler, {**keys, **shifted}
+        if shift is not None:
+            yield f"{name} points{grid}", DPMSolverScheduler, {**keys, **points}
         for spacing in ("logsnr", "quadratic", "karras") if shift != SHIFTS[-1] else ():
-            keys = {"timestep_spacing": spacing, "solver_order": order}
-            yield f"{order}M {spacing}", DPMSolverScheduler, keys
-            yield f"{order}M bh2 {spacing}", DPMSolverScheduler, {**keys, **corrected}
+            yield f"{name} {spacing}", DPMSolverScheduler, {**keys, **shifted, "timestep_spacing": spacing}
     if shift != SHIFTS[-1]:
-        single = {"solver_order": 3, "method": "singlestep"}
-        yield "3S logsnr", DPMSolverScheduler, {"timestep_spacing": "logsnr", **single}
+        single = {"timestep_spacing": "logsnr", "solver_order": 3, "method": "singlestep"}
+        yield "3S logsnr", DPMSolverScheduler, {**single, **shifted}
+        yield "Heun karras", EDMScheduler, {"timestep_spacing": "karras", **shifted}
 
 
 def stock(kind: str, shift: float | None) -> Iterator[tuple[str, type, dict[str, Any]]]:
@@ -76,8 +84,7 @@ class PathBenchmark(Benchmark):
         kind, built = config.process["kind"], {}
         ends = {key: config.process[key] for key in ("sigma_min", "sigma_max", "sigma_data") if key in config.process}
         for shift in SHIFTS if kind == "flow" else (None,):
-            shifted = {} if shift is None else {"shift": shift}
-            built.update({name: c.from_config(config, **keys, **shifted) for name, c, keys in ours(shift)})
+            built.update({name: c.from_config(config, **keys) for name, c, keys in ours(shift)})
             built.update({name: c(**ends, **keys) for name, c, keys in stock(kind, shift)})
         return built
 

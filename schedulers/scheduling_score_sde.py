@@ -38,7 +38,7 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
         - None: x / alpha stays as it is, and the correctors of the level do all of the work.
     - corrector: x + eta score + sqrt(2 eta) z at a level; None for no corrector.
         - langevin: eta = 2 a (snr |z| / |score|)^2, of each image by itself (Algorithms 4 and 5).
-        - ald: eta = 2 a (snr sigma)^2, a fixed step. With no predictor it is annealed Langevin dynamics (Song
+        - ald: eta = 2 a (snr sigma)^2, a fixed step. Without a predictor it is annealed Langevin dynamics (Song
           and Ermon 2019, Algorithm 1), whose epsilon is 2 (snr sigma_L)^2.
         - renoise: noise of standard deviation 2 sqrt(a) snr sigma takes the place of as much of the predicted noise:
           ald to first order, and with an exact prediction x stays at its level.
@@ -103,8 +103,8 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
         """As `LinearScheduler.set_timesteps`; levels are visited more than once.
 
         Args:
-            num_inference_steps: number of network calls. Every level has `correct_steps` + 1 of them, or with the
-                predictor None `correct_steps` and one more at the end; the noisiest has what is left over.
+            num_inference_steps: number of network calls. Every level has `correct_steps` + 1 of them, or without a
+                predictor `correct_steps` and one more at the end; the noisiest has what is left over.
             device, mu: as there.
             timesteps: visited as they are; one that is repeated is corrected.
             sigmas: one for each call, of which the levels are evenly picked.
