@@ -3,9 +3,10 @@
     python -m benchmarks.convergence        # from the root of the repository; writes results/convergence.{json,md}
 
 The ODE's is the flow of a mixture of two Gaussians in one dimension, in closed form; the error is the largest of four
-starting points. The SDE's is the variance of a Gaussian, exact too (weak order). Steps are uniform in lambda, between
-levels with finite lambda. The order is minus the slope of log error against log number of steps. diffusers computes a
-step in float32, whatever it is given, so that errors below about 1e-6 are rounding; the counts stay above that. Ours
+starting points. The SDE's is the variance of a Gaussian, exact too (weak order), or the x that 6,144 steps lead to on
+the same Brownian path, as the RMS over paths (strong order). Steps are uniform in lambda, between levels with finite
+lambda; Heun's take two calls. The order is minus the slope of log error against log number of steps. diffusers
+computes a step in float32, whatever it is given, so that errors below about 1e-6 are rounding; the counts stay above that. Ours
 is also measured at more steps, where the order is clearer.
 """
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import make_parser, parse, save, show, table, versions
-from diffusers_dpm.schedulers import DPMSolverScheduler
+from diffusers_dpm.schedulers import DPMSolverScheduler, EDMScheduler, ScoreSDEScheduler
 from tests.schedulers.problems import CLEANEST, GAUSS, MIXTURE, NOISIEST, STARTS, at_lambda, grid, walk_rows
 
 
@@ -27,6 +28,9 @@ FINE = (192, 384, 768, 1536)
 # Of x at both ends, for GAUSS.
 START_VARIANCE, VARIANCE = (0.25 * s.alpha**2 + s.sigma**2 for s in map(at_lambda, (NOISIEST, CLEANEST)))
 Walk = Callable[[int, Callable, np.ndarray, np.ndarray | None], np.ndarray]  # (n, network, x, noises) -> x at the end
+
+
+FINEST = 6144  # steps on the Brownian path
 
 
 def ours(**options: Any) -> Walk:
@@ -40,6 +44,18 @@ def ours(**options: Any) -> Walk:
     return walk
 
 
+def other(scheduler: Any, twice: bool = False) -> Walk:
+    """The same of another class; `twice`: a step has a second call, at the level where it ends."""
+
+    def walk(n: int, epsilon: Callable, x: np.ndarray, noises: np.ndarray | None) -> np.ndarray:
+        levels = [at_lambda(value) for value in np.linspace(NOISIEST, CLEANEST, n + 1)]
+        if twice:
+            levels = [levels[0], *(level for level in levels[1:] for _ in range(2))]
+        return walk_rows(scheduler.plan(levels), levels, epsilon, x, noises)
+
+    return walk
+
+
 def theirs(scheduler_class: type, **options: Any) -> Walk:
     """diffusers' scheduler with our levels in the place of its own, in float64."""
 
@@ -47,11 +63,13 @@ def theirs(scheduler_class: type, **options: Any) -> Walk:
         scheduler = scheduler_class(lower_order_final=False, final_sigmas_type="sigma_min", **options)
         scheduler.set_timesteps(n)
         levels = [at_lambda(value) for value in np.linspace(NOISIEST, CLEANEST, n + 1)]
-        scheduler.sigmas = torch.tensor([level.sigma / level.alpha for level in levels], dtype=torch.float64)
+        # UniPC's correction cannot be computed in float64.
+        dtype = torch.float32 if scheduler_class is diffusers.UniPCMultistepScheduler else torch.float64
+        scheduler.sigmas = torch.tensor([level.sigma / level.alpha for level in levels], dtype=dtype)
         scheduler.timesteps = torch.arange(n, 0, -1)
-        state = torch.from_numpy(x)
+        state = torch.from_numpy(x).to(dtype)
         for i, t in enumerate(scheduler.timesteps):
-            output = torch.from_numpy(epsilon(state.double().numpy(), levels[i]))
+            output = torch.from_numpy(epsilon(state.double().numpy(), levels[i])).to(dtype)
             noise = {} if noises is None else {"variance_noise": torch.from_numpy(noises[i])}
             state = scheduler.step(output, t, state, **noise).prev_sample
         return state.double().numpy()
@@ -71,6 +89,20 @@ def variance_error(walk: Walk, n: int) -> float:
     return float(abs((end**2).sum() / VARIANCE - 1))
 
 
+def strong_error(walk: Walk, n: int) -> float:
+    """RMS over paths: every x is a vector of the coefficients of the finest increments."""
+    levels = [at_lambda(value) for value in np.linspace(NOISIEST, CLEANEST, FINEST + 1)]
+    widths = np.diff([(level.alpha / level.sigma) ** 2 for level in levels])
+
+    def end(steps: int) -> np.ndarray:
+        parts, noises = FINEST // steps, np.zeros((steps, FINEST + 1))
+        for i, own in enumerate(np.split(widths, steps)):
+            noises[i, 1 + i * parts : 1 + (i + 1) * parts] = np.sqrt(own / own.sum())
+        return walk(steps, GAUSS.epsilon, np.eye(1, FINEST + 1)[0] * START_VARIANCE**0.5, noises)
+
+    return float(np.linalg.norm(end(n) - end(FINEST)))
+
+
 def cases() -> list[tuple[str, Walk, Walk | None, Callable[[Walk, int], float]]]:
     """(name, ours, diffusers', error); None where diffusers has nothing of the kind."""
     multi, single = diffusers.DPMSolverMultistepScheduler, diffusers.DPMSolverSinglestepScheduler
@@ -82,11 +114,27 @@ def cases() -> list[tuple[str, Walk, Walk | None, Callable[[Walk, int], float]]]
             exact = ours(**options, third_order_rule="exact")
             solvers.append((f"{name} multistep, exact rule", exact, None, flow_error))
         solvers.append((f"{name} multistep", ours(**options), theirs(multi, **options), flow_error))
+        unipc = {"solver_order": order, "solver_type": "bh2", "predict_x0": form.endswith("++")}
+        corrected = ours(**options, third_order_rule="exact", corrector="bh2")
+        solvers.append(
+            (
+                f"{name} multistep, bh2; UniPC",
+                corrected,
+                theirs(diffusers.UniPCMultistepScheduler, **unipc),
+                flow_error,
+            )
+        )
         blocks = ours(**options, method="singlestep_fixed")
         solvers.append((f"{name} singlestep", blocks, theirs(single, **options), flow_error))
     for form, order in product(("sde-dpmsolver", "sde-dpmsolver++"), (1, 2, 3)):
         options = {"algorithm_type": form, "solver_order": order}
         solvers.append((f"{form} {order}, weak", ours(**options), theirs(multi, **options), variance_error))
+        if order < 3:
+            solvers.append((f"{form} {order}, strong", ours(**options), None, strong_error))
+    solvers.append(("EDM Heun", other(EDMScheduler(), twice=True), None, flow_error))
+    for predictor in ("euler_maruyama", "reverse_diffusion", "ancestral"):
+        sde = other(ScoreSDEScheduler(predictor=predictor, process={"kind": "vp_linear"}))
+        solvers.append((f"score SDE {predictor}, weak", sde, None, variance_error))
     return solvers
 
 
