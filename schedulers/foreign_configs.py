@@ -46,17 +46,16 @@ def check_words(config: Mapping[str, Any]) -> None:
     """Check that no number and no boolean is text: "false" would be taken for true, and "1000" for a name.
 
     No key of any scheduler has a value that reads like one, but for those of an underscore: versions, names, hashes.
+    Of what is nested `process` alone is read.
 
     Raises:
         ValueError: names the key and the value.
     """
-    for key, value in config.items():
-        if key.startswith("_"):
-            continue
-        if isinstance(value, Mapping):
-            check_words(value)
+    process = config.get("process")
+    for key, value in [*config.items(), *(process.items() if isinstance(process, Mapping) else ())]:
         for leaf in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(leaf, str) and (leaf.strip().lower() in NO_WORDS or is_number(leaf)):
+            is_text = isinstance(leaf, str) and not key.startswith("_")
+            if is_text and (leaf.strip().lower() in NO_WORDS or is_number(leaf)):
                 raise ValueError(f"{key}={leaf!r} is text: write numbers, true, false and null without quotes.")
 
 

@@ -411,6 +411,12 @@ def visiting(scheduler, timesteps):
     return scheduler
 
 
+def told_otherwise():
+    scheduler = DDPMScheduler(process={"kind": "flow"}, prediction_type="flow_prediction")
+    scheduler.set_timesteps(timesteps=[900, 600], sigmas=[0.9, 0.4])
+    return scheduler
+
+
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
@@ -422,6 +428,7 @@ def visiting(scheduler, timesteps):
         (grid(diffusers.FlowMatchEulerDiscreteScheduler()), "FlowMatchEulerDiscreteScheduler .*reverse_variance"),
         (grid(DDIMScheduler(process={"kind": "flow"}, prediction_type="flow_prediction")), "eta=0"),
         (DDIMScheduler(process={"kind": "flow", "stochastic": True}, eta=1.0), "stochastic_sampling=True"),
+        (told_otherwise(), r"600 at sigma=0\.4, not 0\.6"),
         (AnalyticDPMScheduler(), "statistics"),
         (grid(diffusers.DDPMScheduler(timestep_spacing="trailing"), 61), r"999.*\[999, 983, "),
         (visiting(diffusers.DDPMScheduler(), [0, 500, 999]), r"\[0, 500, 999\]"),

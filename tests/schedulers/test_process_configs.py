@@ -163,6 +163,7 @@ def test_names_and_versions_may_read_like_numbers():
         "_diffusers_version": "0.38",
         "_name_or_path": "1000",
         "_note": ["no"],
+        "plan": {"rtol": "0.05"},
     }
     assert DDIMScheduler.from_config(config).config["_name_or_path"] == "1000"
 

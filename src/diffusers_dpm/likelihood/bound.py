@@ -205,7 +205,8 @@ def reverse_process(scheduler: Any) -> tuple[AnalyticDPMScheduler, list[Transiti
     """The scheduler's present grid as one whose variances can be read, and its transitions but that to clean data.
 
     Raises:
-        DiffusersDPMError: see `why_unbounded`.
+        DiffusersDPMError: see `why_unbounded`; or the grid's timesteps are not those of its levels, as where both were
+            given.
         ValueError: a grid that does not descend.
     """
     if reason := why_unbounded(scheduler):
@@ -218,6 +219,12 @@ def reverse_process(scheduler: Any) -> tuple[AnalyticDPMScheduler, list[Transiti
         options = {"forward_process": "ddpm", "reverse_variance": "large" if large else "small"}
     process = copy.copy(as_analytic_dpm(scheduler, **options))
     process.set_timesteps(timesteps=scheduler.timesteps.tolist())  # whose levels a slice of a grid does not have
+    own = getattr(scheduler, "levels", [])
+    for t, level, visited in zip(process.timesteps.tolist(), process.levels, own, strict=False):
+        if len(own) == len(process.levels) and not math.isclose(level.sigma, visited.sigma, rel_tol=1e-4):
+            raise DiffusersDPMError(
+                f"the grid tells the network {t:g} at sigma={visited.sigma:g}, not {level.sigma:g}."
+            )
     variances = process.reverse_variances()
     transitions = []
     for i, (t, s) in enumerate(pairwise(process.timesteps.tolist())):
