@@ -68,6 +68,15 @@ NEEDS = {
     "Cosmos2_5_PredictBasePipeline": ("diffusers>=0.37", "Cosmos 2.5"),
     "StableAudio3Pipeline": ("diffusers>=0.40", "Stable Audio 3"),
 }
+SLOW = {  # whose loops are like others' that are not here
+    "FluxControlNetPipeline",
+    "StableDiffusionControlNetPipeline",
+    "HunyuanVideo15Pipeline",
+    "Kandinsky5T2IPipeline",
+    "LTX2Pipeline",
+    "EasyAnimatePipeline",
+    "StableAudio3Pipeline",
+}
 # Of the output's standard deviation. The float32 table of a cosine schedule is that coarse at its noisy end.
 TOLERANCE = {"IFPipeline": 1e-4, "IFSuperResolutionPipeline": 1e-4}
 
@@ -75,7 +84,7 @@ TOLERANCE = {"IFPipeline": 1e-4, "IFSuperResolutionPipeline": 1e-4}
 def case(name, *others, slow=False):
     requirement, reason = NEEDS.get(name, (None, None))
     marks = [pytest.mark.needs(requirement, reason=reason)] if requirement else []
-    return pytest.param(name, *others, marks=[*marks, pytest.mark.slow] if slow else marks)
+    return pytest.param(name, *others, marks=[*marks, pytest.mark.slow] if slow or name in SLOW else marks)
 
 
 NAMES = [case(name) for name in PIPELINES]
