@@ -6,8 +6,8 @@ The ODE's is the flow of a mixture of two Gaussians in one dimension, in closed 
 starting points. The SDE's is the variance of a Gaussian, exact too (weak order), or the x that 6,144 steps lead to on
 the same Brownian path, as the RMS over paths (strong order). Steps are uniform in lambda, between levels with finite
 lambda; Heun's take two calls. The order is minus the slope of log error against log number of steps. diffusers
-computes a step in float32, whatever it is given, so that errors below about 1e-6 are rounding; the counts stay above that. Ours
-is also measured at more steps, where the order is clearer.
+computes a step in float32, whatever it is given, so that errors below about 1e-6 are rounding; the counts stay above
+that. Ours is also measured at more steps, where the order is clearer.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,16 +63,16 @@ def theirs(scheduler_class: type, **options: Any) -> Walk:
         scheduler = scheduler_class(lower_order_final=False, final_sigmas_type="sigma_min", **options)
         scheduler.set_timesteps(n)
         levels = [at_lambda(value) for value in np.linspace(NOISIEST, CLEANEST, n + 1)]
-        # UniPC's correction cannot be computed in float64.
+        # UniPC knows images only, with channels, and its correction cannot be computed in float64.
         dtype = torch.float32 if scheduler_class is diffusers.UniPCMultistepScheduler else torch.float64
         scheduler.sigmas = torch.tensor([level.sigma / level.alpha for level in levels], dtype=dtype)
         scheduler.timesteps = torch.arange(n, 0, -1)
-        state = torch.from_numpy(x).to(dtype)
+        state = torch.from_numpy(x).to(dtype).view(1, 1, -1)
         for i, t in enumerate(scheduler.timesteps):
-            output = torch.from_numpy(epsilon(state.double().numpy(), levels[i])).to(dtype)
-            noise = {} if noises is None else {"variance_noise": torch.from_numpy(noises[i])}
+            output = torch.from_numpy(epsilon(state.double().flatten().numpy(), levels[i])).to(dtype).view_as(state)
+            noise = {} if noises is None else {"variance_noise": torch.from_numpy(noises[i]).view_as(state)}
             state = scheduler.step(output, t, state, **noise).prev_sample
-        return state.double().numpy()
+        return state.double().flatten().numpy()
 
     return walk
 
