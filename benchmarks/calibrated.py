@@ -150,7 +150,7 @@ class Benchmark:
             "solution": self.solver(timestep_spacing=self.finest),
             **self.samplers(),
         }
-        x = self.noise(num_images)
+        x = self.noise(num_images).double()  # as the walk keeps it
 
         @cache
         def images(name: str, n: int) -> torch.Tensor:

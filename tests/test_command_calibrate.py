@@ -99,6 +99,7 @@ def test_a_row_may_miss_on_both_sides(x0, defect):
     assert largest_defect(scheduler, 1) == defect
 
 
+@pytest.mark.slow
 def test_tables_for_other_steps_and_scales_are_kept(run, capsys):
     """Guided by the run's classifier; the scheduler is saved for sampling without guidance where it can be."""
     assert main(command(run, "--guidance-scale=2", steps=[3])) == 0
@@ -127,6 +128,7 @@ def test_tables_for_other_steps_and_scales_are_kept(run, capsys):
     assert guided.tables == [after[2.0, 3]]
 
 
+@pytest.mark.slow
 def test_rows_for_another_model_are_refused_before_the_work(run, capsys):
     """The same run trained further, or with another noise schedule."""
     assert main(command(run, steps=[3])) == 0
@@ -184,6 +186,7 @@ def test_some_are_left_out(run, capsys, monkeypatch):
     assert tables(run / "calibrated").keys() == {(None, 4)}
 
 
+@pytest.mark.slow
 def test_interrupted_and_repeated(run, capsys):
     """KeyboardInterrupt in the walks of the second table, as Ctrl-C raises it; the teacher is not asked again."""
     counts = {"calls": 0, "limit": None}

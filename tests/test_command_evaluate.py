@@ -108,6 +108,7 @@ def test_what_is_written_is_what_the_functions_measure(evaluate, run, features, 
     assert not list((run / "evaluation").glob("cell-*"))
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_is_measured(evaluate, monkeypatch):
     fill, filled = sampling.SampleFolder.fill, []
 
@@ -181,6 +182,7 @@ def test_two_evaluations_into_one_folder(run, features):
     assert (run / "metrics.md").read_text().count("| DDIMScheduler |") == len(METRICS)
 
 
+@pytest.mark.slow
 def test_a_cell_that_another_evaluation_draws_is_left_to_it(evaluate, run, monkeypatch, capsys):
     """The other one comes while this one draws."""
     fill, inner = sampling.SampleFolder.fill, []
@@ -234,6 +236,7 @@ def test_options_are_split_outside_brackets(text, parts):
     assert sampling.split_options(text) == parts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
 def test_batch_size_changes_nothing(evaluate, tmp_path, scheduler):
     one, many = (
@@ -243,6 +246,7 @@ def test_batch_size_changes_nothing(evaluate, tmp_path, scheduler):
     assert found(one) == found(many)
 
 
+@pytest.mark.slow
 def test_interrupted_in_a_cell_it_goes_on_with_its_images(evaluate, run, monkeypatch):
     draw = sampling.Sampler.draw
     with interrupted(sampling.Sampler, "draw", call=5):
@@ -268,6 +272,7 @@ def test_a_scheduler_that_fails_does_not_stop_the_others(evaluate, capsys):
     assert "error: 2 of 4 cells not measured: 3/4 DDIMScheduler" in said.err
 
 
+@pytest.mark.slow
 def test_bits_per_dimension_where_there_is_a_bound(evaluate, run, capsys):
     options = ("--held-out-split=test", "--likelihood-images=5", "--seed=3")
     rows = evaluate(*options, schedulers=("ddpm", "dpm-solver", "ddim,eta=1"), steps=(4,))["rows"]
@@ -286,6 +291,7 @@ def test_bits_per_dimension_where_there_is_a_bound(evaluate, run, capsys):
     assert evaluate(*options, schedulers=("ddpm",), steps=(4,))["rows"] == rows
 
 
+@pytest.mark.slow
 def test_baselines_are_the_floor_and_the_ceiling(evaluate):
     results = evaluate("--held-out-split=test", num_images=100)
     values = {(row["scheduler"], row["metric"]): row["value"] for row in results["baselines"]}
@@ -360,6 +366,7 @@ def test_the_guide_does_not_grade_itself(evaluate, features, capsys):
     assert "A classifier for guidance will not do" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_other_weights_are_measured_beside_and_compared(evaluate, run, tmp_path, capsys):
     first = evaluate(steps=(2, 3))["rows"]
     (tmp_path / "a.json").write_text(json.dumps({"rows": first}))

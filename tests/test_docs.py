@@ -45,10 +45,11 @@ REPOSITORY, SITE = PROJECT["urls"]["Source"], PROJECT["urls"]["Documentation"]
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 # What makes a command take seconds; later options win over those of the page. Forty steps suffice for samples to
-# depend on their noise, without which there is nothing to calibrate.
+# depend on their noise, without which there is nothing to calibrate in runs/mine.
 SMALL = {
-    "train": "--max-train-steps 40 --batch-size 16 --learning-rate 1e-3 --lr-warmup-steps 0 "
+    "train": "--max-train-steps 2 --batch-size 16 --learning-rate 1e-3 --lr-warmup-steps 0 "
     "--sample-every 0 --log-with none",
+    "train runs/mine": "--max-train-steps 40",
     "train --resume": "--max-train-steps 41",
     "train-classifier": "--max-train-steps 2 --log-with none",
     "train-features": "--max-train-steps 2 --log-with none",
@@ -186,7 +187,8 @@ def hub_with_checkpoint(hub, tmp_path, monkeypatch):  # noqa: F811
         32,
         3,
         3,
-        block_out_channels=(32, 32),
+        block_out_channels=(8, 8),
+        norm_num_groups=4,
         layers_per_block=1,
         down_block_types=("DownBlock2D",) * 2,
         up_block_types=("UpBlock2D",) * 2,

@@ -430,6 +430,7 @@ def test_a_bundle_runs(tmp_path):
 # Checks --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @subfolder_code
 def test_what_was_staged_passes(run, staged):
     check(run, staged)

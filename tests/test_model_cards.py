@@ -123,6 +123,7 @@ def run_snippets(card: str, folder: Path) -> list[dict]:
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.needs("diffusers>=0.38", reason="remote code in a subfolder")
 def test_snippets_run(tmp_path):
     run = make_run(tmp_path / "run", extras=True, num_train_timesteps=100)

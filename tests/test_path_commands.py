@@ -43,6 +43,7 @@ def pixels(folder):
     return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
 
 
+@pytest.mark.slow
 def test_every_command_on_a_run(run, tmp_path):
     command("statistics", run, "--data=digits", "--num-samples=4", "--timesteps=12")
     analytic = AnalyticDPMScheduler.from_pretrained(run / "analytic_dpm")

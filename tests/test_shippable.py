@@ -81,6 +81,7 @@ def test_relative_imports_are_of_the_same_folder(path):
     assert imports(path)[1] <= {file.stem for file in FILES if file.parent == path.parent}
 
 
+@pytest.mark.slow
 def test_bundles_load_alone(tmp_path):
     """In one process without the package: nothing but the library and what is allowed is imported."""
     modules = {cls.__name__: write_code(cls, tmp_path) for cls in PUBLIC_CLASSES}

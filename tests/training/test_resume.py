@@ -208,9 +208,10 @@ def kill_while_writing(command, run) -> bool:
     )
     folder = run / "checkpoints"
     while process.poll() is None:
-        if list_checkpoints(run) and any(folder.glob(f"{TEMPORARY}step-*/trainer_state/*.safetensors")):
+        begun = list_checkpoints(run)
+        if begun and any(folder.glob(f"{TEMPORARY}step-*/trainer_state/*.safetensors")):
             os.kill(process.pid, signal.SIGKILL)
-        time.sleep(0.0002)
+        time.sleep(0.0002 if begun else 0.01)
     assert process.returncode == -signal.SIGKILL
     return any(folder.glob(f"{TEMPORARY}step-*/trainer_state"))
 
