@@ -197,21 +197,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
     ):
         self._setup(**CHOICES)
         self._algorithm, self._solver_type = ALGORITHM_TYPES[algorithm_type], SOLVER_TYPES[solver_type]
-        if euler_at_final and method != "multistep":
-            raise ValueError("euler_at_final=True needs method='multistep': the blocks of the others end as they end.")
-        if sum(self.config[flag] for flag in SIGMA_FLAGS) > 1:
-            raise ValueError(f"only one of {', '.join(SIGMA_FLAGS)} can be used.")
-        is_sde = algorithm_type.startswith("sde")
-        if method != "multistep" and is_sde and not brownian_path:
-            raise ValueError(
-                f"{algorithm_type=} adds noise: {method=} needs brownian_path=True, for noise of one path."
-            )
-        if brownian_path and not is_sde:
-            raise ValueError(f"{brownian_path=} is for sde-dpmsolver and sde-dpmsolver++, not {algorithm_type!r}.")
-        if corrector and (method != "multistep" or is_sde):
-            raise ValueError(
-                f"{corrector=} needs method='multistep' and an ODE, not {method!r} of {algorithm_type!r}."
-            )
+        self._check_combination()
         self._num_levels = len(self.schedule)
         if self.schedule.is_discrete:  # what the grids may start from: of the levels of pure noise only the first
             pure_noise = self.schedule.alpha == 0
@@ -221,6 +207,23 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
             raise ValueError(f"lambda_min_clipped={lambda_min_clipped} leaves no timestep.")
         if step_plan is not None:
             self._check_plan(step_plan)
+
+    def _check_combination(self) -> None:
+        """Raises ValueError for keys that exclude each other."""
+        config = self.config
+        algorithm_type, method, is_sde = config.algorithm_type, config.method, self._algorithm.startswith("sde")
+        if config.euler_at_final and method != "multistep":
+            raise ValueError("euler_at_final=True needs method='multistep': the blocks of the others end as they end.")
+        if sum(config[flag] for flag in SIGMA_FLAGS) > 1:
+            raise ValueError(f"only one of {', '.join(SIGMA_FLAGS)} can be used.")
+        if method != "multistep" and is_sde and not config.brownian_path:
+            cure = "needs brownian_path=True, for noise of one path"
+            raise ValueError(f"{algorithm_type=} adds noise: {method=} {cure}.")
+        if config.brownian_path and not is_sde:
+            raise ValueError(f"brownian_path=True is for sde-dpmsolver and sde-dpmsolver++, not {algorithm_type!r}.")
+        if config.corrector and (method != "multistep" or is_sde):
+            asked = f"corrector={config.corrector!r} needs method='multistep' and an ODE"
+            raise ValueError(f"{asked}, not {method!r} of {algorithm_type!r}.")
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
