@@ -1,4 +1,4 @@
-"""The commands on run folders whose models are of flow matching, EDM and VE, as training saves them."""
+"""The commands on run folders whose models are of other processes than DDPM's, as training saves them."""
 
 import json
 
@@ -22,6 +22,7 @@ PATHS = {
     "flow": ({"kind": "flow", "shift": 2.0}, "flow_prediction", "FlowMatchEulerDiscreteScheduler"),
     "edm": ({"kind": "edm", "sigma_max": 20.0}, "epsilon", "EDMEulerScheduler"),
     "ve": ({"kind": "ve", "sigma_max": 20.0}, "epsilon", "DDIMScheduler"),
+    "subvp": ({"kind": "subvp"}, "epsilon", "DDIMScheduler"),
 }
 
 
@@ -53,7 +54,7 @@ def test_every_command_on_a_run(run, tmp_path):
     assert CalibratedScheduler.from_pretrained(run / "calibrated").available_steps == [3]
 
     own = {}
-    for name in ("ddim", "dpm-solver", "analytic-dpm", "calibrated"):
+    for name in ("ddim", "dpm-solver", "analytic-dpm", "calibrated", "edm", "score-sde"):
         options = ["--num-inference-steps=3", "--seeds=0-1", f"--output={tmp_path / name}"]
         command("sample", run, f"--scheduler={name}", *options)
         own[name] = pixels(tmp_path / name)
