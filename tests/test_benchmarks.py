@@ -17,7 +17,15 @@ from tests.models import save_features, save_run, tiny_classifier
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
-ON_A_RUN = ("analytic_dpm", "calibrated", "calibration_grids", "guidance_quality", "ode_error", "quality")
+ON_A_RUN = (
+    "analytic_dpm",
+    "calibrated",
+    "calibration_grids",
+    "guidance_quality",
+    "ode_error",
+    "quality",
+    "score_matching",
+)
 ON_DIGITS = ("analytic_dpm", "calibrated", "guidance_quality", "quality")  # with a judge
 MODULES = ("convergence", "parity", "pipeline_matrix")  # which use helpers of the tests
 ALONE = (
