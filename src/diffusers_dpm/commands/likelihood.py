@@ -59,6 +59,8 @@ class BoundOptions:
     """normal CDF of the decoder; tanh: the approximation in published results"""
     decoder_variance: float | None = None
     """variance of the decoder (default: that of published results)"""
+    rate_distortion: bool = False
+    """also write how the error of the decoded image falls with the bits received"""
 
 
 @dataclass(kw_only=True)
