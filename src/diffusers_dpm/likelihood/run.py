@@ -49,9 +49,14 @@ class Task(NamedTuple):
     pipeline: DPMPipeline
     data: ImageDataset
     indices: list[int]
-    num_levels: int
+    num_levels: int | None
     options: Any
     folder: Path
+
+    @property
+    def values(self) -> str:
+        """What the pixels can be, in words."""
+        return "a density of real numbers" if self.num_levels is None else f"{self.num_levels} levels"
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """All that measured values depend on, other than the choice of images."""
