@@ -383,7 +383,13 @@ METRIC = {
 NOT_PUBLISHED = (
     *("checkpoints/step-00001000/optimizer.bin", "logs/events", "unet/notes.txt", "secret.txt"),
     *("classifier_training/training_options.json", "classifier_accuracy.json", "classifier_accuracy.png"),
-    *("likelihood.json", "likelihood_terms.csv", "likelihood_elbo.safetensors", "likelihood_ode.safetensors"),
+    *(
+        "likelihood.json",
+        "likelihood_terms.csv",
+        "rate_distortion.csv",
+        "likelihood_elbo.safetensors",
+        "likelihood_ode.safetensors",
+    ),
     *("metrics.md", "metrics.png", "evaluation/reference.safetensors", "evaluation/cell-0/sampling.json"),
 )
 

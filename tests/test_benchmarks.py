@@ -9,15 +9,24 @@ from pathlib import Path
 
 import pytest
 from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
 
 from diffusers_dpm.data import load_images
 from diffusers_dpm.posterior_statistics import estimate_statistics
-from tests.models import save_features, save_run, tiny_classifier
+from tests.models import save_features, save_run, tiny_classifier, tiny_unet
 
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
-ON_A_RUN = ("analytic_dpm", "calibrated", "calibration_grids", "guidance_quality", "ode_error", "quality")
+ON_A_RUN = (
+    "analytic_dpm",
+    "calibrated",
+    "calibration_grids",
+    "guidance_quality",
+    "ode_error",
+    "quality",
+    "score_matching",
+)
 ON_DIGITS = ("analytic_dpm", "calibrated", "guidance_quality", "path_error", "quality")  # with a judge
 MODULES = ("convergence", "parity", "pipeline_matrix")  # which use helpers of the tests
 ALONE = (
@@ -30,6 +39,7 @@ ALONE = (
 )
 ON_A_CHECKOUT = ("peer_tests",)
 ON_A_FLOW = ("path_error",)
+ON_POINTS = ("toy_pictures",)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +101,15 @@ def test_script_runs(script, folders, tmp_path, monkeypatch):
 
 def test_every_script_is_listed():
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts == {*ON_A_RUN, *ALONE, *ON_A_CHECKOUT, *ON_A_FLOW, "common"}
+    assert scripts == {*ON_A_RUN, *ALONE, *ON_A_CHECKOUT, *ON_A_FLOW, *ON_POINTS, "common"}
+
+
+def test_toy_picture(tmp_path):
+    save_run(tmp_path / "run", tiny_unet(2, sample_size=1, block_out_channels=(8,)))
+    command = [sys.executable, "benchmarks/toy_pictures.py", str(tmp_path / "run"), "--smallest"]
+    subprocess.run([*command, f"--output={tmp_path / 'roll.png'}"], cwd=ROOT, check=True)
+    with Image.open(tmp_path / "roll.png") as picture:
+        assert picture.width > 2 * picture.height
 
 
 PEER_TESTS = """

@@ -81,6 +81,21 @@ def test_bounds_are_those_of_the_functions(call, run, capsys):
         assert picture.width > 500
 
 
+def test_rate_distortion_ends_at_the_bound(call, run):
+    bounds = call("--num-inference-steps", "4", "8")["elbo"]["bounds"]
+    assert not (run / "rate_distortion.csv").exists()
+    assert call("--num-inference-steps", "4", "8", "--rate-distortion")["elbo"]["bounds"] == bounds
+    with (run / "rate_distortion.csv").open() as file:
+        points = list(csv.DictReader(file))
+    assert len(points) == 2 * (5 + 9)
+    last = [point for point in points if not point["t"]]
+    assert [float(point["rate"]) for point in last] == pytest.approx([row["bits_per_dim"] for row in bounds])
+    assert [float(point["distortion"]) for point in last] == [0, 0, 0, 0]
+    assert float(points[0]["distortion"]) > 10
+    with Image.open(run / "rate_distortion.png") as picture:
+        assert picture.width > 500
+
+
 def test_statistics_and_trajectories(call, run):
     add_statistics(run)
     spacings = ("--timestep-spacing", "even", "optimal", "leading")

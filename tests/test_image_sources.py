@@ -179,6 +179,32 @@ def test_part_of_a_split(tmp_path, source):
     assert torch.equal(part[[0, 1]]["images"], load_images(path, split="train[80%:]")[[0, 1]]["images"])
 
 
+def test_points_of_the_swiss_roll_lie_on_the_spiral():
+    """The radius is the angle, turns counted, up to the noise; the axes are scikit-learn's first and last."""
+    parts = [load_images("swiss-roll", split=split) for split in ("train", "test")]
+    assert [len(part) for part in parts] == [10_000, 2_000]
+    check_disjoint(*parts)
+    points = parts[0][list(range(10_000))]["images"]
+    assert points.shape == (10_000, 2, 1, 1)
+    assert 0.7 < points.abs().max() < 1
+    x, y = 17 * points[..., 0, 0].T
+    radius, turn = torch.hypot(x, y), 2 * torch.pi
+    off = torch.remainder(torch.atan2(y, x) - radius + torch.pi, turn) - torch.pi
+    assert off.mean().abs() < 0.03  # noise across the radius lengthens it by 0.5^2 / 2 r
+    assert off.std().item() == pytest.approx(0.5, rel=0.05)
+
+
+def test_points_of_the_moons_lie_on_two_half_circles():
+    data = load_images("two-moons", split="test")
+    batch = data[list(range(len(data)))]
+    x, y = (2 * batch["images"][..., 0, 0] + torch.tensor([0.5, 0.25])).T
+    lower = batch["labels"] == 1
+    assert data.class_names == ["upper", "lower"]
+    radius = torch.hypot(x - lower.float(), y - 0.5 * lower)
+    assert (radius - 1).abs().max() < 6 * 0.05
+    assert lower.sum() == 1000
+
+
 @pytest.mark.parametrize("split", ["train[", "train[:90%]+test", "train[:101%]", "train[a:b]"])
 def test_part_that_cannot_be_read(split):
     with pytest.raises(DataError, match=re.escape(repr(split))):

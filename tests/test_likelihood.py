@@ -11,7 +11,13 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from diffusers_dpm import random_streams
-from diffusers_dpm.likelihood.bound import PredictionErrors, bound_from_errors, evidence_lower_bound, measure_errors
+from diffusers_dpm.likelihood.bound import (
+    PredictionErrors,
+    bound_from_errors,
+    evidence_lower_bound,
+    measure_errors,
+    rate_distortion,
+)
 from diffusers_dpm.likelihood.decoder import decoder_variances, discretized_gaussian_log_prob
 from diffusers_dpm.likelihood.ode import (
     dequantize,
@@ -24,7 +30,7 @@ from diffusers_dpm.likelihood.ode import (
 from diffusers_dpm.random_streams import Stream
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
-from tests.models import GaussianNetwork, MixtureNetwork, tiny_unet
+from tests.models import GaussianNetwork, MixtureNetwork, PathNetwork, tiny_unet
 from tests.schedulers.helpers import Gaussian, noise, seeded, with_statistics
 
 
@@ -193,6 +199,27 @@ def test_measured_bound_agrees_with_the_closed_form(reverse_variance):
     for term, closed in zip(bound.terms(), expected.terms(), strict=True):
         assert term[:5] == closed[:5]
         assert abs(term.bits_per_dim - closed.bits_per_dim) < 4.5 * term.standard_error
+
+
+def test_distortion_is_the_posterior_deviation_and_rates_sum():
+    """Of white Gaussian data, on DDPM's path and flow's: sqrt(v sigma^2 / (alpha^2 v + sigma^2)), in units of 255."""
+    images = math.sqrt(VARIANCE) * noise(100, 1, 16, 16)
+    for process in (None, {"kind": "flow"}):
+        options = {"process": process, "prediction_type": "flow_prediction"} if process else {}
+        scheduler = AnalyticDPMScheduler(reverse_variance="small", clip_sample=False, **options)
+        network = PathNetwork(process, "flow_prediction") if process else MixtureNetwork()
+        scheduler.set_timesteps(8)
+        timesteps = scheduler.timesteps.tolist()
+        errors = measure_errors(network.eval(), scheduler, images, timesteps, num_levels=None)
+        points, bound = rate_distortion(errors, scheduler), bound_from_errors(errors, scheduler)
+        assert [point.t for point in points] == [*timesteps, None]
+        for point, level in zip(points[:-1], scheduler.levels, strict=False):
+            variance = VARIANCE * level.sigma**2 / (level.alpha**2 * VARIANCE + level.sigma**2)
+            assert point.distortion == pytest.approx(255 / 2 * math.sqrt(variance), rel=0.02)
+        assert points[-1].distortion == 0
+        steps = [after.rate - before.rate for before, after in pairwise(points)]
+        assert [points[0].rate, *steps] == pytest.approx([term.bits_per_dim for term in bound.terms()], abs=1e-9)
+        assert points[-1].rate == pytest.approx(bound.bits_per_dim, rel=1e-12)
 
 
 def stock_ddpm(**options):

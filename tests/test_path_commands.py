@@ -1,6 +1,7 @@
 """The commands on run folders whose models are of other processes than DDPM's, as training saves them."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -8,12 +9,13 @@ import torch
 from PIL import Image
 
 from diffusers_dpm.commands.main import main
+from diffusers_dpm.data import load_images
 from diffusers_dpm.evaluation.run import BOUND
 from diffusers_dpm.hub.checks import check
 from diffusers_dpm.hub.staging import stage
 from diffusers_dpm.hub.upload import PublishError
 from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler, DDIMScheduler
+from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler, DDIMScheduler, DDPMScheduler
 from tests.models import make_run, save_features, tiny_unet
 
 
@@ -98,6 +100,25 @@ def test_images_are_those_of_the_pipeline(run, tmp_path):
     images = pipeline(seeds=[0, 1, 2], num_inference_steps=4, output_type="pt").images
     expected = (images[:, 0] * 255).round().to(torch.uint8).numpy().astype(int)
     assert np.abs(pixels(tmp_path / "a") - expected).max() <= 1
+
+
+@pytest.mark.slow
+def test_points_are_trained_sampled_and_measured(tmp_path, capsys):
+    """A new network says epsilon = 0, which leaves x / alpha as it is: x_T = a x, of the density a N(a x; 0, 1)."""
+    run, test = tmp_path / "run", load_images("swiss-roll", split="test")
+    short = ["--max-train-steps=1", "--learning-rate=0", "--batch-size=4", "--sample-every=1", "--sample-steps=2"]
+    assert main(["train", "--data=swiss-roll", f"--output-dir={run}", *short, "--num-samples=2", "--cpu"]) == 0
+    command("sample", run, "--num-inference-steps=3", "--seeds=0-4", f"--output={tmp_path / 'points.npz'}")
+    assert np.load(tmp_path / "points.npz")["arr_0"].shape == (5, 1, 1, 2)
+    command("likelihood", run, "--method=ode", "--num-images=5", "--solver=rk4", "--num-steps=20")
+    assert "a density of real numbers\n" in capsys.readouterr().out
+    measured = json.loads((run / "likelihood.json").read_text())["ode"]
+    points, schedule = test[measured["indices"]]["images"].double(), DDPMScheduler().schedule
+    shrunk = schedule.alpha[-1] / schedule.alpha[0]
+    nats = 0.5 * (shrunk * points) ** 2 + 0.5 * math.log(2 * math.pi) - shrunk.log()
+    assert measured["per_image"] == pytest.approx((nats.flatten(1).mean(dim=1) / math.log(2)).tolist(), rel=1e-5)
+    command("likelihood", run, "--num-images=5", "--num-inference-steps=4")
+    assert np.isfinite(json.loads((run / "likelihood.json").read_text())["elbo"]["bounds"][0]["bits_per_dim"])
 
 
 @pytest.mark.slow

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffusers_dpm.training.loss import ClassifierLoss as ClassifierLoss
     from diffusers_dpm.training.loss import DenoisingLoss as DenoisingLoss
     from diffusers_dpm.training.loss import loss_weights as loss_weights
+    from diffusers_dpm.training.loss import sliced_losses as sliced_losses
     from diffusers_dpm.training.unet_presets import PRESETS as PRESETS
     from diffusers_dpm.training.unet_presets import build_unet as build_unet
     from diffusers_dpm.training.unet_presets import init_as_papers as init_as_papers

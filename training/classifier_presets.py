@@ -23,6 +23,7 @@ def encoder_of(unet: dict[str, Any]) -> dict[str, Any]:
 
 # By the names of `unet_presets.PRESETS`, with about half of the U-Net's parameters or fewer.
 CLASSIFIER_PRESETS: dict[str, dict[str, Any]] = {
+    "1x1": ddpm_encoder((48,), layers=1, attention=(), groups=8),
     "digits-8x8": ddpm_encoder((32, 64), layers=1, attention=(1,), groups=8),
     "28x28": ddpm_encoder((32, 64, 128), layers=1, attention=(1,)),
     "cifar10-small": ddpm_encoder((64, 128, 128), layers=2, attention=(1, 2)),

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, huber_loss, l1_loss, mse_loss
 
 from diffusers_dpm.errors import DiffusersDPMError
@@ -80,6 +81,37 @@ def loss_weights(
     return torch.ones_like(snr) if weighting == "none" else epsilon_weights[weighting]() * error
 
 
+def sliced_losses(
+    epsilon: Tensor,
+    x_t: Tensor,
+    sigma: Tensor,
+    probes: Tensor,
+    variance_reduced: bool = True,
+    differentiable: bool = True,
+) -> Tensor:
+    """Sliced score matching (Song et al. 2019, section 3) of the score -epsilon / sigma, times 2 sigma^2 / d, plus 1.
+
+    A value is |epsilon|^2 - 2 sigma v^T (d epsilon / d x_t) v + 1, means over the d dimensions. By Stein's identity
+    the second term has the expectation of -2 epsilon^T noise, so value and gradient have those of
+    |epsilon - noise|^2 in expectation; but the noise itself does not appear.
+
+    Args:
+        epsilon: the network's prediction (B, C, H, W), a function of `x_t` in the graph of autograd.
+        x_t: (B, C, H, W), requires a gradient.
+        sigma: of the level, (B, 1, 1, 1).
+        probes: v (B, C, H, W), of zero mean and unit covariance, such as Rademacher or standard normal.
+        variance_reduced: |epsilon|^2 as it is (SSM-VR there), instead of its estimate (v^T epsilon)^2.
+        differentiable: whether the result is to be differentiated again.
+
+    Returns:
+        (B,); may be negative.
+    """
+    projected = (probes * epsilon).flatten(1).sum(dim=1)
+    (product,) = torch.autograd.grad(projected.sum(), x_t, create_graph=differentiable)
+    squared = epsilon.square().flatten(1).mean(dim=1) if variance_reduced else projected**2 / x_t[0].numel()
+    return squared - 2 * (sigma * probes * product).flatten(1).mean(dim=1) + 1
+
+
 class DenoisingLoss:
     """How badly a network recovers what was mixed into x_t = alpha_t x_0 + sigma_t noise; 1 for a network that says 0.
 
@@ -90,14 +122,16 @@ class DenoisingLoss:
         prediction_type: the target, one of the schedule's `predictions`: "epsilon" (the noise; of edm, its F),
             "sample" (x_0), "v_prediction", "flow_prediction" (epsilon - x_0) or "score". A score is compared as the
             epsilon that it stands for, -sigma times it: lambda = sigma^2 (Song et al. 2021b, section 3.3).
-        loss_type: "l2"; "l1" (estimates the conditional median, so samples no longer follow the data); or "huber".
+        loss_type: "l2"; "l1" (estimates the conditional median, so samples no longer follow the data); "huber"; or
+            "sliced", which is "l2" in expectation, see `sliced_losses`. Its Rademacher probes are drawn from torch's
+            global generator, as dropout is.
         weighting: "none", "simple", "min_snr", "p2" or "likelihood", see `loss_weights`.
         huber_delta: where "huber" turns from quadratic to linear.
         parameters: min_snr_gamma, p2_gamma and p2_k of `loss_weights`.
 
     Raises:
         ValueError: an unknown name; epsilon prediction on a schedule that ends in pure noise, where x_t tells nothing
-            about x_0.
+            about x_0; "sliced" for a network that returns neither epsilon nor the score.
     """
 
     def __init__(
@@ -117,15 +151,20 @@ class DenoisingLoss:
             "l1": l1_loss,
             "huber": lambda output, target, reduction: huber_loss(output, target, reduction, huber_delta),
         }
-        if loss_type not in distances:
-            raise DiffusersDPMError(f"loss_type must be one of {', '.join(distances)}, got {loss_type!r}")
+        if loss_type not in (*distances, "sliced"):
+            raise DiffusersDPMError(f"loss_type must be one of {', '.join(distances)}, sliced, got {loss_type!r}")
         noisiest: Any = torch.tensor([schedule.noisiest], dtype=torch.float32)
         weights = self.weights_at(timesteps=None if schedule.is_discrete else noisiest)  # checks their names
         if schedule.predictions[prediction_type] is epsilon and schedule.level(schedule.noisiest).alpha ** 2 < 1e-12:
             raise DiffusersDPMError("epsilon prediction cannot be trained with zero terminal SNR; use v_prediction")
+        if loss_type == "sliced" and not is_score and schedule.predictions[prediction_type] is not epsilon:
+            target = f"{prediction_type} of {getattr(schedule, 'kind', 'vp')}"
+            raise DiffusersDPMError(
+                f"loss_type sliced needs a network that returns the noise or the score, not {target}"
+            )
         self.schedule = schedule
         self.prediction_type, self.is_score = prediction_type, is_score
-        self.distance = distances[loss_type]
+        self.distance = distances.get(loss_type)  # none: sliced
         self.weights = weights.float() if schedule.is_discrete else None
 
     def __call__(
@@ -143,18 +182,32 @@ class DenoisingLoss:
         x0, noise = x0.float(), noise.float()
         x_t = self.schedule.add_noise(x0, noise, t)
         conditioning = {} if class_labels is None else {"class_labels": class_labels}
-        output = model(self.schedule.scale_input(x_t, t), t, **conditioning).sample.float()
-        if output.shape != x0.shape:
-            raise ValueError(f"the network returned {tuple(output.shape)} for images of {tuple(x0.shape)}")
-        if self.is_score:
-            output, target = -self.schedule.at(t, x0)[1] * output, noise
+        if self.distance is None:
+            losses = self._sliced(model, x_t, t, conditioning)
         else:
-            target = self.schedule.target(x0, noise, t, self.prediction_type)
-        losses = self.distance(output, target, reduction="none").flatten(1).mean(dim=1)
+            output = self._output(model, x_t, t, conditioning)
+            target = noise if self.is_score else self.schedule.target(x0, noise, t, self.prediction_type)
+            losses = self.distance(output, target, reduction="none").flatten(1).mean(dim=1)
         if self.weights is None:
             return losses * self.weights_at(timesteps=t)
         self.weights = self.weights.to(t.device)
         return losses * self.weights[t]
+
+    def _output(self, model: Callable[..., Any], x_t: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        """What is compared with the target, float32; of a score the epsilon that it stands for."""
+        output = model(self.schedule.scale_input(x_t, t), t, **conditioning).sample.float()
+        if output.shape != x_t.shape:
+            raise ValueError(f"the network returned {tuple(output.shape)} for images of {tuple(x_t.shape)}")
+        return -self.schedule.at(t, x_t)[1] * output if self.is_score else output
+
+    def _sliced(self, model: Callable[..., Any], x_t: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
+        differentiable, probes = torch.is_grad_enabled(), torch.randint_like(x_t, 2).mul_(2).sub_(1)
+        # The fused kernels of attention have no second derivative.
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+            x_t = x_t.detach().requires_grad_()
+            epsilon = self._output(model, x_t, t, conditioning)
+            losses = sliced_losses(epsilon, x_t, self.schedule.at(t, x_t)[1], probes, differentiable=differentiable)
+        return losses if differentiable else losses.detach()
 
 
 class ClassifierLoss:

@@ -8,10 +8,10 @@ from tyro.constructors import PrimitiveConstructorSpec
 from diffusers_dpm.options import DataSourceOptions
 
 
-PresetName = Literal["digits-8x8", "28x28", "cifar10-small", "cifar10-ddpm", "64x64"]
+PresetName = Literal["1x1", "digits-8x8", "28x28", "cifar10-small", "cifar10-ddpm", "64x64"]
 Process = Literal["vp", "flow", "edm", "ve", "vp_linear", "subvp"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "score"]
-LossType = Literal["l2", "l1", "huber"]
+LossType = Literal["l2", "l1", "huber", "sliced"]
 Weighting = Literal["none", "simple", "min_snr", "p2", "likelihood"]
 
 
@@ -140,7 +140,7 @@ class LossOptions:
     """loss"""
 
     loss_type: LossType = "l2"
-    """distance to the target"""
+    """distance to the target; sliced: sliced score matching, l2 in expectation (networks of epsilon or the score)"""
     huber_delta: float = 1.0
     """where huber turns linear"""
     weighting: Weighting = "none"

@@ -37,6 +37,7 @@ def ddpm_unet(block_out_channels: Sequence[int], layers: int, attention: Sequenc
 
 # name -> (side of the square images it is made for, config)
 PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
+    "1x1": (1, {**ddpm_unet((64,), layers=1, attention=(), groups=8), "dropout": 0.0}),  # of points
     "digits-8x8": (8, ddpm_unet((32, 64), layers=1, attention=(1,), groups=8)),
     "28x28": (28, ddpm_unet((32, 64, 128), layers=1, attention=(1,))),
     "cifar10-small": (32, ddpm_unet((64, 128, 128, 128), layers=2, attention=(1,))),

@@ -1,4 +1,4 @@
-"""Images for training, from the digits of scikit-learn, any `datasets` source, image folders or .npy files.
+"""Images for training, from scikit-learn, any `datasets` source, image folders or .npy files.
 
 Whatever the source, `load_images` returns a map-style data set of float32 images in [-1, 1] with integer labels. Small
 data is decoded once and kept in memory; bit depth beyond 8 bits is kept.
@@ -187,9 +187,10 @@ def load_images(
     """Images (and labels, if there are any) as a map-style data set.
 
     Args:
-        data: "digits" (scikit-learn's handwritten digits, 8x8, x = v / 8 - 1); a folder of images or of .npy files,
-            with class names as subfolders if it is to have labels; a .npy, parquet or arrow file or a folder of them;
-            a folder written by `Dataset.save_to_disk`; or the name of a `datasets` data set.
+        data: "digits" (scikit-learn's handwritten digits, 8x8, x = v / 8 - 1); "swiss-roll" or "two-moons" (its points
+            in the plane: 1x1, 2 channels); a folder of images or of .npy files, with class names as subfolders if it
+            is to have labels; a .npy, parquet or arrow file or a folder of them; a folder written by
+            `Dataset.save_to_disk`; or the name of a `datasets` data set.
         config: configuration of the `datasets` data set, where it has several.
         split: part of the data: a split of the `datasets` data set, subfolders train, val and test, and of the digits
             train (1,500), test (297) or all. "train[:90%]" and "train[90%:]" are parts of one, in a fixed random
@@ -236,13 +237,14 @@ def describe_data(data: str) -> str:
     return LOCAL_DATA if Path(data).exists() else data
 
 
-def find_num_levels(data: ImageDataset, num_levels: int | None) -> int:
-    """The number of values of a pixel: `num_levels`, or from the type that the images are stored in.
+def find_num_levels(data: ImageDataset, num_levels: int | None) -> int | None:
+    """The number of values of a pixel: `num_levels`, or from the type that the images are stored in; None for points,
+    which are real numbers.
 
     Raises:
         DataError: they are stored in floating point, which does not determine it.
     """
-    if num_levels is not None:
+    if num_levels is not None or data.source.continuous:
         return num_levels
     dtype = data.source.read(0).dtype
     if dtype.kind == "f":

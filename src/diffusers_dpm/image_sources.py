@@ -1,4 +1,4 @@
-"""Where images come from: the digits of scikit-learn, folders of images or .npy files, and what `datasets` reads.
+"""Where images come from: scikit-learn, folders of images or .npy files, and what `datasets` reads.
 
 Local images are found here and not by `datasets`, which would take any file with "test" in its name for a split,
 follow no links, and read captions for the data.
@@ -51,6 +51,7 @@ class ImageSource:
         class_names: by class index, or None.
         no_labels: why there are no labels.
         value_range: the values of black and white, or None: those of the type.
+        continuous: whether the values are real numbers, and not levels of grey: their likelihood is a density.
         notes: lines about what was changed in reading.
     """
 
@@ -62,6 +63,7 @@ class ImageSource:
     class_names: list[str] | None = None
     no_labels: str = "the data has no labels"
     value_range: tuple[float, float] | None = None
+    continuous: bool = False
     notes: set[str] = field(default_factory=set)
 
     def select(self, indices: Sequence[int], split: str) -> "ImageSource":
@@ -115,6 +117,8 @@ def open_source(data: str, request: Request) -> ImageSource:
     path = Path(os.path.abspath(data))
     if data == "digits":
         return read_digits(request)
+    if data in POINTS:
+        return read_points(data, request)
     if path.is_dir():
         return read_folder(path, request)
     if not path.exists():
@@ -142,6 +146,29 @@ def read_digits(request: Request) -> ImageSource:
     images, names = digits.images.astype(np.uint8)[:, None], [str(name) for name in digits.target_names]
     about: dict[str, Any] = {"labels": digits.target.tolist(), "class_names": names, "value_range": (0, 16)}
     return ImageSource(len(images), images.__getitem__, "digit {}".format, **about).select(parts[split], split)
+
+
+POINTS = ("swiss-roll", "two-moons")
+
+
+def read_points(data: str, request: Request) -> ImageSource:
+    """Points in the plane of scikit-learn's toy distributions: "images" of one pixel, their coordinates its channels.
+
+    They lie well within [-1, 1]; 10,000 are train, 2,000 others test. Of the moons the labels say which.
+    """
+    from sklearn.datasets import make_moons, make_swiss_roll  # slow to import
+
+    split = request.choose_split(["train", "test"], f"the data of {data}")
+    num, seed = {"train": (10_000, 0), "test": (2_000, 1)}[split]
+    about: dict[str, Any] = {"split": split, "value_range": (-1, 1), "continuous": True}
+    if data == "swiss-roll":
+        points = make_swiss_roll(num, noise=0.5, random_state=seed)[0][:, [0, 2]] / 17
+    else:
+        points, moons = make_moons(num, noise=0.05, random_state=seed)
+        points = (points - (0.5, 0.25)) / 2
+        about |= {"labels": moons.tolist(), "class_names": ["upper", "lower"]}
+    images = points.astype(np.float32)[:, :, None, None]
+    return ImageSource(num, images.__getitem__, f"point {{}} of {data}, {split}".format, **about)
 
 
 # Files ---------------------------------------------------------------------------------------------------------------

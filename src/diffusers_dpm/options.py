@@ -26,8 +26,8 @@ class DataSourceOptions:
     """data"""
 
     data: str
-    """'digits' (scikit-learn's), a folder of images or .npy files, a parquet, arrow or .npy file, or the name of a
-    data set on the Hub"""
+    """'digits', 'swiss-roll' or 'two-moons' (scikit-learn's), a folder of images or .npy files, a parquet, arrow or
+    .npy file, or the name of a data set on the Hub"""
     data_config: str | None = None
     """configuration of the data set"""
     split: str | None = None

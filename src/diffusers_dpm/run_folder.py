@@ -73,6 +73,8 @@ class RunFolder:
     likelihood = Part("likelihood.json")
     likelihood_plot = Part("likelihood.png")
     likelihood_terms = Part("likelihood_terms.csv")
+    rate_distortion = Part("rate_distortion.csv")
+    rate_distortion_plot = Part("rate_distortion.png")
     likelihood_bound = Part("likelihood_elbo.safetensors")
     likelihood_ode = Part("likelihood_ode.safetensors")
 

@@ -64,6 +64,7 @@ def assert_same_run(first, second, step=6):
         pytest.param({"weighting": "min_snr", "prediction_type": "v_prediction", "ema_warmup": False}, id="v"),
         pytest.param({"process": "flow", "timestep_sampling": "logit-normal"}, id="flow"),
         pytest.param({"process": "edm", "sigma_data": 0.6}, id="edm"),
+        pytest.param({"process": "subvp", "loss_type": "sliced"}, id="sliced"),
     ],
 )
 def test_two_halves_equal_the_whole(tmp_path, options, changes):

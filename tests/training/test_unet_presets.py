@@ -15,6 +15,7 @@ def count(unet):
 @pytest.mark.parametrize(
     ("name", "channels", "parameters"),
     [
+        ("1x1", 2, 644_994),
         ("digits-8x8", 1, 701_345),
         ("28x28", 1, 2_586_337),
         ("cifar10-small", 3, 8_952_067),
@@ -50,7 +51,7 @@ def test_ten_classes_add_their_embeddings():
         assert count(build_unet(PRESETS["cifar10-ddpm"][1], (3, 32, 32), num_class_embeds=10)) == 35_746_307 + 5_120
 
 
-@pytest.mark.parametrize("name", ["digits-8x8", "28x28", "cifar10-small", "64x64"])
+@pytest.mark.parametrize("name", ["1x1", "digits-8x8", "28x28", "cifar10-small", "64x64"])
 def test_the_first_preset_of_a_size_is_its_default(name):
     side, config = PRESETS[name]
     assert default_unet(side, side) == config

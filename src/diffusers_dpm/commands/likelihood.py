@@ -59,6 +59,8 @@ class BoundOptions:
     """normal CDF of the decoder; tanh: the approximation in published results"""
     decoder_variance: float | None = None
     """variance of the decoder (default: that of published results)"""
+    rate_distortion: bool = False
+    """also write how the error of the decoded image falls with the bits received"""
 
 
 @dataclass(kw_only=True)
@@ -107,7 +109,7 @@ def run(model: str, options: LikelihoodOptions) -> None:
 
 def print_bounds(task: Any, rows: list[dict[str, Any]]) -> None:
     """A table."""
-    print(f"upper bounds of -log2 p per dimension, {len(task.indices)} images, {task.num_levels} levels")
+    print(f"upper bounds of -log2 p per dimension, {len(task.indices)} images, {task.values}")
     print(f"{'spacing':<12}{'steps':>6}  {'variance':<10}{'bits/dim':>10}{'+-':>9}{'prior':>10}{'decoder':>9}")
     for row in rows:
         spacing, steps, variance, bits, error, prior, decoder = row.values()
@@ -116,9 +118,10 @@ def print_bounds(task: Any, rows: list[dict[str, Any]]) -> None:
 
 def print_ode(task: Any, likelihood: Any) -> None:
     """An `ODELikelihood` in words."""
+    filled = "" if task.num_levels is None else f", {task.options.dequantization} dequantisation"
     print(
-        f"-log2 p per dimension under the ODE, an estimate from {len(task.indices)} images, {task.num_levels} levels, "
-        f"{task.options.dequantization} dequantisation\n{likelihood.bits_per_dim:.4f} +- "
+        f"-log2 p per dimension under the ODE, an estimate from {len(task.indices)} images, {task.values}"
+        f"{filled}\n{likelihood.bits_per_dim:.4f} +- "
         f"{likelihood.standard_error:.4f}; {likelihood.num_evaluations:.0f} network calls for each run"
     )
     if not math.isnan(likelihood.error_of_one_image):

@@ -318,6 +318,36 @@ def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLower
     return EvidenceLowerBound(tuple(transitions), torch.stack(nats, dim=1) / NATS_PER_BIT)
 
 
+class RateDistortion(NamedTuple):
+    """A point of progressive decoding: what has been received, and how well it shows the image.
+
+    Attributes:
+        t: the timestep whose x_t is known; None at the end, when the image is.
+        rate: bits per dimension received so far, the bound's terms up to here.
+        distortion: root mean square of x_0 - x_0-hat over images and dimensions, in units of 255 from black to white.
+    """
+
+    t: float | None
+    rate: float
+    distortion: float
+
+
+def rate_distortion(errors: PredictionErrors, scheduler: Any) -> list[RateDistortion]:
+    """How the image shows itself while the terms of the bound are sent (Ho et al. 2020, section 4.3 and figure 5).
+
+    The arguments and errors are those of `bound_from_errors`, whose bound is the last point's rate.
+
+    Returns:
+        one point after the prior, one after each step, and one after the decoder, which leaves no distortion.
+    """
+    rates = bound_from_errors(errors, scheduler).per_term.mean(dim=0).cumsum(dim=0).tolist()
+    mean_squares = dict(zip(errors.timesteps, errors.moments[..., 0].mean(dim=0).tolist(), strict=True))
+    process, _ = reverse_process(scheduler)
+    timesteps = process.timesteps.tolist()
+    distortions = [127.5 * math.sqrt(mean_squares[t]) for t in timesteps]
+    return [RateDistortion(*point) for point in zip([*timesteps, None], rates, [*distortions, 0.0], strict=True)]
+
+
 def evidence_lower_bound(unet: Any, scheduler: Any, images: torch.Tensor, **options: Any) -> EvidenceLowerBound:
     """The bound on the scheduler's present grid: `measure_errors`, whose options it takes, and `bound_from_errors`.
 

@@ -49,9 +49,14 @@ class Task(NamedTuple):
     pipeline: DPMPipeline
     data: ImageDataset
     indices: list[int]
-    num_levels: int
+    num_levels: int | None
     options: Any
     folder: Path
+
+    @property
+    def values(self) -> str:
+        """What the pixels can be, in words."""
+        return "a density of real numbers" if self.num_levels is None else f"{self.num_levels} levels"
 
     def settings(self, **more: Any) -> dict[str, Any]:
         """All that measured values depend on, other than the choice of images."""
@@ -208,7 +213,8 @@ def build_samplers(task: Task) -> list[ReverseSampler]:
 def measure_bounds(task: Task) -> list[tuple[ReverseSampler, elbo.EvidenceLowerBound]]:
     """One pass of the network over all timesteps that any sampler visits, then all bounds.
 
-    Writes likelihood.json, likelihood_terms.csv and likelihood.png. Interrupted, the same call continues.
+    Writes likelihood.json, likelihood_terms.csv and likelihood.png; if asked, rate_distortion.csv and .png as well.
+    Interrupted, the same call continues.
     """
     samplers = build_samplers(task)
     timesteps = sorted({t for sampler in samplers for t in sampler.scheduler.timesteps.tolist()})
@@ -227,6 +233,9 @@ def measure_bounds(task: Task) -> list[tuple[ReverseSampler, elbo.EvidenceLowerB
     bounds = [(sampler, elbo.bound_from_errors(errors, sampler.scheduler)) for sampler in samplers]
     write_terms(RunFolder(task.folder).likelihood_terms, bounds)
     plot(RunFolder(task.folder).likelihood_plot, bounds)
+    if options.rate_distortion:
+        curves = [(sampler, elbo.rate_distortion(errors, sampler.scheduler)) for sampler in samplers]
+        write_curves(RunFolder(task.folder), curves)
     task.write("elbo", {"cdf": options.cdf, "bounds": [bound_row(*pair) for pair in bounds]})
     return bounds
 
@@ -292,4 +301,25 @@ def plot(path: Path, bounds: Sequence[tuple[ReverseSampler, elbo.EvidenceLowerBo
     for axes in (left, right):
         axes.legend(fontsize="small")
     with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def write_curves(run: RunFolder, curves: Sequence[tuple[ReverseSampler, list[elbo.RateDistortion]]]) -> None:
+    """Progressive decoding of every sampler as one table, and a plot of those with the most steps."""
+    from matplotlib.figure import Figure
+
+    with atomic_file(run.rate_distortion) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["spacing", "steps", "variance", *elbo.RateDistortion._fields])
+        for sampler, points in curves:
+            writer.writerows([*sampler[:3], *point] for point in points)
+    figure = Figure(figsize=(5.5, 4), layout="constrained")
+    axes, most = figure.subplots(), max(sampler.num_inference_steps for sampler, _ in curves)
+    for sampler, points in curves:
+        if sampler.num_inference_steps == most:
+            label = f"{sampler.timestep_spacing}, {sampler.reverse_variance}, {most} steps"
+            axes.plot([p.rate for p in points], [p.distortion for p in points], marker=".", markersize=3, label=label)
+    axes.set(xlabel="rate in bits per dimension", ylabel="distortion, RMSE on the scale 0 to 255", ylim=(0, None))
+    axes.legend(fontsize="small")
+    with atomic_file(run.rate_distortion_plot) as temporary:
         figure.savefig(temporary, dpi=120)
