@@ -104,10 +104,12 @@ def test_every_script_is_listed():
     assert scripts == {*ON_A_RUN, *ALONE, *ON_A_CHECKOUT, *ON_A_FLOW, *ON_POINTS, "common"}
 
 
-def test_toy_picture(tmp_path):
+@pytest.mark.usefixtures("as_before")
+def test_toy_picture(tmp_path, monkeypatch):
     save_run(tmp_path / "run", tiny_unet(2, sample_size=1, block_out_channels=(8,)))
-    command = [sys.executable, "benchmarks/toy_pictures.py", str(tmp_path / "run"), "--smallest"]
-    subprocess.run([*command, f"--output={tmp_path / 'roll.png'}"], cwd=ROOT, check=True)
+    arguments = [str(tmp_path / "run"), "--smallest", f"--output={tmp_path / 'roll.png'}"]
+    monkeypatch.setattr(sys, "argv", ["toy_pictures", *arguments])
+    as_main("toy_pictures", monkeypatch)
     with Image.open(tmp_path / "roll.png") as picture:
         assert picture.width > 2 * picture.height
 
