@@ -12,6 +12,7 @@ the first, 2.5 as it is, by the RMS at each count.
 """
 
 import math
+import re
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -111,22 +112,26 @@ class PathBenchmark(Benchmark):
         return "\n\n".join(parts) + "\n"
 
     def plot(self) -> Figure:
-        """Error against calls: the fitted rows, three more of ours and four of diffusers', named at their lines."""
+        """Error against calls: the fitted rows, and the best of three methods of ours and of four of diffusers'."""
         rows = [row for row in self.results.values["distances"] if row["n"] in self.counts]
         figure = Figure(figsize=(7, 5), layout="constrained")
         axes = figure.add_subplot()
-        total = {
-            name: sum(math.log(row["rms"]) for row in rows if row["sampler"] == name)
-            for name in dict.fromkeys(row["sampler"] for row in rows)
-        }
-        mine, theirs = ([n for n in total if n.startswith("diffusers") == flag and n != FITTED] for flag in (0, 1))
-        families = (([FITTED], "tab:green"), (sorted(mine, key=total.get)[:3], "tab:blue"))
-        for names, colour in (*families, (sorted(theirs, key=total.get)[:4], "tab:orange")):
-            for name, style in zip(names, ("-", "--", ":", "-."), strict=False):
-                line = [row for row in rows if row["sampler"] == name]
-                axes.loglog([row["calls"] for row in line], [row["rms"] for row in line], style, color=colour)
-                end = line[-1]
-                axes.annotate(f" {name}", (end["calls"], end["rms"]), color=colour, fontsize=7, va="center")
+        lines: dict[str, list[dict[str, Any]]] = {}
+        for row in rows:
+            lines.setdefault(row["sampler"], []).append(row)
+        best: dict[str, str] = {}  # of a method, whatever its grid
+        for name in sorted(lines, key=lambda name: sum(math.log(row["rms"]) for row in lines[name])):
+            best.setdefault(re.split(r" (?=shift|points|logsnr|quadratic|karras|exponential|\dM? )", name)[0], name)
+        theirs = [name for name in best.values() if name.startswith("diffusers")][:4]
+        mine = [name for name in best.values() if name not in (*theirs, FITTED) and "diffusers" not in name][:3]
+        below = math.inf
+        for name in sorted((FITTED, *mine, *theirs), key=lambda name: -lines[name][-1]["rms"]):
+            colour = {FITTED: "tab:green"}.get(name, "tab:orange" if name in theirs else "tab:blue")
+            style = ("-", "--", ":", "-.")[(theirs if name in theirs else mine).index(name) if name != FITTED else 0]
+            calls, errors = [row["calls"] for row in lines[name]], [row["rms"] for row in lines[name]]
+            axes.loglog(calls, errors, style, color=colour)
+            below = min(errors[-1], below / 1.12)  # labels do not overlap
+            axes.text(calls[-1] * 1.03, below, name, color=colour, fontsize=7, va="center")
         axes.set(xlabel="network calls", ylabel="RMS distance to the ODE's solution")
         axes.set_xticks(self.counts, labels=self.counts)
         axes.set_xlim(self.counts[0] * 0.95, self.counts[-1] * 2)
