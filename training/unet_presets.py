@@ -84,13 +84,15 @@ def is_coarse(sides: Sequence[tuple[int, int]]) -> bool:
 
 
 def read_config(path: str | Path, class_name: str) -> dict[str, Any]:
-    """The config of a model from its JSON file or the folder that holds it, without diffusers' private keys.
+    """The config of a model from its JSON file, its folder or its pipeline's, without diffusers' private keys.
 
     Raises:
         ValueError: no such file, or not the config of a `class_name`.
     """
     path = Path(path)
-    path = path / "config.json" if path.is_dir() else path
+    part = path / {"UNet2DModel": "unet"}.get(class_name, "classifier")
+    folder = part if part.is_dir() else path
+    path = folder / "config.json" if folder.is_dir() else path
     config = read_json(path)
     if config.get("_class_name", class_name) != class_name:
         raise DiffusersDPMError(f"{path} is not the config of a {class_name}")

@@ -134,8 +134,10 @@ def test_networks_that_do_not_fit_are_refused(config, shape, message):
 
 def test_config_file_of_a_saved_model(tmp_path):
     unet = build_unet(TINY, (1, 8, 8), paper_init=False)
-    unet.save_pretrained(tmp_path)
-    again = build_unet(read_config(tmp_path, "UNet2DModel"), (1, 8, 8))
+    unet.save_pretrained(tmp_path / "run" / "unet")
+    config = read_config(tmp_path / "run", "UNet2DModel")
+    assert config == read_config(tmp_path / "run" / "unet", "UNet2DModel")
+    again = build_unet(config, (1, 8, 8))
     again.load_state_dict(unet.state_dict())
     x = torch.randn(2, 1, 8, 8)
     torch.testing.assert_close(again.eval()(x, 3).sample, unet.eval()(x, 3).sample)
