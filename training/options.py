@@ -58,7 +58,7 @@ class ModelOptions:
     preset: PresetName | None = None
     """U-Net (default: the one for the images' size, derived where there is no preset)"""
     unet_config: str | None = None
-    """UNet2DModel config.json, or its folder, instead of a preset"""
+    """UNet2DModel config.json, its folder or a run folder, instead of a preset"""
     init_from: str | None = None
     """run folder or Hub id of a model to go on with: its averaged weights and its noise schedule, not a preset"""
     dropout: float | None = None
