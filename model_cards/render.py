@@ -18,6 +18,7 @@ from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.run_folder import EXTRAS
 from diffusers_dpm.schedulers import DDPMScheduler
 from diffusers_dpm.training.train_diffusion import TrainingOptions
+from diffusers_dpm.training.trained_paths import with_own_values
 from diffusers_dpm.training.unet_presets import PRESETS, build_unet
 
 
@@ -27,7 +28,7 @@ FITTED_STEPS: dict[float | None, list[int]] = {None: [5, 10]}  # as published
 
 def untrained_pipeline(facts: dict[str, Any]) -> tuple[DPMPipeline, dict[str, Any]]:
     """(the model of the recipe with new weights, its options as a CPU's trainer records them)."""
-    options = TrainingOptions(**facts["training"], output_dir="run")
+    options = with_own_values(TrainingOptions(**facts["training"], output_dir="run"))
     side, config = PRESETS[str(options.preset)]
     unet = build_unet(config, (CHANNELS[facts["data"]["shape"]], side, side))
     recorded = asdict(options) | {"mixed_precision": "no", "split": "train"}
