@@ -27,7 +27,14 @@ ON_A_RUN = (
     "quality",
     "score_matching",
 )
-ON_DIGITS = ("analytic_dpm", "calibrated", "guidance_quality", "path_error", "quality")  # with a judge
+ON_DIGITS = (
+    "analytic_dpm",
+    "calibrated",
+    "guidance_quality",
+    "path_error",
+    "quality",
+    "score_samplers",
+)  # with a judge
 MODULES = ("convergence", "parity", "pipeline_matrix")  # which use helpers of the tests
 ALONE = (
     "convergence",
@@ -38,7 +45,7 @@ ALONE = (
     "training_throughput",
 )
 ON_A_CHECKOUT = ("peer_tests",)
-ON_A_FLOW = ("path_error",)
+ON_A_FLOW = ("path_error", "score_samplers")
 ON_POINTS = ("toy_pictures",)
 
 
