@@ -115,7 +115,7 @@ def cases() -> list[tuple[str, Walk, Walk | None, Callable[[Walk, int], float]]]
             solvers.append((f"{name} multistep, exact rule", exact, None, flow_error))
         solvers.append((f"{name} multistep", ours(**options), theirs(multi, **options), flow_error))
         unipc = {"solver_order": order, "solver_type": "bh2", "predict_x0": form.endswith("++")}
-        corrected = ours(**options, third_order_rule="exact", corrector="bh2")
+        corrected = ours(**options, third_order_rule="exact", unic="bh2")
         solvers.append(
             (
                 f"{name} multistep, bh2; UniPC",

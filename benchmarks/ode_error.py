@@ -56,7 +56,7 @@ def our_samplers() -> Iterator[tuple[str, type, dict[str, Any]]]:
                 third = {"solver_order": 3, "third_order_rule": rule}
                 yield f"{algorithm} 3M {rule} {spacing}", DPMSolverScheduler, {**third, **config}
             for order in (2, 3):
-                keys = {"solver_order": order, "corrector": "bh2", "third_order_rule": "exact"}
+                keys = {"solver_order": order, "unic": "bh2", "third_order_rule": "exact"}
                 yield f"{algorithm} {order}M bh2 {spacing}", DPMSolverScheduler, {**keys, **config}
             single = {"solver_order": 3, "method": "singlestep"}
             yield f"{algorithm} 3S {spacing}", DPMSolverScheduler, {**single, **config}

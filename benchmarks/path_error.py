@@ -42,7 +42,7 @@ def ours(shift: float | None) -> Iterator[tuple[str, type, dict[str, Any]]]:
     yield f"Heun{grid}", EDMScheduler, shifted
     for order, corrected in product((2, 3), (False, True)):
         name = f"{order}M bh2" if corrected else f"{order}M"
-        keys = {"solver_order": order, **({"corrector": "bh2", "third_order_rule": "exact"} if corrected else {})}
+        keys = {"solver_order": order, **({"unic": "bh2", "third_order_rule": "exact"} if corrected else {})}
         yield f"{name}{grid}", DPMSolverScheduler, {**keys, **shifted}
         if shift is not None:
             yield f"{name} points{grid}", DPMSolverScheduler, {**keys, **points}

@@ -32,7 +32,7 @@ COUNTS = (10, 20, 50)
 EVEN = {"timestep_spacing": "logsnr"}
 CHURN = {"s_churn": 20.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}  # of EDM's settings for ImageNet, half
 OURS: dict[str, tuple[type, dict[str, Any]]] = {
-    "DPM-Solver++ 2M bh2": (DPMSolverScheduler, {"corrector": "bh2", **EVEN}),
+    "DPM-Solver++ 2M bh2": (DPMSolverScheduler, {"unic": "bh2", **EVEN}),
     "Heun": (EDMScheduler, {}),
     "Heun, churn": (EDMScheduler, CHURN),
     "Heun, churn at little noise": (EDMScheduler, {**CHURN, "s_tmax": 1.0}),

@@ -102,7 +102,8 @@ def translated_classes() -> list[type]:
         *("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "EDMEuler", "EDMDPMSolverMultistep", "ScoreSdeVe"),
         *("LTXEulerAncestralRF", "CogVideoXDDIM", "CogVideoXDPM", "DDPMWuerstchen", "SASolver"),
     ]
-    found = (getattr(diffusers, f"{name}Scheduler", None) for name in names)
+    found = [getattr(diffusers, f"{name}Scheduler", None) for name in names]
+    found.append(getattr(diffusers.schedulers, "ScoreSdeVpScheduler", None))  # not among diffusers' own names
     return [each for each in found if inspect.isclass(each)]
 
 

@@ -319,7 +319,11 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
         row = self._plan.index.get(timestep, self._plan.cut.get(timestep))
         if row is not None and expected < len(visited) and visited[expected] == visited[row]:
             return self, expected  # the next one, of those that are equal
-        return (self._walk_from(timestep), 0) if row is None else (self, row)
+        if row is None:
+            return self._walk_from(timestep), 0
+        while 0 < row < len(visited) - 1 and visited[row + 1] == visited[row]:
+            row += 1  # a loop that begins here has no part in the step that ended here
+        return self, row
 
     def _walk_from(self, t: Any) -> "LinearScheduler":
         """A copy that walks from training timestep t, between two levels of the grid, to the rest of them.
@@ -449,7 +453,7 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
         if len(places) == 1:
             walk, index = places[0]
             return walk._apply(index, output, variance, x, noise)
-        if self._has_state:
+        if self._has_state or self.may_repeat:
             steps = [index for _, index in places[:8]]
             raise ValueError(f"{type(self).__name__} needs one step for all images, got step_index {steps}.")
         prev_sample, x0 = torch.empty_like(x), torch.empty_like(x)
@@ -490,7 +494,7 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
         else:
             opens, length = anchor is x and rows[index + 1].anchored, self._plan.history_length - 1
             kept = x.clone() if opens else anchor  # callers may write to x again
-            self._history = History(rows, history.entry, index, kept, x0s[:length], epsilons[:length])
+            self._history = History(rows, history.entry, index, kept, x0s[:length], epsilons[:length], history.path)
         return x0s, epsilons, anchor
 
     # Predictions -------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Update(NamedTuple):
             noise: z, standard normal; None leaves it out.
         """
         if self.ratio and noise is not None:
-            rho = norms(noise) / norms(epsilons[0])
+            rho = torch.nan_to_num(norms(noise) / norms(epsilons[0]), nan=math.nan, posinf=0.0)  # no score, no step
             epsilons, noise = (rho**2 * epsilons[0],), rho * noise
         factors = (self.sample, *self.x0, *self.epsilon)
         tensors = (x, *x0s[: len(self.x0)], *epsilons[: len(self.epsilon)])
@@ -203,6 +203,7 @@ class History(NamedTuple):
         last: the row of the last step; None before the first.
         anchor: the x at which the present block began.
         x0s, epsilons: the last predictions, newest first.
+        path: where the noise of the loop comes from, if it belongs together.
     """
 
     rows: Sequence[Update]
@@ -211,6 +212,7 @@ class History(NamedTuple):
     anchor: Tensor | None = None
     x0s: Tensors = ()
     epsilons: Tensors = ()
+    path: Any = None
 
     @property
     def next(self) -> int:

@@ -88,7 +88,7 @@ CHOICES = {
     "solver_order": (1, 2, 3),
     "method": ("multistep", "singlestep", "singlestep_fixed"),
     "third_order_rule": THIRD_ORDER_RULES,
-    "corrector": (None, "bh1", "bh2"),
+    "unic": (None, "bh1", "bh2"),
     "final_sigmas_type": ("zero", "sigma_min"),
 }
 
@@ -118,9 +118,10 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
       model at 10 and 20 calls, exact against published: quadratic 0.058, 0.016 against 0.047, 0.012; logsnr 0.105,
       0.012 against 0.080, 0.010); in the epsilon form they differ by an eighth at most, and exact is the nearer
       one on logsnr (0.051, 0.011 against 0.053, 0.013). So published is the default (benchmarks/ode_error.py).
-    - corrector: bh2 or bh1 corrects each multistep ODE step by the prediction at its end, before the next step starts
-      (UniC with this B(h), Zhao et al. 2023, arXiv 2302.04867): one order more, and no further call. UniPC is
-      corrector="bh2" with third_order_rule="exact".
+    - unic: bh2 or bh1 corrects each multistep ODE step by the prediction at its end, before the next step starts: UniC
+      with this B(h) (Zhao et al. 2023, arXiv 2302.04867), one order more, and no further call. UniPC is unic="bh2" and
+      third_order_rule="exact"; of its config only the grid and the order cross. Upward, in encoding, it is nearer to
+      the solution with many steps even in lambda only.
     - brownian_path: the noise of an image belongs to one Brownian path, of which the generator draws the seed when the
       loop begins: the same for any number of steps, so that the samples converge, and on any device. Singlestep SDE
       forms need it, because their stages share noise.
@@ -147,7 +148,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         *(
             "method",
             "third_order_rule",
-            "corrector",
+            "unic",
             "brownian_path",
             "denoise_to_zero",
             "fractional_timesteps",
@@ -186,7 +187,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         use_dynamic_shifting: bool = False,
         method: str = "multistep",
         third_order_rule: str = "published",
-        corrector: str | None = None,
+        unic: str | None = None,
         brownian_path: bool = False,
         denoise_to_zero: bool = False,
         fractional_timesteps: bool = False,
@@ -221,9 +222,9 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
             raise ValueError(f"{algorithm_type=} adds noise: {method=} {cure}.")
         if config.brownian_path and not is_sde:
             raise ValueError(f"brownian_path=True is for sde-dpmsolver and sde-dpmsolver++, not {algorithm_type!r}.")
-        if config.corrector and (method != "multistep" or is_sde):
-            asked = f"corrector={config.corrector!r} needs method='multistep' and an ODE"
-            raise ValueError(f"{asked}, not {method!r} of {algorithm_type!r}.")
+        if config.unic and (method != "multistep" or is_sde or config.step_plan is not None):
+            advice = "needs method='multistep', an ODE and no step_plan; got"
+            raise ValueError(f"unic={config.unic!r} {advice} {method=}, {algorithm_type=}; unic=None is without.")
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -272,6 +273,8 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
 
     def _follow_steps(self, plan: Any, device: Device) -> None:
         """Take the timesteps of a StepPlan, and its orders as `Plan.options`."""
+        if self.config.unic:
+            raise ValueError(f"unic={self.config.unic!r}: a plan is of blocks that are not corrected; use unic=None.")
         if isinstance(plan, (str, Path)):
             raise ValueError(f"plan is a StepPlan or its dict, got {str(plan)!r}: StepPlan.load reads files.")
         steps = plan if isinstance(plan, Mapping) else vars(plan)
@@ -389,20 +392,18 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         if not self.schedule.is_discrete:
             orders = [min(order, most) for order, most in zip(orders, orders_of_widths(levels), strict=True)]
         factor = THIRD_ORDER_RULES[config.third_order_rule]
-        solver_type = "bh1" if config.corrector == "bh1" else solver_type
+        solver_type = "bh1" if config.unic == "bh1" else solver_type
         spans = [levels[i - order + 1 : i + 2] for i, order in enumerate(orders)]
         rows = [
             multistep_row(algorithm_type, order, solver_type, factor, span)
             for order, span in zip(orders, spans, strict=True)
         ]
-        if config.corrector:
-            factors = [corrector_factors(algorithm_type, config.corrector, span) for span in spans[:-1]]
+        if config.unic:
+            factors = [corrector_factors(algorithm_type, config.unic, span) for span in spans[:-1]]
             rows[1:] = map(corrected, rows[1:], rows[:-1], factors)
         return rows
 
     # The noise ---------------------------------------------------------------------------------------------------
-
-    _path: BrownianPath | None = None
 
     @property
     def _has_state(self) -> bool:
@@ -411,10 +412,16 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
     def _draw(self, index: int, x: Tensor, generator: Generators) -> Tensor:
         if not self._config.brownian_path:
             return super()._draw(index, x, generator)
-        if self._history.last is None or self._path is None:
-            self._path = BrownianPath.drawn(x, generator)
+        history = self._history
+        path = history.path or BrownianPath.drawn(x, generator)
+        self._history = history._replace(path=path)
         start = next(i for i in range(index, -1, -1) if not self.updates[i].anchored)
-        return self._path.noise(self.levels[start], self.levels[index + 1], x)
+        return path.noise(self.levels[start], self.levels[index + 1], x)
+
+    def _walk_from(self, t: Any) -> "LinearScheduler":
+        if self._config.brownian_path:
+            raise ValueError(f"timestep {t} is not on the grid, on which a loop with brownian_path=True must begin.")
+        return super()._walk_from(t)
 
     # What code for diffusers' classes of these names reads and writes ---------------------------------------------
 

@@ -352,6 +352,11 @@ def test_a_plan_is_refused_by_another_schedule_or_solver(plan):
             DPMSolverScheduler(**config).set_timesteps(plan=plan)
         with pytest.raises(ValueError, match=r"schedule_hash=|algorithm_type=|solver_type="):
             DPMSolverScheduler(**config, step_plan=plan.to_dict())
+    with pytest.raises(ValueError, match="unic='bh2'"):
+        DPMSolverScheduler(unic="bh2").set_timesteps(plan=plan)
+    with pytest.raises(ValueError, match="unic='bh2'"):
+        DPMSolverScheduler(unic="bh2", step_plan=plan.to_dict())
+    assert plan.scheduler(DPMSolverScheduler(unic="bh2")).config.unic is None
     scheduler = DPMSolverScheduler()
     with pytest.raises(ValueError, match=r"num_inference_steps, .*plan"):
         scheduler.set_timesteps(10, plan=plan)

@@ -390,7 +390,7 @@ class StepPlan(Record):
     def scheduler(self, scheduler: Any) -> DPMSolverScheduler:
         """A scheduler with the config of `scheduler` that walks the plan when it is asked for `num_calls` steps."""
         forms = {"algorithm_type": self.algorithm_type, "solver_type": self.solver_type}
-        return DPMSolverScheduler.from_config(whole_config(scheduler), step_plan=self.to_dict(), **forms)
+        return DPMSolverScheduler.from_config(whole_config(scheduler), step_plan=self.to_dict(), unic=None, **forms)
 
 
 def plan_timesteps(

@@ -109,3 +109,26 @@ def test_the_noise_of_a_loop_is_that_of_its_generator():
         ends.append(x)
     assert torch.equal(ends[0], ends[1])
     assert not torch.equal(ends[0], ends[2])
+
+
+def test_a_loop_on_a_path_begins_on_its_grid():
+    scheduler = DPMSolverScheduler(algorithm_type="sde-dpmsolver++", brownian_path=True, solver_order=1)
+    scheduler.set_timesteps(10)
+    x = torch.zeros(1, 1, 2, 2)
+    with pytest.raises(ValueError, match=r"timestep 700 .*brownian_path=True"):
+        scheduler.step(x, 700, x)
+
+
+def test_every_loop_has_a_path_of_its_own():
+    """Also one whose first noise was given, after another loop."""
+    scheduler = DPMSolverScheduler(algorithm_type="sde-dpmsolver++", brownian_path=True)
+    scheduler.set_timesteps(3)
+    ends = []
+    for batch, seed in ((2, 0), (3, 1), (3, 1)):
+        x, generator = torch.zeros(batch, 1, 2, 2), torch.Generator().manual_seed(seed)
+        given = {"variance_noise": torch.ones_like(x)} if batch == 3 else {}
+        for t in scheduler.timesteps[:2]:
+            x = scheduler.step(x, t, x, generator=generator, **given).prev_sample
+            given = {}
+        ends.append(x)
+    assert torch.equal(ends[1], ends[2])

@@ -141,7 +141,7 @@ def test_third_order(form, options, counts):
 @pytest.mark.parametrize("solver_order", [1, 2, 3])
 @pytest.mark.parametrize("form", [NOISE, DATA], ids=["noise", "data"])
 def test_the_corrector_adds_one_order(form, solver_order, corrector):
-    options = {**form, **EXACT, "solver_order": solver_order, "corrector": corrector}
+    options = {**form, **EXACT, "solver_order": solver_order, "unic": corrector}
     assert slope(options, LADDER) > solver_order + 0.85
 
 

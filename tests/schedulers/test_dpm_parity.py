@@ -472,7 +472,7 @@ def test_a_loop_far_from_the_solution_is_told(method, spacing, caplog):
 def test_the_corrector_is_that_of_unipc(form, corrector, solver_order, n):
     config = {"solver_order": solver_order, "final_sigmas_type": "sigma_min"}
     stock = diffusers.UniPCMultistepScheduler(solver_type=corrector, predict_x0=form.endswith("++"), **config)
-    ours = DPMSolverScheduler(algorithm_type=form, corrector=corrector, third_order_rule="exact", **config)
+    ours = DPMSolverScheduler(algorithm_type=form, unic=corrector, third_order_rule="exact", **config)
     for scheduler in (ours, stock):
         scheduler.set_timesteps(n)
     assert ours.timesteps.tolist() == stock.timesteps.tolist()
@@ -484,7 +484,7 @@ def test_differs_unipc_discards_what_a_caller_changes():
 
     def endpoints(change):
         ends = []
-        for scheduler in (DPMSolverScheduler(corrector="bh2"), diffusers.UniPCMultistepScheduler()):
+        for scheduler in (DPMSolverScheduler(unic="bh2"), diffusers.UniPCMultistepScheduler()):
             scheduler.set_timesteps(3)
             x = noise(1, 1, 2, 2, dtype=torch.float32)
             for i, t in enumerate(scheduler.timesteps[:2]):
@@ -502,7 +502,7 @@ def test_differs_unipc_discards_what_a_caller_changes():
 
 @pytest.mark.parametrize("corrector", ["bh1", "bh2"])
 def test_the_corrector_ends_at_clean_data(corrector):
-    ours, stock = DPMSolverScheduler(corrector=corrector), diffusers.UniPCMultistepScheduler(solver_type=corrector)
+    ours, stock = DPMSolverScheduler(unic=corrector), diffusers.UniPCMultistepScheduler(solver_type=corrector)
     for scheduler in (ours, stock):
         scheduler.set_timesteps(5)
     ends = [path(scheduler, noise(2, 3, 4, 4, dtype=torch.float32))[-1] for scheduler in (ours, stock)]

@@ -40,7 +40,7 @@ SOLVERS = [
     *({"algorithm_type": a, "solver_order": o} for a, o in product(SDE, (1, 2, 3))),
     {"solver_order": 3, "third_order_rule": "exact", "lower_order_final": False},
     {"solver_order": 3, "denoise_to_zero": True, "euler_at_final": True},
-    *({"algorithm_type": a, "solver_order": 3, "corrector": "bh2"} for a in FORMS),
+    *({"algorithm_type": a, "solver_order": 3, "unic": "bh2"} for a in FORMS),
     {"method": "singlestep", "solver_order": 3, "solver_type": "heun", "denoise_to_zero": True},
 ]
 
@@ -129,7 +129,7 @@ def cases(draw):
     }
     config["euler_at_final"] = config["method"] == "multistep" and draw(st.booleans())
     if algorithm_type in FORMS and config["method"] == "multistep":
-        config["corrector"] = draw(st.sampled_from([None, "bh1", "bh2"]))
+        config["unic"] = draw(st.sampled_from([None, "bh1", "bh2"]))
     spacing = draw(st.sampled_from([*SPACINGS, *FLAGS]))
     config.update({spacing: True} if spacing in FLAGS else {"timestep_spacing": spacing})
     dtype = draw(st.sampled_from(DTYPES))
@@ -524,9 +524,9 @@ def test_names_of_other_libraries(stock):
         ({"solver_type": "euler"}, "solver_type='euler'"),
         ({"method": "adaptive"}, "method='adaptive'"),
         ({"third_order_rule": "half"}, "third_order_rule='half'"),
-        ({"corrector": "bh3"}, "corrector='bh3'"),
-        ({"corrector": "bh2", "method": "singlestep"}, "corrector='bh2'.*'singlestep'"),
-        ({"corrector": "bh2", "algorithm_type": "sde-dpmsolver++"}, "corrector='bh2'.*'sde-dpmsolver\\+\\+'"),
+        ({"unic": "bh3"}, "unic='bh3'"),
+        ({"unic": "bh2", "method": "singlestep"}, "unic='bh2'.*'singlestep'"),
+        ({"unic": "bh2", "algorithm_type": "sde-dpmsolver++"}, "unic='bh2'.*'sde-dpmsolver\\+\\+'"),
         ({"final_sigmas_type": "one"}, "final_sigmas_type='one'"),
         ({"timestep_spacing": "cubic"}, "timestep_spacing='cubic'"),
         ({"beta_schedule": "square"}, "beta_schedule='square'"),

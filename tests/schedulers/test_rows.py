@@ -42,8 +42,8 @@ KEEPS_MARGINALS = [
             (
                 ("dpmsolver", {}),
                 ("dpmsolver++", {"third_order_rule": "published"}),
-                ("dpmsolver++", {"corrector": "bh2"}),
-                ("dpmsolver", {"corrector": "bh1"}),
+                ("dpmsolver++", {"unic": "bh2"}),
+                ("dpmsolver", {"unic": "bh1"}),
                 ("sde-dpmsolver++", {"denoise_to_zero": True}),
                 ("dpmsolver", {"method": "singlestep", "solver_type": "heun"}),
                 ("dpmsolver++", {"method": "singlestep"}),

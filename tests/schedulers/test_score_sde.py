@@ -1,13 +1,13 @@
 """The samplers of score-based models: golden numbers, invariant laws, orders, what is visited, parity."""
 
 import math
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import diffusers
 import pytest
 import torch
 
-from diffusers_dpm.schedulers import ScoreSDEScheduler
+from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler, EDMScheduler, ScoreSDEScheduler
 from diffusers_dpm.schedulers.gaussian_paths import path_of
 
 from .helpers import QUARTER, Gaussian, network, noise, order, seeded, walk
@@ -515,3 +515,48 @@ def test_differs_score_sde_vp_steps_are_too_short():
     theirs = stock.step_pred(zero, zero + 1, torch.ones((), dtype=torch.float64), generator=seeded())[1].item()
     assert theirs == pytest.approx(1 + beta / 2 / 10)
     assert ours.updates[0].sample == pytest.approx(1 + beta / 2 * 0.999 / 9)
+
+
+# Beside other samplers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("through", [DDIMScheduler, None])
+def test_correctors_do_not_cross_to_dpm_solver(through):
+    """UniC's key has another name than that of Langevin dynamics."""
+    langevin = ScoreSDEScheduler.from_config(diffusers.ScoreSdeVeScheduler().config)
+    assert langevin.config.corrector == "langevin"
+    config = langevin.config if through is None else through.from_config(langevin.config).config
+    assert DPMSolverScheduler.from_config(config).config.unic is None
+    config = DPMSolverScheduler(unic="bh2").config
+    config = config if through is None else through.from_config(config).config
+    assert ScoreSDEScheduler.from_config(config).config.corrector is None
+
+
+def test_a_loop_begins_at_the_last_of_equal_timesteps():
+    """The others end a step that is not walked. Numbers find their place as views of `timesteps` do."""
+    for scheduler in (EDMScheduler(), ScoreSDEScheduler(corrector="ald", timestep_spacing="trailing")):
+        scheduler.set_timesteps(7)
+        repeats = [i for i, (t, s) in enumerate(pairwise(scheduler.timesteps.tolist())) if t == s]
+        ends = []
+        for timesteps in (scheduler.timesteps[repeats[0] + 1 :], scheduler.timesteps[repeats[0] + 1 :].tolist()):
+            x, zero = torch.full((1, 1, 2, 2), 0.7, dtype=torch.float64), torch.zeros(1, 1, 2, 2, dtype=torch.float64)
+            for t in timesteps:
+                x = scheduler.step(0.9 * x, t, x, variance_noise=zero).prev_sample
+            ends.append(x)
+        assert torch.equal(*ends)
+
+
+def test_images_at_levels_of_their_own_are_not_corrected():
+    scheduler = ScoreSDEScheduler(corrector="ald")
+    scheduler.set_timesteps(6)
+    x = torch.ones(2, 1, 2, 2)
+    with pytest.raises(ValueError, match="ScoreSDEScheduler needs one step for all images"):
+        scheduler.step(x, scheduler.timesteps[[0, 3]].clone(), x)
+
+
+def test_without_a_score_langevin_dynamics_does_not_move():
+    scheduler = ScoreSDEScheduler(corrector="langevin", timestep_spacing="trailing")
+    scheduler.set_timesteps(3)
+    x = torch.ones(1, 1, 2, 2)
+    row = next(row for row in scheduler.updates if row.ratio)
+    assert torch.equal(row.apply(x, (x,), (torch.zeros_like(x),), torch.ones_like(x)), row.sample * x)

@@ -17,7 +17,8 @@ class SamplerOptions:
     """sampler"""
 
     schedulers: list[str]
-    """ddpm, ddim, analytic-dpm, dpm-solver, calibrated or diffusers:CLASS, with options: ddim,eta=0.5"""
+    """ddpm, ddim, analytic-dpm, dpm-solver, edm, score-sde, calibrated or diffusers:CLASS, with options:
+    ddim,eta=0.5"""
     steps: list[int]
     """numbers of steps, for each scheduler"""
     num_images: int = 10_000

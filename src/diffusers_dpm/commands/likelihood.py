@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.options import DataSourceOptions, check_ranges
 
 
@@ -88,11 +89,13 @@ class LikelihoodOptions(ImageOptions, EvaluationOptions, BoundOptions, ODEOption
     """Options of `diffusers-dpm likelihood`, described by its `--help`.
 
     Raises:
-        DiffusersDPMError: a number is out of range.
+        DiffusersDPMError: a number is out of range, or --rate-distortion is asked of the ODE.
     """
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        if self.rate_distortion and self.method != "elbo":
+            raise DiffusersDPMError(f"--rate-distortion is of the bound: use --method elbo, not {self.method}")
 
 
 def run(model: str, options: LikelihoodOptions) -> None:

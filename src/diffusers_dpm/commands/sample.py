@@ -19,8 +19,8 @@ class SchedulerOptions:
     """scheduler"""
 
     scheduler: str | None = None
-    """ddpm, ddim, analytic-dpm, dpm-solver, calibrated or diffusers:CLASS (default: the model's own), with options:
-    ddim,eta=0.5"""
+    """ddpm, ddim, analytic-dpm, dpm-solver, edm, score-sde, calibrated or diffusers:CLASS (default: the model's own),
+    with options: ddim,eta=0.5"""
     scheduler_options: list[str] | None = None
     """KEY=VALUE for keys of its config, such as eta=0.5"""
     num_inference_steps: int | None = None

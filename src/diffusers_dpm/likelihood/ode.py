@@ -212,6 +212,8 @@ def ode_sample(
         DiffusersDPMError: predictions that are not finite, or tolerances that cannot be met.
         ValueError: a scheduler of an unknown process.
     """
+    if not (rtol >= 0 and atol >= 0 and 0 < rtol + atol < math.inf):
+        raise DiffusersDPMError(f"rtol={rtol:g} and atol={atol:g}: none may be negative, and one must be positive.")
     noise = randn_tensor(tuple(shape), generator=generator, device=unet.device, dtype=unet.dtype).double()
     labels = None if class_labels is None else class_labels.to(unet.device)
     flow = ProbabilityFlow(unet, as_analytic_dpm(scheduler), labels, None)
