@@ -236,6 +236,7 @@ def test_one_image_has_no_standard_error(call):
         (["--forward-process", "ddim"], "infinite"),
         (["--statistics", "nowhere"], "no statistics in nowhere"),
         (["--num-images", "298"], "297 images"),
+        (["--method", "ode", "--rate-distortion"], "--method elbo"),
         (["--num-probes", "0"], "--num-probes must be at least 1"),
         (["--batch-size", "0"], "--batch-size must be at least 1"),
         (["--random-flip"], "unknown option --random-flip"),
