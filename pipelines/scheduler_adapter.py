@@ -234,8 +234,8 @@ class OwnScheduler(SchedulerAdapter):
         row, last = self.scheduler.updates[i], len(self.scheduler.updates) - 1
         if row.log_variance is not None:
             return self.scheduler.learned_std(row.log_variance, model_output[:, sample.shape[1] :]) ** 2
-        corrects = self.scheduler.config.get("corrector")  # whose step goes with half of the variance of its noise
-        if not corrects and max(len(row.x0), len(row.epsilon)) == 1 and (row.noise or i == last):
+        is_first_order = max(len(row.x0), len(row.epsilon)) == 1
+        if self.scheduler.has_reverse_variance and is_first_order and (row.noise or i == last):
             return row.noise**2
         return super().step_variance(i, t, model_output, sample)
 

@@ -70,6 +70,9 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
     order = 1
     own_keys: ClassVar[tuple[str, ...]] = ("process",)  # config keys that diffusers' class of the same name lacks
     takes_stochastic: ClassVar[bool] = False  # whether the sampler of `FlowSchedule(stochastic=True)` is this one
+    has_reverse_variance: bool = (
+        True  # whether a row's noise is that of a reverse transition, which guidance may shift
+    )
     whole_loops_only: ClassVar[bool] = False  # whether a loop must begin at the first row and leave none out
 
     @abstractmethod

@@ -102,6 +102,7 @@ class EDMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks 
         ValueError: a key that cannot be honoured, with its value.
     """
 
+    has_reverse_variance = False  # churn leads upward
     own_keys = (
         *LinearScheduler.own_keys,
         *("stage_fraction", "s_churn", "s_tmin", "s_tmax", "s_noise", "fractional_timesteps"),
@@ -234,8 +235,9 @@ class EDMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks 
         return label, level
 
     def _renew(self, plan: Plan, options: Any) -> None:
-        if not plan.options:
-            return super()._renew(plan, options)
+        if not plan.options:  # explicit timesteps
+            super()._renew(plan, options)
+            return
         points = plan.options.points
         if self.schedule.is_discrete:
             grid = self._explicit_grid([t for t, _ in points])
@@ -243,7 +245,6 @@ class EDMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks 
         self._steps(points, plan.timesteps.device)
         if self._plan.visited == plan.visited:
             self._follow(replace(self._plan, timesteps=plan.timesteps))
-        return None
 
     # The rows ----------------------------------------------------------------------------------------------------
 

@@ -88,6 +88,7 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
         if predictor is None and not self._corrections:
             raise ValueError(f"predictor=None needs a corrector; got {corrector=}, {correct_steps=}.")
         self.may_repeat = bool(self._corrections)
+        self.has_reverse_variance = not self.may_repeat  # a Langevin step goes with half of the variance of its noise
 
     # The grid ----------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from diffusers_dpm.schedulers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverScheduler,
+    EDMScheduler,
     ScoreSDEScheduler,
     VPNoiseSchedule,
 )
@@ -418,6 +419,7 @@ def test_mean_shift_of_stock_ddpm_for_the_logarithmic_variance(make_pipe):
         DPMSolverScheduler(),
         DPMSolverScheduler(algorithm_type="sde-dpmsolver++"),
         ScoreSDEScheduler(corrector="ald"),
+        EDMScheduler(solver_order=1, s_churn=10.0),
         diffusers.DDIMScheduler(),
         diffusers.EulerAncestralDiscreteScheduler(),
     ],
@@ -427,6 +429,18 @@ def test_mean_shift_needs_a_variance(make_pipe, scheduler):
     pipe = make_pipe(scheduler, ImageMixtureNetwork())
     with pytest.raises(ValueError, match=f"mean_shift.* {type(scheduler).__name__}"):
         path(pipe, cond_fn=tilt, guidance_mode="mean_shift")
+
+
+def test_mean_shift_does_not_ask_for_another_sampler_s_corrector(make_pipe):
+    """DDIM keeps the key of a config of score-based models for the way back."""
+    corrected = DDIMScheduler.from_config(ScoreSDEScheduler(corrector="ald").config, eta=1.0)
+    plain = DDIMScheduler.from_config(ScoreSDEScheduler().config, eta=1.0)
+    options = {"cond_fn": tilt, "guidance_mode": "mean_shift", "latents": latents(2)}
+    ends = [
+        path(make_pipe(scheduler, ImageMixtureNetwork()), generator=torch.Generator().manual_seed(0), **options)
+        for scheduler in (corrected, plain)
+    ]
+    assert torch.equal(*ends)
 
 
 # Clipping --------------------------------------------------------------------------------------------------------
