@@ -45,10 +45,10 @@ class BrownianPath:
         """B(t) - B(s), divided by its standard deviation, for all images, (B, ...); t is the cleaner level."""
         first = leaf(s)
         last = max(leaf(t), first + 1)
-        spread = math.sqrt(clock(last / 2**DEPTH) - clock(first / 2**DEPTH))
-        before = self._end[1] if self._end[0] == first else self.values(first)
-        self._end = last, self.values(last)
-        return ((self._end[1] - before) / spread).to(like)
+        place, value = self._end
+        before, after = value if place == first else self.values(first), self.values(last)
+        self._end = last, after
+        return ((after - before) / math.sqrt(clock(last) - clock(first))).to(like)
 
     def values(self, place: int) -> Tensor:
         """B of all images at a leaf, counted from 0 at pure noise to 2^DEPTH at clean data, which is never reached."""
@@ -61,7 +61,7 @@ class BrownianPath:
         low, high, draws = 0, 2**DEPTH, torch.Generator()
         while low < place:
             mid = (low + high) // 2
-            a, m, b = (clock(end / 2**DEPTH) for end in (low, mid, high))
+            a, m, b = map(clock, (low, mid, high))
             z = torch.randn(self.shape, generator=draws.manual_seed(hash_of(seed, low, high)), dtype=torch.float64)
             if math.isinf(b):
                 middle = left + math.sqrt(m - a) * z
@@ -86,6 +86,6 @@ def leaf(level: Level) -> int:
     return min(max(round(2**DEPTH / (1 + math.exp(-level.lambda_ / 4))), 1), 2**DEPTH - 1)
 
 
-def clock(position: float) -> float:
-    """(alpha / sigma)^2 at a leaf, as a fraction of the last one: exp(2 lambda)."""
-    return (position / (1 - position)) ** 8 if position < 1 else math.inf
+def clock(place: int) -> float:
+    """(alpha / sigma)^2 = exp(2 lambda) at a leaf."""
+    return (place / (2**DEPTH - place)) ** 8 if place < 2**DEPTH else math.inf
