@@ -65,6 +65,7 @@ STOCK: dict[str, dict[str, tuple[type, dict[str, Any]]]] = {
     },
 }
 PC = "diffusers ScoreSdeVe"
+RANDOM = ("diffusers DDPM", "diffusers SDE-DPM-Solver++ 2M", PC)
 
 
 def score_sde_ve(config: Any, network: Any, x: torch.Tensor, n: int) -> torch.Tensor:
@@ -120,11 +121,8 @@ class Run:
     def measure(self, judge: Judge, name: str, n: int) -> dict[str, Any]:
         drawn = self.draw(name, n)
         row = judge.distance(drawn.clamp(-1, 1).float())
-        deterministic = name in ODES or (name.startswith("diffusers") and name not in (PC, *RANDOM))
+        deterministic = name in ODES or (name.startswith("diffusers") and name not in RANDOM)
         return row | ({"rms": rms(drawn - self.solution())} if deterministic else {})
-
-
-RANDOM = ("diffusers DDPM", "diffusers SDE-DPM-Solver++ 2M")
 
 
 def markdown(rows: list[dict[str, Any]], counts: tuple[int, ...]) -> str:

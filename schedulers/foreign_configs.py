@@ -39,7 +39,7 @@ SHIFT_KEYS = {"base_shift", "max_shift", "base_image_seq_len", "max_image_seq_le
 ORIGIN = "_process_keys"  # config key: the `PROCESS_KEYS` that `process` was made of; none of a process that was given
 
 
-NO_WORDS = ("true", "false", "yes", "no", "on", "off", "none", "null")
+LITERALS = ("true", "false", "yes", "no", "on", "off", "none", "null")
 
 
 def check_words(config: Mapping[str, Any]) -> None:
@@ -55,7 +55,7 @@ def check_words(config: Mapping[str, Any]) -> None:
     for key, value in [*config.items(), *(process.items() if isinstance(process, Mapping) else ())]:
         for leaf in value if isinstance(value, (list, tuple)) else (value,):
             is_text = isinstance(leaf, str) and not key.startswith("_")
-            if is_text and (leaf.strip().lower() in NO_WORDS or is_number(leaf)):
+            if is_text and (leaf.strip().lower() in LITERALS or is_number(leaf)):
                 raise ValueError(f"{key}={leaf!r} is text: write numbers, true, false and null without quotes.")
 
 
