@@ -154,10 +154,10 @@ def polynomial_factors(k: Kernel, nodes: Sequence[float]) -> tuple[float, ...]:
     return tuple(factors)
 
 
-def corrector_factors(algorithm_type: str, corrector: str, levels: Sequence[Level]) -> tuple[float, ...]:
+def corrector_factors(algorithm_type: str, variant: str, levels: Sequence[Level]) -> tuple[float, ...]:
     """Factors of the predictions, newest first, in the step to levels[-1] that knows the one there (UniC, eq. 9).
 
-    B(h), `corrector`, plays a part with two predictions only: more of them determine their weights. () where there is
+    B(h), `variant`, plays a part with two predictions only: more of them determine their weights. () where there is
     nothing to correct: at both ends.
     """
     s, t = levels[-2:]
@@ -167,20 +167,20 @@ def corrector_factors(algorithm_type: str, corrector: str, levels: Sequence[Leve
     nodes = [(level.lambda_ - s.lambda_) / h for level in reversed(levels) if level.alpha]
     if len(nodes) > 2:
         return polynomial_factors(k, nodes)
-    newest = (k.weight if corrector == "bh1" else k.first) / 2
+    newest = (k.weight if variant == "bh1" else k.first) / 2
     return (newest, k.first - newest)
 
 
-def corrected(row: Update, before: Update, corrector: tuple[float, ...]) -> Update:
-    """`row`, from x that is corrected first: the corrector has what `before`, which led to x, has for its sample.
+def corrected(row: Update, before: Update, factors: tuple[float, ...]) -> Update:
+    """`row`, from x that is corrected first, by `corrector_factors` in the place of those of `before`, which led to x.
 
-    So it differs from it in the predictions only, and what it adds to x is known as soon as the prediction there is.
+    Both have the same factor of the sample, so what is added to x is a sum of predictions.
     """
-    if not corrector or not row.sample:
+    if not factors or not row.sample:
         return row
-    terms = zip_longest(row.x0 or row.epsilon, corrector, (0.0, *(before.x0 or before.epsilon)), fillvalue=0.0)
-    factors = tuple(own + row.sample * (right - used) for own, right, used in terms)
-    return row._replace(x0=factors) if row.x0 else row._replace(epsilon=factors)
+    terms = zip_longest(row.x0 or row.epsilon, factors, (0.0, *(before.x0 or before.epsilon)), fillvalue=0.0)
+    summed = tuple(own + row.sample * (right - used) for own, right, used in terms)
+    return row._replace(x0=summed) if row.x0 else row._replace(epsilon=summed)
 
 
 def singlestep_rows(algorithm_type: str, solver_type: str, levels: Sequence[Level]) -> list[Update]:
