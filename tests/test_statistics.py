@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from functools import partial
 
 import diffusers
@@ -12,6 +13,7 @@ import safetensors.torch
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.networks import noise_schedule_of
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics, import_ms_eps, interpolate
 from diffusers_dpm.random_streams import Stream, normal
@@ -335,6 +337,19 @@ def test_progress_is_told_and_nothing_shown(tmp_path, capfd):
     run(ExactNetwork())
     assert counts == [40, 20, 10]  # what the first call did, and the rest
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_run_deleted_while_it_is_measured(tmp_path):
+    class Deletes:
+        def update(self, n):
+            shutil.rmtree(run, ignore_errors=True)
+
+    run, images = tmp_path / "run", gaussian_images(10)
+    run.mkdir()
+    options = {"timesteps": SOME, "batch_size": 20, "folder": run / "analytic_dpm", "save_every": 0.0}
+    with pytest.raises(DiffusersDPMError, match="run was deleted while"):
+        estimate_statistics(ExactNetwork(), SCHEDULER, images, progress=Deletes(), **options)
+    assert not run.exists()
 
 
 def test_saves_while_it_runs(tmp_path):

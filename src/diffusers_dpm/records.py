@@ -345,12 +345,18 @@ class ResultStore:
         save_every: float = 60.0,
     ):
         self.enabled, self.folder = folder is not None, Path(folder or "")
+        self.home = next(parent for parent in self.folder.absolute().parents if parent.is_dir())
         self.name, self.replace, self.what = name, replace, what
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.document = self.folder / f"{name}.json"
         self.own = self.folder / (f"{name}.safetensors" if process is None else f"{name}-{process}.safetensors")
         self.pattern = self.own.name if process is None else f"{name}-*.safetensors"
         self.save_every, self.last_save = save_every, time.monotonic()
+
+    def _make_folder(self) -> None:
+        if not self.home.is_dir():
+            raise DiffusersDPMError(f"{self.home} was deleted while {self.what} were made for it: nothing is saved")
+        self.folder.mkdir(parents=True, exist_ok=True)
 
     def is_current(self, saved: Mapping[str, Any]) -> bool:
         """Whether saved settings are this call's.
@@ -389,7 +395,7 @@ class ResultStore:
         """Replace what this process has saved."""
         if not self.enabled:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         write_tensors(self.own, tensors, {"settings": json.dumps(self.settings), "digest": digest(tensors)})
         self.last_save = time.monotonic()
 
@@ -453,7 +459,7 @@ class ResultStore:
         """Replace the document, with the versions of packages beside settings and values."""
         if not self.enabled:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         write_json(self.document, {"settings": self.settings, "versions": versions(), "values": values}, indent=1)
 
     def delete(self) -> None:
