@@ -126,16 +126,19 @@ class VariationalTerms:
         num_levels: number of values of a pixel; None for real numbers.
 
     Raises:
-        DiffusersDPMError: a process in continuous time, or another variance type.
+        DiffusersDPMError: a process in continuous time, another variance type, or fewer than 2 levels.
     """
 
     def __init__(
         self, schedule: NoiseSchedule, prediction_type: str, variance_type: str, num_levels: int | None = 256
     ):
         if not schedule.is_discrete:
-            raise DiffusersDPMError(f"the variational bound is a loss of DDPM's process (vp), not of {schedule.kind}")
+            kind = getattr(schedule, "kind", "another")
+            raise DiffusersDPMError(f"the variational bound is a loss of DDPM's process (vp), not of {kind}")
         if variance_type != "learned_range" and not variance_type.startswith("fixed_"):
             raise DiffusersDPMError(f"no variational bound for variance_type={variance_type!r}: choose learned_range")
+        if num_levels is not None and num_levels < 2:
+            raise DiffusersDPMError(f"num_levels={num_levels} must be at least 2, or None for real numbers")
         self.schedule, self.prediction_type, self.num_levels = schedule, prediction_type, num_levels
         self.is_learned, self.is_large = variance_type == "learned_range", variance_type.startswith("fixed_large")
         self.steps = reverse_steps(schedule, whole_chain(len(schedule)))

@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from huggingface_hub import HfApi
 from PIL import Image
 
-from diffusers_dpm.data import ImageDataset, find_num_levels
+from diffusers_dpm.data import ImageDataset, describe, find_num_levels
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.hub.publish import check_repo_id, publish
 from diffusers_dpm.hub.upload import PublishError, log_in
@@ -108,19 +108,23 @@ class DiffusionTrainer(Trainer):
         chosen = {**values_of(options, LossOptions), "num_levels": None, "variance_type": options.variance_type}
         if options.loss_type in ("hybrid", "vlb"):
             chosen["num_levels"] = find_num_levels(self.data, options.num_levels)
-        self.bits_per_dim = None if self.eval_data is None else self._validation(schedule)
+        self.bits_per_dim = None if self.eval_data is None else self._validation(schedule, self.eval_data)
         return unet, DenoisingLoss(schedule, options.prediction_type, **chosen)
 
-    def _validation(self, schedule: NoiseSchedule) -> BitsPerDim:
+    def _validation(self, schedule: NoiseSchedule, data: ImageDataset) -> BitsPerDim:
         options = self.options
         if options.process != "vp":
             raise DiffusersDPMError(f"--eval-split estimates a bound of DDPM's process, not of {options.process}")
-        num_levels = find_num_levels(self.eval_data, options.num_levels)
+        if data.shape != self.data.shape:
+            shapes = f"{describe(data.shape)}, those to train on {describe(self.data.shape)}"
+            raise DiffusersDPMError(f"the images of {options.eval_data} are {shapes}: see --resolution and --channels")
+        assert options.prediction_type is not None
+        num_levels = find_num_levels(data, options.num_levels)
         about = {"variance_type": options.variance_type, "num_levels": num_levels}
         loss = DenoisingLoss(schedule, options.prediction_type, "vlb", **about)
-        return BitsPerDim(self.eval_data, loss, options.eval_draws, options.seed, self.conditional, options.batch_size)
+        return BitsPerDim(data, loss, options.eval_draws, options.seed, self.conditional, options.batch_size)
 
-    def _measure(self, first: int, step: int) -> dict[str, float]:
+    def _held_out_figures(self, first: int, step: int) -> dict[str, float]:
         every = self.options.eval_every
         if self.bits_per_dim is None or not every:
             return {}

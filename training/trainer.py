@@ -141,7 +141,7 @@ class Trainer(ABC):
         """Delete all that the run has written, and what was made from its model: what `--overwrite` does."""
         self.files.delete()
 
-    def _measure(self, first: int, step: int) -> dict[str, float]:
+    def _held_out_figures(self, first: int, step: int) -> dict[str, float]:
         """What else stands in the log entry of the steps `first` .. `step`; the same names in every entry."""
         return {}
 
@@ -371,7 +371,7 @@ class Trainer(ABC):
         for i, losses in enumerate(by_quartile, 1):
             numbers = [loss for loss in losses if not math.isnan(loss)]
             values[f"loss_by_timestep/quartile_{i}"] = fmean(numbers) if numbers else math.nan
-        values |= self._measure(records[0].step, last.step)
+        values |= self._held_out_figures(records[0].step, last.step)
         with writing(self.files.logs):
             self.accelerator.log({key: x for key, x in values.items() if not math.isnan(x)}, step=last.step)
         if self.options.log_with != "none" and self.accelerator.is_main_process:

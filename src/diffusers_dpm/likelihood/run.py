@@ -249,7 +249,7 @@ def measure_bounds(task: Task) -> list[tuple[ReverseSampler, elbo.EvidenceLowerB
     def measure(**batch: Any) -> Tensors:
         errors = elbo.measure_errors(task.pipeline.unet, scheduler, **choices, **batch, samplers=learned)
         tensors = {"moments": errors.moments, "decoder": errors.decoder, "mean_square": errors.mean_square}
-        return {**tensors, **({"terms": errors.terms} if steps else {})}
+        return tensors if errors.terms is None or not steps else {**tensors, "terms": errors.terms}
 
     report_cost(task.pipeline.unet, len(task.indices) * len(timesteps), options.batch_size)
     block = max(1, 8 * options.batch_size // len(timesteps))
