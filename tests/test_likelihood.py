@@ -450,7 +450,7 @@ def told_otherwise():
         (grid(DDIMScheduler()), "eta=0"),
         (grid(diffusers.DDIMScheduler()), "eta=0"),
         (grid(analytic(forward_process="ddim", eta=0.0)), "eta=0"),
-        (grid(DDPMScheduler(variance_type="learned_range")), "learned_range"),
+        (grid(DDPMScheduler(variance_type="learned")), "variance_type=.learned. gives"),
         (grid(DPMSolverScheduler()), "reverse_variance"),
         (grid(diffusers.FlowMatchEulerDiscreteScheduler()), "FlowMatchEulerDiscreteScheduler .*reverse_variance"),
         (grid(DDIMScheduler(process={"kind": "flow"}, prediction_type="flow_prediction")), "eta=0"),

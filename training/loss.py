@@ -1,12 +1,12 @@
 """L_simple (Ho et al. 2020, eq. 14) and its relatives on any path: targets, distances, weights over noise levels.
 
-And the loss of a classifier of noisy images.
+L_vlb and L_hybrid (Nichol and Dhariwal 2021) of DDPM's process, and the loss of a classifier of noisy images.
 """
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -14,10 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy, huber_loss, l1_loss, mse_loss
 
 from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.likelihood.problem import NATS_PER_BIT
+from diffusers_dpm.likelihood.reverse_steps import reverse_steps, whole_chain
 from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule, epsilon
 from diffusers_dpm.training.options import LossType, PredictionType, Weighting
 
 
+LOSS_TYPES = get_args(LossType)
+VLB_WEIGHT = 0.001  # of L_vlb in L_hybrid (Nichol and Dhariwal 2021, section 3.1)
 # Kind of SDE -> -2 d lambda / dt = g^2 / sigma^2, from (schedule, alpha, sigma, time): Song et al. 2021b, section 3.4.
 # The drift is -beta / 2 x of vp_linear and subvp, and 0 of ve, whose sigma is geometric in its time.
 SQUARED_DIFFUSION: dict[str, Callable[[Any, Tensor, Tensor, Tensor], Tensor]] = {
@@ -112,6 +116,56 @@ def sliced_losses(
     return squared - 2 * (sigma * probes * product).flatten(1).mean(dim=1) + 1
 
 
+class VariationalTerms:
+    """The terms of L_vlb but for the prior, times their number T: at random timesteps, an unbiased estimate of it.
+
+    Args:
+        schedule: DDPM's process.
+        prediction_type: what the network predicts.
+        variance_type: "learned_range", or a fixed one; of timestep 0 both fixed ones are beta-tilde_1.
+        num_levels: number of values of a pixel; None for real numbers.
+
+    Raises:
+        DiffusersDPMError: a process in continuous time, another variance type, or fewer than 2 levels.
+    """
+
+    def __init__(
+        self, schedule: NoiseSchedule, prediction_type: str, variance_type: str, num_levels: int | None = 256
+    ):
+        if not schedule.is_discrete:
+            kind = getattr(schedule, "kind", "another")
+            raise DiffusersDPMError(f"the variational bound is a loss of DDPM's process (vp), not of {kind}")
+        if variance_type != "learned_range" and not variance_type.startswith("fixed_"):
+            raise DiffusersDPMError(f"no variational bound for variance_type={variance_type!r}: choose learned_range")
+        if num_levels is not None and num_levels < 2:
+            raise DiffusersDPMError(f"num_levels={num_levels} must be at least 2, or None for real numbers")
+        self.schedule, self.prediction_type, self.num_levels = schedule, prediction_type, num_levels
+        self.is_learned, self.is_large = variance_type == "learned_range", variance_type.startswith("fixed_large")
+        self.steps = reverse_steps(schedule, whole_chain(len(schedule)))
+
+    def __call__(self, x0: Tensor, t: Tensor, difference: Tensor, variance: Tensor | None) -> Tensor:
+        """Bits per dimension, shape (B,).
+
+        Args:
+            x0: clean images (B, C, H, W).
+            t: timesteps (B,).
+            difference: of what the network predicted and its target, (B, C, H, W); that of x_0 follows from it, and
+                with less rounding than from x_t.
+            variance: the other C channels of the network; None for a fixed variance.
+        """
+        if self.steps.error.device != t.device:
+            self.steps = self.steps.to(t.device)
+        steps = self.steps.at(t, x0)
+        alpha, sigma = self.schedule.at(t, x0)
+        p, q = self.schedule.predictions[self.prediction_type](alpha, sigma)
+        error = sigma / (alpha * q - sigma * p) * difference
+        if variance is not None:
+            log_variance = steps.log_variance(variance)
+        else:
+            log_variance = torch.where(steps.is_decoder, steps.small, steps.large) if self.is_large else steps.small
+        return len(self.schedule) / NATS_PER_BIT * steps.terms(x0, error, log_variance, self.num_levels)
+
+
 class DenoisingLoss:
     """How badly a network recovers what was mixed into x_t = alpha_t x_0 + sigma_t noise; 1 for a network that says 0.
 
@@ -124,14 +178,18 @@ class DenoisingLoss:
             epsilon that it stands for, -sigma times it: lambda = sigma^2 (Song et al. 2021b, section 3.3).
         loss_type: "l2"; "l1" (estimates the conditional median, so samples no longer follow the data); "huber"; or
             "sliced", which is "l2" in expectation, see `sliced_losses`. Its Rademacher probes are drawn from torch's
-            global generator, as dropout is.
-        weighting: "none", "simple", "min_snr", "p2" or "likelihood", see `loss_weights`.
+            global generator, as dropout is. "vlb" is L_vlb in bits per dimension, see `VariationalTerms`, and "hybrid"
+            is "l2" + 0.001 L_vlb, whose second part teaches the variance alone: in it the prediction is a constant
+            (Nichol and Dhariwal 2021, section 3.1). Both take a network with 2C channels for "learned_range".
+        weighting: "none", "simple", "min_snr", "p2" or "likelihood", see `loss_weights`; "vlb" has its own.
         huber_delta: where "huber" turns from quadratic to linear.
+        variance_type, num_levels: as in `VariationalTerms`, for "vlb" and "hybrid".
         parameters: min_snr_gamma, p2_gamma and p2_k of `loss_weights`.
 
     Raises:
         ValueError: an unknown name; epsilon prediction on a schedule that ends in pure noise, where x_t tells nothing
-            about x_0; "sliced" for a network that returns neither epsilon nor the score.
+            about x_0; "sliced" for a network that returns neither epsilon nor the score; "hybrid" without a variance
+            to learn; "vlb" with a weighting.
     """
 
     def __init__(
@@ -141,6 +199,8 @@ class DenoisingLoss:
         loss_type: LossType = "l2",
         weighting: Weighting = "none",
         huber_delta: float = 1.0,
+        variance_type: str = "fixed_small",
+        num_levels: int | None = 256,
         **parameters: float,
     ):
         is_score = prediction_type == "score" and "score" in schedule.predictions
@@ -151,8 +211,8 @@ class DenoisingLoss:
             "l1": l1_loss,
             "huber": lambda output, target, reduction: huber_loss(output, target, reduction, huber_delta),
         }
-        if loss_type not in (*distances, "sliced"):
-            raise DiffusersDPMError(f"loss_type must be one of {', '.join(distances)}, sliced, got {loss_type!r}")
+        if loss_type not in LOSS_TYPES:
+            raise DiffusersDPMError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
         noisiest: Any = torch.tensor([schedule.noisiest], dtype=torch.float32)
         weights = self.weights_at(timesteps=None if schedule.is_discrete else noisiest)  # checks their names
         if schedule.predictions[prediction_type] is epsilon and schedule.level(schedule.noisiest).alpha ** 2 < 1e-12:
@@ -162,9 +222,16 @@ class DenoisingLoss:
             raise DiffusersDPMError(
                 f"loss_type sliced needs a network that returns the noise or the score, not {target}"
             )
-        self.schedule = schedule
+        self.variational = None
+        if loss_type in ("vlb", "hybrid"):
+            self.variational = VariationalTerms(schedule, prediction_type, variance_type, num_levels)
+            if loss_type == "vlb" and weighting != "none":
+                raise DiffusersDPMError(f"loss_type vlb has weights of its own: leave out weighting {weighting}")
+            if loss_type == "hybrid" and not self.variational.is_learned:
+                raise DiffusersDPMError("loss_type hybrid is for variance_type learned_range")
+        self.schedule, self.loss_type = schedule, loss_type
         self.prediction_type, self.is_score = prediction_type, is_score
-        self.distance = distances.get(loss_type)  # none: sliced
+        self.distance = distances.get(loss_type, mse_loss)
         self.weights = weights.float() if schedule.is_discrete else None
 
     def __call__(
@@ -182,30 +249,43 @@ class DenoisingLoss:
         x0, noise = x0.float(), noise.float()
         x_t = self.schedule.add_noise(x0, noise, t)
         conditioning = {} if class_labels is None else {"class_labels": class_labels}
-        if self.distance is None:
-            losses = self._sliced(model, x_t, t, conditioning)
-        else:
-            output = self._output(model, x_t, t, conditioning)
-            target = noise if self.is_score else self.schedule.target(x0, noise, t, self.prediction_type)
-            losses = self.distance(output, target, reduction="none").flatten(1).mean(dim=1)
+        if self.loss_type == "sliced":
+            return self._weighted(self._sliced(model, x_t, t, conditioning), t)
+        output, variance = self._output(model, x_t, t, conditioning)
+        target = noise if self.is_score else self.schedule.target(x0, noise, t, self.prediction_type)
+        if self.variational is not None and self.loss_type == "vlb":
+            return self.variational(x0, t, output - target, variance)
+        losses = self._weighted(self.distance(output, target, reduction="none").flatten(1).mean(dim=1), t)
+        if self.variational is not None:
+            losses = losses + VLB_WEIGHT * self.variational(x0, t, (output - target).detach(), variance)
+        return losses
+
+    def _weighted(self, losses: Tensor, t: Tensor) -> Tensor:
         if self.weights is None:
             return losses * self.weights_at(timesteps=t)
         self.weights = self.weights.to(t.device)
         return losses * self.weights[t]
 
-    def _output(self, model: Callable[..., Any], x_t: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
-        """What is compared with the target, float32; of a score the epsilon that it stands for."""
-        output = model(self.schedule.scale_input(x_t, t), t, **conditioning).sample.float()
-        if output.shape != x_t.shape:
+    def _output(
+        self, model: Callable[..., Any], x_t: Tensor, t: Tensor, conditioning: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        """What is compared with the target, float32; of a score the epsilon that it stands for. And the variance."""
+        output, variance = model(self.schedule.scale_input(x_t, t), t, **conditioning).sample.float(), None
+        expected = list(x_t.shape)
+        if self.variational is not None and self.variational.is_learned:
+            expected[1] *= 2
+        if [*output.shape] != expected:
             raise ValueError(f"the network returned {tuple(output.shape)} for images of {tuple(x_t.shape)}")
-        return -self.schedule.at(t, x_t)[1] * output if self.is_score else output
+        if expected[1] != x_t.shape[1]:
+            output, variance = output.chunk(2, dim=1)
+        return (-self.schedule.at(t, x_t)[1] * output if self.is_score else output), variance
 
     def _sliced(self, model: Callable[..., Any], x_t: Tensor, t: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         differentiable, probes = torch.is_grad_enabled(), torch.randint_like(x_t, 2).mul_(2).sub_(1)
         # The fused kernels of attention have no second derivative.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             x_t = x_t.detach().requires_grad_()
-            epsilon = self._output(model, x_t, t, conditioning)
+            epsilon, _ = self._output(model, x_t, t, conditioning)
             losses = sliced_losses(epsilon, x_t, self.schedule.at(t, x_t)[1], probes, differentiable=differentiable)
         return losses if differentiable else losses.detach()
 

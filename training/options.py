@@ -11,7 +11,8 @@ from diffusers_dpm.options import DataSourceOptions
 PresetName = Literal["1x1", "digits-8x8", "28x28", "cifar10-small", "cifar10-ddpm", "64x64"]
 Process = Literal["vp", "flow", "edm", "ve", "vp_linear", "subvp"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "score"]
-LossType = Literal["l2", "l1", "huber", "sliced"]
+LossType = Literal["l2", "l1", "huber", "sliced", "hybrid", "vlb"]
+VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range"]
 Weighting = Literal["none", "simple", "min_snr", "p2", "likelihood"]
 
 
@@ -129,8 +130,9 @@ class NoiseScheduleOptions:
     prediction_type: PredictionType | None = None
     """what the network predicts; vp: epsilon (default), sample or v_prediction; flow: flow_prediction (default) or
     sample; edm: epsilon (default), which is its name for F, or v_prediction, -F; others: what they have"""
-    variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"] = "fixed_small"
-    """reverse variance saved with the model (the DDPM paper's FID: fixed_large)"""
+    variance_type: VarianceType = "fixed_small"
+    """reverse variance saved with the model (the DDPM paper's FID: fixed_large); learned_range: the network predicts
+    it, between both, in a second half of its channels"""
     clip_sample: bool = True
     """clip predicted images to [-1, 1] when sampling"""
 
@@ -139,8 +141,12 @@ class NoiseScheduleOptions:
 class LossOptions:
     """loss"""
 
-    loss_type: LossType = "l2"
-    """distance to the target; sliced: sliced score matching, l2 in expectation (networks of epsilon or the score)"""
+    loss_type: LossType | None = None
+    """distance to the target (default: l2, and hybrid for learned_range); sliced: sliced score matching, l2 in
+    expectation (networks of epsilon or the score); vlb: the variational bound in bits per dimension, of the
+    --variance-type; hybrid: l2 + 0.001 vlb for the variance alone"""
+    num_levels: int | None = None
+    """number of values of a pixel, for vlb, hybrid and --eval-split (default: from the bit depth of the files)"""
     huber_delta: float = 1.0
     """where huber turns linear"""
     weighting: Weighting = "none"
@@ -298,6 +304,16 @@ class EvaluationOptions:
 
 
 @dataclass(kw_only=True)
+class ValidationOptions(EvaluationOptions):
+    """bits per dimension"""
+
+    eval_draws: int = 4
+    """timesteps per image, at most 256 images"""
+    eval_every: int = 1000
+    """optimiser steps between estimates, which stand in the log entries; 0: none"""
+
+
+@dataclass(kw_only=True)
 class TrainingOptions(
     DataOptions,
     ModelOptions,
@@ -310,6 +326,7 @@ class TrainingOptions(
     CheckpointOptions,
     LoggingOptions,
     SampleOptions,
+    ValidationOptions,
     HubOptions,
 ):
     """Options of `diffusers-dpm train`, described by its `--help`.
@@ -318,11 +335,9 @@ class TrainingOptions(
         DiffusersDPMError: a number is out of range.
     """
 
-    # Disabled: augmentation would leak into the samples, and a diffusion model has no accuracy.
+    # Disabled: augmentation would leak into the samples.
     random_shift: ClassVar[int] = 0
     random_crop: ClassVar[bool] = False
-    eval_data: ClassVar[None] = None
-    eval_split: ClassVar[None] = None
 
 
 @dataclass(kw_only=True)

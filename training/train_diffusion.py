@@ -1,18 +1,19 @@
 """Training of a diffusion U-Net; the run folder becomes a pipeline that plain diffusers loads."""
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from diffusers import UNet2DModel
 from huggingface_hub import HfApi
 from PIL import Image
 
-from diffusers_dpm.data import ImageDataset
+from diffusers_dpm.data import ImageDataset, describe, find_num_levels
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.hub.publish import check_repo_id, publish
 from diffusers_dpm.hub.upload import PublishError, log_in
@@ -23,8 +24,9 @@ from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import TEMPORARY, atomic_file, atomic_folder, move_children
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
+from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule
 from diffusers_dpm.training.loss import DenoisingLoss
-from diffusers_dpm.training.options import LossOptions, NoiseScheduleOptions, TrainingOptions
+from diffusers_dpm.training.options import LossOptions, NoiseScheduleOptions, TrainingOptions, VarianceType
 from diffusers_dpm.training.trained_paths import (
     TRAINED_PATHS,
     options_of,
@@ -32,7 +34,11 @@ from diffusers_dpm.training.trained_paths import (
     with_own_values,
 )
 from diffusers_dpm.training.trainer import Trainer, is_due
-from diffusers_dpm.training.unet_presets import PRESETS, build_unet, default_unet, read_config
+from diffusers_dpm.training.unet_presets import PRESETS, build_unet, default_unet, load_weights, read_config
+from diffusers_dpm.training.validation import BitsPerDim
+
+
+VARIANCE_TYPES = get_args(VarianceType)
 
 
 class DiffusionTrainer(Trainer):
@@ -88,6 +94,8 @@ class DiffusionTrainer(Trainer):
                     self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
                 names = [item.name for item in dataclasses.fields(NoiseScheduleOptions)]
                 taken |= {name: self.scheduler.config[name] for name in names}
+                if options.variance_type == "learned_range":
+                    taken["variance_type"] = self.scheduler.variance_type = options.variance_type
             self.options = options = with_own_values(taken_over(options, taken))
             unet = build_network(self.data, options, pipeline.unet)
         if options.push_to_hub is not None and options.process != "vp":
@@ -95,8 +103,37 @@ class DiffusionTrainer(Trainer):
         check_noise_schedule(self.scheduler, "noise schedule")
         with user_error("noise schedule"):
             schedule = noise_schedule_of(self.scheduler)
+        self.options = options = with_own_loss(options)
         assert options.prediction_type is not None  # `with_own_values` has set it
-        return unet, DenoisingLoss(schedule, options.prediction_type, **values_of(options, LossOptions))
+        chosen = {**values_of(options, LossOptions), "num_levels": None, "variance_type": options.variance_type}
+        if options.loss_type in ("hybrid", "vlb"):
+            chosen["num_levels"] = find_num_levels(self.data, options.num_levels)
+        self.bits_per_dim = None if self.eval_data is None else self._validation(schedule, self.eval_data)
+        return unet, DenoisingLoss(schedule, options.prediction_type, **chosen)
+
+    def _validation(self, schedule: NoiseSchedule, data: ImageDataset) -> BitsPerDim:
+        options = self.options
+        if options.process != "vp":
+            raise DiffusersDPMError(f"--eval-split estimates a bound of DDPM's process, not of {options.process}")
+        if data.shape != self.data.shape:
+            shapes = f"{describe(data.shape)}, those to train on {describe(self.data.shape)}"
+            raise DiffusersDPMError(f"the images of {options.eval_data} are {shapes}: see --resolution and --channels")
+        assert options.prediction_type is not None
+        num_levels = find_num_levels(data, options.num_levels)
+        about = {"variance_type": options.variance_type, "num_levels": num_levels}
+        loss = DenoisingLoss(schedule, options.prediction_type, "vlb", **about)
+        return BitsPerDim(data, loss, options.eval_draws, options.seed, self.conditional, options.batch_size)
+
+    def _held_out_figures(self, first: int, step: int) -> dict[str, float]:
+        every = self.options.eval_every
+        if self.bits_per_dim is None or not every:
+            return {}
+        value = math.nan
+        if (first - 1) // every != step // every or step == self.options.max_train_steps:
+            if self.accelerator.is_main_process:
+                value = self.bits_per_dim(self.model)
+            self.accelerator.wait_for_everyone()
+        return {"bits_per_dim": value}
 
     def _origin(self, source: str) -> DPMPipeline:
         """What `--init-from` names; a resumed run does not need it, it has the same in any whole checkpoint."""
@@ -186,14 +223,36 @@ def build_network(data: ImageDataset, options: TrainingOptions, trained: Any = N
         ways = "see --class-conditional and --class-dropout-prob"
         raise DiffusersDPMError(f"{options.init_from} has num_class_embeds {theirs}, this run {num_classes}: {ways}")
     paper_init = options.init == "papers"
-    unet = build_unet(config, data.shape, num_class_embeds=num_classes, dropout=options.dropout, paper_init=paper_init)
+    unet = build_unet(
+        config,
+        data.shape,
+        num_class_embeds=num_classes,
+        dropout=options.dropout,
+        paper_init=paper_init,
+        learned_variance=options.variance_type == "learned_range",
+    )
     if trained is not None:
-        unet.load_state_dict(trained.state_dict())
+        load_weights(unet, trained)
     if options.class_dropout_prob:
         unet.register_to_config(_has_null_class=True)
     if options.class_conditional and data.class_names:  # the underscore: plain diffusers ignores it without a warning
         unet.register_to_config(_id2label=data.id2label)
     return unet
+
+
+def with_own_loss(options: TrainingOptions) -> TrainingOptions:
+    """The options with the loss of their variance type where none is given.
+
+    Raises:
+        DiffusersDPMError: a variance type that cannot be trained, or not by the given loss.
+    """
+    if options.variance_type not in VARIANCE_TYPES:
+        raise DiffusersDPMError(f"variance_type {options.variance_type} of {options.init_from} cannot be trained here")
+    is_learned = options.variance_type == "learned_range"
+    loss_type = options.loss_type or ("hybrid" if is_learned else "l2")
+    if is_learned and loss_type not in ("hybrid", "vlb"):
+        raise DiffusersDPMError(f"--loss-type {loss_type} trains no variance: learned_range needs hybrid or vlb")
+    return dataclasses.replace(options, loss_type=loss_type)
 
 
 def new_scheduler(options: TrainingOptions) -> Any:

@@ -55,7 +55,7 @@ MAY_CHANGE = frozenset(
     {
         *("data", "unet_config", "classifier_config"),  # their content is compared
         *("output_dir", "checkpoint_every", "checkpoints_total_limit", "log_with", "log_every"),
-        *("sample_every", "sample_steps", "num_samples", "eval_split", "eval_data", "eval_draws"),
+        *("sample_every", "sample_steps", "num_samples", "eval_split", "eval_data", "eval_draws", "eval_every"),
         *("cache_gigabytes", "dataloader_num_workers", "gradient_accumulation_steps", "cpu"),
         *LOGGED_CHANGES,
     }
@@ -77,7 +77,7 @@ class Trainer(ABC):
 
     Attributes:
         data, loss, state: what is trained on, towards, and trained.
-        eval_data: what accuracy is measured on at the end; None if the options name nothing.
+        eval_data: what accuracy, or bits per dimension, is measured on; None if the options name nothing.
 
     Raises:
         DiffusersDPMError: options that contradict each other, the data, the run folder or the checkpoint to resume.
@@ -107,7 +107,7 @@ class Trainer(ABC):
         set_seed(options.seed)
         with self.accelerator.main_process_first():  # which fills the cache of `datasets`
             self.data = load_data(self.options, require_labels=self.conditional)
-            self.eval_data = load_held_out_data(self.options, self.data)
+            self.eval_data = load_held_out_data(self.options, self.data, require_labels=self.conditional)
         self.options = dataclasses.replace(self.options, split=self.data.source.split)
         model, self.loss = self._build()
         timestep_quantile(self.loss.schedule, self.options)  # refuses what has no meaning
@@ -140,6 +140,10 @@ class Trainer(ABC):
     def _delete(self) -> None:
         """Delete all that the run has written, and what was made from its model: what `--overwrite` does."""
         self.files.delete()
+
+    def _held_out_figures(self, first: int, step: int) -> dict[str, float]:
+        """What else stands in the log entry of the steps `first` .. `step`; the same names in every entry."""
+        return {}
 
     def _after_step(self, step: int) -> None:  # noqa: B027 (optional)
         """Called by all processes after each optimiser step."""
@@ -367,6 +371,7 @@ class Trainer(ABC):
         for i, losses in enumerate(by_quartile, 1):
             numbers = [loss for loss in losses if not math.isnan(loss)]
             values[f"loss_by_timestep/quartile_{i}"] = fmean(numbers) if numbers else math.nan
+        values |= self._held_out_figures(records[0].step, last.step)
         with writing(self.files.logs):
             self.accelerator.log({key: x for key, x in values.items() if not math.isnan(x)}, step=last.step)
         if self.options.log_with != "none" and self.accelerator.is_main_process:

@@ -108,7 +108,11 @@ def image_keys(shape: Sequence[int]) -> dict[str, Any]:
     return {"in_channels": channels, "sample_size": height if height == width else (height, width)}
 
 
-CONVERTS = {"sample_size": "--resolution", "in_channels": "--channels"}  # the data to what a network's config has
+CONVERTS = {  # key of a network's config -> what would make it fit
+    "sample_size": "; --resolution converts it",
+    "in_channels": "; --channels converts it",
+    "out_channels": "; twice as many are for --variance-type learned_range",
+}
 
 
 def check_demands(config: dict[str, Any], required: dict[str, Any]) -> None:
@@ -116,7 +120,7 @@ def check_demands(config: dict[str, Any], required: dict[str, Any]) -> None:
     for key, value in required.items():
         own = config.get(key)
         if own is not None and (tuple(own) if isinstance(own, list) else own) != value:
-            hint = f"; {CONVERTS[key]} converts it" if key in CONVERTS else ""
+            hint = CONVERTS.get(key, "")
             raise DiffusersDPMError(f"the network's config has {key} {own}, the data needs {value}{hint}")
 
 
@@ -127,6 +131,7 @@ def build_unet(
     num_class_embeds: int | None = None,
     dropout: float | None = None,
     paper_init: bool = True,
+    learned_variance: bool = False,
 ) -> UNet2DModel:
     """A new U-Net for images of `shape` (C, H, W), its weights drawn from torch's global generator.
 
@@ -136,13 +141,17 @@ def build_unet(
         num_class_embeds: number of classes; None builds an unconditional network.
         dropout: replaces the config's.
         paper_init: as `init_as_papers`; otherwise torch's defaults.
+        learned_variance: return 2C channels, the second half of which starts at 0, the middle of `learned_range`.
 
     Raises:
         ValueError: the network does not fit the images.
     """
     channels, height, width = shape
-    required = {**image_keys(shape), "out_channels": channels}
-    check_demands(config, required)
+    required = {**image_keys(shape), "out_channels": 2 * channels if learned_variance else channels}
+    own = {**config}
+    if learned_variance and own.get("out_channels") == channels:
+        del own["out_channels"]
+    check_demands(own, required)
     changes = {} if dropout is None else {"dropout": dropout}
     with user_error("UNet2DModel", TypeError):
         unet = UNet2DModel(**{**config, **changes, **required, "num_class_embeds": num_class_embeds})
@@ -154,7 +163,18 @@ def build_unet(
         )
     if paper_init:
         init_as_papers(unet)
+    if learned_variance:
+        for weights in unet.conv_out.parameters():
+            torch.nn.init.zeros_(weights[channels:])
     return unet
+
+
+def load_weights(unet: UNet2DModel, trained: UNet2DModel) -> None:
+    """Take over the weights of a trained network; channels of the output that it does not have are kept."""
+    state, own = trained.state_dict(), unet.state_dict()
+    for key in ("conv_out.weight", "conv_out.bias"):
+        state[key] = torch.cat([state[key], own[key][len(state[key]) :]])
+    unet.load_state_dict(state)
 
 
 @torch.no_grad()

@@ -273,8 +273,8 @@ def load_data(options: Any, *, require_labels: bool, **changes: Any) -> ImageDat
     return load_images(**{"data": options.data, **image_arguments(options), **changes}, require_labels=require_labels)
 
 
-def load_held_out_data(options: Any, training: ImageDataset) -> ImageDataset | None:
-    """The data that `EvaluationOptions` name, with labels; None if they name nothing.
+def load_held_out_data(options: Any, training: ImageDataset, *, require_labels: bool = True) -> ImageDataset | None:
+    """The data that `EvaluationOptions` name; None if they name nothing.
 
     Raises:
         DataError: images of `training` are in the split; in --eval-data, they are only warned of.
@@ -282,7 +282,7 @@ def load_held_out_data(options: Any, training: ImageDataset) -> ImageDataset | N
     if not options.eval_data and not options.eval_split:
         return None
     changes = {"data": options.eval_data or options.data, "split": options.eval_split, "default_split": "test"}
-    held_out = load_data(options, require_labels=True, **changes)
+    held_out = load_data(options, require_labels=require_labels, **changes)
     check_disjoint(training, held_out, refuse=not options.eval_data)
     return held_out
 

@@ -447,7 +447,11 @@ def prediction_type_of(scheduler: Any) -> str:
 
 
 def network_output(
-    unet: Any, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None
+    unet: Any,
+    x: torch.Tensor,
+    timesteps: torch.Tensor,
+    class_labels: torch.Tensor | None,
+    with_variance: bool = False,
 ) -> torch.Tensor:
     """The prediction, without the variance half of 2C channels: computed in the network's dtype, returned as float64.
 
@@ -456,8 +460,9 @@ def network_output(
         x: (B, C, H, W).
         timesteps: (B,); real-valued ones reach the network as float32.
         class_labels: (B,), or None for a network without classes.
+        with_variance: with that half, if there is one.
     """
     timesteps = timesteps.float() if timesteps.is_floating_point() else timesteps
     conditioning = {} if class_labels is None else {"class_labels": class_labels}
     output = unet(x.to(unet.dtype), timesteps, **conditioning).sample
-    return output[:, : x.shape[1]].double()
+    return output[:, : 2 * x.shape[1] if with_variance else x.shape[1]].double()

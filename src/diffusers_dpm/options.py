@@ -62,8 +62,8 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     (
         "cache_gigabytes dataloader_num_workers lr_warmup_steps learning_rate adam_weight_decay max_grad_norm seed "
-        "checkpoint_every checkpoints_total_limit sample_every random_shift max_walks num_resamples likelihood_images "
-        "p2_gamma",
+        "checkpoint_every checkpoints_total_limit sample_every eval_every random_shift max_walks num_resamples "
+        "likelihood_images p2_gamma",
         lambda value: value >= 0,
         "not be negative",
     ),

@@ -49,7 +49,7 @@ class BoundOptions:
     timestep_spacing: list[str] | None = None
     """even, optimal (needs statistics), leading, linspace, trailing, ... (default: even)"""
     reverse_variance: list[str] | None = None
-    """small, large, residual, analytic (default: all that the model has statistics for)"""
+    """small, large, residual, analytic, learned_range (default: all that the model has channels or statistics for)"""
     forward_process: Literal["ddpm", "ddim"] = "ddpm"
     """forward process"""
     eta: float = 0.0

@@ -27,6 +27,7 @@ import torch
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.likelihood.decoder import check_levels, decoder_log_prob, decoder_variances
 from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, as_analytic_dpm, standard_error
+from diffusers_dpm.likelihood.reverse_steps import PixelTerms, Step, has_learned_range, learned_steps
 from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
@@ -46,6 +47,8 @@ class PredictionErrors:
         decoder: float64 (N, n), -log p(x_0 | x_t) in nats per dimension.
         mean_square: float64 (N,), of x_0.
         schedule_hash: of the noise schedule.
+        steps: m steps (t, s) whose variances differ from pixel to pixel, s None for the decoder.
+        terms: float64 (N, m), their terms of the bound in nats per dimension.
 
     Raises:
         DiffusersDPMError: tensors of other images or timesteps than the rest.
@@ -56,6 +59,8 @@ class PredictionErrors:
     decoder: torch.Tensor
     mean_square: torch.Tensor
     schedule_hash: str
+    steps: tuple[Step, ...] = ()
+    terms: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         size = (len(self.mean_square), len(self.timesteps))
@@ -80,6 +85,7 @@ def measure_errors(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     batch_size: int = 64,
+    samplers: Sequence[Any] = (),
     progress: Progress | None = None,
 ) -> PredictionErrors:
     """Calls the network once for each image and timestep; `bound_from_errors` makes any bound of the result.
@@ -98,11 +104,13 @@ def measure_errors(
             timestep alone; in continuous time from the timestep's lambda, and so is the same on every path.
         indices: (N,) the index of each image in its data set; default: 0 .. N-1.
         batch_size: (image, timestep) pairs in a network call. It changes results only by the network's rounding.
+        samplers: DDPM schedulers with learned_range, on grids within `timesteps`: the errors alone do not determine
+            their bounds.
         progress: gets `update(n)` for n pairs.
 
     Raises:
         DiffusersDPMError: images that do not lie on the levels, timesteps out of range, lists of different lengths,
-            or a network output that is not finite.
+            a network without variance for samplers that need one, or an output that is not finite.
     """
     process = as_analytic_dpm(scheduler)
     schedule, prediction_type = process.schedule, process.config.prediction_type
@@ -115,6 +123,7 @@ def measure_errors(
         check_levels(images, num_levels)
     variances = decoder_variances(schedule, grid, decoder_variance)
     keys = [(noise_key(schedule, t),) for t in grid]
+    of_pixels = PixelTerms(samplers, schedule, len(images), num_levels, cdf, decoder_variance)
 
     def evaluate(pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
         """(len(pairs), 4): the moments and the decoder term of (image, place in the grid) pairs."""
@@ -124,10 +133,12 @@ def measure_errors(
         t = torch.tensor([grid[place] for place in places], device=x0.device)
         alpha, sigma = schedule.at(t, x0)
         x_t = alpha * x0 + sigma * noise
-        output = network_output(unet, schedule.scale_input(x_t, t), t, labels)
+        output = network_output(unet, schedule.scale_input(x_t, t), t, labels, with_variance=True)
+        output, learned = process.split_output(output, x_t)
         raw = affine(schedule.conversion(prediction_type, alpha, sigma).x0, x_t, output)
         predicted = process.clip_x0(raw)
         error, clipping = x0 - predicted, predicted - raw
+        of_pixels.measure(rows, t.tolist(), x0, error, learned)
         variance = variances[list(places)].to(x0).view(-1, *(1,) * (x0.ndim - 1))
         log_prob = decoder_log_prob(x0, predicted, variance, num_levels, cdf)
         terms = (error**2, error * clipping, clipping**2, -log_prob)
@@ -143,8 +154,12 @@ def measure_errors(
     values = torch.cat(parts).unflatten(0, (len(images), len(grid)))
     if len(bad := (~values.isfinite()).nonzero()):
         raise DiffusersDPMError(f"the network's predictions are not finite at timestep {grid[bad[0, 1]]}.")
+    if len(bad := (~of_pixels.terms.isfinite()).nonzero()):
+        t = of_pixels.steps[bad[0, 1]][0]
+        raise DiffusersDPMError(f"timestep {t} of samplers was not measured, or the network's variance is not finite.")
     mean_square = images.double().square().flatten(1).mean(dim=1).cpu()
-    return PredictionErrors(tuple(grid), values[..., :3], values[..., 3], mean_square, schedule.hash)
+    measured = (values[..., :3], values[..., 3], mean_square, schedule.hash)
+    return PredictionErrors(tuple(grid), *measured, of_pixels.steps, of_pixels.terms)
 
 
 def as_told(schedule: NoiseSchedule, timesteps: Iterable[float]) -> list[Any]:
@@ -159,12 +174,15 @@ def noise_key(schedule: NoiseSchedule, t: float) -> int:
 
 
 class Transition(NamedTuple):
-    """One step t -> s of the reverse process, whose means under q and p differ by `error` * e - `clipping` * c."""
+    """One step t -> s of the reverse process, whose means under q and p differ by `error` * e - `clipping` * c.
+
+    Its reverse variance is None where that differs from pixel to pixel.
+    """
 
     t: float
     s: float
     posterior_variance: float
-    reverse_variance: float
+    reverse_variance: float | None
     error: float
     clipping: float
 
@@ -172,6 +190,7 @@ class Transition(NamedTuple):
         """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats per dimension; `moments` (N, 3) as in `PredictionErrors`."""
         squared, cross, clipped = moments.unbind(dim=-1)
         distance = self.error**2 * squared - 2 * self.error * self.clipping * cross + self.clipping**2 * clipped
+        assert self.reverse_variance is not None
         ratio = self.posterior_variance / self.reverse_variance
         return 0.5 * (ratio - 1 - math.log(ratio) + distance / self.reverse_variance)
 
@@ -182,7 +201,7 @@ def why_unbounded(scheduler: Any) -> str | None:
     variance_type = config.get("variance_type") or "fixed_small"
     if isinstance(scheduler, AnalyticDPMScheduler):
         infinite = config.forward_process == "ddim" and not config.eta
-    elif adapt(scheduler).is_ddpm and variance_type.startswith("fixed"):
+    elif adapt(scheduler).is_ddpm and (variance_type.startswith("fixed") or has_learned_range(scheduler)):
         return None
     elif is_ddim(scheduler):
         infinite = not config.get("eta", 0.0)
@@ -225,7 +244,9 @@ def reverse_process(scheduler: Any) -> tuple[AnalyticDPMScheduler, list[Transiti
             raise DiffusersDPMError(
                 f"the grid tells the network {t:g} at sigma={visited.sigma:g}, not {level.sigma:g}."
             )
-    variances = process.reverse_variances()
+    variances: list[Any] = process.reverse_variances()
+    if has_learned_range(scheduler):
+        variances = [None] * len(variances)
     transitions = []
     for i, (t, s) in enumerate(pairwise(process.timesteps.tolist())):
         source, target, row = process.levels[i], process.levels[i + 1], process.updates[i]
@@ -243,7 +264,8 @@ class Term(NamedTuple):
     Attributes:
         name: "prior", "step" or "decoder".
         t, s: the step; t is None for the prior, s None for the decoder.
-        posterior_variance, reverse_variance: of q(x_s | x_t, x_0) and p(x_s | x_t); None but for steps.
+        posterior_variance, reverse_variance: of q(x_s | x_t, x_0) and p(x_s | x_t); None but for steps, the second
+            also where it differs from pixel to pixel.
     """
 
     name: str
@@ -292,10 +314,11 @@ def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLower
     turn into the integral over the SNR.
 
     Args:
-        errors: measured at least at the timesteps of the grid, with the same clipping.
-        scheduler: `AnalyticDPMScheduler`, without its cap in grey levels; or DDPM with fixed variance or DDIM with
-            eta > 0, ours or diffusers'. `set_timesteps` chooses the grid; before it is called, that is all timesteps,
-            1,000 in continuous time.
+        errors: measured at least at the timesteps of the grid, with the same clipping; for learned_range, with this
+            scheduler as one of `samplers`.
+        scheduler: `AnalyticDPMScheduler`, without its cap in grey levels; or DDPM with fixed variance or
+            learned_range, or DDIM with eta > 0, ours or diffusers'. `set_timesteps` chooses the grid; before it is
+            called, that is all timesteps, 1,000 in continuous time.
 
     Raises:
         DiffusersDPMError: no bound (see `reverse_process`), other noise levels, or a timestep that was not measured.
@@ -307,14 +330,23 @@ def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLower
     if missing := sorted(set(timesteps) - set(errors.timesteps)):
         raise DiffusersDPMError(f"{len(missing)} timesteps of the grid were not measured, the first is {missing[0]}.")
     place = {t: i for i, t in enumerate(errors.timesteps)}
+    column = {step: i for i, step in enumerate(errors.steps)}
+    if missing := [step for step in learned_steps(scheduler) if step not in column]:
+        raise DiffusersDPMError(
+            f"the step from {missing[0][0]} was not measured: give its scheduler as one of samplers."
+        )
     first, variance = process.levels[0], process.schedule.init_noise_sigma**2
     ratio = first.sigma**2 / variance
     nats = [
         # KL(q(x_t | x_0) || N(0, variance I))
         0.5 * (first.alpha**2 / variance * errors.mean_square + ratio - 1 - math.log(ratio)),
-        *(transition.divergence(errors.moments[:, place[transition.t]]) for transition in transitions),
-        errors.decoder[:, place[timesteps[-1]]],
     ]
+    if learned := learned_steps(scheduler):
+        assert errors.terms is not None
+        nats += [errors.terms[:, column[step]] for step in learned]
+    else:
+        nats += [transition.divergence(errors.moments[:, place[transition.t]]) for transition in transitions]
+        nats += [errors.decoder[:, place[timesteps[-1]]]]
     return EvidenceLowerBound(tuple(transitions), torch.stack(nats, dim=1) / NATS_PER_BIT)
 
 
@@ -355,5 +387,6 @@ def evidence_lower_bound(unet: Any, scheduler: Any, images: torch.Tensor, **opti
         DiffusersDPMError: as the two; that there is no finite bound is found before the network is called.
     """
     process, _ = reverse_process(scheduler)
-    errors = measure_errors(unet, scheduler, images, process.timesteps.tolist(), **options)
+    samplers = [scheduler] if has_learned_range(scheduler) else []
+    errors = measure_errors(unet, scheduler, images, process.timesteps.tolist(), samplers=samplers, **options)
     return bound_from_errors(errors, scheduler)

@@ -17,6 +17,7 @@ from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.likelihood import bound as elbo
 from diffusers_dpm.likelihood.ode import ODELikelihood, ode_log_likelihood
 from diffusers_dpm.likelihood.problem import as_analytic_dpm
+from diffusers_dpm.likelihood.reverse_steps import has_learned_range, learned_steps
 from diffusers_dpm.networks import checked_labels, load_part, load_pipeline, report_cost
 from diffusers_dpm.options import DataSourceOptions
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional
@@ -25,6 +26,7 @@ from diffusers_dpm.records import ResultStore, Tensors, atomic_file, read_json, 
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.runs import result_folder
 from diffusers_dpm.sampling import check_statistics
+from diffusers_dpm.schedulers import DDPMScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, AnalyticDPMScheduler
 
 
@@ -37,6 +39,9 @@ CLIPPING = ("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresho
 
 # The options of the ODE, those of its result.
 ODE_OPTIONS = ("divergence", "num_probes", "num_passes", "dequantization", "solver", "tolerance", "num_steps")
+
+
+LEARNED = "learned_range"  # the reverse variance of a network that chooses it
 
 
 DOPRI5_CALLS = 100  # of an integration, roughly: an adaptive solver finds its steps as it goes
@@ -153,7 +158,7 @@ class ReverseSampler(NamedTuple):
     timestep_spacing: str
     num_inference_steps: int
     reverse_variance: str
-    scheduler: AnalyticDPMScheduler
+    scheduler: Any
 
 
 def find_statistics(task: Task, folder: str | None) -> AnalyticDPMScheduler | None:
@@ -190,24 +195,40 @@ def build_samplers(task: Task) -> list[ReverseSampler]:
     process = {"forward_process": options.forward_process, "eta": options.eta}
     variances = options.reverse_variance
     if variances is None:
-        variances = ["small"] if options.forward_process == "ddim" else ["small", "large"]
+        variances = ["small"]
+        if options.forward_process == "ddpm":
+            variances += ["large"]
+            variances += [LEARNED] if has_learned_range(task.pipeline.scheduler) else []
         variances += [] if with_statistics is None else ["residual"]
     num_steps = sorted(set(options.num_inference_steps or [10, 25, 50, 100]))
     samplers: list[ReverseSampler] = []
     for spacing, variance in product(options.timestep_spacing or ["even"], variances):
         # The optimal trajectory is made for the variances of an estimate, whichever the sampler then uses.
-        estimate = variance if variance in ESTIMATES or spacing != "optimal" else "residual"
+        estimate = variance if variance in ESTIMATES else "residual" if spacing == "optimal" else "small"
         choice = {"timestep_spacing": spacing, "reverse_variance": estimate, **process}
         place = len(samplers)
         with user_error(f"timestep_spacing={spacing}, reverse_variance={variance}"):
             grids = AnalyticDPMScheduler.from_config(config, **choice)
             for steps in reversed(num_steps):  # the longest first: optimal trajectories share its work
                 grids.set_timesteps(steps)
-                scheduler = AnalyticDPMScheduler.from_config(grids.config, reverse_variance=variance)
+                scheduler = with_reverse_variance(grids, variance)
                 scheduler.set_timesteps(timesteps=grids.timesteps)
                 elbo.reverse_process(scheduler)  # checks it
                 samplers.insert(place, ReverseSampler(spacing, steps, variance, scheduler))
     return samplers
+
+
+def with_reverse_variance(scheduler: AnalyticDPMScheduler, variance: str) -> Any:
+    """A sampler of the same process with another reverse variance.
+
+    Raises:
+        DiffusersDPMError: the network's own variances, which are those of the ddpm process, with another one.
+    """
+    if variance != LEARNED:
+        return AnalyticDPMScheduler.from_config(scheduler.config, reverse_variance=variance)
+    if scheduler.config.forward_process != "ddpm":
+        raise DiffusersDPMError(f"{LEARNED} is a variance of --forward-process ddpm")
+    return DDPMScheduler.from_config(scheduler.config, variance_type=LEARNED, timestep_spacing="leading")
 
 
 def measure_bounds(task: Task) -> list[tuple[ReverseSampler, elbo.EvidenceLowerBound]]:
@@ -220,16 +241,20 @@ def measure_bounds(task: Task) -> list[tuple[ReverseSampler, elbo.EvidenceLowerB
     timesteps = sorted({t for sampler in samplers for t in sampler.scheduler.timesteps.tolist()})
     options, scheduler = task.options, samplers[0].scheduler
     choices = {"timesteps": timesteps, "cdf": options.cdf, "decoder_variance": options.decoder_variance}
-    settings = {**choices, **{key: scheduler.config[key] for key in CLIPPING}}
+    learned = [sampler.scheduler for sampler in samplers if sampler.reverse_variance == LEARNED]
+    steps = tuple(dict.fromkeys(step for each in learned for step in learned_steps(each)))
+    settings = {**choices, **({"steps": [*map(list, steps)]} if steps else {})}
+    settings |= {key: scheduler.config[key] for key in CLIPPING}
 
     def measure(**batch: Any) -> Tensors:
-        errors = elbo.measure_errors(task.pipeline.unet, scheduler, **choices, **batch)
-        return {"moments": errors.moments, "decoder": errors.decoder, "mean_square": errors.mean_square}
+        errors = elbo.measure_errors(task.pipeline.unet, scheduler, **choices, **batch, samplers=learned)
+        tensors = {"moments": errors.moments, "decoder": errors.decoder, "mean_square": errors.mean_square}
+        return tensors if errors.terms is None or not steps else {**tensors, "terms": errors.terms}
 
     report_cost(task.pipeline.unet, len(task.indices) * len(timesteps), options.batch_size)
     block = max(1, 8 * options.batch_size // len(timesteps))
     measured = task.measure("elbo", settings, measure, block, len(timesteps), unit="call", desc="images x timesteps")
-    errors = elbo.PredictionErrors(tuple(timesteps), **measured, schedule_hash=scheduler.schedule.hash)
+    errors = elbo.PredictionErrors(tuple(timesteps), **measured, schedule_hash=scheduler.schedule.hash, steps=steps)
     bounds = [(sampler, elbo.bound_from_errors(errors, sampler.scheduler)) for sampler in samplers]
     write_terms(RunFolder(task.folder).likelihood_terms, bounds)
     plot(RunFolder(task.folder).likelihood_plot, bounds)

@@ -1,0 +1,68 @@
+"""Bits per dimension of held-out images, as training goes on."""
+
+import math
+from typing import Any
+
+import torch
+
+from diffusers_dpm.data import ImageDataset
+from diffusers_dpm.likelihood.problem import NATS_PER_BIT
+from diffusers_dpm.pipelines.networks import evaluation_mode
+from diffusers_dpm.random_streams import Stream, normal, torch_generator, uniform
+from diffusers_dpm.training.loss import DenoisingLoss
+
+
+MOST_IMAGES = 256
+
+
+class BitsPerDim:
+    """An unbiased estimate of the variational bound of a network, always from the same images, timesteps and noise.
+
+    Timesteps are drawn with p_t proportional to 1 / (t + 1), as the terms of the bound fall, spread evenly over that
+    distribution, and weighted by 1 / (T p_t).
+
+    Args:
+        data: held-out images, with labels if `conditional`; at most 256 of them are used.
+        loss: the bound's terms, "vlb" for the process and the reverse variance that is trained for.
+        draws: timesteps for each image.
+        seed: of the choice of images, timesteps and noise.
+        conditional: whether the network takes labels.
+        batch_size: images in a network call.
+    """
+
+    def __init__(
+        self, data: ImageDataset, loss: DenoisingLoss, draws: int, seed: int, conditional: bool, batch_size: int
+    ):
+        self.data, self.loss, self.seed, self.conditional, self.batch_size = data, loss, seed, conditional, batch_size
+        order = torch.randperm(len(data), generator=torch_generator(seed, Stream.EVALUATION))
+        rows = order[:MOST_IMAGES].tolist()
+        self.pairs = [(row, draw) for draw in range(draws) for row in rows]
+        density = 1 / torch.arange(1, len(loss.schedule) + 1, dtype=torch.float64)
+        density /= density.sum()
+        places = uniform((len(self.pairs),), seed, Stream.EVALUATION).double()
+        places = (torch.arange(len(places)) + places) / len(places)
+        self.timesteps = torch.searchsorted(density.cumsum(0), places, right=True).clamp(max=len(density) - 1)
+        self.weights = 1 / (len(density) * density[self.timesteps])
+
+    @torch.no_grad()
+    def __call__(self, unet: Any) -> float:
+        """The estimate, by the network as it is now, with the bound's prior."""
+        total = 0.0
+        with evaluation_mode(unet):
+            for start in range(0, len(self.pairs), self.batch_size):
+                pairs = self.pairs[start : start + self.batch_size]
+                here = slice(start, start + len(pairs))
+                batch = self.data[[row for row, _ in pairs]]
+                x0 = batch["images"].to(unet.device)
+                noise = torch.stack([normal(x0.shape[1:], self.seed, Stream.EVALUATION, *pair) for pair in pairs])
+                labels = batch["labels"].to(unet.device) if self.conditional else None
+                losses = self.loss(unet, x0, self.timesteps[here].to(x0.device), noise.to(x0.device), labels)
+                total += (losses.double().cpu() * self.weights[here]).sum().item() + self.prior(x0)
+        return total / len(self.pairs)
+
+    def prior(self, x0: torch.Tensor) -> float:
+        """KL(q(x_T | x_0) || N(0, I)) in bits per dimension, summed over images."""
+        level = self.loss.schedule.level(self.loss.schedule.noisiest)
+        mean_squares = x0.double().square().flatten(1).mean(dim=1).sum().item()
+        rest = level.sigma**2 - 1 - 2 * math.log(level.sigma)
+        return 0.5 * (level.alpha**2 * mean_squares + rest * len(x0)) / NATS_PER_BIT
