@@ -4,7 +4,9 @@ Configs are recognised by their keys, since only one that comes from a file name
 """
 
 import inspect
+import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import diffusers
@@ -57,6 +59,23 @@ def check_words(config: Mapping[str, Any]) -> None:
             is_text = isinstance(leaf, str) and not key.startswith("_")
             if is_text and (leaf.strip().lower() in LITERALS or is_number(leaf)):
                 raise ValueError(f"{key}={leaf!r} is text: write numbers, true, false and null without quotes.")
+
+
+def check_types(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Check that keys have values of the kind that their defaults are of: a number or a boolean, which may be None.
+
+    Raises:
+        ValueError: names the key and the value; no number is NaN.
+    """
+    for key, default in defaults.items():
+        value = config.get(key, default)
+        if isinstance(default, bool):
+            if value not in (True, False, None):
+                raise ValueError(f"{key}={value!r} must be True or False.")
+        elif isinstance(default, Real):
+            is_real = isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+            if not is_real or (isinstance(default, int) and value % 1):
+                raise ValueError(f"{key}={value!r} must be a {'whole ' * isinstance(default, int)}number.")
 
 
 def is_number(text: str) -> bool:

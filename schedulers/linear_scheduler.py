@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from inspect import signature
+from itertools import takewhile
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .foreign_configs import check_words, translated, translated_classes
+from .foreign_configs import check_types, check_words, translated, translated_classes
 from .gaussian_paths import path_of
 from .grid_arguments import GridArguments, Timesteps
 from .noise_schedule import CLEAN, Level, VPNoiseSchedule, affine, betas_of, unknown
@@ -91,6 +92,7 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
             ValueError: a value that is none of its key's choices, out of range, or text in the place of a number.
         """
         check_words(self.config)
+        check_types(self.config, {k: p.default for k, p in signature(type(self).__init__).parameters.items()})
         if isinstance(self.config.trained_betas, Tensor):  # JSON takes lists
             self.register_to_config(trained_betas=self.config.trained_betas.tolist())
         if self.config.get("process") is None and (found := translated(self.config)):  # not through `from_config`
@@ -108,7 +110,7 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
         spacings = (*self.spacings, *(STEP_TABLES if self.schedule.is_discrete else ("ays_svd",)))
         choices = {**choices, "prediction_type": self.schedule.predictions, "timestep_spacing": spacings}
         for key, values in choices.items():
-            if config[key] not in values:
+            if config[key] not in [*values]:
                 raise ValueError(unknown(key, config[key], values))
         if config.thresholding and not 0 <= config.dynamic_thresholding_ratio <= 1:
             raise ValueError(f"dynamic_thresholding_ratio={config.dynamic_thresholding_ratio} must lie in [0, 1].")
@@ -319,7 +321,7 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
             timestep = timestep.item()
         visited = self._plan.visited
         expected = self._history.next if self._has_state else self._step_index or self._history.entry
-        row = self._plan.index.get(timestep, self._plan.cut.get(timestep))
+        row = self._plan.row_of(timestep)
         if row is not None and expected < len(visited) and visited[expected] == visited[row]:
             return self, expected  # the next one, of those that are equal
         if row is None:
@@ -327,6 +329,14 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
         while 0 < row < len(visited) - 1 and visited[row + 1] == visited[row]:
             row += 1  # a loop that begins here has no part in the step that ended here
         return self, row
+
+    def _place_after(self, t: Any) -> int:
+        """The row after a step from t, past those that are repeated; where the loop ends it is the number of rows."""
+        plan, row = self._plan, self._plan.row_of(t)
+        if row is None:
+            here, levels = self.schedule.level(t).lambda_, plan.levels[: len(plan.visited)]
+            return sum((level.lambda_ > here) == plan.ascends for level in levels)
+        return row + len([*takewhile(lambda s: s == plan.visited[row], plan.visited[row:])])
 
     def _walk_from(self, t: Any) -> "LinearScheduler":
         """A copy that walks from training timestep t, between two levels of the grid, to the rest of them.
@@ -340,9 +350,8 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
         if under_way or not self.schedule.has(t):
             grid = [*plan.visited][:8]
             raise ValueError(f"timestep {t} is not on the grid {grid} ...; call set_timesteps.")
-        here = self.schedule.level(t)
-        rest = sum((level.lambda_ > here.lambda_) != plan.ascends for level in plan.levels[: len(plan.visited)])
-        visited, levels = plan.visited[len(plan.visited) - rest :], plan.levels[len(plan.visited) - rest :]
+        here, entry = self.schedule.level(t), self._place_after(t)
+        visited, levels = plan.visited[entry:], plan.levels[entry:]
         walk = copy(self)
         walk._follow(replace(plan, visited=[t, *visited], levels=[here, *levels]))
         return walk

@@ -93,17 +93,21 @@ def betas_of(config: Any) -> torch.Tensor:
     Raises:
         ValueError: an unknown `beta_schedule`, or more `trained_betas` than timesteps; fewer make a shorter process.
     """
-    num, name, process = config.num_train_timesteps, config.beta_schedule, {**(config.get("process") or {})}
+    num, name, process = int(config.num_train_timesteps), config.beta_schedule, {**(config.get("process") or {})}
     process.pop("kind", None)
+    if num < 1:
+        raise ValueError(f"num_train_timesteps={num} must be at least 1.")
     if "scaler" in process:
         return betas_of_products(_wuerstchen_products(num, **process))
     if process.keys() - {"snr_shift_scale"}:
         raise ValueError(f"process of kind 'vp' takes snr_shift_scale, or scaler and offset; got {process}.")
     if config.trained_betas is not None:
+        if isinstance(config.trained_betas, (str, float, int)):
+            raise ValueError(f"trained_betas={config.trained_betas!r} must be a list of numbers.")
         betas = on_host(config.trained_betas)
         if len(betas) > num:
             raise ValueError(f"trained_betas has {len(betas)} values but num_train_timesteps={num}.")
-    elif name in BETA_SCHEDULES:
+    elif name in [*BETA_SCHEDULES]:
         betas = BETA_SCHEDULES[name](num, config.beta_start, config.beta_end)
     else:
         raise ValueError(unknown("beta_schedule", name, BETA_SCHEDULES))

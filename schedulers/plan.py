@@ -175,6 +175,10 @@ class Plan:
             return {}
         return {int(t): i for i, t in reversed([*enumerate(self.visited)])}
 
+    def row_of(self, timestep: Any) -> int | None:
+        """The row of a timestep, or of one that was cut; None if it is not visited."""
+        return self.index.get(timestep, self.cut.get(timestep))
+
     @property
     def ascends(self) -> bool:
         """Whether the loop goes from images to noise."""

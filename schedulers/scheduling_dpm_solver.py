@@ -215,7 +215,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         algorithm_type, method, is_sde = config.algorithm_type, config.method, self._algorithm.startswith("sde")
         if config.euler_at_final and method != "multistep":
             raise ValueError("euler_at_final=True needs method='multistep': the blocks of the others end as they end.")
-        if sum(config[flag] for flag in SIGMA_FLAGS) > 1:
+        if sum(map(bool, map(config.get, SIGMA_FLAGS))) > 1:
             raise ValueError(f"only one of {', '.join(SIGMA_FLAGS)} can be used.")
         if method != "multistep" and is_sde and not config.brownian_path:
             cure = "needs brownian_path=True, for noise of one path"

@@ -146,7 +146,7 @@ class EDMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks 
                 raise ValueError(f"{key}={self.config[key]} must be a number that is not negative.")
         if not s_tmax >= s_tmin:
             raise ValueError(f"{s_tmax=} must not be less than {s_tmin=}.")
-        if sum(self.config[flag] for flag in FLOW_FLAGS) > 1:
+        if sum(map(bool, map(self.config.get, FLOW_FLAGS))) > 1:
             raise ValueError(f"only one of {', '.join(FLOW_FLAGS)} can be used.")
 
     # The grid ----------------------------------------------------------------------------------------------------

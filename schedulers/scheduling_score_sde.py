@@ -82,7 +82,7 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
         self._setup(predictor=PREDICTORS, corrector=CORRECTORS)
         if not 0 < snr < (0.5 if corrector == "renoise" else math.inf):
             raise ValueError(f"{snr=} must be positive, and below 0.5 for corrector='renoise'.")
-        if correct_steps < 0 or int(correct_steps) != correct_steps:
+        if correct_steps < 0:
             raise ValueError(f"{correct_steps=} must be a whole number, 0 or more.")
         self._corrections = int(correct_steps) if corrector else 0
         if predictor is None and not self._corrections:
@@ -123,6 +123,9 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
             places = [round(i) for i in torch.linspace(0, len(grid) - 1, len(visits), **HOST).tolist()]
             grid, levels = ([values[i] for i in places] for values in (grid, levels))
         return self._walk(repeated(grid, visits), repeated(levels, visits), device)
+
+    def _spaced_grid(self, n: int) -> list[Any]:
+        return [self.schedule.noisiest] if n == 1 else super()._spaced_grid(n)  # "linspace" and "leading" say 0
 
     @property
     def _denoises(self) -> int:

@@ -85,6 +85,7 @@ class StockInterface(SchedulerMixin, ConfigMixin):
 
     schedule: Any  # a NoiseSchedule
     _plan: Plan
+    _place_after: Callable[[Any], int]
     _handed_out: dict[str, tuple[Tensor, int]] = {}  # noqa: RUF012  # replaced, never changed; (it, its version)
 
     betas = Table(lambda scheduler: scheduler.schedule.betas, lambda betas: betas)
@@ -248,16 +249,15 @@ class StockInterface(SchedulerMixin, ConfigMixin):
         if self.num_inference_steps is None:
             return timestep - 1
         t = timestep if isinstance(timestep, Tensor) else torch.tensor(timestep, device="cpu")
-        if outside := [value for value in t.flatten().tolist() if not self.schedule.has(value)]:
+        values = t.flatten().tolist()
+        if outside := [value for value in values if not self.schedule.has(value)]:
             ends = f"{self.schedule.cleanest:g} .. {self.schedule.noisiest:g}"
             raise ValueError(f"timestep {outside[0]} is not inside {ends}.")
         end = -1 if self.schedule.is_discrete else self.schedule.timestep_at(on_host(0.0)).item()  # clean data
         if self._plan.ascends:
             end = self.schedule.timestep_of(on_host(self.levels[-1].lambda_)).item()
-        grid = torch.tensor([*self._plan.visited, end], dtype=self._plan.timesteps.dtype, device=t.device)
-        rises = self._plan.ascends != (self.schedule.noisiest < self.schedule.cleanest)
-        passed = grid[:-1] <= t[..., None] if rises else grid[:-1] >= t[..., None]
-        return grid[passed.sum(-1)]
+        after = [[*self._plan.visited, end][self._place_after(value)] for value in values]
+        return torch.tensor(after, dtype=self._plan.timesteps.dtype, device=t.device).view(t.shape)
 
     def _take_sigmas(self, sigmas: Tensor) -> bool:
         """Walk other levels with the same timesteps, as the pipelines of Cosmos ask for; not for DDPM's process."""

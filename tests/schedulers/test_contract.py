@@ -1,6 +1,8 @@
 """What every scheduler promises: dtypes, purity, gradients, state, per-image timesteps, and errors."""
 
 import copy
+import inspect
+import math
 import pickle
 import re
 
@@ -452,3 +454,32 @@ def test_ddim_eta_must_lie_between_0_and_1(eta):
         DDIMScheduler(eta=eta)
     with pytest.raises(ValueError, match=f"eta={eta}"):
         ready(DDIMScheduler).step(noise(*SHAPE), 600, noise(*SHAPE), eta=eta)
+
+
+# The config ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
+def test_values_of_another_kind_are_refused_by_name(scheduler_class):
+    """What its default is, a number or a boolean, a value must be. None is no number, and may stand for False."""
+    for key, parameter in inspect.signature(scheduler_class.__init__).parameters.items():
+        if not isinstance(parameter.default, (bool, int, float)):
+            continue
+        is_flag = isinstance(parameter.default, bool)
+        for value in ("x", [1.0], math.nan, *((0.5,) if is_flag else (None, True, False))):
+            with pytest.raises(ValueError, match=f"{key}=") as caught:
+                scheduler_class(**{key: value})
+            assert "\n" not in str(caught.value)
+        if is_flag:
+            scheduler_class(**{key: None})
+
+
+@pytest.mark.parametrize("scheduler_class", ALL_SCHEDULERS)
+@pytest.mark.parametrize(
+    "change",
+    [{"num_train_timesteps": 0}, {"num_train_timesteps": 9.5}, {"trained_betas": 0.1}, {"beta_schedule": [1]}],
+    ids=str,
+)
+def test_what_makes_no_process_is_refused_by_name(scheduler_class, change):
+    with pytest.raises(ValueError, match=next(iter(change))):
+        scheduler_class(**change)

@@ -216,6 +216,20 @@ def test_explicit_timesteps_are_visited_as_they_are():
     assert scheduler.updates[:2] == [euler(t, m), second_call(t, m, s)]
 
 
+@pytest.mark.parametrize("process", [VP, EDM], ids=str)
+def test_churn_leads_up_to_the_next_timestep(process):
+    scheduler = EDMScheduler(process=process, s_churn=8.0)
+    scheduler.set_timesteps(9)
+    visited = scheduler.timesteps.tolist()
+    assert any(scheduler.levels[i].lambda_ > scheduler.levels[i + 1].lambda_ for i in range(8))
+    assert [scheduler.previous_timestep(t).item() for t in visited[:-1]] == visited[1:]
+    between = (visited[0] + visited[1]) / 2 if process else (visited[0] + visited[1]) // 2
+    level = scheduler.schedule.level(between)
+    walk = scheduler._walk_from(between)
+    assert scheduler.previous_timestep(between) == walk.timesteps[1]
+    assert walk.levels[0] == level
+
+
 def test_keys_of_the_grid_that_are_registered_later_are_in_force():
     scheduler, x = EDMScheduler(process=EDM), noise(1, 2)
     scheduler.set_timesteps(9)

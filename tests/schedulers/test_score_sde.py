@@ -277,6 +277,18 @@ def test_steps_count_network_calls(n, predictor, correct_steps):
     assert [row.noise > 0 for row in scheduler.updates] == [True] * (n - 1) + [False]
 
 
+@pytest.mark.parametrize("process", [None, FLOW, VE], ids=str)
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing", "logsnr"])
+@pytest.mark.parametrize("options", [{"correct_steps": 5}, {"predictor": None}, {"corrector": None}], ids=str)
+def test_few_calls_are_at_the_noisiest_level(options, spacing, process):
+    """Where x is, if they are too few for two levels."""
+    options = {"corrector": "ald", "process": process, "timestep_spacing": spacing, **options}
+    scheduler = ScoreSDEScheduler(**options)
+    for n in range(1, scheduler._visits_of_a_level + 1):
+        scheduler.set_timesteps(n)
+        assert {*scheduler.timesteps.tolist()} == {scheduler.schedule.noisiest}
+
+
 @pytest.mark.parametrize("predictor", ["ancestral", None])
 def test_explicit_timesteps_are_calls(predictor):
     """As they are, and so they can be given back; of sigmas, which pipelines give for every call, some are levels."""
