@@ -54,6 +54,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             act_fn, attention_head_dim, norm_num_groups, attn_norm_num_groups, norm_eps, resnet_time_scale_shift,
             add_attention, center_input_sample, time_embedding_dim, freq_shift, flip_sin_to_cos: as in `UNet2DModel`,
             with a positional time embedding.
+        time_proj_dim: number of sines and cosines of the time; None: `block_out_channels[0]`.
 
     Raises:
         ValueError: fewer than 2 classes, an unknown pool or block, an `id2label` of other indices than 0 .. K-1 or
@@ -88,6 +89,7 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
         norm_eps: float = 1e-5,
         resnet_time_scale_shift: str = "default",
         add_attention: bool = True,
+        time_proj_dim: int | None = None,
     ):
         super().__init__()
         check_architecture(self.config)
@@ -95,8 +97,8 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
             self.register_to_config(id2label=checked_names(id2label, num_classes))
         first, time_channels = block_out_channels[0], time_embedding_dim or 4 * block_out_channels[0]
         self.conv_in = nn.Conv2d(in_channels, first, kernel_size=3, padding=1)
-        self.time_proj = Timesteps(first, flip_sin_to_cos, freq_shift)
-        self.time_embedding = TimestepEmbedding(first, time_channels)
+        self.time_proj = Timesteps(time_proj_dim or first, flip_sin_to_cos, freq_shift)
+        self.time_embedding = TimestepEmbedding(time_proj_dim or first, time_channels)
         self.down_blocks = down_blocks(self.config, time_channels)
         self.mid_block = mid_block(self.config, time_channels)
         self.head = HEADS[pool](self.config)
@@ -112,10 +114,13 @@ class NoisyClassifier(ModelMixin, ConfigMixin):
                 still agree; the others are new.
 
         Raises:
-            ValueError: a U-Net with another time embedding than the positional; and as the class itself.
+            ValueError: a U-Net with another time embedding than the positional, or with a number of heads, where this
+                class has heads of one width; and as the class itself.
         """
         if unet.config.time_embedding_type != "positional":
             raise ValueError(f"the U-Net's time embedding must be positional, is {unet.config.time_embedding_type}")
+        if (heads := unet.config.get("num_attention_heads")) is not None:
+            raise ValueError(f"the U-Net must have heads of one width, has num_attention_heads={heads}")
         keys = inspect.signature(cls).parameters
         config = {key: value for key, value in unet.config.items() if key in keys}
         classifier = cls(**{**config, "num_classes": num_classes, **changes})

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     "commands",
     "training",
-    "evaluation hub likelihood runs",
+    "conversion evaluation hub likelihood runs",
     "posterior_statistics calibration calibration_inputs adaptive sampling",
     "networks run_folder data image_sources image_values image_batches images records processes random_streams "
     "options errors lazy",

@@ -6,9 +6,10 @@ from typing import Any
 
 from diffusers import UNet2DModel
 
+from diffusers_dpm.conversion.architectures import PUBLISHED, ddpm_unet, encoder_of
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.pipelines.modeling_noisy_classifier import NoisyClassifier
-from diffusers_dpm.training.unet_presets import PRESETS, check_demands, ddpm_unet, default_unet, image_keys
+from diffusers_dpm.training.unet_presets import check_demands, default_unet, image_keys, preset_for
 
 
 def ddpm_encoder(block_out_channels: Sequence[int], layers: int, attention: Sequence[int], groups: int = 32) -> dict:
@@ -16,9 +17,9 @@ def ddpm_encoder(block_out_channels: Sequence[int], layers: int, attention: Sequ
     return encoder_of(ddpm_unet(block_out_channels, layers, attention, groups))
 
 
-def encoder_of(unet: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a U-Net's config that its encoder has, without its dropout."""
-    return {key: value for key, value in unet.items() if key not in ("up_block_types", "dropout")}
+def adm_classifier(name: str) -> dict[str, Any]:
+    """Config of guided-diffusion's classifier for images of that U-Net's size."""
+    return {key: value for key, value in PUBLISHED[f"{name}-classifier"].config.items() if key != "num_classes"}
 
 
 # By the names of `unet_presets.PRESETS`, with about half of the U-Net's parameters or fewer.
@@ -29,13 +30,14 @@ CLASSIFIER_PRESETS: dict[str, dict[str, Any]] = {
     "cifar10-small": ddpm_encoder((64, 128, 128), layers=2, attention=(1, 2)),
     "cifar10-ddpm": ddpm_encoder((64, 128, 256, 256), layers=2, attention=(1, 2)),
     "64x64": ddpm_encoder((64, 128, 192, 256), layers=2, attention=(2, 3)),
+    **{name: adm_classifier(name) for name in ("adm-64", "adm-128", "adm-256")},
 }
 
 
 def default_classifier(height: int, width: int) -> dict[str, Any]:
     """The config for images of this size: the preset's, or the encoder of the derived U-Net. Raises as it does."""
-    made_for = [CLASSIFIER_PRESETS[name] for name, (side, _) in PRESETS.items() if height == width == side]
-    return made_for[0] if made_for else encoder_of(default_unet(height, width))
+    name = preset_for(height, width)
+    return CLASSIFIER_PRESETS[name] if name else encoder_of(default_unet(height, width))
 
 
 def build_classifier(

@@ -8,7 +8,9 @@ from tyro.constructors import PrimitiveConstructorSpec
 from diffusers_dpm.options import DataSourceOptions
 
 
-PresetName = Literal["1x1", "digits-8x8", "28x28", "cifar10-small", "cifar10-ddpm", "64x64"]
+PresetName = Literal[
+    "1x1", "digits-8x8", "28x28", "cifar10-small", "cifar10-ddpm", "64x64", "adm-64", "adm-128", "adm-256"
+]
 Process = Literal["vp", "flow", "edm", "ve", "vp_linear", "subvp"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "score"]
 LossType = Literal["l2", "l1", "huber", "sliced", "hybrid", "vlb"]

@@ -8,31 +8,21 @@ from typing import Any
 import torch
 from diffusers import UNet2DModel
 
+from diffusers_dpm.conversion.architectures import PUBLISHED, ddpm_unet
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.networks import build_without_memory, check_config
 from diffusers_dpm.pipelines import NoisyClassifier
 from diffusers_dpm.records import read_json
 
 
-def ddpm_unet(block_out_channels: Sequence[int], layers: int, attention: Sequence[int], groups: int = 32) -> dict:
-    """Config of Ho et al.'s architecture (2020, appendix B), with self-attention at the levels named.
+def adm_preset(name: str) -> tuple[int, dict[str, Any]]:
+    """One of guided-diffusion's networks, of which 64 channels for each head are what its authors found best.
 
-    The last five keys differ from `UNet2DModel`'s defaults; with these values published DDPM weights fit.
+    Published, the one for 128x128 has four heads at every level instead: see `ADMUNet2DModel`.
     """
-    levels = range(len(block_out_channels))
-    return {
-        "block_out_channels": tuple(block_out_channels),
-        "layers_per_block": layers,
-        "down_block_types": tuple("AttnDownBlock2D" if i in attention else "DownBlock2D" for i in levels),
-        "up_block_types": tuple("AttnUpBlock2D" if i in attention else "UpBlock2D" for i in reversed(levels)),
-        "norm_num_groups": groups,
-        "dropout": 0.1,
-        "attention_head_dim": None,
-        "downsample_padding": 0,
-        "flip_sin_to_cos": False,
-        "freq_shift": 1,
-        "norm_eps": 1e-6,
-    }
+    known, data = PUBLISHED[name], ("num_class_embeds", "out_channels", "num_attention_heads")
+    config = {key: value for key, value in known.config.items() if key not in data}
+    return known.sample_size, {**config, "attention_head_dim": 64}
 
 
 # name -> (side of the square images it is made for, config)
@@ -43,7 +33,14 @@ PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
     "cifar10-small": (32, ddpm_unet((64, 128, 128, 128), layers=2, attention=(1,))),
     "cifar10-ddpm": (32, ddpm_unet((128, 256, 256, 256), layers=2, attention=(1,))),
     "64x64": (64, ddpm_unet((64, 128, 192, 256), layers=2, attention=(2, 3))),
+    **{name: adm_preset(name) for name in ("adm-64", "adm-128", "adm-256")},
 }
+
+
+def preset_for(height: int, width: int) -> str | None:
+    """The first preset that is made for images of this size; guided-diffusion's, which are large, only by name."""
+    sides = {name: side for name, (side, _) in PRESETS.items() if not name.startswith("adm-")}
+    return next((name for name, side in sides.items() if height == width == side), None)
 
 
 def default_unet(height: int, width: int) -> dict[str, Any]:
@@ -55,8 +52,8 @@ def default_unet(height: int, width: int) -> dict[str, Any]:
     Raises:
         DiffusersDPMError: no number of levels fits; the message names the nearest size for which one does.
     """
-    if made_for := [config for side, config in PRESETS.values() if height == width == side]:
-        return made_for[0]
+    if name := preset_for(height, width):
+        return PRESETS[name][1]
     sides = halved_sides(height, width)
     if not is_coarse(sides):
         near = itertools.product(*(range(max(1, side - 16), side + 17) for side in (height, width)))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from diffusers_dpm.likelihood.bound import evidence_lower_bound as evidence_lower_bound
     from diffusers_dpm.likelihood.ode import ode_log_likelihood as ode_log_likelihood
     from diffusers_dpm.likelihood.ode import ode_sample as ode_sample
+    from diffusers_dpm.pipelines import ADMUNet2DModel as ADMUNet2DModel
     from diffusers_dpm.pipelines import ClassifierFreeGuidance as ClassifierFreeGuidance
     from diffusers_dpm.pipelines import ClassifierGuidance as ClassifierGuidance
     from diffusers_dpm.pipelines import DPMPipeline as DPMPipeline

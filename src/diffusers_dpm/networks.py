@@ -16,7 +16,7 @@ from diffusers import SchedulerMixin
 from diffusers.utils import logging as diffusers_logging
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
-from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
+from diffusers_dpm.pipelines import ADMUNet2DModel, DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.pipelines.networks import check_network, evaluation_mode, null_class_of, num_classes_of
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import open_tensors, read_json, weights_hash
@@ -29,7 +29,7 @@ from diffusers_dpm.schedulers.timestep_grids import STOCK_SPACINGS
 
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-OWN = {cls.__name__: cls for cls in (*ALL_SCHEDULERS, *(extra.cls for extra in EXTRAS.values()))}
+OWN = {cls.__name__: cls for cls in (*ALL_SCHEDULERS, ADMUNet2DModel, *(extra.cls for extra in EXTRAS.values()))}
 DEFAULTS = {"sample_size": 1, "trained_betas": [0.0]}  # for what their classes have None
 MAX_PARAMETERS = 10**11
 LARGEST_FLOAT = torch.finfo(torch.float32).max

@@ -56,7 +56,8 @@ class DataSourceOptions:
 RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "num_train_timesteps max_train_steps batch_size gradient_accumulation_steps log_every sample_steps columns "
-        "num_samples eval_draws num_classes num_inference_steps steps num_images num_levels num_probes num_passes",
+        "num_samples eval_draws num_classes num_inference_steps steps num_images num_levels num_probes num_passes "
+        "attention_head_dim num_attention_heads",
         lambda value: value >= 1,
         "be at least 1",
     ),

@@ -42,6 +42,7 @@ COMMANDS = {
     "statistics": Command("estimate variances for AnalyticDPMScheduler", ("RUN",), AGAIN),
     "calibrate": Command("fit rows for CalibratedScheduler, for few steps", ("RUN",), AGAIN),
     "likelihood": Command("bits per dimension, by the variational bound or the ODE", ("RUN",), AGAIN),
+    "convert": Command("make a run folder of a checkpoint of the papers' own code", ("CHECKPOINT", "OUTPUT")),
     "publish": Command("check a run folder and put it on the Hub", ("RUN", "ORG/NAME")),
     "demo": Command("train, sample and reload on scikit-learn's digits"),
 }

@@ -93,6 +93,9 @@ def stage(
     check_recipe(about.get("training", {}), options)
 
     loaded = load_pipeline(str(run))
+    if not type(loaded.unet).__module__.startswith("diffusers."):
+        own = f"{type(loaded.unet).__name__}, which diffusers has not"
+        raise DiffusersDPMError(f"{run / RunFolder.unet} is of {own}: nobody could load it without this package")
     pipe = DPMPipeline(unet=loaded.unet, scheduler=loaded.scheduler)
     parts, fitted = load_extras(run), {}
     for name in parts:

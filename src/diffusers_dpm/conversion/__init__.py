@@ -1,0 +1,1 @@
+"""Checkpoints of the papers' own code, as networks of diffusers."""
