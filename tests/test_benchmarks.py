@@ -35,8 +35,9 @@ ON_DIGITS = (
     "quality",
     "score_samplers",
 )  # with a judge
-MODULES = ("convergence", "parity", "pipeline_matrix")  # which use helpers of the tests
+MODULES = ("conversions", "convergence", "parity", "pipeline_matrix")  # which use helpers of the tests
 ALONE = (
+    "conversions",
     "convergence",
     "guidance_overhead",
     "parity",

@@ -28,6 +28,7 @@ from diffusers_dpm.commands.main import main as diffusers_dpm
 from tests.conftest import forget_accelerator
 from tests.hub.conftest import hub  # noqa: F401 (a fixture)
 from tests.hub.server import Account
+from tests.original_networks import Flags, OpenAIClassifier, OpenAIUNet, randomised
 from tests.pipelines.tiny_pipelines import built
 
 
@@ -61,6 +62,7 @@ SMALL = {
     "evaluate": "--num-images 20 --num-resamples 2",
     "compare": "",
     "publish": "",
+    "convert": "--resolution 16 --attention-head-dim 32",
 }
 
 
@@ -153,12 +155,20 @@ def save_digits(folder, indices):
         Image.fromarray((digits.images[i] * 255 / 16).round().astype(np.uint8)).save(path)
 
 
+def save_checkpoints(folder):
+    """Files of a network and a classifier as guided-diffusion has them, small."""
+    flags = Flags(num_res_blocks=1, num_head_channels=32, classes=1000)
+    for name, cls in {"diffusion": OpenAIUNet, "classifier": OpenAIClassifier}.items():
+        torch.save(randomised(cls(flags)).state_dict(), folder / f"64x64_{name}.pt")
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     """Images, and a run with everything that a run can have."""
     folder = tmp_path_factory.mktemp("workspace")
     save_digits(folder / "path/to/images", range(64))
     save_digits(folder / "path/to/test/images", range(64, 80))
+    save_checkpoints(folder)
     with pytest.MonkeyPatch.context() as context:
         context.chdir(folder)
         context.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
