@@ -122,25 +122,26 @@ class VariationalTerms:
     Args:
         schedule: DDPM's process.
         prediction_type: what the network predicts.
-        variance_type: "learned_range", or a fixed one; of timestep 0 both fixed ones are beta-tilde_1.
+        variance_type: "learned_range", "fixed_large", or any other for "fixed_small", as in `DDPMScheduler`; at
+            timestep 0 both fixed ones are beta-tilde_1.
         num_levels: number of values of a pixel; None for real numbers.
 
     Raises:
-        DiffusersDPMError: a process in continuous time, another variance type, or fewer than 2 levels.
+        DiffusersDPMError: a process in continuous time, variance type "learned", or fewer than 2 levels.
     """
 
     def __init__(
-        self, schedule: NoiseSchedule, prediction_type: str, variance_type: str, num_levels: int | None = 256
+        self, schedule: NoiseSchedule, prediction_type: str, variance_type: str | None, num_levels: int | None = 256
     ):
         if not schedule.is_discrete:
             kind = getattr(schedule, "kind", "another")
             raise DiffusersDPMError(f"the variational bound is a loss of DDPM's process (vp), not of {kind}")
-        if variance_type != "learned_range" and not variance_type.startswith("fixed_"):
+        if variance_type == "learned":
             raise DiffusersDPMError(f"no variational bound for variance_type={variance_type!r}: choose learned_range")
         if num_levels is not None and num_levels < 2:
             raise DiffusersDPMError(f"num_levels={num_levels} must be at least 2, or None for real numbers")
         self.schedule, self.prediction_type, self.num_levels = schedule, prediction_type, num_levels
-        self.is_learned, self.is_large = variance_type == "learned_range", variance_type.startswith("fixed_large")
+        self.is_learned, self.is_large = variance_type == "learned_range", str(variance_type).startswith("fixed_large")
         self.steps = reverse_steps(schedule, whole_chain(len(schedule)))
 
     def __call__(self, x0: Tensor, t: Tensor, difference: Tensor, variance: Tensor | None) -> Tensor:
@@ -199,7 +200,7 @@ class DenoisingLoss:
         loss_type: LossType = "l2",
         weighting: Weighting = "none",
         huber_delta: float = 1.0,
-        variance_type: str = "fixed_small",
+        variance_type: str | None = "fixed_small",
         num_levels: int | None = 256,
         **parameters: float,
     ):

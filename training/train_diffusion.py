@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from diffusers import UNet2DModel
@@ -26,7 +26,7 @@ from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule
 from diffusers_dpm.training.loss import DenoisingLoss
-from diffusers_dpm.training.options import LossOptions, NoiseScheduleOptions, TrainingOptions, VarianceType
+from diffusers_dpm.training.options import LossOptions, NoiseScheduleOptions, TrainingOptions
 from diffusers_dpm.training.trained_paths import (
     TRAINED_PATHS,
     options_of,
@@ -36,9 +36,6 @@ from diffusers_dpm.training.trained_paths import (
 from diffusers_dpm.training.trainer import Trainer, is_due
 from diffusers_dpm.training.unet_presets import PRESETS, build_unet, default_unet, load_weights, read_config
 from diffusers_dpm.training.validation import BitsPerDim
-
-
-VARIANCE_TYPES = get_args(VarianceType)
 
 
 class DiffusionTrainer(Trainer):
@@ -103,7 +100,6 @@ class DiffusionTrainer(Trainer):
         check_noise_schedule(self.scheduler, "noise schedule")
         with user_error("noise schedule"):
             schedule = noise_schedule_of(self.scheduler)
-        self.options = options = with_own_loss(options)
         assert options.prediction_type is not None  # `with_own_values` has set it
         chosen = {**values_of(options, LossOptions), "num_levels": None, "variance_type": options.variance_type}
         if options.loss_type in ("hybrid", "vlb"):
@@ -238,21 +234,6 @@ def build_network(data: ImageDataset, options: TrainingOptions, trained: Any = N
     if options.class_conditional and data.class_names:  # the underscore: plain diffusers ignores it without a warning
         unet.register_to_config(_id2label=data.id2label)
     return unet
-
-
-def with_own_loss(options: TrainingOptions) -> TrainingOptions:
-    """The options with the loss of their variance type where none is given.
-
-    Raises:
-        DiffusersDPMError: a variance type that cannot be trained, or not by the given loss.
-    """
-    if options.variance_type not in VARIANCE_TYPES:
-        raise DiffusersDPMError(f"variance_type {options.variance_type} of {options.init_from} cannot be trained here")
-    is_learned = options.variance_type == "learned_range"
-    loss_type = options.loss_type or ("hybrid" if is_learned else "l2")
-    if is_learned and loss_type not in ("hybrid", "vlb"):
-        raise DiffusersDPMError(f"--loss-type {loss_type} trains no variance: learned_range needs hybrid or vlb")
-    return dataclasses.replace(options, loss_type=loss_type)
 
 
 def new_scheduler(options: TrainingOptions) -> Any:

@@ -125,10 +125,10 @@ TRAINED_PATHS: dict[str, TrainedPath] = {
 
 
 def with_own_values(options: TrainingOptions) -> TrainingOptions:
-    """The options with what their process has where none is given.
+    """The options with what their process and their variance type have where none is given.
 
     Raises:
-        DiffusersDPMError: an option that has no meaning for the process.
+        DiffusersDPMError: an option that has no meaning for the process, or `with_own_loss`'s.
     """
     path = TRAINED_PATHS.get(options.process)
     predicted = path.prediction_types if path else ("epsilon",)
@@ -142,7 +142,22 @@ def with_own_values(options: TrainingOptions) -> TrainingOptions:
         elif name not in free and value not in (predicted if name == "prediction_type" else (own.get(name),)):
             choices = f": choose {' or '.join(predicted)}" if name == "prediction_type" else ""
             raise DiffusersDPMError(f"{flag(name)} {value} has no meaning with --process {options.process}{choices}")
-    return dataclasses.replace(options, **changes)
+    return with_own_loss(dataclasses.replace(options, **changes))
+
+
+def with_own_loss(options: TrainingOptions) -> TrainingOptions:
+    """The options with the loss of their variance type where none is given.
+
+    Raises:
+        DiffusersDPMError: a variance type that cannot be trained, or not by the given loss.
+    """
+    if options.variance_type == "learned":  # of a model to go on with
+        raise DiffusersDPMError(f"variance_type learned of {options.init_from} is not trained here, learned_range is")
+    is_learned = options.variance_type == "learned_range"
+    loss_type = options.loss_type or ("hybrid" if is_learned else "l2")
+    if is_learned and loss_type not in ("hybrid", "vlb"):
+        raise DiffusersDPMError(f"--loss-type {loss_type} trains no variance: learned_range needs hybrid or vlb")
+    return dataclasses.replace(options, loss_type=loss_type)
 
 
 def options_of(scheduler: Any, source: str) -> dict[str, Any]:
