@@ -31,6 +31,7 @@ ON_DIGITS = (
     "analytic_dpm",
     "calibrated",
     "guidance_quality",
+    "learned_variances",
     "path_error",
     "quality",
     "score_samplers",
@@ -47,6 +48,7 @@ ALONE = (
 )
 ON_A_CHECKOUT = ("peer_tests",)
 ON_A_FLOW = ("path_error", "score_samplers")
+ON_NEW_RUNS = ("learned_variances",)  # which it trains
 ON_POINTS = ("toy_pictures",)
 
 
@@ -89,15 +91,17 @@ def as_before():
 
 
 @pytest.mark.usefixtures("fresh_process", "as_before")
-@pytest.mark.parametrize("script", sorted([*ON_A_RUN, *ALONE, *ON_A_FLOW]))
+@pytest.mark.parametrize("script", sorted([*ON_A_RUN, *ALONE, *ON_A_FLOW, *ON_NEW_RUNS]))
 def test_script_runs(script, folders, tmp_path, monkeypatch):
     run, features = folders
     if script in ON_A_FLOW:
         run = tmp_path / "flow"
         shutil.copytree(folders[0], run)
         FlowMatchEulerDiscreteScheduler().save_pretrained(run / "scheduler")
+    if script in ON_NEW_RUNS:
+        run = tmp_path / "new"
     output = tmp_path / f"{script}.json"
-    arguments = [str(run)] if script in (*ON_A_RUN, *ON_A_FLOW) else []
+    arguments = [str(run)] if script in (*ON_A_RUN, *ON_A_FLOW, *ON_NEW_RUNS) else []
     arguments += [f"--features={features}"] if script in ON_DIGITS else []
     arguments += ["--data=digits"] if script == "quality" else []
     monkeypatch.setattr(sys, "argv", [script, *arguments, "--smallest", f"--output={output}"])
@@ -109,7 +113,7 @@ def test_script_runs(script, folders, tmp_path, monkeypatch):
 
 def test_every_script_is_listed():
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert scripts == {*ON_A_RUN, *ALONE, *ON_A_CHECKOUT, *ON_A_FLOW, *ON_POINTS, "common"}
+    assert scripts == {*ON_A_RUN, *ALONE, *ON_A_CHECKOUT, *ON_A_FLOW, *ON_NEW_RUNS, *ON_POINTS, "common"}
 
 
 @pytest.mark.usefixtures("as_before")
