@@ -28,7 +28,7 @@ from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.likelihood.decoder import check_levels, decoder_log_prob, decoder_variances
 from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, as_analytic_dpm, standard_error
 from diffusers_dpm.likelihood.reverse_steps import PixelTerms, Step, has_learned_range, learned_steps
-from diffusers_dpm.networks import Progress, network_output
+from diffusers_dpm.networks import NoProgress, Progress, network_output
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.random_streams import Stream, normal
@@ -119,8 +119,7 @@ def measure_errors(
         ends = f"{schedule.cleanest:g} .. {schedule.noisiest:g}"
         raise DiffusersDPMError(f"timesteps must lie in {ends}, got {grid[:4]} .. {grid[-4:]}.")
     examples = Examples(unet, images, class_labels, indices, seed, batch_size)
-    if num_levels is not None:
-        check_levels(images, num_levels)
+    check_levels(images, num_levels)
     variances = decoder_variances(schedule, grid, decoder_variance)
     keys = [(noise_key(schedule, t),) for t in grid]
     of_pixels = PixelTerms(samplers, schedule, len(images), num_levels, cdf, decoder_variance)
@@ -133,8 +132,8 @@ def measure_errors(
         t = torch.tensor([grid[place] for place in places], device=x0.device)
         alpha, sigma = schedule.at(t, x0)
         x_t = alpha * x0 + sigma * noise
-        output = network_output(unet, schedule.scale_input(x_t, t), t, labels, with_variance=True)
-        output, learned = process.split_output(output, x_t)
+        both = network_output(unet, schedule.scale_input(x_t, t), t, labels, with_variance=True)
+        output, learned = process.split_output(both, x_t)
         raw = affine(schedule.conversion(prediction_type, alpha, sigma).x0, x_t, output)
         predicted = process.clip_x0(raw)
         error, clipping = x0 - predicted, predicted - raw
@@ -149,17 +148,13 @@ def measure_errors(
         for start in range(0, num_pairs, batch_size):
             batch = range(start, min(start + batch_size, num_pairs))
             parts.append(evaluate([divmod(pair, len(grid)) for pair in batch]))
-            if progress is not None:
-                progress.update(len(batch))
+            (progress or NoProgress()).update(len(batch))
     values = torch.cat(parts).unflatten(0, (len(images), len(grid)))
     if len(bad := (~values.isfinite()).nonzero()):
         raise DiffusersDPMError(f"the network's predictions are not finite at timestep {grid[bad[0, 1]]}.")
-    if len(bad := (~of_pixels.terms.isfinite()).nonzero()):
-        t = of_pixels.steps[bad[0, 1]][0]
-        raise DiffusersDPMError(f"timestep {t} of samplers was not measured, or the network's variance is not finite.")
-    mean_square = images.double().square().flatten(1).mean(dim=1).cpu()
-    measured = (values[..., :3], values[..., 3], mean_square, schedule.hash)
-    return PredictionErrors(tuple(grid), *measured, of_pixels.steps, of_pixels.terms)
+    of_pixels.check()
+    measured = (values[..., :3], values[..., 3], images.double().square().flatten(1).mean(dim=1).cpu())
+    return PredictionErrors(tuple(grid), *measured, schedule.hash, of_pixels.steps, of_pixels.terms)
 
 
 def as_told(schedule: NoiseSchedule, timesteps: Iterable[float]) -> list[Any]:

@@ -14,8 +14,10 @@ from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule, VPNoiseSchedu
 CDFS = ("exact", "tanh")
 
 
-def check_levels(images: Tensor, num_levels: int) -> None:
-    """Raise DiffusersDPMError for images that are not `num_levels` equidistant values from -1 to 1."""
+def check_levels(images: Tensor, num_levels: int | None) -> None:
+    """Raise DiffusersDPMError for images not on `num_levels` equidistant values from -1 to 1; None allows all."""
+    if num_levels is None:
+        return
     if num_levels < 2:
         raise DiffusersDPMError(f"num_levels={num_levels} must be at least 2, or None for continuous data.")
     steps = (images.double() + 1) * (num_levels - 1) / 2

@@ -142,8 +142,7 @@ def ode_log_likelihood(
         raise DiffusersDPMError("num_passes, num_probes and num_steps must be at least 1.")
     process = as_analytic_dpm(scheduler)
     examples = Examples(unet, images, class_labels, indices, seed, batch_size)
-    if num_levels is not None:
-        check_levels(images, num_levels)
+    check_levels(images, num_levels)
     probe_numbers = normal if divergence == "gaussian" else sign
 
     def integrate(rows: Sequence[int], number: int) -> tuple[Tensor, int]:

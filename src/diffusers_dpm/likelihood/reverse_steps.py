@@ -150,3 +150,9 @@ class PixelTerms:
         log_variance = steps.log_variance(variance[pairs])
         terms = steps.terms(x0[pairs], error[pairs], log_variance, *self.decoder)
         self.terms[[rows[i] for i in pairs], columns] = terms.cpu()
+
+    def check(self) -> None:
+        """Raise DiffusersDPMError for a step that has no finite term."""
+        if len(bad := (~self.terms.isfinite()).nonzero()):
+            t, _ = self.steps[bad[0, 1]]
+            raise DiffusersDPMError(f"timestep {t} of samplers is off the timesteps, or its variance is not finite.")
