@@ -135,6 +135,7 @@ def cases() -> list[tuple[str, Walk, Walk | None, Callable[[Walk, int], float]]]
     for predictor in ("euler_maruyama", "reverse_diffusion", "ancestral"):
         sde = other(ScoreSDEScheduler(predictor=predictor, process={"kind": "vp_linear"}))
         solvers.append((f"score SDE {predictor}, weak", sde, None, variance_error))
+        solvers.append((f"score SDE {predictor}, strong", sde, None, strong_error))
     return solvers
 
 

@@ -25,6 +25,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .brownian_path import BrownianPath
 from .foreign_configs import check_types, check_words, translated, translated_classes
 from .gaussian_paths import path_of
 from .grid_arguments import GridArguments, Timesteps
@@ -118,6 +119,8 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
             raise ValueError(f"sample_max_value={config.sample_max_value} must be positive.")
         if config.clip_sample and not 0 < config.clip_sample_range < math.inf:
             raise ValueError(f"clip_sample_range={config.clip_sample_range} must be positive.")
+        # Of other classes the key may be in the config, too: it is kept for the way back.
+        self._on_path = "brownian_path" in self.own_keys and bool(config.brownian_path)
         self._handed_out = {}
         self._forget_grid()
 
@@ -346,6 +349,8 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
                 method with history is under way.
         """
         plan = self._plan
+        if self._on_path:
+            raise ValueError(f"timestep {t} is not on the grid, on which a loop with brownian_path=True must begin.")
         under_way = self.whole_loops_only or (self._has_state and self._history.last is not None)
         if under_way or not self.schedule.has(t):
             grid = [*plan.visited][:8]
@@ -422,8 +427,13 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
         return LinearSchedulerOutput(prev_sample, x0) if return_dict else (prev_sample, x0)
 
     def _draw(self, index: int, x: Tensor, generator: Generators) -> Tensor:
-        """The noise of a step from x at row `index`."""
-        return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        """The noise of a step from x at row `index`: fresh, or of the path of the loop, which may begin here."""
+        if not self._on_path:
+            return randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+        path = self._history.path or BrownianPath.drawn(x, generator)
+        self._history = self._history._replace(path=path)
+        start = next(i for i in range(index, -1, -1) if not self.updates[i].anchored)
+        return path.noise(self.levels[start], self.levels[index + 1], x)
 
     def _places(self, timestep: int | Tensor, num_images: int) -> list[Place]:
         """The place of all images, or of each if they differ."""
@@ -442,7 +452,7 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
 
     @property
     def _has_state(self) -> bool:
-        return self.whole_loops_only or self._plan.has_state
+        return self.whole_loops_only or self._on_path or self._plan.has_state
 
     def _apply(self, index: int, output: Tensor, variance: Tensor | None, x: Tensor, noise: Tensor | None) -> Pair:
         """(x_s, x_0 prediction) of a batch that stands at one level, and so at one row."""

@@ -13,9 +13,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from .brownian_path import BrownianPath
 from .dpm_solver_rows import corrected, corrector_factors, multistep_row, singlestep_rows
-from .linear_scheduler import Device, Generators, LinearScheduler, Timesteps
+from .linear_scheduler import Device, LinearScheduler, Timesteps
 from .noise_schedule import CLEAN, HOST, Level
 from .plan import History, Update
 from .stock_interface import Table
@@ -402,26 +401,6 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
             factors = [corrector_factors(algorithm_type, config.unic, span) for span in spans[:-1]]
             rows[1:] = map(corrected, rows[1:], rows[:-1], factors)
         return rows
-
-    # The noise ---------------------------------------------------------------------------------------------------
-
-    @property
-    def _has_state(self) -> bool:
-        return bool(self._config.brownian_path) or super()._has_state
-
-    def _draw(self, index: int, x: Tensor, generator: Generators) -> Tensor:
-        if not self._config.brownian_path:
-            return super()._draw(index, x, generator)
-        history = self._history
-        path = history.path or BrownianPath.drawn(x, generator)
-        self._history = history._replace(path=path)
-        start = next(i for i in range(index, -1, -1) if not self.updates[i].anchored)
-        return path.noise(self.levels[start], self.levels[index + 1], x)
-
-    def _walk_from(self, t: Any) -> "LinearScheduler":
-        if self._config.brownian_path:
-            raise ValueError(f"timestep {t} is not on the grid, on which a loop with brownian_path=True must begin.")
-        return super()._walk_from(t)
 
     # What code for diffusers' classes of these names reads and writes ---------------------------------------------
 

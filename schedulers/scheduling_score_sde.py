@@ -46,15 +46,18 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
       a is 1 - beta of the training timestep where the process is one of betas, and 1 elsewhere.
     - snr: r of the paper; 0.16 there for CIFAR-10.
     - correct_steps: calls of the corrector at each level, before the predictor leaves it.
+    - brownian_path: the noise of an image belongs to one Brownian path, as in `DPMSolverScheduler`, whose SDE forms
+      lead to the same sample on it as the steps get narrow. Not with a corrector, which adds noise of its own.
 
     The last step predicts x_0, without noise. From pure noise, where the drift is infinite, every predictor is
     ancestral. Clipping is off by default; where it is on, epsilon follows from the clipped x_0.
 
     Raises:
-        ValueError: predictor=None without a corrector, or an snr that is not positive or too large for renoise.
+        ValueError: predictor=None without a corrector, brownian_path=True with one, or an snr that is not positive or
+            too large for renoise.
     """
 
-    own_keys = (*LinearScheduler.own_keys, "predictor", "corrector", "snr", "correct_steps")
+    own_keys = (*LinearScheduler.own_keys, "predictor", "corrector", "snr", "correct_steps", "brownian_path")
 
     @register_to_config
     def __init__(
@@ -68,6 +71,7 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
         corrector: str | None = None,
         snr: float = 0.15,
         correct_steps: int = 1,
+        brownian_path: bool = False,
         prediction_type: str = "epsilon",
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
@@ -87,6 +91,8 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
         self._corrections = int(correct_steps) if corrector else 0
         if predictor is None and not self._corrections:
             raise ValueError(f"predictor=None needs a corrector; got {corrector=}, {correct_steps=}.")
+        if brownian_path and self._corrections:
+            raise ValueError(f"brownian_path=True has no noise for a corrector: use {corrector=} without it, or None.")
         self.may_repeat = bool(self._corrections)
         self.has_reverse_variance = not self.may_repeat  # a Langevin step goes with half of the variance of its noise
 

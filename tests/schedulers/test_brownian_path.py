@@ -1,5 +1,6 @@
 """Noise of one Brownian path: its law, its sums, and the solvers that follow it."""
 
+import functools
 import math
 from itertools import pairwise
 
@@ -7,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_dpm.schedulers import DPMSolverScheduler
+from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler, ScoreSDEScheduler
 from diffusers_dpm.schedulers.brownian_path import BrownianPath
 
-from .helpers import order
+from .helpers import QUARTER, order
 from .problems import GAUSS, at_lambda, grid
 
 
@@ -95,6 +96,57 @@ def test_weak_order_of_singlestep(algorithm_type, solver_order):
             x = x + sum(f * h[1] for f, h in zip(row.epsilon, history, strict=False))
         errors.append(abs((x**2).sum() / 0.25008245796679024 - 1))
     assert order(counts, errors) == pytest.approx(2, abs=0.3), errors
+
+
+PROCESSES = {"vp_linear": {}, "ve": {"sigma_max": 50.0}, "flow": {}}
+LAMBDAS = (-3.9, 3.0)  # inside all of them
+
+
+def end_of(scheduler, n):
+    """x of 96 paths after n steps between these lambdas, for data N(0, 1/4)."""
+    schedule = scheduler.schedule
+    times = schedule.time_of(torch.linspace(*LAMBDAS, n + 1, dtype=torch.float64))
+    scheduler.set_timesteps(timesteps=schedule.timestep_at(times).tolist())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 96, generator=generator, dtype=torch.float64) * math.sqrt(QUARTER.total(scheduler.levels[0]))
+    for t, level in zip(scheduler.timesteps[:-1], scheduler.levels, strict=False):
+        x = scheduler.step(QUARTER.predict(x, level), t, x, generator=generator).prev_sample
+    return x
+
+
+@functools.cache
+def end_on_the_path(kind):
+    options = {"algorithm_type": "sde-dpmsolver++", "lower_order_final": False, "brownian_path": True}
+    return end_of(DPMSolverScheduler(process={"kind": kind, **PROCESSES[kind]}, **options), 1024)
+
+
+@pytest.mark.parametrize("kind", PROCESSES)
+@pytest.mark.parametrize("predictor", ["euler_maruyama", "reverse_diffusion", "ancestral"])
+def test_predictors_have_strong_order_1(predictor, kind):
+    """1 and not 1/2: g does not depend on x, so that Euler and Maruyama's step is Milstein's.
+
+    They lead where SDE-DPM-Solver++ does on the same path, although their own time is another.
+    """
+    exact, counts = end_on_the_path(kind), (32, 64, 128)
+    options = {"predictor": predictor, "process": {"kind": kind, **PROCESSES[kind]}, "brownian_path": True}
+    errors = [(end_of(ScoreSDEScheduler(**options), n) - exact).square().mean().sqrt().item() for n in counts]
+    assert order(counts, errors) == pytest.approx(1, abs=0.2), errors
+    assert errors[-1] < 0.15 * exact.std()
+
+
+def test_a_path_has_no_noise_for_a_corrector():
+    with pytest.raises(ValueError, match=r"brownian_path=True .*corrector='ald'"):
+        ScoreSDEScheduler(brownian_path=True, corrector="ald")
+    ScoreSDEScheduler(brownian_path=True, corrector="ald", correct_steps=0)
+
+
+def test_the_key_is_kept_by_samplers_without_a_path():
+    config = ScoreSDEScheduler(brownian_path=True).config
+    other = DDIMScheduler.from_config(config, eta=1.0)
+    other.set_timesteps(3)
+    x = torch.ones(1, 1, 2, 2)
+    other.step(x, 700, x)  # between two entries: it has no history
+    assert ScoreSDEScheduler.from_config(other.config).config.brownian_path
 
 
 def test_the_noise_of_a_loop_is_that_of_its_generator():
