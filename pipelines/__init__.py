@@ -1,13 +1,23 @@
 """Pipelines: sampling from trained U-Nets."""
 
-from diffusers_dpm.pipelines.guidance import ClassifierFreeGuidance, ClassifierGuidance, Guidance
+from diffusers_dpm.pipelines.classifier_free_guidance import (
+    AdaptiveProjectedGuidance,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+)
+from diffusers_dpm.pipelines.classifier_guidance import ClassifierGuidance
+from diffusers_dpm.pipelines.guidance import Guidance, Prediction
 from diffusers_dpm.pipelines.modeling_noisy_classifier import NoisyClassifier, NoisyClassifierOutput
 from diffusers_dpm.pipelines.networks import evaluation_mode, image_shape, image_size, is_conditional
 from diffusers_dpm.pipelines.pipeline_dpm import DPMPipeline, DPMPipelineOutput, DPMTrajectory
 
 
 __all__ = [
+    "AdaptiveProjectedGuidance",
+    "AutoGuidance",
     "ClassifierFreeGuidance",
+    "ClassifierFreeZeroStarGuidance",
     "ClassifierGuidance",
     "DPMPipeline",
     "DPMPipelineOutput",
@@ -15,6 +25,7 @@ __all__ = [
     "Guidance",
     "NoisyClassifier",
     "NoisyClassifierOutput",
+    "Prediction",
     "evaluation_mode",
     "image_shape",
     "image_size",

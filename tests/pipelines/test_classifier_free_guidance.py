@@ -8,7 +8,9 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from diffusers_dpm.pipelines import ClassifierFreeGuidance, ClassifierGuidance, DPMPipeline
+from diffusers_dpm.pipelines.guidance import Guides
 from diffusers_dpm.pipelines.networks import null_class_of, num_classes_of
+from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler
 from tests.models import HeadClassifier, ImageMixtureNetwork, tiny_unet
 
@@ -95,8 +97,8 @@ def test_the_variance_of_the_class_is_kept(make_pipe):
     pipe = make_pipe(DDPMScheduler(variance_type="learned_range"), unet)
     assert path(pipe, seeds=[3], class_labels=1, guidance_scale=3.0).isfinite().all()
     x, labels = latents(2).float().repeat(1, 3, 4, 4), torch.tensor([0, 1])
-    guide = ClassifierFreeGuidance(3.0).bind(unet, None, None, x, labels)
-    output, _ = guide.predict(lambda x, class_labels: unet(x, 5, class_labels).sample, x, 5, 0.9, 0.4)
+    guides = Guides((ClassifierFreeGuidance(3.0),)).bind(unet, None, adapt(pipe.scheduler), x, labels)
+    output, _ = guides.predict(lambda x, class_labels: unet(x, 5, class_labels).sample, x, 5, 0.9, 0.4)
     given, null = unet(x, 5, labels).sample, unet(x, 5, torch.tensor([2, 2])).sample
     expected = torch.cat([(null + 3 * (given - null))[:, :3], given[:, 3:]], dim=1)
     torch.testing.assert_close(output, expected)
