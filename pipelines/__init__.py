@@ -11,6 +11,7 @@ from diffusers_dpm.pipelines.guidance import Guidance, Prediction
 from diffusers_dpm.pipelines.modeling_noisy_classifier import NoisyClassifier, NoisyClassifierOutput
 from diffusers_dpm.pipelines.networks import evaluation_mode, image_shape, image_size, is_conditional
 from diffusers_dpm.pipelines.pipeline_dpm import DPMPipeline, DPMPipelineOutput, DPMTrajectory
+from diffusers_dpm.pipelines.text_guidance import TextGuidance
 
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "NoisyClassifier",
     "NoisyClassifierOutput",
     "Prediction",
+    "TextGuidance",
     "evaluation_mode",
     "image_shape",
     "image_size",

@@ -99,7 +99,8 @@ class Guidance:
         through_unet: whether to call the network with a graph from its output to x_t.
         needs_null: whether to call the network for the null class, too.
         null_class: the label that means none, where a guide needs it.
-        networks: what else is called; in evaluation mode and on the device of the images while the pipeline samples.
+        networks: what else is called: on the images' device from `bind` on, and in evaluation mode while the pipeline
+            samples.
         uses_classifier: whether the call's class labels are for the pipeline's classifier.
     """
 
@@ -156,6 +157,7 @@ class Guides:
         clip: what keeps x_0 in range, with the epsilon that belongs to the clipped x_0, where guidance has changed it
             and a guide has a `clip_order`; None leaves it as it is.
         class_labels: (2B,), those of the images and the null class, for guides that need it.
+        networks: those of the guides.
 
     Raises:
         ValueError: guides that ask for different modes or clipping orders.
@@ -165,6 +167,7 @@ class Guides:
     prediction_type: str | Output = "epsilon"
     clip: Callable[[Tensor], Tensor] | None = None
     class_labels: Tensor | None = None
+    networks: tuple[torch.nn.Module, ...] = ()
 
     def __post_init__(self) -> None:
         if not callable(self.prediction_type) and self.prediction_type not in OUTPUTS:
@@ -181,21 +184,20 @@ class Guides:
     def mode(self) -> str:
         return next((guide.mode for guide in self.guides if guide.mode), "score")
 
-    @property
-    def networks(self) -> tuple[torch.nn.Module, ...]:
-        return tuple(network for guide in self.guides for network in guide.networks)
-
     def bind(
         self, unet: Any, classifier: Any, scheduler: SchedulerAdapter, latents: Tensor, labels: Tensor | None
     ) -> "Guides | None":
         """Those that change any of the images of one call, bound; None if there are none."""
+        networks = tuple(network for guide in self.guides for network in guide.networks)
+        for network in networks:
+            network.to(latents.device)
         bound = [guide.bind(unet, classifier, scheduler, latents, labels) for guide in self.guides]
         guides = tuple(guide for guide in bound if guide is not None)
         null_class, both = next((guide.null_class for guide in guides if guide.null_class is not None), None), None
         if labels is not None and null_class is not None:
             null = torch.full_like(labels, null_class)
             both = torch.cat([labels.where(labels >= 0, null), null]).to(latents.device)
-        return Guides(guides, scheduler.output, scheduler.clip, both) if guides else None
+        return Guides(guides, scheduler.output, scheduler.clip, both, networks) if guides else None
 
     def predict(
         self, network: Network, x_t: Tensor, t: Any, alpha: float, sigma: float
