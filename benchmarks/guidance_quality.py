@@ -23,10 +23,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from common import FRECHET, Judge, Results, about, add_features, digits, make_parser, parse, plot_axes, show, table
+from common import (
+    FRECHET,
+    Judge,
+    Results,
+    about,
+    add_features,
+    digits,
+    make_parser,
+    parse,
+    plot_axes,
+    save,
+    show,
+    table,
+)
 from matplotlib.figure import Figure
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
@@ -53,6 +66,8 @@ WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 CAPTIONS = [f"a handwritten {word}" for word in WORDS]
 CALLS = (10, 20)
 MIN_CUT = 0.8
+END = "[EOS]"
+PIXELS = {"image_mean": [0.5], "image_std": [0.5]}  # of the CLIP
 
 
 class Method(NamedTuple):
@@ -76,10 +91,13 @@ METHODS = (
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Of whole words; the text ends with its highest number."""
-    words = ["[PAD]", "[UNK]", "a", "handwritten", *WORDS, "[EOS]"]
+    """Of whole words; CLIP reads a text at its end, which has a word of its own."""
+    words = ["[PAD]", "[UNK]", "a", "handwritten", *WORDS, END]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {END}", special_tokens=[(END, words.index(END))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[EOS]", eos_token="[EOS]", model_max_length=6
     )
@@ -96,7 +114,7 @@ def train_clip(folder: Path, num_steps: int) -> None:
     vision = {**sizes, "image_size": 16, "patch_size": 4, "num_channels": 1}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=32))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    tokens = tokenizer([f"{caption} [EOS]" for caption in CAPTIONS], padding=True, return_tensors="pt")
+    tokens = tokenizer(CAPTIONS, padding=True, return_tensors="pt")
     generator = torch.Generator().manual_seed(0)
     for _ in tqdm(range(num_steps), desc="CLIP"):
         batch = torch.randint(len(images), (128,), generator=generator)
@@ -109,6 +127,7 @@ def train_clip(folder: Path, num_steps: int) -> None:
         optimizer.step()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    save(folder / "preprocessor_config.json", PIXELS)
 
 
 class Benchmark:
@@ -134,20 +153,19 @@ class Benchmark:
 
     def text(self, labels: Tensor, scale: float) -> TextGuidance:
         return TextGuidance(
-            prompts=[f"{CAPTIONS[label]} [EOS]" for label in labels],
+            prompts=[CAPTIONS[label] for label in labels],
             model=self.clip,
             tokenizer=self.tokenizer,
             scale=scale,
             num_cutouts=8,
             min_cut=MIN_CUT,
             through_unet=True,
-            image_mean=(0.5,),
-            image_std=(0.5,),
+            **PIXELS,
         )
 
     @torch.no_grad()
     def text_logits(self, images: Tensor) -> Tensor:
-        tokens = self.tokenizer([f"{caption} [EOS]" for caption in CAPTIONS], padding=True, return_tensors="pt")
+        tokens = self.tokenizer(CAPTIONS, padding=True, return_tensors="pt")
         seen = cutouts(images / 2 + 0.5, 16, 1, 1.0, torch.Generator())
         return self.clip(pixel_values=(seen - 0.5) / 0.5, input_ids=tokens["input_ids"]).logits_per_image
 
