@@ -45,6 +45,7 @@ class TextGuidance(Guidance):
         num_cutouts: squares that are cut out and shown to CLIP in each step; more are less noisy, and cost more.
         min_cut: their least side, a share of the image's shorter one; the sides are uniform from there to 1.
         augment: what is done to the cut-outs, (N, C, S, S) in [0, 1], before CLIP sees them.
+        decode: x_0 of a latent model -> images (B, C, H, W) with pixels in [-1, 1]; see `guided_scheduler`.
         range_scale, tv_scale: weights of R and V, relative to the distance.
         image_mean, image_std: those of the model's image processor; by default OpenAI's.
         seed: of the cut-outs.
@@ -64,6 +65,7 @@ class TextGuidance(Guidance):
     num_cutouts: int = 16
     min_cut: float = 0.6
     augment: Callable[[Tensor], Tensor] | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
     range_scale: float = 0.0
     tv_scale: float = 0.0
     image_mean: Sequence[float] = (0.48145466, 0.4578275, 0.40821073)
@@ -111,7 +113,7 @@ class TextGuidance(Guidance):
         prompts, channels = self._prompts(), self.model.config.vision_config.num_channels
         if len(prompts) not in (1, len(latents)):
             raise ValueError(f"{len(prompts)} prompts were given for {len(latents)} images")
-        if latents.shape[1] not in (1, channels):
+        if self.decode is None and latents.shape[1] not in (1, channels):
             raise ValueError(f"the CLIP model is for {channels} channels, the images have {latents.shape[1]}")
         texts = list(dict.fromkeys(text for prompt in prompts for text in prompt))
         with torch.inference_mode(False), torch.no_grad(), evaluation_mode(self.model):
@@ -129,15 +131,16 @@ class TextGuidance(Guidance):
         """f(x0_hat, t) -> (B,), for embeddings (K, D) of the texts and each image's weights (B, K) of them."""
 
         def energy(x0_hat: Tensor, t: Tensor) -> Tensor:
-            seen = embedding(self.model.get_image_features(pixel_values=self._pixels(x0_hat, t)), x0_hat.dtype)
+            images = x0_hat if self.decode is None else self.decode(x0_hat).to(x0_hat.dtype)
+            seen = embedding(self.model.get_image_features(pixel_values=self._pixels(images, t)), images.dtype)
             distances = spherical_distance(seen[:, None], targets).unflatten(0, (self.num_cutouts, -1)).mean(dim=0)
-            excess, right, down = x0_hat - x0_hat.clamp(-1, 1), x0_hat.diff(dim=3), x0_hat.diff(dim=2)
+            excess, right, down = images - images.clamp(-1, 1), images.diff(dim=3), images.diff(dim=2)
             total = (weights * distances).sum(dim=1)
             if self.range_scale:
                 total = total + self.range_scale * excess.square().flatten(1).mean(dim=1)
             if self.tv_scale:
                 variation = right.square().flatten(1).sum(dim=1) + down.square().flatten(1).sum(dim=1)
-                total = total + self.tv_scale * variation / x0_hat[0].numel()
+                total = total + self.tv_scale * variation / images[0].numel()
             return total
 
         return energy

@@ -72,6 +72,7 @@ def test_files_are_found():
         "guidance_arguments",
         "classifier_guidance",
         "classifier_free_guidance",
+        "guided_scheduler",
         "text_guidance",
         "networks",
         "pipeline_dpm",
