@@ -18,7 +18,7 @@ from diffusers_dpm.records import weights_hash
 from diffusers_dpm.sampling import build_scheduler, parse_assignments, parse_seeds
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, DDIMScheduler, DPMSolverScheduler
 from tests.commands import help_of, interrupted, last_line
-from tests.models import fitted_scheduler, save_run, tiny_classifier, tiny_unet
+from tests.models import CLIP_PIXELS, fitted_scheduler, save_clip, save_run, tiny_classifier, tiny_unet
 
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -351,32 +351,14 @@ def test_a_null_class_and_a_classifier_guide_together(tmp_path, capsys):
     assert "cfg_scale" in last_line(capsys)
 
 
-def save_clip(folder, image_mean=0.4):
-    """A tiny CLIP with random weights and a tokenizer of two words."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**sizes, "vocab_size": 4, "max_position_embeddings": 4, "eos_token_id": 3}
-    vision = {**sizes, "image_size": 16, "patch_size": 8, "num_channels": 1}
-    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
-    transformers.CLIPModel(config).save_pretrained(folder)
-    words = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({"dark": 0, "bright": 1, "[UNK]": 2, "[EOS]": 3}, unk_token="[UNK]")
-    )
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[EOS]", model_max_length=4)
-    tokenizer.save_pretrained(folder)
-    pixels = {"image_mean": [image_mean], "image_std": [0.5]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
-    return transformers.CLIPModel.from_pretrained(folder).eval(), tokenizer, pixels
-
-
 def test_texts_guide_the_seeds_in_turn(run, sample, tmp_path, capsys):
-    model, tokenizer, mean = save_clip(tmp_path / "clip")
+    transformers = pytest.importorskip("transformers")
+    save_clip(tmp_path / "clip")
+    model = transformers.CLIPModel.from_pretrained(tmp_path / "clip").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "clip")
     clip = f"--clip={tmp_path / 'clip'}"
     folder = sample("--seeds=0-2", "--prompt", "dark", "bright", "--guidance-scale=30", clip)
-    texts = {"model": model, "tokenizer": tokenizer, "through_unet": True, "scale": 30.0, **mean}
+    texts = {"model": model, "tokenizer": tokenizer, "through_unet": True, "scale": 30.0, **CLIP_PIXELS}
     guidance = TextGuidance(prompts=["dark", "bright", "dark"], **texts)
     pipeline = DPMPipeline.from_pretrained(run)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
