@@ -1,15 +1,27 @@
 """Pipelines: sampling from trained U-Nets."""
 
-from diffusers_dpm.pipelines.guidance import ClassifierFreeGuidance, ClassifierGuidance, Guidance
+from diffusers_dpm.pipelines.classifier_free_guidance import (
+    AdaptiveProjectedGuidance,
+    AutoGuidance,
+    ClassifierFreeGuidance,
+    ClassifierFreeZeroStarGuidance,
+)
+from diffusers_dpm.pipelines.classifier_guidance import ClassifierGuidance
+from diffusers_dpm.pipelines.guidance import Guidance, Prediction
+from diffusers_dpm.pipelines.guided_scheduler import guided_scheduler
 from diffusers_dpm.pipelines.modeling_adm_unet import ADMUNet2DModel
 from diffusers_dpm.pipelines.modeling_noisy_classifier import NoisyClassifier, NoisyClassifierOutput
 from diffusers_dpm.pipelines.networks import evaluation_mode, image_shape, image_size, is_conditional
 from diffusers_dpm.pipelines.pipeline_dpm import DPMPipeline, DPMPipelineOutput, DPMTrajectory
+from diffusers_dpm.pipelines.text_guidance import TextGuidance
 
 
 __all__ = [
     "ADMUNet2DModel",
+    "AdaptiveProjectedGuidance",
+    "AutoGuidance",
     "ClassifierFreeGuidance",
+    "ClassifierFreeZeroStarGuidance",
     "ClassifierGuidance",
     "DPMPipeline",
     "DPMPipelineOutput",
@@ -17,7 +29,10 @@ __all__ = [
     "Guidance",
     "NoisyClassifier",
     "NoisyClassifierOutput",
+    "Prediction",
+    "TextGuidance",
     "evaluation_mode",
+    "guided_scheduler",
     "image_shape",
     "image_size",
     "is_conditional",

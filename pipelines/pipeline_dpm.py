@@ -23,7 +23,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from .guidance import ClassifierGuidance, Guidance, check_finite, choose_guidance
+from .classifier_guidance import ClassifierGuidance
+from .guidance import Guidance, Guides, check_finite
+from .guidance_arguments import choose_guidance
 from .networks import (
     check_network,
     class_names,
@@ -116,7 +118,7 @@ class DPMPipeline(DiffusionPipeline):
         return_dict: bool = True,
         *,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
-        guidance: Guidance | None = None,
+        guidance: Guidance | Sequence[Guidance] | None = None,
         guidance_scale: float | Sequence[float] | Tensor | None = None,
         guidance_mode: str = "score",
         guidance_interval: tuple[float, float] | None = None,
@@ -143,9 +145,10 @@ class DPMPipeline(DiffusionPipeline):
                 classes, and to the classifier, if there is one. If the network has classes, they are by default drawn
                 uniformly, from each image's generator. -1 means no label: no guidance, and for the network its null
                 class.
-            guidance: a `ClassifierGuidance`, `ClassifierFreeGuidance`, or another object with `Guidance`'s methods.
-                Without it, `class_labels` for a pipeline with a classifier mean `ClassifierGuidance()`, and the next
-                seven arguments are the short form of one: `guidance_scale=4.0` is
+            guidance: a `ClassifierGuidance`, `ClassifierFreeGuidance`, or another object with `Guidance`'s methods; or
+                a list of them, each of which gets the prediction as those before have left it. Without it,
+                `class_labels` for a pipeline with a classifier mean `ClassifierGuidance()`, and the next seven
+                arguments are the short form of one: `guidance_scale=4.0` is
                 `guidance=ClassifierGuidance(scale=4.0)`, or `ClassifierFreeGuidance(scale=4.0)` for a network with
                 classes and no classifier.
             guidance_scale: its `scale`, one or each image's own; with 0 the classifier is not called.
@@ -182,21 +185,22 @@ class DPMPipeline(DiffusionPipeline):
             "max_gradient_norm": max_gradient_norm,
             "guidance_through_unet": guidance_through_unet,
         }
-        guidance = choose_guidance(guidance, self.classifier is None and bool(num_classes_of(self.unet)), **shortcuts)
+        guides = choose_guidance(guidance, self.classifier is None and bool(num_classes_of(self.unet)), **shortcuts)
         generator = make_generators(generator, seeds)
         labels = None if class_labels is None else torch.as_tensor(self.get_label_ids(class_labels))
-        sizes = {"class_labels": labels, "latents": latents, "guidance_scale": scale_of(guidance)}
+        sizes = {"class_labels": labels, "latents": latents}
+        sizes |= {f"guidance_scale{i or ''}": torch.as_tensor(guide.scale) for i, guide in enumerate(guides)}
         batch_size = common_batch_size(batch_size, generator, **sizes)
         scheduler = adapt(self.scheduler)
         step_arguments = scheduler.step_arguments(generator, eta)
         scheduler.set_timesteps(num_inference_steps)
         latents = self._prepare_latents(latents, batch_size, generator)
-        labels = self._prepare_labels(labels, batch_size, generator, guidance)
-        guidance = self._bind_guidance(guidance, scheduler, latents, labels)
-        if guidance is not None and guidance.clip_order == "before":
+        labels = self._prepare_labels(labels, batch_size, generator, guides)
+        bound = self._bind_guidance(guides, scheduler, latents, labels)
+        if bound is not None and bound.clip_order == "before":
             scheduler = scheduler.without_clipping()
-        steps = (scheduler, guidance, step_arguments, after_step, int(return_trajectory))
-        with evaluation_mode(self.unet, self.classifier):
+        steps = (scheduler, bound, step_arguments, after_step, int(return_trajectory))
+        with evaluation_mode(self.unet, self.classifier, *(bound.networks if bound else ())):
             latents, trajectory = self._denoise(latents, labels, *steps)
         output = DPMPipelineOutput(self._to_images(latents, output_type), labels, trajectory)
         self.maybe_free_model_hooks()
@@ -207,7 +211,7 @@ class DPMPipeline(DiffusionPipeline):
         latents: Tensor,
         labels: Tensor | None,
         scheduler: SchedulerAdapter,
-        guidance: Guidance | None,
+        guidance: Guides | None,
         step_arguments: dict[str, Any],
         after_step: Callable[..., Tensor],
         keep_every: int,
@@ -246,9 +250,12 @@ class DPMPipeline(DiffusionPipeline):
         check_finite(finite, timesteps)
         return latents, stack_trajectory(states, latents) if keep_every else None
 
-    def _predict(self, scheduler: SchedulerAdapter, conditioning: dict, model_input: Tensor, **changes: Any) -> Tensor:
+    def _predict(
+        self, scheduler: SchedulerAdapter, conditioning: dict, model_input: Tensor, unet: Any = None, **changes: Any
+    ) -> Tensor:
         """The U-Net's output in the precision of its input, with the channels that the scheduler can use."""
-        output = self.unet(model_input.to(self.unet.dtype), **(conditioning | changes)).sample.to(model_input.dtype)
+        unet = unet or self.unet
+        output = unet(model_input.to(unet.dtype), **(conditioning | changes)).sample.to(model_input.dtype)
         channels = model_input.shape[1]
         cut = output.shape[1] == 2 * channels and not scheduler.takes_learned_variance
         return output[:, :channels] if cut else output
@@ -282,7 +289,7 @@ class DPMPipeline(DiffusionPipeline):
         return number if found is None else found
 
     def _prepare_labels(
-        self, labels: Tensor | None, batch_size: int, generator: Generators, guidance: Guidance | None
+        self, labels: Tensor | None, batch_size: int, generator: Generators, guides: Sequence[Guidance]
     ) -> Tensor | None:
         """One label per image, on the CPU; None if there are none."""
         num_classes: Any = num_classes_of(self.unet)
@@ -298,22 +305,21 @@ class DPMPipeline(DiffusionPipeline):
             drawn = draw_labels(num_classes, batch_size, generator)
             labels = drawn if labels is None else labels
         elif labels is not None:
-            if self.classifier is None or (guidance is not None and not guidance.uses_classifier):
+            if self.classifier is None or (guides and not any(guide.uses_classifier for guide in guides)):
                 reason = "the U-Net is unconditional (no num_class_embeds) and no classifier is used"
                 raise ValueError(f"class_labels were given, but {reason}")
             num_classes, lowest = getattr(self.classifier, "config", {}).get("num_classes") or math.inf, -1
         return None if labels is None else checked_labels(labels, lowest, num_classes)
 
     def _bind_guidance(
-        self, guidance: Guidance | None, scheduler: SchedulerAdapter, latents: Tensor, labels: Tensor | None
-    ) -> Guidance | None:
-        """`guidance` for this call, by default that of the classifier if there are labels; None if nothing guides."""
-        if guidance is None and self.classifier is not None and labels is not None:
-            guidance = ClassifierGuidance()
-        if guidance is not None:
-            guidance = guidance.bind(self.unet, self.classifier, scheduler, latents, labels)
+        self, guides: Sequence[Guidance], scheduler: SchedulerAdapter, latents: Tensor, labels: Tensor | None
+    ) -> Guides | None:
+        """The guides for this call, by default the classifier if there are labels; None if nothing guides."""
+        if not guides and self.classifier is not None and labels is not None:
+            guides = [ClassifierGuidance()]
+        guidance = Guides(tuple(guides)).bind(self.unet, self.classifier, scheduler, latents, labels)
         fitted = self.scheduler.config.get("guidance_scale")
-        if scheduler.has_fitted_rows and (scale_of(guidance) != (fitted or 0)).any():
+        if scheduler.has_fitted_rows and any((scale != (fitted or 0)).any() for scale in scales_of(guidance)):
             warn_once(
                 "the scheduler's rows were fitted %s and fit less well here; 'diffusers-dpm calibrate' fits others",
                 "without guidance" if fitted is None else f"under guidance_scale={fitted:g}",
@@ -405,9 +411,9 @@ def to_json(values: dict[str, Any]) -> str:
     return json.dumps(values, indent=2, sort_keys=True) + "\n"
 
 
-def scale_of(guidance: Guidance | None) -> Tensor:
-    """w, one or each image's own; 0 where nothing guides."""
-    return torch.as_tensor(0 if guidance is None else guidance.scale)
+def scales_of(guidance: Guides | None) -> list[Tensor]:
+    """w of each guide, one or each image's own; 0 where nothing guides."""
+    return [torch.as_tensor(guide.scale) for guide in guidance.guides] if guidance else [torch.zeros(())]
 
 
 def make_generators(generator: Generators | Sequence[torch.Generator], seeds: Iterable[int] | None) -> Generators:

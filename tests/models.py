@@ -335,6 +335,27 @@ def save_features(folder: Path, num_classes=10):
     return folder
 
 
+CLIP_PIXELS = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.5, 0.5, 0.5]}
+
+
+def save_clip(folder: Path) -> None:
+    """A tiny CLIP with random weights, and its tokenizer, which knows two words."""
+    import transformers  # an extra
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 4, "max_position_embeddings": 8, "eos_token_id": 3}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    transformers.CLIPModel(config).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({"dark": 0, "bright": 1, "[UNK]": 2, "[EOS]": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[EOS]", model_max_length=8)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(CLIP_PIXELS))
+
+
 def solver_rows(solver, *tables, factor=1.0, weights=None, classifier=None):
     """What `set_calibration` takes: the rows of a solver, with x_t's factor multiplied by `factor`.
 

@@ -100,10 +100,17 @@ def test_script_runs(script, folders, tmp_path, monkeypatch):
         FlowMatchEulerDiscreteScheduler().save_pretrained(run / "scheduler")
     if script in ON_NEW_RUNS:
         run = tmp_path / "new"
+    if script == "guidance_quality":
+        run = tmp_path / "labelled"
+        shutil.copytree(folders[0], run)
+        unet = tiny_unet(num_class_embeds=11)
+        unet.register_to_config(_has_null_class=True)
+        unet.save_pretrained(run / "unet")
     output = tmp_path / f"{script}.json"
     arguments = [str(run)] if script in (*ON_A_RUN, *ON_A_FLOW, *ON_NEW_RUNS) else []
     arguments += [f"--features={features}"] if script in ON_DIGITS else []
     arguments += ["--data=digits"] if script == "quality" else []
+    arguments += [f"--worse={run}", f"--clip={tmp_path / 'clip'}"] if script == "guidance_quality" else []
     monkeypatch.setattr(sys, "argv", [script, *arguments, "--smallest", f"--output={output}"])
     as_main(script, monkeypatch)
     written = {path.suffix for path in tmp_path.iterdir() if path.is_file()}

@@ -13,12 +13,12 @@ from diffusers_dpm import sampling
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.images import label_strip
-from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.pipelines import ClassifierFreeGuidance, ClassifierGuidance, DPMPipeline, TextGuidance
 from diffusers_dpm.records import weights_hash
 from diffusers_dpm.sampling import build_scheduler, parse_assignments, parse_seeds
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, DDIMScheduler, DPMSolverScheduler
 from tests.commands import help_of, interrupted, last_line
-from tests.models import fitted_scheduler, save_run, tiny_classifier, tiny_unet
+from tests.models import CLIP_PIXELS, fitted_scheduler, save_clip, save_run, tiny_classifier, tiny_unet
 
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -326,6 +326,54 @@ def test_the_null_class_guides_where_there_is_no_classifier(tmp_path, capsys):
     (run / "classifier" / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
     assert main([*command, "--guidance-scale=3", f"--output={tmp_path / 'damaged'}", "--cpu"]) != 0
     assert "classifier" in last_line(capsys)
+
+
+def test_a_null_class_and_a_classifier_guide_together(tmp_path, capsys):
+    unet = tiny_unet(num_class_embeds=3)
+    unet.register_to_config(_has_null_class=True)
+    run, classifier = tmp_path / "run", tiny_classifier(2, std=3)
+    save_run(run, unet)
+    command = [str(run), "--scheduler=ddim", "--num-inference-steps=3", "--seeds=0-1", "--class-labels", "0", "1"]
+    command += ["--cpu", "--cfg-scale=3"]
+    assert main([*command, f"--output={tmp_path / 'free'}"]) == 0
+    assert main([*command, "--guidance-scale=2", f"--output={tmp_path / 'both'}"]) == 2
+    assert "train-classifier" in last_line(capsys)
+    classifier.save_pretrained(run / "classifier")
+    assert main([*command, "--guidance-scale=2", f"--output={tmp_path / 'both'}"]) == 0
+    pipeline = DPMPipeline.from_pretrained(run, classifier=classifier)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    free, both = ClassifierFreeGuidance(3.0), [ClassifierFreeGuidance(3.0), ClassifierGuidance(scale=2.0)]
+    for folder, guidance in (("free", free), ("both", both)):
+        arguments = {"seeds": [0, 1], "class_labels": [0, 1], "guidance": guidance, "num_inference_steps": 3}
+        theirs = np.stack([*map(np.asarray, pipeline(**arguments).images)])
+        assert_same(pixels(tmp_path / folder, [0, 1]), theirs)
+    assert main([*command, "--cfg-scale=2", f"--output={tmp_path / 'free'}"]) == 2
+    assert "cfg_scale" in last_line(capsys)
+
+
+def test_texts_guide_the_seeds_in_turn(run, sample, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    save_clip(tmp_path / "clip")
+    model = transformers.CLIPModel.from_pretrained(tmp_path / "clip").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "clip")
+    clip = f"--clip={tmp_path / 'clip'}"
+    folder = sample("--seeds=0-2", "--prompt", "dark", "bright", "--guidance-scale=30", clip)
+    texts = {"model": model, "tokenizer": tokenizer, "through_unet": True, "scale": 30.0, **CLIP_PIXELS}
+    guidance = TextGuidance(prompts=["dark", "bright", "dark"], **texts)
+    pipeline = DPMPipeline.from_pretrained(run)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    theirs = pipeline(seeds=[0, 1, 2], num_inference_steps=5, guidance=guidance).images
+    assert_same(pixels(folder, [0, 1, 2]), np.stack([*map(np.asarray, theirs)]))
+    assert np.abs(pixels(folder, [0, 1]).astype(int) - expected(run, [0, 1])).max() > 1
+    sample("--seeds=3", "--prompt=dark", "--guidance-scale=30", clip, code=2)
+    assert "prompts" in last_line(capsys)
+    for arguments in ([clip], ["--prompt=dark", clip], ["--prompt=dark", "--guidance-scale=1"]):
+        sample("--seeds=0", *arguments, code=2, output="other")
+        assert "--prompt, --clip and --guidance-scale" in last_line(capsys)
+    sample("--seeds=0", "--prompt=", "--guidance-scale=1", clip, code=2, output="other")
+    assert "--prompt must not be empty" in last_line(capsys)
+    sample("--seeds=0", "--prompt=dark", "--guidance-scale=1", f"--clip={run}", code=2, output="other")
+    assert "no CLIP model of transformers" in last_line(capsys)
 
 
 def save_tables(run, *tables, spacing="linspace", **hashes):

@@ -1,8 +1,9 @@
 """The documentation is true: its code runs as it stands, its options exist, its links lead somewhere.
 
 Each page runs by itself, in a directory of its own: its blocks in order, Python blocks in one namespace. A line
-`expression  # literal` must have that value. `path/to/images` holds a few digits, `runs/mine` is a small run, and the
-Hub is one on 127.0.0.1, with a random network under the name of the checkpoint that the pages load.
+`expression  # literal` must have that value. `path/to/images` holds a few digits, `path/to/clip` a tiny CLIP,
+`runs/mine` is a small run, and the Hub is one on 127.0.0.1, with random networks under the names of the checkpoints
+that the pages load.
 """
 
 import ast
@@ -28,6 +29,7 @@ from diffusers_dpm.commands.main import main as diffusers_dpm
 from tests.conftest import forget_accelerator
 from tests.hub.conftest import hub  # noqa: F401 (a fixture)
 from tests.hub.server import Account
+from tests.models import save_clip
 from tests.original_networks import Flags, OpenAIClassifier, OpenAIUNet, randomised
 from tests.pipelines.tiny_pipelines import built
 
@@ -169,6 +171,7 @@ def workspace(tmp_path_factory):
     save_digits(folder / "path/to/images", range(64))
     save_digits(folder / "path/to/test/images", range(64, 80))
     save_checkpoints(folder)
+    save_clip(folder / "path/to/clip")
     with pytest.MonkeyPatch.context() as context:
         context.chdir(folder)
         context.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")

@@ -12,7 +12,7 @@ FLOORS = (
     "commands",
     "training",
     "conversion evaluation hub likelihood runs",
-    "posterior_statistics calibration calibration_inputs adaptive sampling",
+    "posterior_statistics calibration calibration_inputs adaptive sampling clip",
     "networks run_folder data image_sources image_values image_batches images records processes random_streams "
     "options errors lazy",
     "pipelines schedulers",

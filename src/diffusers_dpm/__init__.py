@@ -16,11 +16,16 @@ if TYPE_CHECKING:
     from diffusers_dpm.likelihood.bound import evidence_lower_bound as evidence_lower_bound
     from diffusers_dpm.likelihood.ode import ode_log_likelihood as ode_log_likelihood
     from diffusers_dpm.likelihood.ode import ode_sample as ode_sample
+    from diffusers_dpm.pipelines import AdaptiveProjectedGuidance as AdaptiveProjectedGuidance
     from diffusers_dpm.pipelines import ADMUNet2DModel as ADMUNet2DModel
+    from diffusers_dpm.pipelines import AutoGuidance as AutoGuidance
     from diffusers_dpm.pipelines import ClassifierFreeGuidance as ClassifierFreeGuidance
+    from diffusers_dpm.pipelines import ClassifierFreeZeroStarGuidance as ClassifierFreeZeroStarGuidance
     from diffusers_dpm.pipelines import ClassifierGuidance as ClassifierGuidance
     from diffusers_dpm.pipelines import DPMPipeline as DPMPipeline
     from diffusers_dpm.pipelines import NoisyClassifier as NoisyClassifier
+    from diffusers_dpm.pipelines import TextGuidance as TextGuidance
+    from diffusers_dpm.pipelines import guided_scheduler as guided_scheduler
     from diffusers_dpm.posterior_statistics import PosteriorStatistics as PosteriorStatistics
     from diffusers_dpm.posterior_statistics import estimate_statistics as estimate_statistics
     from diffusers_dpm.posterior_statistics import import_ms_eps as import_ms_eps

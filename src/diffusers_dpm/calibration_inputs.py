@@ -10,13 +10,9 @@ from torch import Tensor
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.networks import NoProgress, Progress
-from diffusers_dpm.pipelines.guidance import (
-    ClassifierFreeGuidance,
-    ClassifierGuidance,
-    Guidance,
-    check_classifier,
-    label_log_probability,
-)
+from diffusers_dpm.pipelines.classifier_free_guidance import ClassifierFreeGuidance
+from diffusers_dpm.pipelines.classifier_guidance import ClassifierGuidance, check_classifier, label_log_probability
+from diffusers_dpm.pipelines.guidance import Guides
 from diffusers_dpm.pipelines.networks import image_shape, is_conditional, null_class_of, num_classes_of
 from diffusers_dpm.pipelines.scheduler_adapter import Output
 from diffusers_dpm.processes import Processes
@@ -43,7 +39,7 @@ class Network:
     unet: Any
     scheduler: DPMSolverScheduler
     arguments: Mapping[str, Any]
-    guidance: Callable[[int, int], Guidance] | None
+    guidance: Callable[[int, int], Guides] | None
     batch_size: int
     processes: Processes = field(default_factory=Processes)
     progress: Progress = field(default_factory=NoProgress)
@@ -129,7 +125,7 @@ def arguments_for(
 
 def guidance_for(
     classifier: Any, scale: float | None, unet: Any, noise: Tensor, labels: Tensor | None, output: str | Output
-) -> Callable[[int, int], Guidance] | None:
+) -> Callable[[int, int], Guides] | None:
     """`Network.guidance` by a classifier, or else by the network's null class; None without a scale.
 
     Raises:
@@ -145,12 +141,15 @@ def guidance_for(
     assert labels is not None  # that of a network with classes or of a classifier
     if null_class is not None and classifier is None:
         both = torch.stack([labels, torch.full_like(labels, null_class)]).to(noise.device)
-        return lambda start, end: ClassifierFreeGuidance(scale, both[:, start:end].flatten())
+        free = ClassifierFreeGuidance(scale, null_class=null_class)
+        return lambda start, end: Guides((free,), output, class_labels=both[:, start:end].flatten())
     check_classifier(classifier, unet, noise, labels)
 
-    return lambda start, end: ClassifierGuidance(
-        label_log_probability(classifier, labels[start:end], noise.device), output, scale
-    )
+    def by_classifier(start: int, end: int) -> Guides:
+        log_prob = label_log_probability(classifier, labels[start:end], noise.device)
+        return Guides((ClassifierGuidance(log_prob, scale=scale),), output)
+
+    return by_classifier
 
 
 def on_tensors(function: Callable[[Tensor], Any], values: Any) -> Any:

@@ -83,7 +83,11 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("num_features", lambda value: value in range(8, 65, 8), "be a multiple of 8 from 8 to 64"),
     ("channels", lambda value: value == "auto" or (value.isdigit() and int(value) > 0), "be auto or a number"),
     ("resolution", lambda value: value > 0, "be one or two positive numbers"),
-    ("data output_dir eval_data seeds output schedulers features", lambda value: value != "", "not be empty"),
+    (
+        "data output_dir eval_data seeds output schedulers features prompt clip",
+        lambda value: value != "",
+        "not be empty",
+    ),
 )
 
 

@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 
 from diffusers_dpm.calibration import STEPS, Calibration, calibrate, conditions_of, limited, network_calls, solver_for
+from diffusers_dpm.clip import Texts
 from diffusers_dpm.data import describe_data, load_images
 from diffusers_dpm.errors import DiffusersDPMError, user_error
-from diffusers_dpm.networks import guided_calls, load_guide, load_pipeline, noise_schedule_of, report_cost
+from diffusers_dpm.networks import guided_calls, load_extra, load_guide, load_pipeline, noise_schedule_of, report_cost
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
 from diffusers_dpm.processes import Processes
@@ -36,6 +37,9 @@ def sample_run(
     num_inference_steps: int | None = None,
     class_labels: Sequence[int | str] | None = None,
     guidance_scale: float | None = None,
+    cfg_scale: float | None = None,
+    prompt: Sequence[str] | None = None,
+    clip: str | None = None,
     batch_size: int = 64,
     columns: int | None = None,
     cpu: bool = False,
@@ -47,7 +51,9 @@ def sample_run(
         seeds: one per image.
         output: a folder of PNG files, an .npz file (arr_0 and seeds), or a .png file with a grid of all images.
         scheduler, scheduler_options: as `build_scheduler`; by default the model's own.
-        num_inference_steps, class_labels, guidance_scale: as `Sampler`.
+        num_inference_steps, class_labels, guidance_scale, cfg_scale: as `Sampler`.
+        prompt: a text that guides, or K of which seed s takes the (s mod K)-th.
+        clip: folder or Hub id of a CLIP model of transformers, for `prompt`.
         batch_size: images per network call.
         columns: images in a row of the .png file.
         cpu: use the CPU even if there is an accelerator.
@@ -59,14 +65,19 @@ def sample_run(
         DiffusersDPMError: the model or the arguments cannot be used; the output holds other images.
     """
     pipeline = load_pipeline(model, any_process=True)
-    if guidance_scale is not None:
-        pipeline.register_modules(classifier=load_guide(model, pipeline.unet))
+    if guidance_scale is not None and prompt is None:
+        guide = load_guide(model, pipeline.unet) if cfg_scale is None else load_extra(model, "classifier")
+        pipeline.register_modules(classifier=guide)
+    own_scale = guidance_scale if prompt is None and cfg_scale is None else cfg_scale
     if scheduler is not None:
-        pipeline.scheduler = build_scheduler(scheduler, scheduler_options or {}, pipeline, model, guidance_scale)
+        pipeline.scheduler = build_scheduler(scheduler, scheduler_options or {}, pipeline, model, own_scale)
     with user_error("--class-labels"):
-        sampler = Sampler(pipeline, num_inference_steps, pipeline.get_label_ids(class_labels), guidance_scale)
+        labels = pipeline.get_label_ids(class_labels)
+    texts = None if prompt is None or clip is None else Texts.load(prompt, clip)
+    sampler = Sampler(pipeline, num_inference_steps, labels, guidance_scale, cfg_scale, texts)
     accelerator = Accelerator(cpu=cpu)
-    calls = guided_calls(len(seeds) * sampler.num_steps(), guidance_scale, pipeline.classifier)
+    by_classifier = pipeline.classifier if cfg_scale is None else None
+    calls = guided_calls(len(seeds) * sampler.num_steps(), own_scale, by_classifier)
     pipeline.to(accelerator.device)
     report_cost(pipeline.unet, calls, batch_size, accelerator, pipeline.classifier)
     others = save_images(sampler, seeds, output, batch_size, accelerator, columns)

@@ -21,10 +21,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffusers_dpm.calibration import Calibration, FittedTable, fitted_weights
+from diffusers_dpm.clip import Texts
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 from diffusers_dpm.images import GRID, image_grid, to_pil, to_uint8
 from diffusers_dpm.networks import Progress, check_config, check_weights, load_extra, process_of
-from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.pipelines import ClassifierFreeGuidance, ClassifierGuidance, DPMPipeline, Guidance
 from diffusers_dpm.pipelines.networks import class_names
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.posterior_statistics import PosteriorStatistics
@@ -237,13 +238,17 @@ class Sampler:
         pipeline: the network, the scheduler and, for guidance, the classifier.
         num_inference_steps: as `DPMPipeline`.
         class_labels: seed s is drawn for class_labels[s % len(class_labels)]; None: as `DPMPipeline`.
-        guidance_scale: as `DPMPipeline`.
+        guidance_scale: of `texts`, if there are any, or else as `DPMPipeline`.
+        cfg_scale: of the network's null class, beside the other guidance.
+        texts: guide.
     """
 
     pipeline: DPMPipeline
     num_inference_steps: int | None = None
     class_labels: Sequence[int] | None = None
     guidance_scale: float | None = None
+    cfg_scale: float | None = None
+    texts: Texts | None = None
 
     def settings(self) -> dict[str, Any]:
         """The same as JSON, with weights as hashes."""
@@ -258,6 +263,10 @@ class Sampler:
             "guidance_scale": self.guidance_scale,
             "classifier": classifier and weights_hash(classifier),
         }
+        if self.cfg_scale is not None:
+            settings["cfg_scale"] = self.cfg_scale
+        if self.texts is not None:
+            settings |= self.texts.settings()
         return json.loads(json.dumps(settings))
 
     def num_steps(self) -> int:
@@ -265,6 +274,15 @@ class Sampler:
         with user_error(scheduler_name(self.pipeline.scheduler)):
             adapt(self.pipeline.scheduler).set_timesteps(self.num_inference_steps)
         return len(self.pipeline.scheduler.timesteps)
+
+    def _guidance(self, seeds: Sequence[int]) -> dict[str, Any]:
+        """The pipeline's arguments that guide the images of these seeds."""
+        guides: list[Guidance] = [] if self.cfg_scale is None else [ClassifierFreeGuidance(self.cfg_scale)]
+        if self.texts is not None:
+            guides.append(self.texts.guidance(seeds, self.guidance_scale or 0.0))
+        elif guides and self.guidance_scale is not None:
+            guides.append(ClassifierGuidance(scale=self.guidance_scale))
+        return {"guidance": guides} if guides else {"guidance_scale": self.guidance_scale}
 
     def draw(self, seeds: Sequence[int], progress: Progress | None = None) -> Drawn:
         """(images uint8 (B, H, W, C), rounded; their labels or None; network calls).
@@ -289,7 +307,7 @@ class Sampler:
                 seeds=seeds,
                 num_inference_steps=self.num_inference_steps,
                 class_labels=labels,
-                guidance_scale=self.guidance_scale,
+                **self._guidance(seeds),
                 output_type="np",
                 callback_on_step_end=after_step,
             )

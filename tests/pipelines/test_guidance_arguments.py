@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import ModelMixin
 
-from diffusers_dpm.pipelines import ClassifierGuidance, Guidance, pipeline_dpm
+from diffusers_dpm.pipelines import ClassifierGuidance, pipeline_dpm
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler
 from tests.models import HeadClassifier, ImageMixtureClassifier, ImageMixtureNetwork, fitted_scheduler
 
@@ -335,27 +335,11 @@ def test_guidance_object_beside_its_shortcuts_is_an_error(real_pipe):
         path(real_pipe, class_labels=[0, 1], guidance=ClassifierGuidance(scale=[1.0, 2.0, 3.0]))
 
 
-class Both(Guidance):
-    """Two guides, the second around the first."""
-
-    uses_classifier = True
-
-    def __init__(self, *guides):
-        self.guides = guides
-
-    def bind(self, *call):
-        return Both(*(guide.bind(*call) for guide in self.guides))
-
-    def predict(self, network, x_t, *level):
-        first, second = self.guides
-        return second.predict(lambda x: first.predict(network, x, *level)[0], x_t, *level)
-
-
-def test_guidance_wraps_guidance(make_pipe):
+def test_a_list_of_guides_adds_up(make_pipe):
     """Twice the same classifier adds the scales."""
     pipe, _ = guided_pair(make_pipe, DDIMScheduler(**LINEAR, clip_sample=False))
     arguments = {"class_labels": [0, 1], "seeds": [0, 1]}
-    both = path(pipe, **arguments, guidance=Both(ClassifierGuidance(scale=0.5), ClassifierGuidance(scale=1.25)))
+    both = path(pipe, **arguments, guidance=[ClassifierGuidance(scale=0.5), ClassifierGuidance(scale=1.25)])
     torch.testing.assert_close(both, path(pipe, **arguments, guidance_scale=1.75), atol=1e-9, rtol=0)
 
 

@@ -36,7 +36,13 @@ class ImageOptions:
     class_labels: list[str] | None = None
     """one class, by name or number, or K that seeds take in turn: seed s gets the (s mod K)-th"""
     guidance_scale: float | None = None
-    """scale of guidance by the model's classifier, or else by its null class"""
+    """scale of guidance: by --prompt, or else by the model's classifier, or else by its null class"""
+    cfg_scale: float | None = None
+    """scale of guidance by the null class, beside the other guidance"""
+    prompt: list[str] | None = None
+    """one text that guides, or K that seeds take in turn"""
+    clip: str | None = None
+    """CLIP model of transformers that knows the texts: folder or Hub id"""
     batch_size: int = 64
     """images per network call"""
     columns: int | None = None
@@ -60,6 +66,8 @@ class SampleOptions(SchedulerOptions, ImageOptions):
         others = {*Image.registered_extensions(), ".npy", ".zip", ".tar", ".svg"} - {".png"}
         if Path(self.output).suffix.lower() in others:
             raise DiffusersDPMError(f"--output must be a folder, an .npz or a .png file, got {self.output}")
+        if (self.prompt is None) != (self.clip is None) or (self.prompt and self.guidance_scale is None):
+            raise DiffusersDPMError("--prompt, --clip and --guidance-scale are needed together")
         if self.scheduler_options and not self.scheduler:
             raise DiffusersDPMError("--scheduler-options needs --scheduler")
 

@@ -1,0 +1,68 @@
+"""Texts that guide, and CLIP models of transformers that know them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.pipelines import TextGuidance
+from diffusers_dpm.records import weights_hash
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Seed s is guided by prompts[s % len(prompts)].
+
+    Attributes:
+        prompts: the texts.
+        model, tokenizer: CLIP.
+        pixels: image_mean and image_std of its processor, where it says them.
+    """
+
+    prompts: Sequence[str]
+    model: Any
+    tokenizer: Any
+    pixels: Mapping[str, Any]
+
+    @classmethod
+    def load(cls, prompts: Sequence[str], where: str) -> "Texts":
+        """With the CLIP of a folder or Hub id.
+
+        Raises:
+            DiffusersDPMError: it holds no model of images and text with a tokenizer.
+        """
+        from transformers import AutoModel, AutoTokenizer  # slow to import
+        from transformers.image_processing_utils import BaseImageProcessor
+        from transformers.utils import logging
+
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # an error is raised below
+        try:
+            model, tokenizer = AutoModel.from_pretrained(where).eval(), AutoTokenizer.from_pretrained(where)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            reason = " ".join(str(error).split())
+            raise DiffusersDPMError(f"{where} is no CLIP model of transformers, here or online: {reason}") from error
+        finally:
+            logging.set_verbosity(verbosity)
+        if not hasattr(model, "get_text_features") or not hasattr(model.config, "vision_config"):
+            raise DiffusersDPMError(
+                f"{where} is a {type(model).__name__}, not a model of images and text such as CLIP"
+            )
+        try:
+            processor = BaseImageProcessor.get_image_processor_dict(where)[0]
+        except OSError:  # it has none: those of OpenAI
+            processor = {}
+        return cls(
+            prompts, model, tokenizer, {key: processor[key] for key in ("image_mean", "image_std") if key in processor}
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """As JSON, with the weights as a hash."""
+        return {"prompts": list(self.prompts), "clip": weights_hash(self.model)}
+
+    def guidance(self, seeds: Sequence[int], scale: float) -> TextGuidance:
+        """Each image towards its text, through the network."""
+        prompts, pixels = [self.prompts[seed % len(self.prompts)] for seed in seeds], dict(self.pixels)
+        return TextGuidance(
+            prompts=prompts, model=self.model, tokenizer=self.tokenizer, scale=scale, through_unet=True, **pixels
+        )

@@ -1,0 +1,116 @@
+"""A scheduler that guides: in diffusers' own pipelines it is what guidance is in `DPMPipeline`."""
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDPMPipeline
+
+from diffusers_dpm.pipelines import ClassifierFreeGuidance, ClassifierGuidance, guided_scheduler
+from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler
+from tests.models import ImageMixtureNetwork
+
+from .test_guidance import FREE, LINEAR, identity, latents, path
+from .test_text_guidance import clip, make  # noqa: F401 (a fixture)
+from .tiny_pipelines import built, sample
+
+
+def energy(x_t, t, x0_hat):
+    return -(x0_hat - 0.6).square().flatten(1).sum(1)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        DDIMScheduler(**LINEAR),
+        DPMSolverScheduler(**LINEAR, solver_order=3),
+        DPMSolverScheduler(**LINEAR, method="singlestep"),
+        diffusers.DDIMScheduler(**FREE),
+        diffusers.DPMSolverMultistepScheduler(**LINEAR),
+        diffusers.HeunDiscreteScheduler(**LINEAR),
+        diffusers.EulerDiscreteScheduler(**LINEAR),
+    ],
+    ids=identity,
+)
+def test_it_is_guidance_in_dpm_pipeline(make_pipe, scheduler):
+    options = {"scale": 2.0, "interval": (0, 700)}
+    pipe = make_pipe(scheduler, ImageMixtureNetwork())
+    expected = path(pipe, latents=latents(2), guidance=ClassifierGuidance(energy, **options))
+    pipe.scheduler = guided_scheduler(scheduler, ClassifierGuidance(energy, **options))
+    found = path(pipe, latents=latents(2))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    pipe.scheduler = guided_scheduler(scheduler, ClassifierGuidance(energy, scale=0.0))
+    pipe2 = make_pipe(scheduler, ImageMixtureNetwork())
+    assert torch.equal(path(pipe, latents=latents(2)), path(pipe2, latents=latents(2)))
+
+
+def test_it_keeps_its_name_its_config_and_its_arguments():
+    plain = diffusers.DDIMScheduler(beta_end=0.03)
+    guided = guided_scheduler(plain, [ClassifierGuidance(energy)])
+    assert isinstance(guided, diffusers.DDIMScheduler)
+    assert type(guided).__name__ == "DDIMScheduler"
+    assert dict(guided.config) == dict(plain.config)
+    unet = ImageMixtureNetwork().float()
+    pipe = DDPMPipeline(unet, guided)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe(num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0)).images.shape
+    assert not hasattr(plain, "guides")
+
+
+@pytest.mark.parametrize(
+    ("guidance", "message"),
+    [
+        (ClassifierGuidance(energy, through_unet=True), "knows no network"),
+        (ClassifierFreeGuidance(2.0), "null class"),
+        (ClassifierGuidance(energy, mode="mean_shift"), "mean shift"),
+        (ClassifierGuidance(energy, clip_order="before"), "clip_order"),
+    ],
+)
+def test_guidance_that_needs_more_than_a_step_has(guidance, message):
+    with pytest.raises(ValueError, match=message):
+        guided_scheduler(DDIMScheduler(), guidance)
+
+
+# Stable Diffusion ------------------------------------------------------------------------------------------------
+
+
+def images(pipe, latents):
+    return pipe.vae.decode(latents / pipe.vae.config.scaling_factor).sample
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "swap", [lambda s: s, lambda s: DPMSolverScheduler.from_config(s.config)], ids=["stock", "ours"]
+)
+def test_an_energy_of_latents_guides_stable_diffusion(swap):
+    pipe, arguments = built("StableDiffusionPipeline")
+    stock, target = pipe.scheduler, torch.ones(4, 1, 1)
+
+    def near(x_t, t, x0_hat):
+        return -(x0_hat - target).square().flatten(1).mean(1)
+
+    try:
+        pipe.scheduler = swap(stock)
+        before = sample(pipe, arguments, 8)
+        pipe.scheduler = guided_scheduler(pipe.scheduler, ClassifierGuidance(near, scale=100.0, interval=(0, 400)))
+        after = sample(pipe, arguments, 8)
+    finally:
+        pipe.scheduler = stock
+    assert (after - target).square().mean() < 0.7 * (before - target).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_text_guides_stable_diffusion_through_its_decoder(clip):  # noqa: F811
+    pipe, arguments = built("StableDiffusionPipeline")
+    stock = pipe.scheduler
+    guide = make(clip, scale=300.0, decode=lambda x0: images(pipe, x0), interval=(0, 600))
+    bound = guide.bind(None, None, None, torch.zeros(1, 4, 8, 8), None)
+    try:
+        pipe.scheduler = DDIMScheduler.from_config(stock.config)
+        before = sample(pipe, arguments, 8)
+        pipe.scheduler = guided_scheduler(pipe.scheduler, guide)
+        after = sample(pipe, arguments, 8)
+    finally:
+        pipe.scheduler = stock
+    t = torch.tensor(0)
+    nearer = [bound.log_prob(x0, t, x0.float()) for x0 in (before, after)]
+    assert nearer[1] > nearer[0] + 1e-3
