@@ -9,7 +9,7 @@ from diffusers_dpm.pipelines.classifier_free_guidance import (
 from diffusers_dpm.pipelines.classifier_guidance import ClassifierGuidance
 from diffusers_dpm.pipelines.guidance import Guidance, Prediction
 from diffusers_dpm.pipelines.guided_scheduler import guided_scheduler
-from diffusers_dpm.pipelines.modeling_adm_unet import ADMUNet2DModel
+from diffusers_dpm.pipelines.modeling_adm import ADMUNet2DModel
 from diffusers_dpm.pipelines.modeling_noisy_classifier import NoisyClassifier, NoisyClassifierOutput
 from diffusers_dpm.pipelines.networks import evaluation_mode, image_shape, image_size, is_conditional
 from diffusers_dpm.pipelines.pipeline_dpm import DPMPipeline, DPMPipelineOutput, DPMTrajectory

@@ -20,7 +20,7 @@ from diffusers.utils.dynamic_modules_utils import check_imports, find_pipeline_c
 
 from diffusers_dpm import pipelines, schedulers
 from diffusers_dpm.hub.remote_code import write_code
-from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.pipelines import ADMUNet2DModel, DPMPipeline, NoisyClassifier
 
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ FILES = [
 ]
 COMPONENTS = [path for path in FILES if path.stem.startswith(("scheduling_", "modeling_"))]
 LIBRARIES = {"torch", "numpy", "PIL", "diffusers"}
-PUBLIC_CLASSES = [*schedulers.ALL_SCHEDULERS, DPMPipeline, NoisyClassifier]
+PUBLIC_CLASSES = [*schedulers.ALL_SCHEDULERS, DPMPipeline, NoisyClassifier, ADMUNet2DModel]
 
 
 def module_name(path):
@@ -78,6 +78,7 @@ def test_files_are_found():
         "pipeline_dpm",
         "scheduler_adapter",
         "modeling_noisy_classifier",
+        "modeling_adm",
     }
 
 
