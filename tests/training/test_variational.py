@@ -183,3 +183,33 @@ def test_a_network_without_variance_is_refused():
     images = grey_images(2)
     with pytest.raises(ValueError, match="returned"):
         loss(tiny_unet(), images, torch.tensor([0, 1]), torch.randn_like(images))
+
+
+@pytest.mark.parametrize("n", [25, 50, 100, 1000])
+def test_the_papers_chain_respaced(n):
+    """4,000 cosine timesteps: the range of each step is that of the chain with its betas (section 4 of the paper)."""
+    chain = {"num_train_timesteps": 4000, "beta_schedule": "squaredcos_cap_v2"}
+    scheduler = DDPMScheduler(**chain, variance_type="learned_range", timestep_spacing="linspace")
+    scheduler.set_timesteps(n)
+    assert (scheduler.timesteps[0], scheduler.timesteps[-1]) == (3999, 0)
+    products = scheduler.schedule.alphas_cumprod[scheduler.timesteps]
+    beta = 1 - products[:-1] / products[1:]
+    tilde = beta * (1 - products[1:]) / (1 - products[:-1])
+    ends = torch.tensor([row.log_variance for row in scheduler.updates[:-1]], dtype=torch.float64)
+    torch.testing.assert_close(ends, torch.stack([tilde.log(), beta.log()], dim=1), rtol=1e-9, atol=1e-9)
+
+
+def test_the_papers_chain_has_finite_terms():
+    """At all 4,000 timesteps, in float32; a network that is right everywhere leaves what the variances miss."""
+    scheduler = DDPMScheduler(num_train_timesteps=4000, beta_schedule="squaredcos_cap_v2")
+    x0, noise = torch.zeros(2, 4000, 1, 1, 1)
+    x0 += 51 / 127.5 - 1
+    for v, tolerance in ((-1.0, 1e-6), (1.0, math.inf)):
+        output = torch.cat([noise, torch.full_like(noise, v)], dim=1)
+        loss = DenoisingLoss(scheduler.schedule, "epsilon", "vlb", variance_type="learned_range")
+        terms = (
+            loss(lambda x, t, output=output: type("", (), {"sample": output}), x0, torch.arange(4000), noise) / 4000
+        )
+        assert terms.isfinite().all()
+        assert (terms >= -1e-6).all()
+        assert (terms[1:] < tolerance).all()  # beta-tilde is the variance of q
