@@ -295,8 +295,8 @@ class MeasurementGuidance(Guidance):
       (Their constant, to be tuned to the number of steps, is not needed.) One backward pass.
 
     At high noise C is r_t^2 I in all of them, see `min_snr`: an error of the network's slope counts sigma^2 / alpha^2
-    times in the Jacobian, which of a trained network is no covariance there (x_t says little of x_0, and the images are
-    decided later). 0 uses it everywhere, which is exact for networks that are.
+    times in the Jacobian, which there is no covariance for a network that was trained. 0 uses it everywhere, which is
+    exact for a network that is.
 
     Args:
         operator: A, a `LinearOperator`.
@@ -307,7 +307,7 @@ class MeasurementGuidance(Guidance):
         posterior_variance: r_t^2 = f(alpha, sigma). By default Analytic-DPM's mean posterior variance, if the
             scheduler has statistics (`diffusers_dpm.estimate_statistics`; its config keeps them in a swap), else
             sigma^2 / (alpha^2 + sigma^2), that of data N(0, I).
-        iterations: of "mmps".
+        iterations: of "mmps"; more of them are nearer to u, for a network whose Jacobian is a covariance.
         min_snr: alpha^2 / sigma^2 from which on the Jacobian is used.
         interval: (low, high), the timesteps at which to guide, both included.
 
@@ -321,7 +321,7 @@ class MeasurementGuidance(Guidance):
     method: str = "pigdm"
     scale: Scale = 1.0
     posterior_variance: PosteriorVariance | None = None
-    iterations: int = 5
+    iterations: int = 1
     min_snr: float = 0.1
     interval: tuple[float, float] = (-math.inf, math.inf)
     through_unet: bool = field(default=True, init=False)

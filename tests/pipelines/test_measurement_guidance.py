@@ -84,7 +84,9 @@ def isotropic(alpha, sigma):
 
 
 def guidance(operator, y, noise_std=0.1, method="pigdm", **options):
-    return MeasurementGuidance(operator, y, noise_std, method, **{"posterior_variance": isotropic, "min_snr": 0.0, **options})
+    return MeasurementGuidance(
+        operator, y, noise_std, method, **{"posterior_variance": isotropic, "min_snr": 0.0, **options}
+    )
 
 
 def measured(operator, noise_std=0.1):
