@@ -48,9 +48,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "PiGDM, r² of N(0, I)": {"method": "pigdm", "posterior_variance": unit_variance},
     "DiffPIR, r² of Analytic-DPM": {"method": "diffpir"},
     "DPS": {"method": "dps"},
-    "MMPS, min_snr 0.3": {"method": "mmps", "min_snr": 0.3},
+    "MMPS, 3 iterations": {"method": "mmps", "iterations": 3},
 }
-SMALLEST = ("PiGDM, r² of Analytic-DPM",)
 
 
 def operators(channels: int, height: int, width: int) -> dict[str, LinearOperator]:
@@ -208,17 +207,16 @@ def main() -> None:
         batch_size=(152, "images in a network call"),
     )
     parser.add_argument("--data", required=True, help="what it was trained on, with splits train and test")
-    parser.add_argument("--operators", nargs="+", metavar="WORD", help="only those that begin so")
+    parser.add_argument("--operators", nargs="+", default=[""], metavar="WORD", help="only those that begin so")
+    parser.add_argument("--methods", nargs="+", default=[""], metavar="WORD", help="only those that begin so")
     arguments = parse(parser)
     if arguments.smallest:
         arguments.images, arguments.steps, arguments.statistics = 1, 2, 2
     benchmark = Benchmark(arguments)
-    wanted = tuple(arguments.operators or ("",))
-    names = [name for name in benchmark.operators if name.startswith(wanted)]
+    chosen = {"operators": benchmark.operators, "methods": METHODS}
+    names = [[name for name in chosen[key] if name.startswith((*getattr(arguments, key),))] for key in chosen]
     try:
-        benchmark.measure_all(
-            names[:1] if arguments.smallest else names, [*(SMALLEST if arguments.smallest else METHODS)]
-        )
+        benchmark.measure_all(*[kept[:1] if arguments.smallest else kept for kept in names])
     finally:
         show(arguments.output, markdown(benchmark.results.values), benchmark.picture() if benchmark.shown else None)
 

@@ -298,6 +298,8 @@ class MeasurementGuidance(Guidance):
     times in the Jacobian, which there is no covariance for a network that was trained. 0 uses it everywhere, which is
     exact for a network that is.
 
+    No shift goes farther than to the x_0 on its line whose measurement is nearest to y. One by the right C never would.
+
     Args:
         operator: A, a `LinearOperator`.
         measurement: y of each image, or (1, ...) to draw several images for one.
@@ -389,7 +391,10 @@ class MeasurementGuidance(Guidance):
             direction = A.adjoint(residual / (rms * expected).clamp(min=1e-12))
         else:
             direction = A.solve(A.adjoint(residual), variance, noise_variance)
-        shift = self._scale_of(x0) * covariance(direction)
+        shift = covariance(direction)
+        reached = A(shift)
+        share = inner(residual, reached) / inner(reached, reached)  # of the way to where |y - A x_0| is smallest
+        shift = shift * self._scale_of(x0) * shaped(share.nan_to_num().clamp(0, 1).flatten(), x0)
         gradient = alpha / sigma**2 * shift
         total = gradient if prediction.gradient is None else prediction.gradient + gradient
         return replace(prediction.shifted(shift), gradient=total)

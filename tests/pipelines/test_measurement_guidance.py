@@ -126,6 +126,20 @@ def test_guided_walk_is_the_walk_of_the_posterior(make_pipe, scheduler, method):
     torch.testing.assert_close(found, path(make_pipe(scheduler, exact), seeds=[0, 1]), atol=1e-7, rtol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "stock",
+    [diffusers.DDIMScheduler(**FREE), diffusers.FlowMatchEulerDiscreteScheduler()],
+    ids=["ddim", "flow"],
+)
+def test_stock_schedulers_walk_to_the_posterior_too(make_pipe, stock):
+    """To the rounding of their float32 tables."""
+    ours, operator = DDIMScheduler.from_config(stock.config), OPERATORS["fourier"]
+    y = measured(operator)
+    found = path(make_pipe(stock, GaussianUNet(ours)), seeds=[0], guidance=guidance(operator, y))
+    exact = path(make_pipe(stock, GaussianUNet(ours, *posterior(operator, y, 0.1))), seeds=[0])
+    torch.testing.assert_close(found, exact, atol=1e-4, rtol=0)
+
+
 def affine_map(pipe, **arguments):
     """(mean, covariance) of x_0 for x_T ~ N(0, I), from the images of the axes: an ODE's map is affine here."""
     starts = torch.cat([torch.zeros(1, SIZE, dtype=torch.float64), EYE]).view(-1, *SHAPE)
@@ -137,19 +151,17 @@ def affine_map(pipe, **arguments):
 @each_operator
 @pytest.mark.parametrize("noise_std", [0.0, 0.05, 0.5])
 @pytest.mark.parametrize(
-    ("method", "covariance"),
-    [("pigdm", VARIANCE * EYE), ("diffpir", VARIANCE * EYE), ("mmps", CORRELATED)],
-    ids=["pigdm", "diffpir", "mmps"],
+    ("method", "covariance"), [("pigdm", VARIANCE * EYE), ("mmps", CORRELATED)], ids=["pigdm", "mmps"]
 )
 def test_samples_have_the_mean_and_covariance_of_the_posterior(make_pipe, operator, noise_std, method, covariance):
     scheduler = DPMSolverScheduler(timestep_spacing="logsnr", solver_order=3)
     y = measured(operator, noise_std)
-    guide = guidance(operator, y, noise_std, method, iterations=50)
+    guide = guidance(operator, y, noise_std, method, iterations=40)
     pipe = make_pipe(scheduler, GaussianUNet(scheduler, covariance=covariance))
-    mean, spread = affine_map(pipe, num_inference_steps=40, guidance=guide)
+    mean, spread = affine_map(pipe, num_inference_steps=25, guidance=guide)
     expected_mean, expected_spread = posterior(operator, y, noise_std, covariance=covariance)
-    torch.testing.assert_close(mean, expected_mean, atol=6e-3, rtol=0)  # of starting from N(0, I) at T, and of steps
-    torch.testing.assert_close(spread, expected_spread, atol=2e-3, rtol=0)
+    torch.testing.assert_close(mean, expected_mean, atol=8e-3, rtol=0)  # of starting from N(0, I) at T, and of steps
+    torch.testing.assert_close(spread, expected_spread, atol=5e-3, rtol=0)
 
 
 # Limits ------------------------------------------------------------------------------------------------------------
