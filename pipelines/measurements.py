@@ -298,7 +298,7 @@ class MeasurementGuidance(Guidance):
     times in the Jacobian, which there is no covariance for a network that was trained. 0 uses it everywhere, which is
     exact for a network that is.
 
-    No shift goes farther than to the x_0 on its line whose measurement is nearest to y. One by the right C never would.
+    No shift goes farther than to the x_0 on its line whose measurement is nearest to y; with the right C none would.
 
     Args:
         operator: A, a `LinearOperator`.

@@ -208,6 +208,16 @@ def test_dps_is_exact_for_many_pixels():
     torch.testing.assert_close(*shifts, atol=0, rtol=0.01)
 
 
+@pytest.mark.parametrize("method", ["pigdm", "mmps"])
+@pytest.mark.parametrize("slope", [50.0, -50.0])
+def test_a_jacobian_that_is_no_covariance_overshoots_nothing(method, slope):
+    """The end of the shift is y, where C is too large, and x0_hat where it is negative."""
+    x_t, y = noise(2, *SHAPE), noise(2, *SHAPE, seed=1)
+    guides = Guides((guidance(Inpainting(torch.ones(())), y, 0.0, method),), "sample")
+    x0 = guides.predict(lambda x: slope * x, x_t, 0, 0.8, 0.6)[0]
+    torch.testing.assert_close(x0, y if slope > 0 else slope * x_t, atol=1e-9, rtol=0)
+
+
 def shift_of(guide, x_t, alpha, sigma):
     """x_0' - x0_hat for data N(0, VARIANCE I)."""
     slope = alpha * VARIANCE / (alpha**2 * VARIANCE + sigma**2)
