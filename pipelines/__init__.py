@@ -9,6 +9,16 @@ from diffusers_dpm.pipelines.classifier_free_guidance import (
 from diffusers_dpm.pipelines.classifier_guidance import ClassifierGuidance
 from diffusers_dpm.pipelines.guidance import Guidance, Prediction
 from diffusers_dpm.pipelines.guided_scheduler import guided_scheduler
+from diffusers_dpm.pipelines.measurements import (
+    Blur,
+    Colorization,
+    CompressedSensing,
+    Fourier,
+    Inpainting,
+    LinearOperator,
+    MeasurementGuidance,
+    SuperResolution,
+)
 from diffusers_dpm.pipelines.modeling_adm import ADMUNet2DModel
 from diffusers_dpm.pipelines.modeling_noisy_classifier import NoisyClassifier, NoisyClassifierOutput
 from diffusers_dpm.pipelines.networks import evaluation_mode, image_shape, image_size, is_conditional
@@ -20,16 +30,24 @@ __all__ = [
     "ADMUNet2DModel",
     "AdaptiveProjectedGuidance",
     "AutoGuidance",
+    "Blur",
     "ClassifierFreeGuidance",
     "ClassifierFreeZeroStarGuidance",
     "ClassifierGuidance",
+    "Colorization",
+    "CompressedSensing",
     "DPMPipeline",
     "DPMPipelineOutput",
     "DPMTrajectory",
+    "Fourier",
     "Guidance",
+    "Inpainting",
+    "LinearOperator",
+    "MeasurementGuidance",
     "NoisyClassifier",
     "NoisyClassifierOutput",
     "Prediction",
+    "SuperResolution",
     "TextGuidance",
     "evaluation_mode",
     "guided_scheduler",

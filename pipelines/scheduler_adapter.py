@@ -104,6 +104,11 @@ class SchedulerAdapter:
         """What the network returns: a prediction type, or a function of its own."""
         return self.scheduler.config.get("prediction_type")
 
+    @property
+    def posterior_variance(self) -> Callable[[float, float], float] | None:
+        """(alpha, sigma) -> C, Analytic-DPM's mean variance of a pixel of x_0 given x_t; None without statistics."""
+        return None
+
     def step_variance(self, i: int, t: Tensor, model_output: Tensor, sample: Tensor) -> float | Tensor:
         """Variance of the noise that the i-th step adds; (B, C, H, W) if the network predicts it."""
         need = 'guidance_mode="mean_shift" needs steps that are Gaussian with a known variance, as those of DDPM'
@@ -219,6 +224,14 @@ class OwnScheduler(SchedulerAdapter):
     def output(self) -> str | Output:
         schedule, kind = self.scheduler.schedule, self.scheduler.config.prediction_type
         return kind if schedule.is_discrete else in_x0_and_epsilon(schedule.predictions[kind])
+
+    @property
+    def posterior_variance(self) -> Callable[[float, float], float] | None:
+        schedule, statistics = self.scheduler.schedule, self.scheduler.config.get("_posterior_statistics") or {}
+        if statistics.get("schedule_hash") != schedule.hash:
+            return None
+        values, knots = statistics.get("residual") or statistics["analytic"], -schedule.trained_lambdas().numpy()
+        return lambda alpha, sigma: float(np.interp(math.log(sigma / alpha), knots, values) if alpha else values[-1])
 
     def _stock_class_and_config(self) -> tuple[Any, dict[str, Any]]:
         config, process = dict(self.scheduler.config), self.scheduler.config.get("process")

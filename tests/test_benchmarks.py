@@ -23,6 +23,7 @@ ON_A_RUN = (
     "calibrated",
     "calibration_grids",
     "guidance_quality",
+    "inverse_problems",
     "ode_error",
     "quality",
     "score_matching",
@@ -109,7 +110,7 @@ def test_script_runs(script, folders, tmp_path, monkeypatch):
     output = tmp_path / f"{script}.json"
     arguments = [str(run)] if script in (*ON_A_RUN, *ON_A_FLOW, *ON_NEW_RUNS) else []
     arguments += [f"--features={features}"] if script in ON_DIGITS else []
-    arguments += ["--data=digits"] if script == "quality" else []
+    arguments += ["--data=digits"] if script in ("inverse_problems", "quality") else []
     arguments += [f"--worse={run}", f"--clip={tmp_path / 'clip'}"] if script == "guidance_quality" else []
     monkeypatch.setattr(sys, "argv", [script, *arguments, "--smallest", f"--output={output}"])
     as_main(script, monkeypatch)

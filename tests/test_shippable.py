@@ -69,6 +69,7 @@ def test_files_are_found():
         "scheduling_edm",
         "scheduling_score_sde",
         "guidance",
+        "measurements",
         "guidance_arguments",
         "classifier_guidance",
         "classifier_free_guidance",

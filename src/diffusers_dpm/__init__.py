@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from diffusers_dpm.pipelines import ClassifierFreeZeroStarGuidance as ClassifierFreeZeroStarGuidance
     from diffusers_dpm.pipelines import ClassifierGuidance as ClassifierGuidance
     from diffusers_dpm.pipelines import DPMPipeline as DPMPipeline
+    from diffusers_dpm.pipelines import MeasurementGuidance as MeasurementGuidance
     from diffusers_dpm.pipelines import NoisyClassifier as NoisyClassifier
     from diffusers_dpm.pipelines import TextGuidance as TextGuidance
     from diffusers_dpm.pipelines import guided_scheduler as guided_scheduler
