@@ -6,13 +6,15 @@ and noise between two: Song et al. 2021, sections 5.3 and 5.4 (https://arxiv.org
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import index
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
@@ -70,8 +72,8 @@ class Edit:
         strength = (0.8 if mask is None else 1.0) if strength is None else strength
         if not 0 < strength <= 1:
             raise ValueError(f"strength must lie in 0 (left out) .. 1, got {strength}")
-        if index(resampling) < 1 or (resampling > 1 and mask is None):
-            raise ValueError(f"resampling must be at least 1, and 1 without a mask; got {resampling}")
+        if not resampling >= 1 or int(resampling) != resampling or (resampling > 1 and mask is None):
+            raise ValueError(f"resampling must be a whole number, at least 1, and 1 without a mask; got {resampling}")
         pixels = to_batch(image, channels, "image") * 2 - 1
         if mask is None:
             return cls(pixels, None, strength, resampling)
@@ -85,10 +87,6 @@ class Edit:
         both = {"image": self.image, "mask": self.mask}
         return {name: tensor for name, tensor in both.items() if tensor is not None and len(tensor) > 1}
 
-    def walk(self, scheduler: SchedulerAdapter, noise: Callable[[], Tensor]) -> "EditedWalk":
-        """The loop of this call. `noise` draws (B, C, H, W)."""
-        return EditedWalk(self, scheduler, noise)
-
 
 class EditedWalk(Walk):
     """A loop that begins in an image at some level, and keeps a part of it.
@@ -98,9 +96,11 @@ class EditedWalk(Walk):
     fit what is kept (RePaint, whose jumps may be longer; on Gaussian data longer ones are less exact at equal calls).
     """
 
-    def __init__(self, edit: Edit, scheduler: SchedulerAdapter, noise: Callable[[], Tensor]):
+    def __init__(self, edit: Edit, scheduler: SchedulerAdapter, noise: Tensor, generator: Any):
         super().__init__(scheduler)
-        self.edit, self.noise = edit, noise
+        self.strength, self.image = edit.strength, edit.image.to(noise)
+        self.mask = None if edit.mask is None else edit.mask.to(noise.device)
+        self.draw = partial(randn_tensor, noise.shape, generator, noise.device, noise.dtype)
         self.levels, num = scheduler.sample_levels(), len(self.steps)
         first = scheduler.first_step(edit.strength)
         scheduler.begin_at(first)
@@ -108,14 +108,14 @@ class EditedWalk(Walk):
         self.steps = [i for step in steps for _ in range(edit.resampling) for i in step]
 
     def begin(self, noise: Tensor) -> Tensor:
-        if self.edit.strength == 1:
+        if self.strength == 1:
             return self._kept(self.steps[0], super().begin(noise))
         return self._at(self.steps[0], noise)
 
     def after(self, count: int, x: Tensor) -> Tensor:
         here = self.steps[count] + 1
         if count + 1 == len(self.steps):
-            return x if self.edit.mask is None else torch.where(self.edit.mask.to(x.device), x, self.edit.image.to(x))
+            return x if self.mask is None else torch.where(self.mask, x, self.image)
         there = self.steps[count + 1]
         if there < here:
             x = self._noised(x, here, there)
@@ -126,18 +126,18 @@ class EditedWalk(Walk):
         """A draw of q(x_there | x_here), where `there` is noisier."""
         (alpha, sigma), (noisier_alpha, noisier_sigma) = self.levels[here], self.levels[there]
         kept = noisier_alpha / alpha
-        return kept * x + math.sqrt(max(noisier_sigma**2 - (kept * sigma) ** 2, 0.0)) * self.noise()
+        return kept * x + math.sqrt(max(noisier_sigma**2 - (kept * sigma) ** 2, 0.0)) * self.draw()
 
     def _kept(self, i: int, x: Tensor) -> Tensor:
         """x before step i, with what is kept of the image in it, at its level."""
-        if self.edit.mask is None or i % self.scheduler.order:
+        if self.mask is None or i % self.scheduler.order:
             return x
-        return torch.where(self.edit.mask.to(x.device), x, self._at(i, self.noise()))
+        return torch.where(self.mask, x, self._at(i, self.draw()))
 
     def _at(self, i: int, noise: Tensor) -> Tensor:
         """The image at the level before step i."""
         alpha, sigma = self.levels[i]
-        return alpha * self.edit.image.to(noise) + sigma * noise
+        return alpha * self.image + sigma * noise
 
 
 def to_batch(pictures: Pictures, channels: int, what: str) -> Tensor:
@@ -169,7 +169,7 @@ def to_tensor(picture: Any, channels: int, what: str) -> Tensor:
         picture = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
     if isinstance(picture, np.ndarray) and picture.dtype.kind in "biuf":
         last = picture[..., None] if picture.ndim == 2 else picture
-        tensor = torch.from_numpy(np.ascontiguousarray(np.moveaxis(last, -1, -3)))
+        tensor = torch.from_numpy(np.moveaxis(last, -1, -3).copy())
     elif isinstance(picture, Tensor):
         tensor = picture[None] if picture.ndim == 2 else picture
     else:
@@ -178,7 +178,7 @@ def to_tensor(picture: Any, channels: int, what: str) -> Tensor:
     if tensor.ndim != 4 or tensor.shape[1] != channels:
         shape = tuple(picture.shape)
         raise ValueError(f"{what}: {channels} channel{'s' * (channels > 1)} needed, got shape {shape}")
-    return tensor.float() / (255 if tensor.dtype == torch.uint8 and tensor.max() > 1 else 1)
+    return tensor.float() / (255 if tensor.dtype == torch.uint8 and (tensor > 1).any() else 1)
 
 
 def check_size(images: Tensor, shape: Sequence[int]) -> None:
@@ -244,7 +244,7 @@ class EditingMixin:
                 raise ValueError("the network has classes: encoding needs class_labels")
             class_labels = -1
         labels = None if class_labels is None else torch.as_tensor(self.get_label_ids(class_labels))
-        labels = self._prepare_labels(labels, len(x), None, None)
+        labels = self._prepare_labels(labels, len(x), torch.Generator(), ())  # draws nothing else
         scheduler = adapt(self.scheduler)
         scheduler.set_timesteps(num_inference_steps, encode=True)
         arguments = scheduler.step_arguments(None, None)

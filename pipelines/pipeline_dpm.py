@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from .classifier_guidance import ClassifierGuidance
-from .editing import Edit, EditingMixin, Pictures, Walk, check_size
+from .editing import Edit, EditedWalk, EditingMixin, Pictures, Walk, check_size
 from .guidance import Guidance, Guides, check_finite
 from .guidance_arguments import choose_guidance
 from .networks import (
@@ -215,8 +215,7 @@ class DPMPipeline(EditingMixin, DiffusionPipeline):
         bound = self._bind_guidance(guides, scheduler, latents, labels)
         if bound is not None and bound.clip_order == "before":
             scheduler = scheduler.without_clipping()
-        draw = partial(randn_tensor, latents.shape, generator, latents.device, latents.dtype)
-        walk = Walk(scheduler) if edit is None else edit.walk(scheduler, draw)
+        walk = Walk(scheduler) if edit is None else EditedWalk(edit, scheduler, latents, generator)
         steps = (scheduler, bound, step_arguments, walk, after_step, int(return_trajectory))
         with evaluation_mode(self.unet, self.classifier, *(bound.networks if bound else ())):
             latents, trajectory = self._denoise(walk.begin(latents), labels, *steps)

@@ -13,7 +13,8 @@ FLOORS = (
     "training",
     "conversion evaluation hub likelihood runs",
     "posterior_statistics calibration calibration_inputs adaptive sampling clip",
-    "networks run_folder data image_sources image_values image_batches images records processes random_streams "
+    "networks run_folder data image_sources image_values image_batches images editing records processes "
+    "random_streams "
     "options errors lazy",
     "pipelines schedulers",
 )

@@ -18,7 +18,14 @@ from diffusers_dpm.schedulers import (
     EDMScheduler,
     ScoreSDEScheduler,
 )
-from tests.models import ImageMixtureClassifier, ImageMixtureNetwork, PathNetwork, fitted_scheduler, tiny_unet
+from tests.models import (
+    ImageMixtureClassifier,
+    ImageMixtureNetwork,
+    MixtureNetwork,
+    PathNetwork,
+    fitted_scheduler,
+    tiny_unet,
+)
 from tests.pipelines.test_paths import PATH, PATHS, STOCK, on_path, quiet
 
 
@@ -179,7 +186,7 @@ SCHEDULERS = [
     DPMSolverScheduler(),
     DPMSolverScheduler(method="singlestep", solver_order=3, timestep_spacing="logsnr"),
     DPMSolverScheduler(unic="bh2"),
-    DPMSolverScheduler(algorithm_type="sde-dpmsolver++", brownian_path=True, timestep_spacing="logsnr"),
+    DPMSolverScheduler(algorithm_type="sde-dpmsolver++", timestep_spacing="logsnr"),
     EDMScheduler(s_churn=10.0, timestep_spacing="karras", fractional_timesteps=True),
     ScoreSDEScheduler(corrector="langevin", snr=0.1, timestep_spacing="quadratic"),
     diffusers.DPMSolverMultistepScheduler(),
@@ -195,12 +202,12 @@ SCHEDULERS = [
 def test_known_pixels_stay_and_independent_ones_do_not_mind(scheduler):
     """Exactly; the others are as they are without."""
     unet = ImageMixtureNetwork((MEAN,), (STD,))
-    arguments = {"batch_size": 1000, "num_inference_steps": 40}
+    arguments = {"batch_size": 400, "num_inference_steps": 40}
     x = draw(unet, scheduler, image=IMAGE, mask=MASK, **arguments)
     free = draw(unet, scheduler, **arguments)[..., 1]
     assert (x[..., 0] == np.float32(PIXEL)).all()
-    assert abs(x[..., 1].mean() - free.mean()) < 0.03
-    assert abs(x[..., 1].std() - free.std()) < 0.03
+    assert abs(x[..., 1].mean() - free.mean()) < 0.04
+    assert abs(x[..., 1].std() - free.std()) < 0.04
 
 
 class CorrelatedNetwork(PathNetwork):
@@ -237,7 +244,7 @@ def test_resampling_approaches_the_conditional_law(name):
     errors = []
     for resampling in (1, 3, 10):
         edit = {"image": image, "mask": mask, "resampling": resampling}
-        x = draw(unet, scheduler, batch_size=2000, num_inference_steps=40, **edit).flatten(1)
+        x = draw(unet, scheduler, batch_size=2000, num_inference_steps=30, **edit).flatten(1)
         assert torch.equal(x[:, [0, 3]], values.float().double().expand(2000, 2))
         drawn = x[:, [1, 2]]
         errors.append(((drawn.mean(0) - mean).abs().max(), (torch.cov(drawn.T) - covariance).abs().max()))
@@ -348,7 +355,7 @@ ERRORS = {
     "strength 2": ({"image": IMAGE, "strength": 2}, "strength must lie in 0"),
     "strength nan": ({"image": IMAGE, "strength": math.nan}, "strength must lie in 0"),
     "no step": ({"image": IMAGE, "strength": 0.1}, "strength=0.1 of 4 steps is less than one step"),
-    "resampling 0": ({"image": IMAGE, "mask": MASK, "resampling": 0}, "resampling must be at least 1"),
+    "resampling 0": ({"image": IMAGE, "mask": MASK, "resampling": 0}, "resampling must be a whole number, at least 1"),
     "resampling alone": ({"image": IMAGE, "resampling": 2}, "1 without a mask"),
     "another size": ({"image": torch.rand(1, 4, 2)}, "the image is 4x2, the network's are 2x2"),
     "mask of another size": ({"image": IMAGE, "mask": torch.ones(2, 3)}, "mask is 2x3, the image 2x2"),
@@ -357,7 +364,7 @@ ERRORS = {
     "model range": ({"image": IMAGE - 1}, r"values must lie in 0 \(black\) .. 1 \(white\), got -0.2"),
     "nan": ({"image": IMAGE * math.nan}, "values must lie in 0"),
     "words": ({"image": "cat.png"}, "must be a PIL image, an array or a tensor"),
-    "nothing": ({"image": []}, "image: at least one is needed"),
+    "nothing": ({"image": []}, "of one size is needed, got"),
     "mixed sizes": ({"image": [IMAGE, torch.rand(1, 3, 3)]}, "of one size"),
     "numbers": ({"image": torch.rand(3, 1, 2, 2), "batch_size": 2}, "2 batch_size, 3 image"),
 }
@@ -392,7 +399,7 @@ def test_encoding_is_the_ode_upward(process, kind):
     for order in (1, 2):
         scheduler = ends_at_the_lowest_level(order, process, kind)
         pipe = quiet(DPMPipeline(unet, scheduler))
-        for n in (25, 50, 100):
+        for n in (25, 50):
             noise = pipe.encode(images, n)
             top, bottom = scheduler.levels[-1], scheduler.levels[0]
             assert noise.dtype == torch.float64
@@ -403,23 +410,25 @@ def test_encoding_is_the_ode_upward(process, kind):
             back = pipe(latents=noise, num_inference_steps=n, output_type="latent").images
             errors[order, n] = (noise - known).abs().max().item(), (back - x).abs().max().item()
     for order in (1, 2):
-        encoded = [math.log2(errors[order, n][0] / errors[order, 2 * n][0]) for n in (25, 50)]
-        assert encoded[1] > order - 0.4, errors
-    assert errors[2, 100][0] < errors[1, 100][0] / 5
-    assert errors[2, 100][1] < 0.02
+        assert math.log2(errors[order, 25][0] / errors[order, 50][0]) > order - 0.4, errors
+    assert errors[2, 50][0] < errors[1, 50][0] / 5
+    assert errors[2, 50][1] < 0.02
 
 
-def test_encoding_and_decoding_of_a_network_converge():
-    """With the solver's order, where decoding ends where encoding began."""
-    unet, errors = tiny_unet(), {}
-    images = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+@pytest.mark.parametrize("name", ["vp", "flow", "edm"])
+def test_encoding_and_decoding_converge(name):
+    """With the solver's order, where decoding ends where encoding began; the exact ODE is of a mixture."""
+    process, kind = ENCODED[name]
+    data = {"means": (-0.3, 0.3), "deviations": (0.3, 0.25)}
+    unet = MixtureNetwork(**data, sample_size=2) if name == "vp" else PathNetwork(process, kind, **data)
+    images = torch.rand(4, 1, 2, 2, generator=torch.Generator().manual_seed(3))
     for order in (1, 2):
-        pipe = quiet(DPMPipeline(unet.double(), ends_at_the_lowest_level(order, *ENCODED["vp"])))
-        for n in (50, 100):
+        pipe, errors = quiet(DPMPipeline(unet, ends_at_the_lowest_level(order, process, kind))), []
+        for n in (25, 50):
             back = pipe(latents=pipe.encode(images, n), num_inference_steps=n, output_type="latent").images
-            errors[order, n] = (back - (2 * images.double() - 1)).square().mean().sqrt().item()
-    assert math.log2(errors[1, 50] / errors[1, 100]) == pytest.approx(1, abs=0.3)
-    assert math.log2(errors[2, 50] / errors[2, 100]) == pytest.approx(2, abs=0.5)
+            errors.append((back - (2 * images.double() - 1)).square().mean().sqrt().item())
+        assert math.log2(errors[0] / errors[1]) > order - 0.2, errors
+        assert errors[1] < (0.1, 0.002)[order - 1]
 
 
 def test_encoding_takes_labels():
@@ -464,14 +473,16 @@ def test_errors_of_encoding(scheduler, image, message):
 
 @pytest.mark.parametrize("name", ["flow", "edm", "vp_linear"])
 def test_interpolation_leads_from_seed_to_seed(name):
-    pipe = quiet(DPMPipeline(exact(*PATHS[name]).float(), on_path(DPMSolverScheduler, *PATHS[name])))
+    unet = PathNetwork(*PATHS[name], (MEAN,), (STD,), sample_size=16).float()
+    pipe = quiet(DPMPipeline(unet, on_path(DPMSolverScheduler, *PATHS[name])))
     arguments = {"num_inference_steps": 10, "output_type": "latent"}
     row = pipe.interpolate(3, 4, 7, **arguments, return_trajectory=True)
     ends = pipe(seeds=[3, 4], **arguments).images
     torch.testing.assert_close(row.images[[0, -1]], ends, atol=1e-5, rtol=0)
     noise = row.trajectory.latents[0].flatten(1) / pipe.scheduler.init_noise_sigma
+    assert (noise.norm(dim=1) / 16 - 1).abs().max() < 0.1  # that of normal noise all the way
     steps = torch.cosine_similarity(noise[1:], noise[:-1])
-    torch.testing.assert_close(steps, steps[:1].expand(6))  # even on the circle
+    torch.testing.assert_close(steps, steps[:1].expand(6), atol=0.01, rtol=0)
     middle = pipe.interpolate(3, 4, [0.5], **arguments).images
     torch.testing.assert_close(middle[0], row.images[3], atol=1e-5, rtol=0)
 
@@ -485,9 +496,9 @@ def test_all_else_of_an_interpolation_is_that_of_its_first_seed():
 
 
 def test_encoded_images_are_interpolated():
-    pipe = quiet(DPMPipeline(tiny_unet(), DDIMScheduler()))
-    noise = pipe.encode(torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 20)
-    arguments = {"num_inference_steps": 20, "output_type": "latent"}
+    pipe = quiet(DPMPipeline(tiny_unet().double(), DDIMScheduler()))
+    noise = pipe.encode(torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 5)
+    arguments = {"num_inference_steps": 5, "output_type": "latent"}
     row = pipe.interpolate(noise[:1], noise[1:], 5, **arguments).images
     ends = pipe(latents=noise, **arguments).images
     torch.testing.assert_close(row[[0, -1]], ends, atol=1e-4, rtol=0)
