@@ -86,15 +86,14 @@ class SampleOptions(SchedulerOptions, ImageOptions, EditingOptions):
 
     def __post_init__(self) -> None:
         check_ranges(self)
-        suffix, others = (
-            Path(self.output).suffix.lower(),
-            {*Image.registered_extensions(), ".npy", ".zip", ".tar", ".svg"},
-        )
+        suffix = Path(self.output).suffix.lower()
+        others = {*Image.registered_extensions(), ".npy", ".zip", ".tar", ".svg"}
         if suffix in others - {".png", ".gif"}:
             raise DiffusersDPMError(f"--output must be a folder, an .npz, a .png or a .gif file, got {self.output}")
-        if (suffix == ".gif") != (self.animate or (suffix == ".gif" and self.interpolate is not None)):
+        shows = self.animate or self.interpolate is not None
+        if (suffix == ".gif" and not shows) or (self.animate and suffix != ".gif"):
             raise DiffusersDPMError(
-                f"a .gif file shows --animate or --interpolate, and --animate is one; got {self.output}"
+                f"a .gif file shows --animate or --interpolate, and --animate is one; got --output {self.output}"
             )
         self.check_sources()
         if (self.prompt is None) != (self.clip is None) or (self.prompt and self.guidance_scale is None):
