@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from .classifier_guidance import ClassifierGuidance
+from .editing import Edit, EditedWalk, EditingMixin, Pictures, Walk, check_size
 from .guidance import Guidance, Guides, check_finite
 from .guidance_arguments import choose_guidance
 from .networks import (
@@ -73,7 +74,7 @@ class DPMPipelineOutput(BaseOutput):
     trajectory: DPMTrajectory | None = None
 
 
-class DPMPipeline(DiffusionPipeline):
+class DPMPipeline(EditingMixin, DiffusionPipeline):
     """Draws images from a diffusion U-Net, unconditionally, by class or with guidance, under any scheduler.
 
     The scheduler may be one of diffusers-dpm, of diffusers or your own: whatever has `set_timesteps`, `timesteps` and
@@ -128,6 +129,10 @@ class DPMPipeline(DiffusionPipeline):
         guidance_through_unet: bool = False,
         seeds: Iterable[int] | None = None,
         latents: Tensor | None = None,
+        image: Pictures | None = None,
+        strength: float | None = None,
+        mask: Pictures | None = None,
+        resampling: int = 1,
         eta: float | None = None,
         return_trajectory: bool | int = False,
         callback_on_step_end: Callable[[DiffusionPipeline, int, Tensor, dict], dict | None] | None = None,
@@ -162,6 +167,13 @@ class DPMPipeline(DiffusionPipeline):
                 label come from a CPU generator of its own. (A scheduler whose `step` draws noise without taking a
                 generator, such as stock DPMSolverSDE, escapes this.)
             latents: (B, C, H, W) standard normal noise to start from; default: drawn at the network's sample size.
+            image: to begin from, one for all or for each, of the network's size: PIL images, arrays (H, W, C) or
+                tensors (C, H, W) in [0, 1], or batches or lists of them.
+            strength: part of the grid to walk, in (0, 1], from the image with the noise of the level where it begins;
+                1 begins with noise alone. Default: 0.8, with a mask 1.
+            mask: in the same forms, with one channel: white is drawn anew, black is kept, exactly.
+            resampling: with a mask, how often each step is taken: the more often, the better fits what is drawn to
+                what is kept (RePaint), in as many times the calls.
             eta: DDIM's noise scale, for schedulers whose `step` takes it.
             return_trajectory: True keeps the state of every step, k that of every k-th.
             callback_on_step_end: called as f(pipe, step_index, timestep, tensors) after each step; may return a dict
@@ -171,7 +183,7 @@ class DPMPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: arguments that contradict each other, the network, the classifier or the scheduler; labels out
-                of range; a gradient that is not finite.
+                of range; an image of another size or range; a gradient that is not finite.
         """
         tensor_inputs = tuple(callback_on_step_end_tensor_inputs)
         self._check_output(output_type, return_trajectory, tensor_inputs)
@@ -188,20 +200,25 @@ class DPMPipeline(DiffusionPipeline):
         guides = choose_guidance(guidance, self.classifier is None and bool(num_classes_of(self.unet)), **shortcuts)
         generator = make_generators(generator, seeds)
         labels = None if class_labels is None else torch.as_tensor(self.get_label_ids(class_labels))
-        sizes = {"class_labels": labels, "latents": latents}
+        edit = Edit.of(self.unet.config.in_channels, image, mask, strength, resampling)
+        sizes = {"class_labels": labels, "latents": latents, **({} if edit is None else edit.batches())}
         sizes |= {f"guidance_scale{i or ''}": torch.as_tensor(guide.scale) for i, guide in enumerate(guides)}
         batch_size = common_batch_size(batch_size, generator, **sizes)
         scheduler = adapt(self.scheduler)
         step_arguments = scheduler.step_arguments(generator, eta)
         scheduler.set_timesteps(num_inference_steps)
-        latents = self._prepare_latents(latents, batch_size, generator)
+        size = None if edit is None else edit.image.shape[2:]
+        latents = self._prepare_latents(latents, batch_size, generator, size)
+        if edit is not None:
+            check_size(edit.image, latents.shape[1:])
         labels = self._prepare_labels(labels, batch_size, generator, guides)
         bound = self._bind_guidance(guides, scheduler, latents, labels)
         if bound is not None and bound.clip_order == "before":
             scheduler = scheduler.without_clipping()
-        steps = (scheduler, bound, step_arguments, after_step, int(return_trajectory))
+        walk = Walk(scheduler) if edit is None else EditedWalk(edit, scheduler, latents, generator)
+        steps = (scheduler, bound, step_arguments, walk, after_step, int(return_trajectory))
         with evaluation_mode(self.unet, self.classifier, *(bound.networks if bound else ())):
-            latents, trajectory = self._denoise(latents, labels, *steps)
+            latents, trajectory = self._denoise(walk.begin(latents), labels, *steps)
         output = DPMPipelineOutput(self._to_images(latents, output_type), labels, trajectory)
         self.maybe_free_model_hooks()
         return output if return_dict else (output.images, labels, trajectory)
@@ -213,10 +230,11 @@ class DPMPipeline(DiffusionPipeline):
         scheduler: SchedulerAdapter,
         guidance: Guides | None,
         step_arguments: dict[str, Any],
+        walk: Walk,
         after_step: Callable[..., Tensor],
         keep_every: int,
     ) -> tuple[Tensor, DPMTrajectory | None]:
-        """Run the loop over the timesteps; returns x_0 and the trajectory (None if `keep_every` is 0)."""
+        """Run the steps of the walk; returns x_0 and the trajectory (None if `keep_every` is 0)."""
         conditioning: dict[str, Any] = {}
         if labels is not None and is_conditional(self.unet):
             null_class = null_class_of(self.unet)
@@ -225,10 +243,11 @@ class DPMPipeline(DiffusionPipeline):
         # The network reads the time on its device, where copying it step by step would wait; the scheduler looks its
         # tables up on the host.
         timesteps = scheduler.scheduler.timesteps
-        self.num_timesteps = len(timesteps)  # as diffusers' pipelines, for callbacks
+        self.num_timesteps = len(walk.steps)  # as diffusers' pipelines, for callbacks
         device_timesteps = timesteps.to(latents.device)
         states, finite = [], []
-        for i, t in enumerate(self.progress_bar(timesteps)):
+        for count, i in enumerate(self.progress_bar(walk.steps)):
+            t = timesteps[i]
             network = partial(self._predict, scheduler, {"timestep": device_timesteps[i], **conditioning})
             model_input, gradient = scheduler.scale_input(latents, t), None
             if guidance is None:
@@ -244,9 +263,10 @@ class DPMPipeline(DiffusionPipeline):
                     variance = scheduler.step_variance(i, t, model_output, latents)
                     # `gradient` is by what the network saw, which is a multiple of x
                     prev_sample = prev_sample + variance * scheduler.scale_input(gradient, t)
-            if keep_every and i % keep_every == 0:
+            if keep_every and count % keep_every == 0:
                 states.append([None if x is None else x.cpu() for x in (t, latents, pred_original_sample)])
-            latents = after_step(i, t, latents=prev_sample, pred_original_sample=pred_original_sample)
+            prev_sample = walk.after(count, prev_sample)
+            latents = after_step(count, t, latents=prev_sample, pred_original_sample=pred_original_sample)
         check_finite(finite, timesteps)
         return latents, stack_trajectory(states, latents) if keep_every else None
 
@@ -260,18 +280,19 @@ class DPMPipeline(DiffusionPipeline):
         cut = output.shape[1] == 2 * channels and not scheduler.takes_learned_variance
         return output[:, :channels] if cut else output
 
-    def _prepare_latents(self, latents: Tensor | None, batch_size: int, generator: Generators) -> Tensor:
-        """x_T: (B, C, H, W) at the scheduler's initial noise level. Needs its timesteps set, which fix that level."""
-        channels = self.unet.config.in_channels
-        dtype = torch.promote_types(self.unet.dtype, torch.float32)
+    def _prepare_latents(
+        self, latents: Tensor | None, batch_size: int, generator: Generators, size: Sequence[int] | None = None
+    ) -> Tensor:
+        """Standard normal noise, (B, C, H, W), of that size where the network has none."""
+        channels, needed = self.unet.config.in_channels, torch.promote_types(self.unet.dtype, torch.float32)
         if latents is None:
-            shape = (batch_size, *image_shape(self.unet))
-            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=dtype)
+            shape = (batch_size, *image_shape(self.unet, size))
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=needed)
         elif latents.ndim != 4 or latents.shape[1] != channels:
             raise ValueError(f"latents must be (B, {channels}, H, W), got {tuple(latents.shape)}")
         else:
-            latents = latents.to(self._execution_device, torch.promote_types(latents.dtype, dtype))
-        return latents * getattr(self.scheduler, "init_noise_sigma", 1.0)
+            latents = latents.to(self._execution_device, torch.promote_types(latents.dtype, needed))
+        return latents
 
     def get_label_ids(self, labels: Any) -> Any:
         """`labels` with texts, names of classes or else numbers, as indices. Raises ValueError for other texts."""

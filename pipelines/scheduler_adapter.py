@@ -56,9 +56,11 @@ class SchedulerAdapter:
         is_ddpm: whether this is DDPM's ancestral sampler, diffusers' or ours: both have the name.
         has_fitted_rows: whether its coefficients were fitted to a network.
         takes_learned_variance: whether `step` wants the variance half of a network with 2C output channels.
+        order: entries of `timesteps` for each of the steps that are asked for.
     """
 
     takes_learned_variance = True
+    order = 1
 
     def __init__(self, scheduler: Any):
         self.scheduler = scheduler
@@ -68,14 +70,37 @@ class SchedulerAdapter:
 
     # The grid and the step ---------------------------------------------------------------------------------------
 
-    def set_timesteps(self, num_inference_steps: int | None) -> None:
-        """By default all training steps under DDPM, whose variance is only right for small ones, else at most 50."""
+    def set_timesteps(self, num_inference_steps: int | None, encode: bool = False) -> None:
+        """By default all training steps under DDPM, whose variance is only right for small ones, else at most 50.
+
+        With `encode` the loop leads from an image to its noise.
+        """
         train_steps = self.scheduler.config.get("num_train_timesteps", 1000)
         if num_inference_steps is None:
             num_inference_steps = train_steps if self.is_ddpm else min(50, train_steps)
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps must be at least 1, got {num_inference_steps}")
-        self.scheduler.set_timesteps(num_inference_steps)
+        if encode and "encode" not in inspect.signature(self.scheduler.set_timesteps).parameters:
+            raise ValueError(f"{self.name} cannot encode: use DDIMScheduler or DPMSolverScheduler of diffusers-dpm")
+        self.scheduler.set_timesteps(num_inference_steps, **({"encode": True} if encode else {}))
+
+    def first_step(self, strength: float) -> int:
+        """The step at which a loop begins that walks this part of the grid; rounded as in diffusers' pipelines."""
+        num = self.scheduler.num_inference_steps
+        if not int(num * strength):
+            raise ValueError(f"strength={strength:g} of {num} steps is less than one step: use more of either")
+        return (num - int(num * strength)) * self.order
+
+    def begin_at(self, i: int) -> None:
+        """Go on at the i-th step, of which methods with a history then remember nothing."""
+        raise NotImplementedError
+
+    def sample_levels(self) -> list[tuple[float, float]]:
+        """(alpha, sigma) of x = alpha x_0 + sigma epsilon before each step, and after the last one.
+
+        Within a step of several `timesteps`, see `order`, they are not those of x.
+        """
+        raise NotImplementedError
 
     def step_arguments(self, generator: Any, eta: float | None) -> dict[str, Any]:
         """The keywords for `step`, as far as it takes them."""
@@ -215,6 +240,12 @@ def stock_process(process: dict[str, Any], prediction_type: str) -> tuple[str, d
 class OwnScheduler(SchedulerAdapter):
     """A scheduler of diffusers-dpm: its noise schedule and its rows hold the answers."""
 
+    def begin_at(self, i: int) -> None:
+        self.scheduler.set_begin_index(i)
+
+    def sample_levels(self) -> list[tuple[float, float]]:
+        return [(level.alpha, level.sigma) for level in self.scheduler.levels]
+
     def noise_level(self, i: int, t: Tensor) -> tuple[float, float]:
         level = self.scheduler.levels[i]
         scale = self.scheduler.schedule.input_scale(level)
@@ -267,6 +298,33 @@ class StockScheduler(SchedulerAdapter):
         if any(hasattr(base, "step") and base.__module__.startswith("diffusers.") for base in bases):
             learned = scheduler.config.get("variance_type") in ("learned", "learned_range")
             self.takes_learned_variance = learned and self.is_ddpm
+        self.order = getattr(scheduler, "order", 1)
+
+    def begin_at(self, i: int) -> None:
+        if i and self.name.startswith(("LMS", "PNDM")):
+            reason = "counts its past by the place in the grid, so that it cannot begin within it"
+            raise ValueError(f"{self.name} {reason}: use another scheduler")
+        self._forget_and_begin_at(i)
+
+    def _forget_and_begin_at(self, i: int) -> None:
+        if hasattr(self.scheduler, "set_begin_index"):  # the others of diffusers find their place by the timestep
+            self.scheduler.set_timesteps(self.scheduler.num_inference_steps)
+            self.scheduler.set_begin_index(i)
+
+    def sample_levels(self) -> list[tuple[float, float]]:
+        """Where x has a scale of its own, from what the scheduler makes of a 1 and of a 0."""
+        scheduler, levels = self.scheduler, []
+        if not self._is_flow and not hasattr(scheduler, "add_noise"):
+            raise ValueError(f"{self.name} has no add_noise: an image needs another scheduler")
+        zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+        for i, t in enumerate(scheduler.timesteps):
+            if self._is_flow:  # whose scale_noise knows no invert_sigmas
+                levels.append(self.noise_level(i, t))
+                continue
+            self._forget_and_begin_at(i)
+            pair = scheduler.add_noise(one, zero, t[None]), scheduler.add_noise(zero, one, t[None])
+            levels.append((pair[0].item(), pair[1].item()))
+        return [*levels, (1.0, 0.0)]
 
     def noise_level(self, i: int, t: Tensor) -> tuple[float, float]:
         """The sample is variance-preserving, or flow's, or x_0 + (sigma / alpha) epsilon.

@@ -22,6 +22,7 @@ ON_A_RUN = (
     "analytic_dpm",
     "calibrated",
     "calibration_grids",
+    "editing",
     "guidance_quality",
     "inverse_problems",
     "ode_error",
@@ -31,6 +32,7 @@ ON_A_RUN = (
 ON_DIGITS = (
     "analytic_dpm",
     "calibrated",
+    "editing",
     "guidance_quality",
     "learned_variances",
     "path_error",

@@ -61,6 +61,7 @@ SMALL = {
     "likelihood": "--num-images 2",
     "likelihood --method": "--solver rk4 --num-steps 2",
     "sample": "--seeds 0-3",
+    "encode": "--num-images 2",
     "evaluate": "--num-images 20 --num-resamples 2",
     "compare": "",
     "publish": "",

@@ -13,8 +13,8 @@ FLOORS = (
     "training",
     "conversion evaluation hub likelihood runs",
     "posterior_statistics calibration calibration_inputs adaptive sampling clip",
-    "networks run_folder data image_sources image_values image_batches images records processes random_streams "
-    "options errors lazy",
+    "networks run_folder data image_sources image_values image_batches images editing records processes "
+    "random_streams options errors lazy",
     "pipelines schedulers",
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}

@@ -68,6 +68,7 @@ def test_files_are_found():
         "scheduling_dpm_solver",
         "scheduling_edm",
         "scheduling_score_sde",
+        "editing",
         "guidance",
         "measurements",
         "guidance_arguments",

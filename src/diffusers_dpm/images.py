@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -78,3 +78,10 @@ def titled_rows(pictures: Mapping[str, Image.Image]) -> Image.Image:
 def to_pil(image: np.ndarray) -> Image.Image:
     """One image of uint8 (H, W, C) with 1 or 3 channels."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def save_gif(file: IO[bytes], frames: Sequence[np.ndarray], milliseconds: int = 80) -> None:
+    """An animation that repeats, of uint8 (H, W, C) with 1 or 3 channels; the last frame stays for a second."""
+    first, *others = map(to_pil, frames)
+    durations = [milliseconds] * len(others) + [1000]
+    first.save(file, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)

@@ -57,7 +57,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
         "num_train_timesteps max_train_steps batch_size gradient_accumulation_steps log_every sample_steps columns "
         "num_samples eval_draws num_classes num_inference_steps steps num_images num_levels num_probes num_passes "
-        "attention_head_dim num_attention_heads",
+        "attention_head_dim num_attention_heads resampling frames",
         lambda value: value >= 1,
         "be at least 1",
     ),
@@ -77,6 +77,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("num_train_timesteps", lambda value: value <= 10**6, "be at most 1000000"),
     ("beta_start beta_end", lambda value: 0 < value < 1, "lie between 0 and 1"),
+    ("strength", lambda value: 0 < value <= 1, "lie in (0, 1]"),
     ("eta", lambda value: 0 <= value <= 1, "lie in [0, 1]"),
     ("seed", lambda value: value < 2**64, "be below 2^64"),
     ("timesteps teacher_steps", lambda value: value >= 2, "be at least 2"),
@@ -84,7 +85,7 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("channels", lambda value: value == "auto" or (value.isdigit() and int(value) > 0), "be auto or a number"),
     ("resolution", lambda value: value > 0, "be one or two positive numbers"),
     (
-        "data output_dir eval_data seeds output schedulers features prompt clip",
+        "data output_dir eval_data seeds output schedulers features prompt clip image mask latents",
         lambda value: value != "",
         "not be empty",
     ),

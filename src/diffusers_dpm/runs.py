@@ -1,4 +1,4 @@
-"""What the commands make of a run folder, as functions: images, statistics for Analytic-DPM, calibrated rows.
+"""What the commands make of a run folder, as functions: images, noise, statistics for Analytic-DPM, calibrated rows.
 
 Each loads the model, shares the work out to all processes of the job, and writes its result. After an interruption the
 same call resumes.
@@ -10,18 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 
 from diffusers_dpm.calibration import STEPS, Calibration, calibrate, conditions_of, limited, network_calls, solver_for
 from diffusers_dpm.clip import Texts
 from diffusers_dpm.data import describe_data, load_images
+from diffusers_dpm.editing import LATENTS, Source
 from diffusers_dpm.errors import DiffusersDPMError, user_error
+from diffusers_dpm.images import GRID, image_grid, save_gif, to_uint8
 from diffusers_dpm.networks import guided_calls, load_extra, load_guide, load_pipeline, noise_schedule_of, report_cost
-from diffusers_dpm.pipelines import DPMPipeline, is_conditional
+from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
 from diffusers_dpm.processes import Processes
-from diffusers_dpm.records import LOCK, weights_hash, write_text
+from diffusers_dpm.records import LOCK, ResultStore, atomic_file, digest, weights_hash, write_tensors, write_text
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.sampling import Sampler, build_scheduler, save_images
 from diffusers_dpm.schedulers.timestep_grids import Grid, even
@@ -29,7 +32,7 @@ from diffusers_dpm.schedulers.timestep_grids import Grid, even
 
 def sample_run(
     model: str,
-    seeds: Sequence[int],
+    seeds: Sequence[int] | None,
     output: str | Path,
     *,
     scheduler: str | None = None,
@@ -43,13 +46,16 @@ def sample_run(
     batch_size: int = 64,
     columns: int | None = None,
     cpu: bool = False,
-) -> list[Path] | None:
+    animate: bool = False,
+    **source: Any,
+) -> tuple[int, list[Path]] | None:
     """Draw the image of each seed that is not there yet.
 
     Args:
         model: run folder or Hub id.
-        seeds: one per image.
-        output: a folder of PNG files, an .npz file (arr_0 and seeds), or a .png file with a grid of all images.
+        seeds: one per image; None for all that there are of `latents` or of the frames of `interpolate`.
+        output: a folder of PNG files, an .npz file (arr_0 and seeds), a .png file with a grid of all images, or a .gif
+            file.
         scheduler, scheduler_options: as `build_scheduler`; by default the model's own.
         num_inference_steps, class_labels, guidance_scale, cfg_scale: as `Sampler`.
         prompt: a text that guides, or K of which seed s takes the (s mod K)-th.
@@ -57,9 +63,12 @@ def sample_run(
         batch_size: images per network call.
         columns: images in a row of the .png file.
         cpu: use the CPU even if there is an accelerator.
+        animate: the .gif file shows x_0 as it is predicted on the way, in all images at once.
+        source: image, strength, mask, resampling, latents, interpolate and frames, as `Source.of`.
 
     Returns:
-        Images of other seeds that an interrupted call left in OUTPUT.partial; None on all processes but the first.
+        The number of images, and those of other seeds that an interrupted call left in OUTPUT.partial; None on all
+        processes but the first.
 
     Raises:
         DiffusersDPMError: the model or the arguments cannot be used; the output holds other images.
@@ -71,17 +80,100 @@ def sample_run(
     own_scale = guidance_scale if prompt is None and cfg_scale is None else cfg_scale
     if scheduler is not None:
         pipeline.scheduler = build_scheduler(scheduler, scheduler_options or {}, pipeline, model, own_scale)
+    come_from = Source.of(pipeline.unet, **source)
+    seeds = come_from.seeds(seeds)
     with user_error("--class-labels"):
         labels = pipeline.get_label_ids(class_labels)
     texts = None if prompt is None or clip is None else Texts.load(prompt, clip)
-    sampler = Sampler(pipeline, num_inference_steps, labels, guidance_scale, cfg_scale, texts)
+    sampler = Sampler(pipeline, num_inference_steps, labels, guidance_scale, cfg_scale, texts, come_from)
     accelerator = Accelerator(cpu=cpu)
     by_classifier = pipeline.classifier if cfg_scale is None else None
     calls = guided_calls(len(seeds) * sampler.num_steps(), own_scale, by_classifier)
     pipeline.to(accelerator.device)
     report_cost(pipeline.unet, calls, batch_size, accelerator, pipeline.classifier)
-    others = save_images(sampler, seeds, output, batch_size, accelerator, columns)
-    return others if accelerator.is_main_process else None
+    if not animate:
+        others = save_images(sampler, seeds, output, batch_size, accelerator, columns)
+    elif accelerator.is_main_process:
+        others = save_animation(sampler, seeds, Path(output), columns)
+    return (len(seeds), others) if accelerator.is_main_process else None
+
+
+def save_animation(sampler: Sampler, seeds: Sequence[int], output: Path, columns: int | None = None) -> list[Path]:
+    """Draw the images of the seeds, and write x_0 as it is predicted on the way: a .gif file of at most 100 frames.
+
+    Raises:
+        DiffusersDPMError: the file exists; images that are none of 1 or 3 channels; as `Sampler.output`.
+    """
+    if output.exists():
+        raise DiffusersDPMError(f"{output} exists already")
+    if sampler.pipeline.unet.config.in_channels not in (1, 3):
+        raise DiffusersDPMError("a .gif file has 1 or 3 channels, these images have others")
+    way = sampler.output(seeds, output_type="pt", return_trajectory=max(1, sampler.num_steps() // 50)).trajectory
+    states = (
+        way.latents if way.pred_original_sample is None else torch.cat([way.pred_original_sample, way.latents[-1:]])
+    )
+    pixels = to_uint8((states / 2 + 0.5).clamp(0, 1).movedim(2, -1).numpy())
+    with atomic_file(output) as temporary, temporary.open("wb") as file:
+        save_gif(file, [image_grid(frame, columns, **GRID) for frame in pixels])
+    return []
+
+
+def encode_run(
+    model: str,
+    data: str,
+    output: str | Path,
+    *,
+    scheduler: str = "dpm-solver",
+    scheduler_options: dict[str, Any] | None = None,
+    num_inference_steps: int = 50,
+    num_images: int | None = None,
+    batch_size: int = 64,
+    cpu: bool = False,
+    **images: Any,
+) -> torch.Tensor:
+    """The noise of images, (N, C, H, W), by `DPMPipeline.encode`; writes a safetensors file. Run it on one process.
+
+    Args:
+        model: run folder or Hub id.
+        data: as `load_images`, with its further keywords as `images`; a network with classes takes its labels.
+        output: the file; meanwhile OUTPUT.partial keeps what is done.
+        scheduler, scheduler_options: as `build_scheduler`.
+        num_inference_steps: as `DPMPipeline`.
+        num_images: the first of the data; by default all.
+        batch_size: images per network call.
+        cpu: use the CPU even if there is an accelerator.
+
+    Raises:
+        DiffusersDPMError: the model, the data or the scheduler cannot be used; the file exists.
+    """
+    output = Path(output)
+    if output.exists():
+        raise DiffusersDPMError(f"{output} exists already")
+    pipeline = load_pipeline(model, any_process=True)
+    pipeline.scheduler = build_scheduler(scheduler, scheduler_options or {}, pipeline, model)
+    _, *size = image_shape(pipeline.unet)
+    dataset = load_images(data, **{**images, "resolution": images.get("resolution") or size})
+    labelled = is_conditional(pipeline.unet) and bool(dataset.num_classes)
+    sampler = Sampler(pipeline, num_inference_steps)
+    settings = {**sampler.settings(), "data": digest(dataset[[0, len(dataset) - 1]]), "images": len(dataset)}
+    pipeline.to(Accelerator(cpu=cpu).device)
+    pipeline.set_progress_bar_config(disable=True)
+    count = min(num_images or len(dataset), len(dataset))
+    with tqdm(total=count, unit="image", desc="images") as bar:
+
+        def measure(rows: range) -> dict[str, torch.Tensor]:
+            batch = dataset[[*rows]]
+            labels = batch["labels"] if labelled else None
+            with user_error(f"{scheduler} of {model}"):
+                noise = pipeline.encode(batch["images"] / 2 + 0.5, num_inference_steps, class_labels=labels)
+            bar.update(len(rows))
+            return {LATENTS: noise.cpu()}
+
+        store = ResultStore(output.with_name(f"{output.name}.partial"), settings, save_every=10.0)
+        latents = store.measure_rows(count, batch_size, measure)
+    write_tensors(output, latents)
+    store.delete()
+    return latents[LATENTS]
 
 
 def result_folder(model: str, output_dir: str | Path | None, name: str) -> Path:

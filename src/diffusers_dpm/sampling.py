@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from diffusers_dpm.calibration import Calibration, FittedTable, fitted_weights
 from diffusers_dpm.clip import Texts
+from diffusers_dpm.editing import Source
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
-from diffusers_dpm.images import GRID, image_grid, to_pil, to_uint8
+from diffusers_dpm.images import GRID, image_grid, save_gif, to_pil, to_uint8
 from diffusers_dpm.networks import Progress, check_config, check_weights, load_extra, process_of
 from diffusers_dpm.pipelines import ClassifierFreeGuidance, ClassifierGuidance, DPMPipeline, Guidance
 from diffusers_dpm.pipelines.networks import class_names
@@ -241,6 +242,7 @@ class Sampler:
         guidance_scale: of `texts`, if there are any, or else as `DPMPipeline`.
         cfg_scale: of the network's null class, beside the other guidance.
         texts: guide.
+        source: what the images come from beside the noise of their seeds.
     """
 
     pipeline: DPMPipeline
@@ -249,6 +251,7 @@ class Sampler:
     guidance_scale: float | None = None
     cfg_scale: float | None = None
     texts: Texts | None = None
+    source: Source = field(default_factory=Source)
 
     def settings(self) -> dict[str, Any]:
         """The same as JSON, with weights as hashes."""
@@ -262,6 +265,7 @@ class Sampler:
             "class_labels": self.class_labels and list(self.class_labels),
             "guidance_scale": self.guidance_scale,
             "classifier": classifier and weights_hash(classifier),
+            **self.source.settings(),
         }
         if self.cfg_scale is not None:
             settings["cfg_scale"] = self.cfg_scale
@@ -272,8 +276,9 @@ class Sampler:
     def num_steps(self) -> int:
         """The steps of an image. Raises DiffusersDPMError if the scheduler refuses them."""
         with user_error(scheduler_name(self.pipeline.scheduler)):
-            adapt(self.pipeline.scheduler).set_timesteps(self.num_inference_steps)
-        return len(self.pipeline.scheduler.timesteps)
+            scheduler = adapt(self.pipeline.scheduler)
+            scheduler.set_timesteps(self.num_inference_steps)
+            return self.source.num_steps(scheduler, self.pipeline.unet.config.in_channels)
 
     def _guidance(self, seeds: Sequence[int]) -> dict[str, Any]:
         """The pipeline's arguments that guide the images of these seeds."""
@@ -294,7 +299,6 @@ class Sampler:
         Raises:
             ValueError: as the pipeline; an image that is not finite.
         """
-        labels = self.class_labels and [self.class_labels[seed % len(self.class_labels)] for seed in seeds]
         calls: list[None] = []
 
         def after_step(*_: Any) -> None:
@@ -302,20 +306,26 @@ class Sampler:
                 progress.update(len(seeds))
 
         name = scheduler_name(self.pipeline.scheduler)
-        with self.pipeline.unet.register_forward_hook(lambda *_: calls.append(None)), user_error(name):
-            output: Any = self.pipeline(
-                seeds=seeds,
-                num_inference_steps=self.num_inference_steps,
-                class_labels=labels,
-                **self._guidance(seeds),
-                output_type="np",
-                callback_on_step_end=after_step,
-            )
+        with self.pipeline.unet.register_forward_hook(lambda *_: calls.append(None)):
+            output = self.output(seeds, output_type="np", callback_on_step_end=after_step)
         broken = len(seeds) - int(np.isfinite(output.images).all(axis=(1, 2, 3)).sum())
         if broken:
             raise DiffusersDPMError(f"{name}: {broken} of {len(seeds)} images are not finite")
         drawn = None if output.class_labels is None else output.class_labels.tolist()
         return to_uint8(output.images), drawn, len(calls)
+
+    def output(self, seeds: Sequence[int], **arguments: Any) -> Any:
+        """The pipeline's output for the seeds, with further arguments. Raises DiffusersDPMError as it does."""
+        labels = self.class_labels and [self.class_labels[seed % len(self.class_labels)] for seed in seeds]
+        with user_error(scheduler_name(self.pipeline.scheduler)):
+            return self.source.draw(
+                self.pipeline,
+                seeds,
+                num_inference_steps=self.num_inference_steps,
+                class_labels=labels,
+                **self._guidance(seeds),
+                **arguments,
+            )
 
 
 def carried_hash(scheduler: Any, num_inference_steps: int | None) -> str | None:
@@ -469,12 +479,13 @@ def save_images(
     accelerator: Accelerator,
     columns: int | None = None,
 ) -> list[Path]:
-    """Draw the images of the seeds into a folder of PNG files, or one .npz or .png file. An interrupted call goes on.
+    """Draw the images of the seeds into a folder of PNG files, or one file. An interrupted call goes on.
 
     Args:
         sampler, seeds, batch_size, accelerator: as in `SampleFolder.fill`.
-        output: a folder; an .npz file with arr_0, as guided-diffusion's evaluator reads it, and seeds; or a .png file
-            with a grid of the images, row by row, with the names of their classes.
+        output: a folder; an .npz file with arr_0, as guided-diffusion's evaluator reads it, and seeds; a .png file
+            with a grid of the images, row by row, with the names of their classes; or a .gif file of one after the
+            other.
         columns: images in a row of the grid; by default as many as make it nearly square.
 
     Returns:
@@ -484,7 +495,7 @@ def save_images(
         DiffusersDPMError: as `SampleFolder.fill`; the file exists.
     """
     output, kind = Path(output), Path(output).suffix.lower()
-    packed = kind in (".npz", ".png")
+    packed = kind in (".npz", ".png", ".gif")
     if packed and output.exists():
         raise DiffusersDPMError(f"{output} exists already")
     folder = output.with_name(f"{output.name}.partial") if packed else output
@@ -497,6 +508,8 @@ def save_images(
         with atomic_file(output) as temporary, temporary.open("wb") as file:
             if kind == ".npz":
                 np.savez(file, arr_0=pixels, seeds=np.array(seeds))
+            elif kind == ".gif":
+                save_gif(file, [image_grid(image[None], **GRID) for image in pixels])
             else:
                 names = class_names(sampler.pipeline.unet, sampler.pipeline.classifier)
                 names_of = {str(i): name for i, name in names.items()}

@@ -37,6 +37,7 @@ COMMANDS = {
     "train-classifier": Command("train a classifier of noisy images, for guidance", ("RUN",), FLAG),
     "train-features": Command("train the features that evaluate compares", (), FLAG),
     "sample": Command("draw images by seed", ("RUN",), AGAIN),
+    "encode": Command("find the noise that images are drawn from", ("RUN",), AGAIN),
     "evaluate": Command("measure image quality by sampler and number of steps", ("RUN",), AGAIN),
     "compare": Command("compare two evaluations", ("A.json", "B.json")),
     "statistics": Command("estimate variances for AnalyticDPMScheduler", ("RUN",), AGAIN),

@@ -1,0 +1,119 @@
+"""What the images of a call come from, beside the noise of their seeds: an image, noise that is given, two seeds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffusers_dpm.errors import DiffusersDPMError, user_error
+from diffusers_dpm.image_values import convert_channels, crop_and_resize, decode, to_unit_range
+from diffusers_dpm.pipelines import DPMPipeline, image_shape
+from diffusers_dpm.pipelines.editing import Edit
+from diffusers_dpm.pipelines.scheduler_adapter import SchedulerAdapter
+from diffusers_dpm.records import digest, read_tensors
+
+
+LATENTS = "latents"  # the tensor in a file of `diffusers-dpm encode`
+
+
+@dataclass(frozen=True)
+class Source:
+    """What images come from.
+
+    Attributes:
+        edit: image, mask, strength and resampling, as `DPMPipeline`; or none of them.
+        latents: (N, C, H, W), the noise that the image of seed 0 .. N - 1 begins with.
+        ends: two seeds, of whose images image s is on the way, at s / (frames - 1).
+        frames: how many images are on that way.
+    """
+
+    edit: dict[str, Any] = field(default_factory=dict)
+    latents: torch.Tensor | None = None
+    ends: tuple[int, int] | None = None
+    frames: int = 9
+
+    @classmethod
+    def of(
+        cls,
+        unet: Any,
+        image: str | Path | None = None,
+        strength: float | None = None,
+        mask: str | Path | None = None,
+        resampling: int = 1,
+        latents: str | Path | None = None,
+        interpolate: Sequence[int] | None = None,
+        frames: int = 9,
+    ) -> "Source":
+        """From the files that a command names, for the images of a network.
+
+        Images and masks are cropped at the centre to the shape of the network's and resized.
+
+        Raises:
+            DiffusersDPMError: a file that cannot be read, or is for other networks; arguments that contradict each
+                other.
+        """
+        channels, *size = image_shape(unet)
+        files = {"image": (image, channels), "mask": (mask, 1)}
+        read = {name: read_picture(path, number, size) for name, (path, number) in files.items() if path is not None}
+        edit: dict[str, Any] = {**read, **({} if strength is None else {"strength": strength})}
+        edit |= {} if resampling == 1 else {"resampling": resampling}
+        with user_error("--image"):
+            Edit.of(channels, edit.get("image"), edit.get("mask"), strength, resampling)
+        tensor = None if latents is None else read_latents(Path(latents), channels)
+        return cls(edit, tensor, None if interpolate is None else (interpolate[0], interpolate[1]), frames)
+
+    def settings(self) -> dict[str, Any]:
+        """As JSON, with hashes of tensors; {} where images come from their seeds alone."""
+        numbers = {key: value for key, value in self.edit.items() if not isinstance(value, torch.Tensor)}
+        tensors = {key: value for key, value in self.edit.items() if isinstance(value, torch.Tensor)}
+        tensors |= {} if self.latents is None else {LATENTS: self.latents}
+        ends = {} if self.ends is None else {"interpolate": [*self.ends], "frames": self.frames}
+        return {**numbers, **{key: digest({key: value}) for key, value in tensors.items()}, **ends}
+
+    def num_steps(self, scheduler: SchedulerAdapter, channels: int) -> int:
+        """The steps of an image, of a scheduler whose timesteps are set."""
+        arguments = {"image": None, "mask": None, "strength": None, "resampling": 1, **self.edit}
+        edit, num = Edit.of(channels, **arguments), len(scheduler.scheduler.timesteps)
+        return num if edit is None else (num - scheduler.first_step(edit.strength)) * edit.resampling
+
+    def draw(self, pipeline: DPMPipeline, seeds: Sequence[int], **arguments: Any) -> Any:
+        """The pipeline's output for the seeds."""
+        if self.ends is not None:
+            places = [seed / max(1, self.frames - 1) for seed in seeds]
+            return pipeline.interpolate(*self.ends, places, **arguments)
+        if self.latents is not None:
+            arguments["latents"] = self.latents[[*seeds]]
+        return pipeline(seeds=seeds, **self.edit, **arguments)
+
+    def seeds(self, seeds: Sequence[int] | None) -> Sequence[int]:
+        """Those given, or all that there is something for. Raises DiffusersDPMError for others."""
+        if self.ends is not None:
+            return range(self.frames)
+        if self.latents is None:
+            return seeds or []
+        seeds, num = range(len(self.latents)) if seeds is None else seeds, len(self.latents)
+        if max(seeds) >= num:
+            raise DiffusersDPMError(f"--latents has noise for seeds 0-{num - 1}, got {max(seeds)}")
+        return seeds
+
+
+def read_picture(path: str | Path, channels: int, size: Sequence[int]) -> torch.Tensor:
+    """(channels, *size) in [0, 1] of an image file. Raises DiffusersDPMError if it cannot be read."""
+    stored = decode(str(path), str(path), channels, set())
+    values = stored if stored.dtype == np.uint8 else to_unit_range(stored, None, str(path))
+    values = crop_and_resize(convert_channels(values, channels, str(path)), (size[0], size[1]))
+    pixels = torch.from_numpy(values.astype(np.float32))
+    return pixels / 255 if values.dtype == np.uint8 else (pixels + 1) / 2
+
+
+def read_latents(path: Path, channels: int) -> torch.Tensor:
+    """(N, C, H, W) of a file of `diffusers-dpm encode`. Raises DiffusersDPMError if it is none for such networks."""
+    tensors = read_tensors(path)[1]
+    latents = tensors.get(LATENTS)
+    if latents is None or latents.ndim != 4 or latents.shape[1] != channels:
+        held = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()) or "nothing"
+        raise DiffusersDPMError(f"{path} must hold latents (N, {channels}, H, W), got {held}: 'diffusers-dpm encode'")
+    return latents
