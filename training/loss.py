@@ -126,6 +126,9 @@ class VariationalTerms:
             timestep 0 both fixed ones are beta-tilde_1.
         num_levels: number of values of a pixel; None for real numbers.
 
+    Attributes:
+        clip_x0: what a sampler does to predictions of x_0; None in training, as in the paper's code.
+
     Raises:
         DiffusersDPMError: a process in continuous time, variance type "learned", or fewer than 2 levels.
     """
@@ -143,6 +146,7 @@ class VariationalTerms:
         self.schedule, self.prediction_type, self.num_levels = schedule, prediction_type, num_levels
         self.is_learned, self.is_large = variance_type == "learned_range", str(variance_type).startswith("fixed_large")
         self.steps = reverse_steps(schedule, whole_chain(len(schedule)))
+        self.clip_x0: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, x0: Tensor, t: Tensor, difference: Tensor, variance: Tensor | None) -> Tensor:
         """Bits per dimension, shape (B,).
@@ -160,6 +164,8 @@ class VariationalTerms:
         alpha, sigma = self.schedule.at(t, x0)
         p, q = self.schedule.predictions[self.prediction_type](alpha, sigma)
         error = sigma / (alpha * q - sigma * p) * difference
+        if self.clip_x0 is not None:
+            error = x0 - self.clip_x0(x0 - error)
         if variance is not None:
             log_variance = steps.log_variance(variance)
         else:

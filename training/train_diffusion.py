@@ -118,6 +118,8 @@ class DiffusionTrainer(Trainer):
         num_levels = find_num_levels(data, options.num_levels)
         about = {"variance_type": options.variance_type, "num_levels": num_levels}
         loss = DenoisingLoss(schedule, options.prediction_type, "vlb", **about)
+        assert loss.variational is not None
+        loss.variational.clip_x0 = self.scheduler.clip_x0
         return BitsPerDim(data, loss, options.eval_draws, options.seed, self.conditional, options.batch_size)
 
     def _held_out_figures(self, first: int, step: int) -> dict[str, float]:

@@ -136,13 +136,15 @@ def test_bits_per_dim_are_logged(learned, changes):
     assert measured == ["2", "4", "5"]
 
 
-def test_bits_per_dim_estimate_the_bound(bytes_of):
+@pytest.mark.parametrize("clip_sample", [True, False])
+def test_bits_per_dim_estimate_the_bound(bytes_of, clip_sample):
     """Many draws come close to the bound of the whole chain, prior included, within their standard error."""
     from diffusers_dpm.data import load_images
 
-    data, scheduler = load_images(bytes_of(1)), DDPMScheduler(variance_type="learned_range", clip_sample=False)
+    data, scheduler = load_images(bytes_of(1)), DDPMScheduler(variance_type="learned_range", clip_sample=clip_sample)
     unet = tiny_unet(out_channels=2)
     loss = DenoisingLoss(scheduler.schedule, loss_type="vlb", variance_type="learned_range")
+    loss.variational.clip_x0 = scheduler.clip_x0
     estimates = torch.tensor([BitsPerDim(data, loss, 8, seed, False, 64)(unet) for seed in range(4)])
     exact = evidence_lower_bound(unet, scheduler, data[list(range(4))]["images"], batch_size=1000).bits_per_dim
     assert estimates.mean().item() == pytest.approx(exact, rel=0.05)
