@@ -28,6 +28,8 @@ from diffusers_dpm.pipelines import (
     ClassifierFreeGuidance,
     ClassifierGuidance,
     DPMPipeline,
+    MeasurementGuidance,
+    SuperResolution,
     TextGuidance,
 )
 from diffusers_dpm.pipelines.modeling_noisy_classifier import NoisyClassifier
@@ -44,6 +46,8 @@ NAMES = {  # key -> in the table
     "interval": "CFG in half of the steps",
     "apg": "APG",
     "autoguidance": "autoguidance",
+    "diffpir": "a measurement, by DiffPIR",
+    "pigdm": "a measurement, by PiGDM",
     "text": "text",
     "text_through_unet": "text, through the network",
 }
@@ -113,12 +117,15 @@ def measure(preset: str, channels: int, batch_size: int, steps: int, repeats: in
     arguments: dict[str, Any] = {"seeds": range(batch_size), "num_inference_steps": steps, "output_type": "pt"}
     arguments |= {"class_labels": labels}
     x = torch.randn(batch_size, channels, pipe.unet.config.sample_size, pipe.unet.config.sample_size)
+    operator = SuperResolution(2)
     guides = {
         "classifier": ClassifierGuidance(scale=2.0),
         "cfg": ClassifierFreeGuidance(2.0),
         "interval": ClassifierFreeGuidance(2.0, interval=(0, 499)),
         "apg": AdaptiveProjectedGuidance(2.0),
         "autoguidance": AutoGuidance(2.0, network=worse),
+        "diffpir": MeasurementGuidance(operator, operator(x), 0.05, "diffpir"),
+        "pigdm": MeasurementGuidance(operator, operator(x), 0.05, "pigdm"),
         "text": make_text(channels),
         "text_through_unet": make_text(channels, through_unet=True),
     }
