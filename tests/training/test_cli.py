@@ -111,11 +111,11 @@ def test_debug_shows_the_traceback(capsys, place):
     arguments.insert(place, "--debug")
     assert main(arguments) == 2
     *traceback, last = capsys.readouterr().err.strip().split("\n")
-    assert last == "error: --seeds is missing"
+    assert last == "error: --output is missing"
     assert traceback[0].startswith("Traceback")
-    assert traceback[-1] == "diffusers_dpm.errors.DiffusersDPMError: --seeds is missing"
+    assert traceback[-1] == "diffusers_dpm.errors.DiffusersDPMError: --output is missing"
     assert main(["sample", "nowhere"]) == 2
-    assert capsys.readouterr().err == "error: --seeds is missing\n"
+    assert capsys.readouterr().err == "error: --output is missing\n"
 
 
 @pytest.mark.parametrize(
