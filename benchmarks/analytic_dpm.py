@@ -87,7 +87,14 @@ class Benchmark:
     """The model, its statistics, and the results."""
 
     def __init__(
-        self, run: Path, heads: Sequence[Path], features: Path, output: Path, batch_size: int, smallest: bool
+        self,
+        run: Path,
+        heads: Sequence[Path],
+        features: Path,
+        output: Path,
+        counts: Sequence[int],
+        batch_size: int,
+        smallest: bool,
     ):
         self.pipe: DPMPipeline = load_pipeline(str(run))
         self.unet = self.pipe.unet.eval()
@@ -96,7 +103,7 @@ class Benchmark:
         self.pipe.set_progress_bar_config(leave=False)
         self.scheduler = self.pipe.scheduler  # the run's own; the pipeline's changes with the samplers
         self.batch_size, self.smallest = batch_size, smallest
-        self.counts = COUNTS[:1] if smallest else COUNTS
+        self.counts = counts[:1] if smallest else counts
         self.variances_there = [name for name in VARIANCES if name not in HEADS or name in self.networks]
         self.statistics = PosteriorStatistics.load(run / "analytic_dpm" / "statistics.json")
         self.judge = Judge(features)
@@ -118,16 +125,18 @@ class Benchmark:
         return scheduler
 
     def measure_bounds(self, num_images: int) -> None:
-        """The rows "bounds", from one pass of the network over the digits at all timesteps, and one for each head."""
+        """The rows "bounds", from one pass of the network over the digits at all grids, and one for each head."""
         images = digits("test")[0][: 4 if self.smallest else num_images]
         grids = [*product(self.counts, SPACINGS)]
         grids = [(n, spacing) for n, spacing in grids if spacing == "even" or n < len(self.statistics.residual)]
 
+        def variances(target: str | None) -> list[str]:
+            return [name for name in self.variances_there if name not in HEADS] if target is None else [target]
+
         @cache
         def errors(target: str | None) -> PredictionErrors:
-            samplers = [self.bounded(spacing, n, target) for n, spacing in grids] if target else []
-            grid = {t for sampler in samplers for t in sampler.timesteps.tolist()}
-            grid = sorted(grid or range(len(self.statistics.residual)))
+            samplers = [self.bounded(spacing, n, variance) for n, spacing in grids for variance in variances(target)]
+            grid = sorted({t for sampler in samplers for t in sampler.timesteps.tolist()})
             with tqdm(total=len(images) * len(grid), unit="call", desc=f"likelihood {target}", leave=False) as bar:
                 return measure_errors(
                     self.networks[target] if target else self.unet,
@@ -136,7 +145,7 @@ class Benchmark:
                     grid,
                     num_levels=17,
                     batch_size=self.batch_size,
-                    samplers=samplers,
+                    samplers=samplers if target else (),
                     progress=bar,
                 )
 
@@ -441,12 +450,13 @@ def main() -> None:
     numbers |= {"likelihood_images": (297, "held-out digits to bound the bits per dimension of")}
     parser = make_parser(__doc__, "analytic_dpm.json", "folder of a pipeline trained on the digits", **numbers)
     add_features(parser)
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of steps [%(default)s]")
     parser.add_argument("--heads", type=Path, nargs="*", help="folders of 'train-variance' [RUN/variance_head]")
     arguments = parse(parser)
     run, heads = arguments.run, arguments.heads
     heads = [folder for folder in (run / "variance_head",) if folder.is_dir()] if heads is None else heads
     files = (run, heads, arguments.features, arguments.output)
-    benchmark = Benchmark(*files, arguments.batch_size, arguments.smallest)
+    benchmark = Benchmark(*files, arguments.counts, arguments.batch_size, arguments.smallest)
     try:
         benchmark.measure_bounds(arguments.likelihood_images)
         benchmark.measure_heads()
