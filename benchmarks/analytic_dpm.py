@@ -1,11 +1,17 @@
-"""What do Analytic-DPM's variances bring on a model of the digits, and what do the statistics cost?
+"""What do Analytic-DPM's variances and heads bring on a model of the digits, and what do they cost?
 
     diffusers-dpm statistics runs/demo --data digits
+    diffusers-dpm train-variance runs/demo --data digits --target npr
+    cp -r runs/demo runs/demo-sn
+    diffusers-dpm train-variance runs/demo-sn --data digits --target sn --overwrite
     diffusers-dpm train-features --data digits --eval-split test --output-dir runs/digits-features
-    python benchmarks/analytic_dpm.py runs/demo         # writes results/analytic_dpm.{json,md,png}
+    python benchmarks/analytic_dpm.py runs/demo --heads runs/demo/variance_head runs/demo-sn/variance_head
 
-- Bits per dimension (upper bounds, 17 grey levels) of the 297 held-out digits, for four reverse variances on even and
-  optimal trajectories. Differences are paired by image.
+It writes results/analytic_dpm.{json,md,png}.
+
+- Bits per dimension (upper bounds, 17 grey levels) of held-out digits, for the reverse variances on even and optimal
+  trajectories. Differences are paired by image.
+- The seconds of a network call with a head, beside those without.
 - Fréchet distance of 1,797 samples from the training digits, in features of a classifier of digits. The samplers share
   their seeds and, up to halves, their even timesteps; clipping and capping of noise are the schedulers' defaults.
 - Monte-Carlo errors of the statistics for few images, and the error of interpolating few timesteps. An error is the
@@ -39,20 +45,20 @@ from common import (
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from diffusers_dpm import AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler, PosteriorStatistics
+from diffusers_dpm import AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler, PosteriorStatistics, VarianceHead
 from diffusers_dpm.data import load_images
-from diffusers_dpm.likelihood.bound import bound_from_errors, measure_errors
+from diffusers_dpm.likelihood.bound import PredictionErrors, bound_from_errors, measure_errors
 from diffusers_dpm.likelihood.problem import standard_error
 from diffusers_dpm.networks import load_pipeline, noise_schedule_of
-from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.pipelines import DPMPipeline, image_shape
 from diffusers_dpm.posterior_statistics import estimate_statistics
 from diffusers_dpm.records import fingerprint
-from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES
+from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, HEADS
 from diffusers_dpm.schedulers.timestep_grids import Grid, even
 
 
 COUNTS = (5, 10, 25, 50, 100, 1000)
-VARIANCES = ("small", "large", "analytic", "residual")
+VARIANCES = ("small", "large", "analytic", "residual", "npr", "sn")
 SPACINGS = ("even", "optimal")
 # name -> class, config; "linspace" is the even trajectory up to the rounding of halves
 SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
@@ -60,12 +66,19 @@ SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     "DDPM large": (DDPMScheduler, {"variance_type": "fixed_large", "timestep_spacing": "linspace"}),
     "Analytic-DDPM residual": (AnalyticDPMScheduler, {"forward_process": "ddpm", "reverse_variance": "residual"}),
     "Analytic-DDPM analytic": (AnalyticDPMScheduler, {"forward_process": "ddpm", "reverse_variance": "analytic"}),
+    "NPR-DDPM": (AnalyticDPMScheduler, {"forward_process": "ddpm", "reverse_variance": "npr"}),
+    "SN-DDPM": (AnalyticDPMScheduler, {"forward_process": "ddpm", "reverse_variance": "sn"}),
     "DDIM": (DDIMScheduler, {"timestep_spacing": "linspace"}),
     "Analytic-DDIM residual": (AnalyticDPMScheduler, {"forward_process": "ddim", "reverse_variance": "residual"}),
     "Analytic-DDIM analytic": (AnalyticDPMScheduler, {"forward_process": "ddim", "reverse_variance": "analytic"}),
 }
+SAMPLERS |= {
+    "NPR-DDIM": (AnalyticDPMScheduler, {"forward_process": "ddim", "reverse_variance": "npr"}),
+    "SN-DDIM": (AnalyticDPMScheduler, {"forward_process": "ddim", "reverse_variance": "sn"}),
+}
 IMAGE_COUNTS = (8, 16, 32, 64, 128, 256, 512)
 REPEATS = range(1, 9)  # seeds; the run with all images has seed 0
+OTHERS = ("small", "large", "residual")  # from which differences of bounds are shown
 STEPS = 25  # whose variances are compared for few images,
 LENGTHS = (25, 100, 1000)  # and for few timesteps
 
@@ -73,17 +86,31 @@ LENGTHS = (25, 100, 1000)  # and for few timesteps
 class Benchmark:
     """The model, its statistics, and the results."""
 
-    def __init__(self, run: Path, features: Path, output: Path, batch_size: int, smallest: bool):
+    def __init__(
+        self,
+        run: Path,
+        heads: Sequence[Path],
+        features: Path,
+        output: Path,
+        counts: Sequence[int],
+        batch_size: int,
+        smallest: bool,
+    ):
         self.pipe: DPMPipeline = load_pipeline(str(run))
+        self.unet = self.pipe.unet.eval()
+        loaded = [VarianceHead.from_pretrained(folder) for folder in heads]
+        self.networks = {head.config.target: head.attach(self.unet).eval() for head in loaded}
         self.pipe.set_progress_bar_config(leave=False)
         self.scheduler = self.pipe.scheduler  # the run's own; the pipeline's changes with the samplers
         self.batch_size, self.smallest = batch_size, smallest
-        self.counts = COUNTS[:1] if smallest else COUNTS
+        self.counts = counts[:1] if smallest else counts
+        self.variances_there = [name for name in VARIANCES if name not in HEADS or name in self.networks]
         self.statistics = PosteriorStatistics.load(run / "analytic_dpm" / "statistics.json")
         self.judge = Judge(features)
         facts = {
             "run": run.name,
-            "weights": fingerprint(self.pipe.unet.state_dict().values()),
+            "weights": fingerprint(self.unet.state_dict().values()),
+            "heads": {target: fingerprint(unet.head.state_dict().values()) for target, unet in self.networks.items()},
             "statistics_images": self.statistics.num_images,
             "judge": self.judge.facts,
         }
@@ -91,52 +118,88 @@ class Benchmark:
 
     # Likelihood --------------------------------------------------------------------------------------------------
 
-    def measure_bounds(self) -> None:
-        """The rows "bounds", all from one pass of the network over the held-out digits at all timesteps."""
-        images = digits("test")[0][: 4 if self.smallest else None]
+    def bounded(self, spacing: str, num_steps: int, variance: str) -> Any:
+        """A sampler on its grid, whose bound is measured."""
+        scheduler = self.statistics.scheduler(self.scheduler, timestep_spacing=spacing, reverse_variance=variance)
+        scheduler.set_timesteps(num_steps)
+        return scheduler
+
+    def measure_bounds(self, num_images: int) -> None:
+        """The rows "bounds", from one pass of the network over the digits at all grids, and one for each head."""
+        images = digits("test")[0][: 4 if self.smallest else num_images]
+        grids = [*product(self.counts, SPACINGS)]
+        grids = [(n, spacing) for n, spacing in grids if spacing == "even" or n < len(self.statistics.residual)]
+
+        def variances(target: str | None) -> list[str]:
+            return [name for name in self.variances_there if name not in HEADS] if target is None else [target]
 
         @cache
-        def errors():
-            num_timesteps = len(self.statistics.residual)
-            with tqdm(total=len(images) * num_timesteps, unit="call", desc="likelihood", leave=False) as bar:
+        def errors(target: str | None) -> PredictionErrors:
+            samplers = [self.bounded(spacing, n, variance) for n, spacing in grids for variance in variances(target)]
+            grid = sorted({t for sampler in samplers for t in sampler.timesteps.tolist()})
+            with tqdm(total=len(images) * len(grid), unit="call", desc=f"likelihood {target}", leave=False) as bar:
                 return measure_errors(
-                    self.pipe.unet,
+                    self.networks[target] if target else self.unet,
                     self.scheduler,
                     images,
-                    range(num_timesteps),
+                    grid,
                     num_levels=17,
                     batch_size=self.batch_size,
+                    samplers=samplers if target else (),
                     progress=bar,
                 )
 
         @cache
         def terms(spacing: str, num_steps: int, variance: str) -> torch.Tensor:
             """Bits per dimension of each image: the prior, the steps, the decoder."""
-            scheduler = self.statistics.scheduler(self.scheduler, timestep_spacing=spacing, reverse_variance=variance)
-            scheduler.set_timesteps(num_steps)
-            return bound_from_errors(errors(), scheduler).per_term
+            measured = errors(variance if variance in HEADS else None)
+            return bound_from_errors(measured, self.bounded(spacing, num_steps, variance)).per_term
 
         def measure(spacing: str, num_steps: int, variance: str) -> dict[str, Any]:
             parts = terms(spacing, num_steps, variance)
             total = parts.sum(dim=1)
             row = {"bits_per_dim": total.mean().item(), "standard_error": standard_error(total)}
             row |= {"prior": parts[:, 0].mean().item(), "decoder": parts[:, -1].mean().item()}
-            for other in ("small", "large"):
+            for other in OTHERS:
                 difference = total - terms(spacing, num_steps, other).sum(dim=1)
                 row[f"minus_{other}"] = difference.mean().item()
                 row[f"minus_{other}_error"] = standard_error(difference)
             return row
 
-        for num_steps, spacing, variance in product(self.counts, SPACINGS, VARIANCES):
-            if spacing == "even" or num_steps < len(self.statistics.residual):
-                key = {"spacing": spacing, "num_inference_steps": num_steps, "variance": variance}
-                self.results.row("bounds", key, partial(measure, spacing, num_steps, variance))
+        for (num_steps, spacing), variance in product(grids, self.variances_there):
+            key = {"spacing": spacing, "num_inference_steps": num_steps, "variance": variance}
+            key |= {"num_images": len(images)}
+            self.results.row("bounds", key, partial(measure, spacing, num_steps, variance))
+
+    # The heads' cost ---------------------------------------------------------------------------------------------
+
+    def measure_heads(self) -> None:
+        """The rows "heads": the least seconds of a network call, which take turns."""
+        batch = 8 if self.smallest else self.batch_size
+        x, t = torch.randn((batch, *image_shape(self.unet))), torch.zeros(batch, dtype=torch.long)
+
+        @torch.no_grad()
+        def seconds(network: Any) -> float:
+            start = time.perf_counter()
+            network(x, t)
+            return time.perf_counter() - start
+
+        def measure(target: str) -> dict[str, Any]:
+            networks = (self.unet, self.networks[target])
+            times = [[seconds(network) for network in networks] for _ in range(2 if self.smallest else 20)]
+            plain, both = map(min, zip(*times, strict=True))
+            sizes = [sum(map(torch.numel, network.parameters())) for network in networks]
+            sizes = {"unet_parameters": sizes[0], "head_parameters": sizes[1] - sizes[0]}
+            return {**sizes, "unet_seconds": plain, "seconds": both, "ratio": both / plain}
+
+        for target in self.networks:
+            self.results.row("heads", {"target": target, "batch_size": batch}, partial(measure, target))
 
     # The statistics' cost ----------------------------------------------------------------------------------------
 
     def estimate(self, num_images: int, num_timesteps: int, seed: int) -> PosteriorStatistics:
         return estimate_statistics(
-            self.pipe.unet,
+            self.unet,
             self.scheduler,
             load_images("digits", split="train"),
             num_images,
@@ -210,10 +273,13 @@ class Benchmark:
         """The rows "samples"; the longest come last."""
 
         def measure(name: str, num_steps: int) -> dict[str, Any]:
+            self.pipe.unet = self.networks.get(SAMPLERS[name][1].get("reverse_variance"), self.unet)
             images = draw(self.pipe, self.sampler(name), range(num_images), num_steps, self.batch_size)
             return self.judge.distance(images)
 
-        for num_steps, name in tqdm([*product(self.counts, SAMPLERS)], desc="samples", unit="cell"):
+        needed = {name: options.get("reverse_variance") for name, (_, options) in SAMPLERS.items()}
+        names = [name for name, variance in needed.items() if variance not in HEADS or variance in self.networks]
+        for num_steps, name in tqdm([*product(self.counts, names)], desc="samples", unit="cell"):
             key = {"sampler": name, "num_inference_steps": num_steps, "num_images": num_images}
             self.results.row("samples", key, partial(measure, name, num_steps))
 
@@ -254,14 +320,31 @@ def likelihood_table(values: dict[str, Any]) -> list[str]:
         names = [f"{variance}, {spacing}" for spacing, variance in product(SPACINGS, variances)]
         return table(head, by_count(rows, names, value, error, places=4))
 
+    if not rows:
+        return []
+    there = [variance for variance in VARIANCES if any(row["variance"] == variance for row in rows)]
     text = [
         "## Bits per dimension",
-        "Upper bounds for the 297 held-out digits, 17 levels, with standard errors over images.",
-        lines(VARIANCES, "bits_per_dim", "standard_error"),
+        f"Upper bounds for {rows[0]['num_images']} held-out digits, 17 levels, with standard errors over images.",
+        lines(there, "bits_per_dim", "standard_error"),
     ]
-    for other in ("small", "large"):
+    for other, better in (("small", ESTIMATES), ("large", ESTIMATES), ("residual", HEADS)):
         text += [f"Minus those of {other} on the trajectory of the same kind, paired by image:"]
-        text += [lines(ESTIMATES, f"minus_{other}", f"minus_{other}_error")]
+        text += [lines([name for name in better if name in there], f"minus_{other}", f"minus_{other}_error")]
+    return text
+
+
+def head_table(values: dict[str, Any]) -> list[str]:
+    rows = values.get("heads", [])
+    lines = [
+        [row["target"], f"{row['head_parameters']:,}", f"{row['unet_parameters']:,}", f"{row['ratio']:.3f}"]
+        for row in rows
+    ]
+    text = [
+        "## The cost of a head",
+        "Seconds of a network call with the head, divided by those without; the least of 20, on one CPU thread.",
+        table(["head", "its parameters", "the U-Net's", "seconds"], lines),
+    ]
     return text if rows else []
 
 
@@ -312,7 +395,12 @@ def cost_tables(values: dict[str, Any]) -> list[str]:
 
 def markdown(values: dict[str, Any]) -> str:
     head = ["# Analytic-DPM on the digits", "`python benchmarks/analytic_dpm.py RUN`"]
-    return "\n\n".join([*head, *likelihood_table(values), *sample_table(values), *cost_tables(values)]) + "\n"
+    return (
+        "\n\n".join(
+            [*head, *likelihood_table(values), *head_table(values), *sample_table(values), *cost_tables(values)]
+        )
+        + "\n"
+    )
 
 
 def plot(values: dict[str, Any]) -> Figure:
@@ -321,13 +409,16 @@ def plot(values: dict[str, Any]) -> Figure:
     for (spacing, style), (i, variance) in product(zip(SPACINGS, ("-o", ":s"), strict=True), enumerate(VARIANCES)):
         rows = [row for row in values.get("bounds", []) if (row["spacing"], row["variance"]) == (spacing, variance)]
         bits = [row["bits_per_dim"] for row in rows]
-        left.loglog(steps_of(rows), bits, style, color=f"C{i}", markersize=4, label=f"{variance}, {spacing}")
+        if rows:
+            left.loglog(steps_of(rows), bits, style, color=f"C{i}", markersize=4, label=f"{variance}, {spacing}")
     left.set(xlabel="steps", ylabel="bits per dimension, upper bound", ylim=(2.5, 25))
     left.set_yticks((3, 4, 5, 10, 20), labels=(3, 4, 5, 10, 20))
     for i, name in enumerate(SAMPLERS):
         rows = [row for row in values.get("samples", []) if row["sampler"] == name]
+        if not rows:
+            continue
         distances, errors = [row["frechet"] for row in rows], [row["frechet_error"] for row in rows]
-        style = {"residual": "--", "analytic": ":"}.get(name.split()[-1], "-")
+        style = {"residual": "--", "analytic": ":"}.get(name.split()[-1], "-." if "-" in name else "-")
         middle.errorbar(
             steps_of(rows), distances, errors, color=f"C{i}", marker="o", markersize=4, ls=style, label=name
         )
@@ -356,16 +447,21 @@ def steps_of(rows: list[dict]) -> list[int]:
 
 def main() -> None:
     numbers = {"images": (1797, "samples of each sampler"), "batch_size": (512, "images in a network call")}
+    numbers |= {"likelihood_images": (297, "held-out digits to bound the bits per dimension of")}
     parser = make_parser(__doc__, "analytic_dpm.json", "folder of a pipeline trained on the digits", **numbers)
     add_features(parser)
+    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of steps [%(default)s]")
+    parser.add_argument("--heads", type=Path, nargs="*", help="folders of 'train-variance' [RUN/variance_head]")
     arguments = parse(parser)
-    benchmark = Benchmark(
-        arguments.run, arguments.features, arguments.output, arguments.batch_size, arguments.smallest
-    )
+    run, heads = arguments.run, arguments.heads
+    heads = [folder for folder in (run / "variance_head",) if folder.is_dir()] if heads is None else heads
+    files = (run, heads, arguments.features, arguments.output)
+    benchmark = Benchmark(*files, arguments.counts, arguments.batch_size, arguments.smallest)
     try:
-        benchmark.measure_bounds()
-        benchmark.measure_cost()
+        benchmark.measure_bounds(arguments.likelihood_images)
+        benchmark.measure_heads()
         benchmark.measure_samples(20 if arguments.smallest else arguments.images)
+        benchmark.measure_cost()
     finally:
         values = benchmark.results.values
         show(arguments.output, markdown(values), plot(values))

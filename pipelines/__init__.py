@@ -21,6 +21,7 @@ from diffusers_dpm.pipelines.measurements import (
 )
 from diffusers_dpm.pipelines.modeling_adm import ADMUNet2DModel
 from diffusers_dpm.pipelines.modeling_noisy_classifier import NoisyClassifier, NoisyClassifierOutput
+from diffusers_dpm.pipelines.modeling_variance_head import UNetWithVariance, VarianceHead
 from diffusers_dpm.pipelines.networks import evaluation_mode, image_shape, image_size, is_conditional
 from diffusers_dpm.pipelines.pipeline_dpm import DPMPipeline, DPMPipelineOutput, DPMTrajectory
 from diffusers_dpm.pipelines.text_guidance import TextGuidance
@@ -49,6 +50,8 @@ __all__ = [
     "Prediction",
     "SuperResolution",
     "TextGuidance",
+    "UNetWithVariance",
+    "VarianceHead",
     "evaluation_mode",
     "guided_scheduler",
     "image_shape",

@@ -402,13 +402,16 @@ class DPMPipeline(EditingMixin, DiffusionPipeline):
         return {name: component for name, component in super().components.items() if component is not None}
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As `DiffusionPipeline.save_pretrained`, with the stock twin of the scheduler in `scheduler/`."""
-        scheduler = self.scheduler
-        self.scheduler = adapt(scheduler).stock_twin()
+        """As `DiffusionPipeline.save_pretrained`, with the stock twin of the scheduler in `scheduler/`.
+
+        Of a `UNetWithVariance` the U-Net is saved; the head has a `save_pretrained` of its own.
+        """
+        scheduler, unet = self.scheduler, self.unet
+        self.scheduler, self.unet = adapt(scheduler).stock_twin(), getattr(unet, "unet", unet)
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            self.scheduler = scheduler
+            self.scheduler, self.unet = scheduler, unet
 
     def to_json_string(self) -> str:
         """The model index, in names that plain diffusers knows: any other would make a repository nobody can load."""
@@ -420,10 +423,11 @@ class DPMPipeline(EditingMixin, DiffusionPipeline):
         return to_json({**kept, "_class_name": adapter.stock_pipeline, "scheduler": [library, stock.__name__]})
 
     def to_json_file(self, json_file_path: str | Path) -> None:
-        """The same as a file, telling plain diffusers not to download the classifier's weights that lie beside it."""
+        """The same as a file, telling plain diffusers not to download the weights that lie beside the pipeline."""
         folder = Path(json_file_path).parent
         names = json.loads(self.to_json_string())
-        if weights := sorted(folder.glob("classifier/diffusion_pytorch_model*")):
+        beside = ("classifier", "variance_head")
+        if weights := sorted(path for name in beside for path in folder.glob(f"{name}/diffusion_pytorch_model*")):
             names["_ignore_files"] = [path.relative_to(folder).as_posix() for path in weights]
         Path(json_file_path).write_text(to_json(names), encoding="utf-8")
 

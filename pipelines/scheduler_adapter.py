@@ -276,8 +276,10 @@ class OwnScheduler(SchedulerAdapter):
 
     def step_variance(self, i: int, t: Tensor, model_output: Tensor, sample: Tensor) -> float | Tensor:
         row, last = self.scheduler.updates[i], len(self.scheduler.updates) - 1
-        if row.log_variance is not None:
-            return self.scheduler.learned_std(row.log_variance, model_output[:, sample.shape[1] :]) ** 2
+        output, variance = self.scheduler.split_output(model_output, sample)
+        std = self.scheduler.predicted_std(row, self.scheduler.levels[i], output, variance, sample)
+        if std is not None:
+            return std**2
         is_first_order = max(len(row.x0), len(row.epsilon)) == 1
         if self.scheduler.has_reverse_variance and is_first_order and (row.noise or i == last):
             return row.noise**2

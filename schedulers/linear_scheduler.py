@@ -464,9 +464,10 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
         if self._has_state:  # what is kept must not be the network's own buffer, which it may write to again
             x0s, epsilons = (tuple(t.clone() if t is output else t for t in tensors) for tensors in (x0s, epsilons))
             x0s, epsilons, anchor = self._remember(index, x0s, epsilons, x)
-        if row.log_variance is None or noise is None:
+        std = None if noise is None else self.predicted_std(row, level, output, variance, x)
+        if std is None:
             return row.apply(anchor, x0s, epsilons, noise), x0
-        return row.apply(anchor, x0s, epsilons) + self.learned_std(row.log_variance, variance) * noise, x0
+        return row.apply(anchor, x0s, epsilons) + std * noise, x0
 
     def _apply_each(
         self, places: list[Place], output: Tensor, variance: Tensor | None, x: Tensor, noise: Tensor | None
@@ -573,6 +574,28 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
     def clip_x0(self, x0: Tensor, in_place: bool = False) -> Tensor:
         """A prediction of x_0 as `step` uses it: clipped or thresholded if the config says so, but not in encoding."""
         return self._plan.clipping(x0, in_place)
+
+    def predicted_std(
+        self, row: Update, level: Level, output: Tensor, variance: Tensor | None, x: Tensor
+    ) -> Tensor | None:
+        """Standard deviation of the noise of a row at a level where the network says it; None where the row does.
+
+        Args:
+            output, variance: as from `split_output`.
+            x: that the network saw.
+
+        Raises:
+            ValueError: the network has no variance channels.
+        """
+        if row.head is not None:
+            if variance is None:
+                raise ValueError(
+                    f"reverse_variance={self._config.reverse_variance!r} needs twice the channels in model_output: "
+                    "take the U-Net of VarianceHead.attach, which 'diffusers-dpm train-variance RUN' trains."
+                )
+            conversion = self.schedule.conversion(self._config.prediction_type, level.alpha, level.sigma)
+            return row.head(variance, affine(conversion.epsilon, x, output)).sqrt()
+        return None if row.log_variance is None else self.learned_std(row.log_variance, variance)
 
     @staticmethod
     def learned_std(log_variance: tuple[float, float], variance: Tensor | None) -> Tensor:

@@ -16,6 +16,37 @@ from .noise_schedule import Level
 Tensors = tuple[Tensor, ...]
 
 
+class HeadVariance(NamedTuple):
+    """How the output of a variance head becomes the variance of a row's noise, pixel by pixel.
+
+    sigma^2 = free + gain * C, with C = ratio * head for a head that predicts (epsilon - epsilon-hat)^2, and
+    C = ratio * (head - epsilon-hat^2) for one that predicts epsilon^2 (Bao, Li, Sun, Zhu and Zhang 2022,
+    https://arxiv.org/abs/2206.07309: NPR-DPM and SN-DPM).
+
+    Attributes:
+        free: lambda^2, the variance of q(x_s | x_t, x_0).
+        gain: g^2, where g = d mean / d x_0.
+        ratio: sigma_t^2 / alpha_t^2.
+        low, high: C, the variance of x_0 given x_t, is clipped to them.
+        squared_noise: whether the head predicts epsilon^2.
+        cap: of sigma.
+    """
+
+    free: float
+    gain: float
+    ratio: float
+    low: float
+    high: float
+    squared_noise: bool
+    cap: float = math.inf
+
+    def __call__(self, head: Tensor, epsilon: Tensor) -> Tensor:
+        """sigma^2, of the head's shape; `epsilon` is the network's own, not clipped."""
+        square = head - epsilon**2 if self.squared_noise else head
+        variance = self.free + self.gain * (self.ratio * square).clamp(self.low, self.high)
+        return variance.clamp(max=self.cap**2)
+
+
 class Update(NamedTuple):
     """One row: the coefficients of one step.
 
@@ -30,6 +61,8 @@ class Update(NamedTuple):
             noise variance; it then replaces `noise`, which must still be positive.
         ratio: the step size follows the image: with rho = |z| / |epsilon| of each image, `epsilon` is multiplied by
             rho^2 and `noise` by rho (the Langevin corrector of Song et al. 2021b, Algorithm 4).
+        head: how a network whose other C channels are those of a variance head chooses the noise variance; it then
+            replaces `noise`, which must still be positive.
     """
 
     sample: float = 0.0
@@ -39,6 +72,7 @@ class Update(NamedTuple):
     anchored: bool = False
     log_variance: tuple[float, float] | None = None
     ratio: bool = False
+    head: HeadVariance | None = None
 
     def apply(self, x: Tensor, x0s: Tensors, epsilons: Tensors = (), noise: Tensor | None = None) -> Tensor:
         """x_s, always a new tensor.
@@ -47,7 +81,12 @@ class Update(NamedTuple):
             x: what `sample` multiplies.
             x0s, epsilons: predictions, newest first; those beyond the row's factors are not used.
             noise: z, standard normal; None leaves it out.
+
+        Raises:
+            ValueError: noise for a row whose variance depends on more than these arguments.
         """
+        if self.head is not None and noise is not None:
+            raise ValueError("the variance of a head takes whole steps, without pred_original_sample or tokens.")
         if self.ratio and noise is not None:
             rho = torch.nan_to_num(norms(noise) / norms(epsilons[0]), nan=math.nan, posinf=0.0)  # no score, no step
             epsilons, noise = (rho**2 * epsilons[0],), rho * noise

@@ -1,4 +1,7 @@
-"""Analytic-DPM (Bao, Li, Zhu and Zhang 2022, https://arxiv.org/abs/2201.06503): the optimal reverse variances."""
+"""Analytic-DPM (Bao, Li, Zhu and Zhang 2022, https://arxiv.org/abs/2201.06503): the optimal reverse variances.
+
+And those of each pixel (Bao, Li, Sun, Zhu and Zhang 2022, https://arxiv.org/abs/2206.07309).
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,15 +16,16 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from .gaussian_paths import ContinuousSchedule
 from .linear_scheduler import LinearScheduler
 from .noise_schedule import Level
-from .plan import Update, ddim_mean, ddpm_mean, forward_step, large_std
+from .plan import HeadVariance, Update, ddim_mean, ddpm_mean, forward_step, large_std
 from .timestep_grids import SPACINGS, Grid, spread
 
 
 STATISTICS = "_posterior_statistics"  # config key; diffusers neither prints nor loses keys that begin like this
 ESTIMATES = ("residual", "analytic")  # entries of the statistics, and so values of reverse_variance that need them
+HEADS = ("npr", "sn")  # values of reverse_variance that need a variance head in the place of statistics
 CHOICES = {
     "forward_process": ("ddpm", "ddim"),
-    "reverse_variance": (*ESTIMATES, "small", "large"),
+    "reverse_variance": (*ESTIMATES, *HEADS, "small", "large"),
     "missing_statistics": ("error", "lower_bound"),
 }
 
@@ -83,7 +87,9 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
       eta = 0 sampling is not deterministic: its noise is g^2 C_t.
     - reverse_variance: residual, C_t from E|eps - eps_hat|^2, right for the mean that the network has; analytic, C_t
       from E|eps_hat|^2 as published, for a network that is exact; small, C_t = 0; large, sigma^2 = beta (ddpm only),
-      on other paths what makes steps exact for data N(0, I), as beta does.
+      on other paths what makes steps exact for data N(0, I), as beta does; npr, C_t of each pixel of each image, from
+      a network whose other C channels predict (epsilon - epsilon-hat)^2, right for the mean that the network has; sn,
+      the same from channels that predict epsilon^2, for a network that is exact. `VarianceHead.attach` adds them.
     - posterior_variance_range: C_t is clipped to it. [0, 1] holds for data in [-1, 1]; [0, None] for latents. It does
       not depend on clip_sample.
     - sigma_clip_steps, sigma_clip_pixels: the noise of the last noisy steps, which one sees in the image, is capped at
@@ -313,16 +319,46 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         free = eta * s.sigma * math.sqrt(u)  # lambda
         direction = s.sigma * math.sqrt(1 - eta**2 * u)
         gain = signal_gain(s.alpha, u, free**2, direction, t.alpha / t.sigma)
+        if config.reverse_variance in HEADS:
+            return self._headed(mean, t, free, gain)
         best = math.hypot(free, gain * math.sqrt(posterior_variance))
         large = t.sigma * math.sqrt(u) if self.schedule.preserves_variance else large_std(t, s)
         used = {"small": free, "large": large}.get(config.reverse_variance, best)
         return mean._replace(noise=used)
 
+    def _headed(self, mean: Update, t: Level, free: float, gain: float) -> Update:
+        """The row whose variance follows from a head.
+
+        From pure noise, where epsilon tells nothing about x_0, C_t is the upper end of its range.
+
+        Raises:
+            ValueError: the range has none.
+        """
+        low, high = self.config.posterior_variance_range
+        high = math.inf if high is None else high
+        ratio = t.sigma / t.alpha * (t.sigma / t.alpha) if t.alpha else math.inf
+        largest = max(low, min(high, ratio))
+        if math.isinf(largest):
+            raise ValueError(
+                f"reverse_variance={self.config.reverse_variance!r} does not know it where x_t is pure noise: give "
+                "posterior_variance_range an upper end, such as [0, 1] for data in [-1, 1]."
+            )
+        row = mean._replace(noise=math.hypot(free, gain * math.sqrt(largest)))
+        if math.isinf(ratio):
+            return row
+        squared_noise = self.config.reverse_variance == "sn"
+        return row._replace(head=HeadVariance(free**2, gain**2, ratio, low, high, squared_noise))
+
     def reverse_variances(self) -> list[float]:
         """sigma^2 of each transition of the present grid, without the cap in grey levels.
 
         The last entry is that of the step to clean data, which the sampler makes without noise.
+
+        Raises:
+            ValueError: they differ from pixel to pixel.
         """
+        if self.config.reverse_variance in HEADS:
+            raise ValueError(f"those of reverse_variance={self.config.reverse_variance!r} depend on the pixel.")
         self._ensure_grid()
         return [row.noise**2 for row in self._transitions(self.levels)]
 
@@ -343,8 +379,10 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         rows = self._transitions(levels)
         cap = self._sigma_cap()
         first_capped = max(len(rows) - 1 - self.config.sigma_clip_steps, 0)
-        rows[first_capped:] = [row._replace(noise=min(row.noise, cap)) for row in rows[first_capped:]]
-        rows[-1] = rows[-1]._replace(noise=0.0)
+        for i in range(first_capped, len(rows)):
+            head = rows[i].head
+            rows[i] = rows[i]._replace(noise=min(rows[i].noise, cap), head=head and head._replace(cap=cap))
+        rows[-1] = rows[-1]._replace(noise=0.0, head=None)
         return rows
 
     def _sigma_cap(self) -> float:

@@ -37,7 +37,8 @@ class MixtureNetwork(ModelMixin, ConfigMixin):
         deviations: a number for each component.
         weights: of the components; None for equal ones.
         scale: factor of epsilon that makes the network wrong.
-        learns_variance: adds as many channels of nan, which nobody is to read.
+        learns_variance: adds as many channels of nan, which nobody is to read; "npr" and "sn" add the best heads of
+            Extended Analytic-DPM.
     """
 
     strict = True
@@ -95,8 +96,13 @@ class MixtureNetwork(ModelMixin, ConfigMixin):
         epsilon = self.config.scale * (parts * sigma * centred / variances).sum(0)
         x0 = (parts * (self.means + alpha * self.deviations**2 / variances * centred)).sum(0)
         output = self.returned(x0, epsilon, alpha, sigma).to(sample.dtype)
-        if self.config.learns_variance:
-            output = torch.cat([output, torch.full_like(output, math.nan)], dim=1)
+        if learns := self.config.learns_variance:
+            posterior = self.means + alpha * self.deviations**2 / variances * centred
+            spread = (parts * (posterior**2 + (self.deviations * sigma) ** 2 / variances)).sum(0) - x0**2
+            exact = epsilon / self.config.scale
+            squares = spread * (alpha / sigma) ** 2 + (exact**2 if learns == "sn" else (exact - epsilon) ** 2)
+            head = squares if learns in ("npr", "sn") else torch.full_like(squares, math.nan)
+            output = torch.cat([output, head.to(output.dtype)], dim=1)
         return UNet2DOutput(sample=output)
 
 

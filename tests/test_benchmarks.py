@@ -12,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
 from diffusers_dpm.data import load_images
+from diffusers_dpm.pipelines import VarianceHead
 from diffusers_dpm.posterior_statistics import estimate_statistics
 from tests.models import save_features, save_run, tiny_classifier, tiny_unet
 
@@ -61,6 +62,8 @@ def folders(tmp_path_factory):
     run, features = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("features")
     pipeline = save_run(run, num_train_timesteps=1000, beta_end=0.02)
     tiny_classifier(10).save_pretrained(run / "classifier")
+    for target, folder in (("npr", run), ("sn", run / "sn")):
+        VarianceHead.for_unet(pipeline.unet, target).save_pretrained(folder / "variance_head")
     save_features(features)
     level = {"timesteps": [0, 999], "accuracy": 0.5}
     (run / "classifier_accuracy.json").write_text(json.dumps({"clean": level, "ranges": [level]}))
@@ -114,6 +117,8 @@ def test_script_runs(script, folders, tmp_path, monkeypatch):
     arguments += [f"--features={features}"] if script in ON_DIGITS else []
     arguments += ["--data=digits"] if script in ("inverse_problems", "quality") else []
     arguments += [f"--worse={run}", f"--clip={tmp_path / 'clip'}"] if script == "guidance_quality" else []
+    if script == "analytic_dpm":
+        arguments += ["--heads", str(run / "variance_head"), str(run / "sn" / "variance_head")]
     monkeypatch.setattr(sys, "argv", [script, *arguments, "--smallest", f"--output={output}"])
     as_main(script, monkeypatch)
     written = {path.suffix for path in tmp_path.iterdir() if path.is_file()}

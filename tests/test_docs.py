@@ -55,6 +55,7 @@ SMALL = {
     "train runs/mine": "--max-train-steps 40",
     "train --resume": "--max-train-steps 41",
     "train-classifier": "--max-train-steps 2 --log-with none",
+    "train-variance": "--max-train-steps 2 --log-with none",
     "train-features": "--max-train-steps 2 --log-with none",
     "statistics": "--num-samples 2 --timesteps 3",
     "calibrate": "--steps 5 10 --num-images 8 --max-walks 1 --teacher-steps 20",

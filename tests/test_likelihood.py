@@ -27,6 +27,7 @@ from diffusers_dpm.likelihood.ode import (
     ode_sample,
     probed_traces,
 )
+from diffusers_dpm.posterior_statistics import estimate_statistics
 from diffusers_dpm.random_streams import Stream
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler, DPMSolverScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
@@ -44,8 +45,14 @@ class Contrived(torch.nn.Module):
 
     device, dtype = torch.device("cpu"), torch.float64
 
+    def __init__(self, has_head=False):
+        super().__init__()
+        self.has_head = has_head
+
     def forward(self, x, t, class_labels=None):
-        return SimpleNamespace(sample=torch.sin(1.7 * x + 0.003 * t.view(-1, 1, 1, 1)) + 0.2 * x.flip(-1))
+        output = torch.sin(1.7 * x + 0.003 * t.view(-1, 1, 1, 1)) + 0.2 * x.flip(-1)
+        head = [0.4 + 0.3 * torch.cos(3 * x)] * self.has_head
+        return SimpleNamespace(sample=torch.cat([output, *head], dim=1))
 
 
 def grey_images(count, shape=(1, 4, 4), num_levels=256, seed=0):
@@ -201,6 +208,82 @@ def test_measured_bound_agrees_with_the_closed_form(reverse_variance):
         assert abs(term.bits_per_dim - closed.bits_per_dim) < 4.5 * term.standard_error
 
 
+def two_lumps(target, **config):
+    """A network with a head for pixels near -0.9 or 0.7, as it is in what it predicts from much noise."""
+    return MixtureNetwork(means=(-0.9, 0.7), deviations=(0.05, 0.1), learns_variance=target, **config).eval()
+
+
+def lumps(count, seed=0):
+    signs = torch.rand((count, 1, 4, 4), generator=seeded(seed), dtype=torch.float64) < 0.5
+    return torch.where(signs, -0.9 + 0.05 * noise(count, 1, 4, 4), 0.7 + 0.1 * noise(count, 1, 4, 4, seed=1))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.05])
+@pytest.mark.parametrize("options", [{}, {"forward_process": "ddim", "eta": 0.5}])
+def test_npr_is_never_worse_than_the_scalar_residual(scale, options):
+    """E log sigma^2(x_t) <= log E sigma^2(x_t), and both are the best for the mean that the network has (Jensen)."""
+    network, images = two_lumps("npr", scale=scale), lumps(32)
+    statistics = estimate_statistics(network, AnalyticDPMScheduler(), images, 32, timesteps=range(0, 1000, 37))
+    options = {**options, "clip_sample": False, "timestep_spacing": "even"}
+    samplers = {
+        name: AnalyticDPMScheduler.from_config(
+            statistics.scheduler(AnalyticDPMScheduler()).config, reverse_variance=name, **options
+        )
+        for name in ("npr", "sn", "residual", "small")
+    }
+    for num_steps in (4, 15):
+        for sampler in samplers.values():
+            sampler.set_timesteps(num_steps)
+        bits = {
+            name: evidence_lower_bound(
+                two_lumps("sn", scale=scale) if name == "sn" else network, sampler, images, num_levels=None
+            ).per_term[:, 1:-1]
+            for name, sampler in samplers.items()
+        }
+        assert (bits["npr"].mean(dim=0) < bits["residual"].mean(dim=0) + 1e-3).all()
+        assert bits["npr"].sum(dim=1).mean() < bits["residual"].sum(dim=1).mean() < bits["small"].sum(dim=1).mean()
+        if scale == 1:  # of an exact network both heads say the same
+            torch.testing.assert_close(bits["npr"], bits["sn"], rtol=1e-6, atol=1e-6)
+        else:
+            assert bits["npr"].sum(dim=1).mean() < bits["sn"].sum(dim=1).mean()
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 30])
+def test_heads_of_gaussian_data_keep_the_golden_bounds(num_steps):
+    """The head is then a constant, so that the bound is that of the scalar variance."""
+    headed, scalar = analytic("npr"), analytic("residual")
+    network, images = MixtureNetwork(learns_variance="npr").eval(), math.sqrt(VARIANCE) * noise(5, 1, 4, 4)
+    for scheduler in (headed, scalar):
+        scheduler.set_timesteps(num_steps)
+    found, expected = (evidence_lower_bound(network, one, images, num_levels=None) for one in (headed, scalar))
+    torch.testing.assert_close(found.per_term, expected.per_term, rtol=1e-6, atol=1e-9)
+    assert [term.reverse_variance for term in found.terms()] == [None] * (num_steps + 1)
+
+
+def test_one_measurement_serves_samplers_with_and_without_heads():
+    network, images = two_lumps("npr"), lumps(3)
+    samplers = [
+        AnalyticDPMScheduler(reverse_variance=name, timestep_spacing="even", clip_sample=False)
+        for name in ("npr", "small", "npr")
+    ]
+    for sampler, num_steps in zip(samplers, (4, 7, 7), strict=True):
+        sampler.set_timesteps(num_steps)
+    timesteps = {t for sampler in samplers for t in sampler.timesteps.tolist()}
+    headed = [samplers[0], samplers[2]]
+    errors = measure_errors(network, samplers[0], images, timesteps, num_levels=None, samplers=headed, batch_size=5)
+    for sampler in samplers:
+        alone = evidence_lower_bound(network, sampler, images, num_levels=None)
+        torch.testing.assert_close(bound_from_errors(errors, sampler).per_term, alone.per_term)
+    other = AnalyticDPMScheduler.from_config(samplers[0].config, posterior_variance_range=[0.0, 0.5])
+    other.set_timesteps(4)
+    with pytest.raises(ValueError, match=r"was not measured with its head.*samplers"):
+        bound_from_errors(errors, other)
+    with pytest.raises(ValueError, match="off the timesteps"):
+        measure_errors(network, samplers[0], images, [999], num_levels=None, samplers=headed)
+    with pytest.raises(ValueError, match=r"VarianceHead\.attach"):
+        evidence_lower_bound(MixtureNetwork().eval(), samplers[0], images, num_levels=None)
+
+
 def test_distortion_is_the_posterior_deviation_and_rates_sum():
     """Of white Gaussian data, on DDPM's path and flow's: sqrt(v sigma^2 / (alpha^2 v + sigma^2)), in units of 255."""
     images = math.sqrt(VARIANCE) * noise(100, 1, 16, 16)
@@ -234,6 +317,7 @@ def clipping_analytic_ddim():
     return AnalyticDPMScheduler.from_config(config, clip_sample=True, sigma_clip_pixels=0)
 
 
+NO_CLIP = {"clip_sample": False, "sigma_clip_pixels": 0}
 SAMPLERS = {
     "diffusers, fixed_small": (stock_ddpm(), 1.0),
     "diffusers, fixed_large": (stock_ddpm(variance_type="fixed_large"), 1.0),
@@ -242,6 +326,8 @@ SAMPLERS = {
     "ddim": (DDIMScheduler(eta=0.6), 0.6),
     "ddim, clipped epsilon": (DDIMScheduler(eta=0.6, use_clipped_model_output=True), 0.6),
     "analytic ddim": (clipping_analytic_ddim(), 0.6),
+    "npr": (AnalyticDPMScheduler(reverse_variance="npr", sigma_clip_pixels=0), 1.0),
+    "sn, ddim": (AnalyticDPMScheduler(reverse_variance="sn", forward_process="ddim", eta=0.6, **NO_CLIP), 0.6),
 }
 
 
@@ -250,7 +336,8 @@ def test_steps_are_the_divergence_from_what_the_sampler_draws(name):
     """Mean and variance of p are read off the sampler's own `step`, those of q are written out (Song et al. eq. 7)."""
     scheduler, eta = SAMPLERS[name]
     scheduler.set_timesteps(8)
-    images, network = grey_images(3), Contrived()
+    has_head = getattr(scheduler.config, "reverse_variance", "") in ("npr", "sn")
+    images, network = grey_images(3), Contrived(has_head)
     bound = evidence_lower_bound(network, scheduler, images, seed=5)
     abar = DDPMScheduler().schedule.alphas_cumprod
     for i, (t, s) in enumerate(pairwise(scheduler.timesteps.tolist())):
@@ -261,7 +348,8 @@ def test_steps_are_the_divergence_from_what_the_sampler_draws(name):
         output = network(x_t, torch.full((3,), t)).sample
         drawn = [scheduler.step(output, t, x_t, generator=seeded(k)).prev_sample for k in (0, 1)]
         z = [torch.randn(x_t.shape, generator=seeded(k), dtype=torch.float64) for k in (0, 1)]
-        std = ((drawn[0] - drawn[1]) / (z[0] - z[1])).median()
+        std = (drawn[0] - drawn[1]) / (z[0] - z[1])
+        std = std if has_head else std.median()
         free = eta**2 * (1 - abar[s]) / (1 - abar[t]) * (1 - abar[t] / abar[s])
         true_mean = abar[s].sqrt() * images + (1 - abar[s] - free).sqrt() * noise
         q, p = Normal(true_mean, free.sqrt()), Normal(drawn[0] - std * z[0], std)

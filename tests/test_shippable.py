@@ -81,6 +81,7 @@ def test_files_are_found():
         "scheduler_adapter",
         "modeling_noisy_classifier",
         "modeling_adm",
+        "modeling_variance_head",
     }
 
 

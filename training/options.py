@@ -101,6 +101,15 @@ class FeatureOptions:
 
 
 @dataclass(kw_only=True)
+class VarianceOptions:
+    """model"""
+
+    target: Literal["npr", "sn"] = "npr"
+    """what the head estimates; npr: the square of what the network's prediction leaves of the noise; sn: the square of
+    the noise"""
+
+
+@dataclass(kw_only=True)
 class ProcessOptions:
     """process"""
 
@@ -219,6 +228,16 @@ class FeatureOptimizationOptions(ClassifierOptimizationOptions):
 
     max_train_steps: int = 3000
     learning_rate: float = 1e-3
+
+
+@dataclass(kw_only=True)
+class VarianceOptimizationOptions(OptimizationOptions):
+    """optimisation"""
+
+    max_train_steps: int = 3000
+    learning_rate: float = 1e-3
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_warmup_steps: int = 100
 
 
 @dataclass(kw_only=True)
@@ -373,3 +392,21 @@ class FeatureTrainingOptions(
     """Options of `diffusers-dpm train-features`; raises as `TrainingOptions`."""
 
     class_dropout_prob: ClassVar[float] = 0.0
+
+
+@dataclass(kw_only=True)
+class VarianceTrainingOptions(
+    DataOptions,
+    VarianceOptions,
+    VarianceOptimizationOptions,
+    EMAOptions,
+    CheckpointOptions,
+    LoggingOptions,
+):
+    """Options of `diffusers-dpm train-variance`; raises as `TrainingOptions`."""
+
+    random_shift: ClassVar[int] = 0  # the statistics are those of the data
+    random_crop: ClassVar[bool] = False
+    class_dropout_prob: ClassVar[float] = 0.0
+    eval_data: ClassVar[None] = None
+    eval_split: ClassVar[None] = None

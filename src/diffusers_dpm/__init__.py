@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from diffusers_dpm.pipelines import MeasurementGuidance as MeasurementGuidance
     from diffusers_dpm.pipelines import NoisyClassifier as NoisyClassifier
     from diffusers_dpm.pipelines import TextGuidance as TextGuidance
+    from diffusers_dpm.pipelines import VarianceHead as VarianceHead
     from diffusers_dpm.pipelines import guided_scheduler as guided_scheduler
     from diffusers_dpm.posterior_statistics import PosteriorStatistics as PosteriorStatistics
     from diffusers_dpm.posterior_statistics import estimate_statistics as estimate_statistics

@@ -257,7 +257,9 @@ def check_config(where: str | Path, cls: Any, config: Mapping[str, Any]) -> None
         kind = next((kind for kind in KINDS if isinstance(first, kind)), None)  # bool is an int, too
         if not has_kind(key, value, kind, parameter, default, is_network):
             raise DiffusersDPMError(f"{where}: {key} must be {KINDS[kind or str][1]}, got {repr(value)[:60]}")
-        low = 0 if is_network or (isinstance(first, (int, float)) and first >= 0) else -LARGEST_FLOAT
+        positive = is_network or (isinstance(first, (int, float)) and first >= 0)
+        signed = any(isinstance(leaf, (int, float)) and leaf < 0 for leaf in leaves(default))
+        low = 0 if positive and not signed else -LARGEST_FLOAT
         for number in found:
             high = LARGEST.get(key, LARGEST_FLOAT if isinstance(number, float) else 2**31)
             if isinstance(number, (int, float)) and not low <= number <= high and number not in (first, math.inf):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusers_dpm.pipelines import NoisyClassifier
+from diffusers_dpm.pipelines import NoisyClassifier, VarianceHead
 from diffusers_dpm.records import TEMPORARY, read_json, remove_empty
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler
 
@@ -65,6 +65,8 @@ class RunFolder:
     classifier_plot = Part("classifier_accuracy.png")
     analytic_dpm = Part("analytic_dpm", SCHEDULER, Extra(AnalyticDPMScheduler, "analytic-dpm", "statistics"))
     calibrated = Part("calibrated", SCHEDULER, Extra(CalibratedScheduler, "calibrated-rows", "calibrate"))
+    variance_head = Part("variance_head", NETWORK, Extra(VarianceHead, "variance-head", "train-variance"))
+    variance_training = Part("variance_training", TRAINING)
     # measurements
     metrics = Part("metrics.json")
     metrics_table = Part("metrics.md")

@@ -26,7 +26,7 @@ from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_sta
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import LOCK, ResultStore, atomic_file, digest, weights_hash, write_tensors, write_text
 from diffusers_dpm.run_folder import RunFolder
-from diffusers_dpm.sampling import Sampler, build_scheduler, save_images
+from diffusers_dpm.sampling import Sampler, build_scheduler, network_for, save_images
 from diffusers_dpm.schedulers.timestep_grids import Grid, even
 
 
@@ -80,6 +80,7 @@ def sample_run(
     own_scale = guidance_scale if prompt is None and cfg_scale is None else cfg_scale
     if scheduler is not None:
         pipeline.scheduler = build_scheduler(scheduler, scheduler_options or {}, pipeline, model, own_scale)
+        pipeline.unet = network_for(pipeline.scheduler, pipeline.unet, model)
     come_from = Source.of(pipeline.unet, **source)
     seeds = come_from.seeds(seeds)
     with user_error("--class-labels"):

@@ -26,7 +26,7 @@ from diffusers_dpm.editing import Source
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 from diffusers_dpm.images import GRID, image_grid, save_gif, to_pil, to_uint8
 from diffusers_dpm.networks import Progress, check_config, check_weights, load_extra, process_of
-from diffusers_dpm.pipelines import ClassifierFreeGuidance, ClassifierGuidance, DPMPipeline, Guidance
+from diffusers_dpm.pipelines import ClassifierFreeGuidance, ClassifierGuidance, DPMPipeline, Guidance, UNetWithVariance
 from diffusers_dpm.pipelines.networks import class_names
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.posterior_statistics import PosteriorStatistics
@@ -43,7 +43,7 @@ from diffusers_dpm.records import (
 )
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler
-from diffusers_dpm.schedulers.scheduling_analytic_dpm import STATISTICS
+from diffusers_dpm.schedulers.scheduling_analytic_dpm import HEADS, STATISTICS
 from diffusers_dpm.schedulers.scheduling_calibrated import CALIBRATION
 
 
@@ -134,6 +134,9 @@ def build_scheduler(
     check_options(name, scheduler_class, options)
     config = pipeline.scheduler.config
     subfolder = next((key for key, extra in EXTRAS.items() if extra.cls is scheduler_class), None)
+    run = RunFolder(model)
+    if options.get("reverse_variance") in HEADS and run.path.is_dir() and not run.analytic_dpm.is_dir():
+        subfolder = None  # a head needs no statistics
     if subfolder is not None:
         saved = load_extra(model, subfolder)
         config = saved.config
@@ -151,6 +154,27 @@ def build_scheduler(
         scheduler = scheduler_class.from_config(config, **options)
     check_process(name, scheduler, pipeline.scheduler)
     return scheduler
+
+
+def network_for(scheduler: Any, unet: Any, model: str) -> Any:
+    """The network, with the model's variance head where the scheduler's reverse variance is that of one.
+
+    Raises:
+        DiffusersDPMError: the model has no head, one of the other target, or one that was trained on other weights.
+    """
+    target = scheduler.config.get("reverse_variance") if isinstance(scheduler, AnalyticDPMScheduler) else None
+    if target not in HEADS:
+        return unet
+    unet = unet.unet if isinstance(unet, UNetWithVariance) else unet
+    name = RunFolder.variance_head.name
+    head, command = load_extra(model, name), f"diffusers-dpm train-variance {model} --target {target}"
+    if head.config.target != target:
+        raise DiffusersDPMError(
+            f"{model}/{name} is for {head.config.target}: {command + ' --overwrite'!r} makes one for {target}"
+        )
+    check_weights(head.config.unet_weights, unet, f"{model}/{name}", "a head for", command)
+    with user_error(f"{model}/{name}"):
+        return head.to(unet.device).attach(unet)
 
 
 def check_process(name: str, scheduler: Any, own: Any) -> None:

@@ -49,7 +49,8 @@ class BoundOptions:
     timestep_spacing: list[str] | None = None
     """even, optimal (needs statistics), leading, linspace, trailing, ... (default: even)"""
     reverse_variance: list[str] | None = None
-    """small, large, residual, analytic, learned_range (default: all that the model has channels or statistics for)"""
+    """small, large, residual, analytic, npr, sn, learned_range (default: all that the model has channels, statistics
+    or a head for)"""
     forward_process: Literal["ddpm", "ddim"] = "ddpm"
     """forward process"""
     eta: float = 0.0

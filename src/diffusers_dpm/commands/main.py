@@ -35,6 +35,7 @@ AGAIN = "; the same command resumes"
 COMMANDS = {
     "train": Command("train a diffusion U-Net", (), FLAG),
     "train-classifier": Command("train a classifier of noisy images, for guidance", ("RUN",), FLAG),
+    "train-variance": Command("train a head for the variances of each pixel, for Analytic-DPM", ("RUN",), FLAG),
     "train-features": Command("train the features that evaluate compares", (), FLAG),
     "sample": Command("draw images by seed", ("RUN",), AGAIN),
     "encode": Command("find the noise that images are drawn from", ("RUN",), AGAIN),

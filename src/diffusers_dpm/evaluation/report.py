@@ -100,16 +100,17 @@ def write_report(results: Results) -> list[str]:
 
 
 def mixture_notes(rows: Iterable[Row]) -> list[str]:
-    """Notes below a table where one line mixes statistics, fitted rows or classifiers that were remade in between.
+    """Notes below a table where one line mixes statistics, fitted rows, classifiers or heads that were remade.
 
     Fitted rows differ for each number of steps anyway.
     """
     carried = defaultdict(set)
     for row in rows:
         steps = row["steps"] if row["scheduler"] == CalibratedScheduler.__name__ else None
-        carried[sampler_name(row), steps].add((row.get("carried_hash"), row.get("classifier_sha256")))
+        hashes = (row.get(key) for key in ("carried_hash", "classifier_sha256", "variance_head_sha256"))
+        carried[sampler_name(row), steps].add(tuple(hashes))
     mixed = dict.fromkeys(name for (name, _), hashes in carried.items() if len(hashes) > 1)
-    note = "its statistics, rows or classifiers are not all the same; of each cell the last is shown"
+    note = "its statistics, rows, classifiers or heads are not all the same; of each cell the last is shown"
     return [f"{name}: {note}" for name in mixed]
 
 

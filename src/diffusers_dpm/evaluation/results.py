@@ -31,7 +31,8 @@ METRIC_KEYS: dict[str, Any] = {
 # keys that a row may lack
 OPTIONAL_KEYS: dict[str, Any] = {
     **dict.fromkeys(("seeds", "device", "weights_sha256", "reference_sha256", "carried_hash"), str | None),
-    **{"calls": int | None, "seconds": float | None, "classifier_sha256": str | None, "versions": dict | None},
+    **dict.fromkeys(("classifier_sha256", "variance_head_sha256"), str | None),
+    **{"calls": int | None, "seconds": float | None, "versions": dict | None},
 }
 NOT_NEGATIVE = ("steps", "num_images", "calls", "seconds", "error")
 OUTCOMES = {"value", "error", "calls", "seconds", "device", "versions"}  # keys that do not identify a measurement

@@ -133,11 +133,14 @@ class Evaluation:
         config = sampling.parse_assignments(assignments)
         pipeline = DPMPipeline(**self.pipeline.components)
         pipeline.scheduler = sampling.build_scheduler(name, config, pipeline, self.model, self.guidance_scale)
+        pipeline.unet = sampling.network_for(pipeline.scheduler, pipeline.unet, self.model)
+        head = weights_hash(pipeline.unet.head) if pipeline.unet is not self.pipeline.unet else None
         guided: dict[str, Any] = {"class_labels": self.class_labels, "guidance_scale": self.guidance_scale}
         shown = {**config, **{key: value for key, value in guided.items() if value is not None}}
         row = {"scheduler": sampling.scheduler_name(pipeline.scheduler), "options": shown, "steps": steps}
         classifier = pipeline.classifier and weights_hash(pipeline.classifier)
         hashes = {"carried_hash": sampling.carried_hash(pipeline.scheduler, steps), "classifier_sha256": classifier}
+        hashes["variance_head_sha256"] = head
         row |= {key: value for key, value in hashes.items() if value is not None}
         return Cell(sampling.Sampler(pipeline, steps, **guided), row)
 
@@ -229,7 +232,8 @@ class Evaluation:
         scheduler.set_timesteps(cell.row["steps"])
         order = torch.randperm(len(self.held_out), generator=torch.Generator().manual_seed(self.seed))
         examples = self.held_out[indices := order[:count].tolist()]
-        unet, num_levels = self.pipeline.unet.to(self.accelerator.device), find_num_levels(self.held_out, None)
+        unet = cell.sampler.pipeline.unet.to(self.accelerator.device)
+        num_levels = find_num_levels(self.held_out, None)
         labels = examples["labels"] if is_conditional(unet) else None
         options: dict[str, Any] = {"num_levels": num_levels, "seed": self.seed, "batch_size": self.batch_size}
         images = {"images": examples["images"], "class_labels": labels, "indices": indices}

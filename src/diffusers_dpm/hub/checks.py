@@ -51,7 +51,7 @@ class Loaded:
     Attributes:
         pipeline: with the scheduler that gets published.
         steps: a small number of steps.
-        classifier: None if there is none.
+        classifier, head: None if there is none.
         schedulers: subfolder -> (scheduler, a small number of steps that it has coefficients for).
     """
 
@@ -66,7 +66,7 @@ class Loaded:
             )
         self.pipeline = DPMPipeline(loaded.unet, scheduler)
         self.steps = few = min(4, self.pipeline.scheduler.config.num_train_timesteps)
-        self.classifier = extras.pop("classifier", None)
+        self.classifier, self.head = extras.pop("classifier", None), extras.pop("variance_head", None)
         steps = {name: min(getattr(extra, "available_steps", None) or [few]) for name, extra in extras.items()}
         self.schedulers = {name: (extra, steps[name]) for name, extra in extras.items()}
 
@@ -83,6 +83,10 @@ class Loaded:
             x = torch.randn((1, *image_shape(unet)), generator=torch.Generator().manual_seed(0))
             with torch.no_grad():
                 results |= {"x": x.numpy(), "classifier": self.classifier.eval()(x, 1).logits.numpy()}
+        if self.head is not None:
+            features = torch.randn((1, self.head.config.in_channels, 8, 8), generator=torch.Generator().manual_seed(0))
+            with torch.no_grad():
+                results |= {"features": features.numpy(), "variance_head": self.head.eval()(features, 1).numpy()}
         return results
 
 

@@ -17,7 +17,7 @@ from diffusers_dpm.evaluation.results import read_baselines, read_metrics
 from diffusers_dpm.hub.card import check_license, check_recipe, load_facts, render_card
 from diffusers_dpm.hub.remote_code import write_code
 from diffusers_dpm.images import image_grid, to_pil, to_uint8
-from diffusers_dpm.networks import WEIGHTS, load_extra, load_pipeline
+from diffusers_dpm.networks import WEIGHTS, check_weights, load_extra, load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.pipelines.networks import class_names
 from diffusers_dpm.records import read_json, read_tensors, weights_hash, write_json, write_tensors
@@ -102,7 +102,10 @@ def stage(
         stage_extra(run / name, folder / name)
     if "calibrated" in parts:
         fitted = fitted_steps(parts["calibrated"], pipe.unet, run / "calibrated", parts.get("classifier"))
-    pipe.save_pretrained(folder)  # after the classifier's weights, which its index tells plain diffusers to leave
+    if "variance_head" in parts:
+        fitted_to = parts["variance_head"].config.unet_weights
+        check_weights(fitted_to, pipe.unet, run / "variance_head", "a head for", f"diffusers-dpm train-variance {run}")
+    pipe.save_pretrained(folder)  # after the weights of extras, which its index tells plain diffusers to leave
     if others := components_of_others(run):
         report(f"left out: {', '.join(others)}, which {RunFolder.index} does not name")
     if variant:

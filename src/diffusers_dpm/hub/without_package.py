@@ -44,6 +44,12 @@ def main(folder: str, expected_file: str, task_json: str) -> None:
         with torch.no_grad():
             compare("classifier", classifier(torch.from_numpy(expected["x"]), 1).logits.numpy())
 
+    if "variance_head" in expected:
+        print("the variance head with trust_remote_code", flush=True)
+        head = AutoModel.from_pretrained(folder, subfolder="variance_head", **trust).eval()
+        with torch.no_grad():
+            compare("variance_head", head(torch.from_numpy(expected["features"]), 1).numpy())
+
     for name, (file, class_name, steps) in task["schedulers"].items():
         print(f"{class_name} with trust_remote_code", flush=True)
         cls = get_class_from_dynamic_module(folder, file, subfolder=name, class_name=class_name, **trust)

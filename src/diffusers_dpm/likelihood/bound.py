@@ -33,7 +33,8 @@ from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule, affine, on_host
-from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
+from diffusers_dpm.schedulers.plan import HeadVariance
+from diffusers_dpm.schedulers.scheduling_analytic_dpm import HEADS, AnalyticDPMScheduler
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class PredictionErrors:
         decoder: float64 (N, n), -log p(x_0 | x_t) in nats per dimension.
         mean_square: float64 (N,), of x_0.
         schedule_hash: of the noise schedule.
-        steps: m steps (t, s) whose variances differ from pixel to pixel, s None for the decoder.
+        steps: m steps whose variances differ from pixel to pixel, see `pixel_steps`.
         terms: float64 (N, m), their terms of the bound in nats per dimension.
 
     Raises:
@@ -59,7 +60,7 @@ class PredictionErrors:
     decoder: torch.Tensor
     mean_square: torch.Tensor
     schedule_hash: str
-    steps: tuple[Step, ...] = ()
+    steps: tuple["Step | Transition", ...] = ()
     terms: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -104,8 +105,8 @@ def measure_errors(
             timestep alone; in continuous time from the timestep's lambda, and so is the same on every path.
         indices: (N,) the index of each image in its data set; default: 0 .. N-1.
         batch_size: (image, timestep) pairs in a network call. It changes results only by the network's rounding.
-        samplers: DDPM schedulers with learned_range, on grids within `timesteps`: the errors alone do not determine
-            their bounds.
+        samplers: DDPM schedulers with learned_range, or Analytic-DPM's with a head, on grids within `timesteps`: the
+            errors alone do not determine their bounds.
         progress: gets `update(n)` for n pairs.
 
     Raises:
@@ -122,7 +123,8 @@ def measure_errors(
     check_levels(images, num_levels)
     variances = decoder_variances(schedule, grid, decoder_variance)
     keys = [(noise_key(schedule, t),) for t in grid]
-    of_pixels = PixelTerms(samplers, schedule, len(images), num_levels, cdf, decoder_variance)
+    steps = [step for sampler in samplers for step in pixel_steps(sampler)]
+    of_pixels = PixelTerms(steps, schedule, len(images), num_levels, cdf, decoder_variance)
 
     def evaluate(pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
         """(len(pairs), 4): the moments and the decoder term of (image, place in the grid) pairs."""
@@ -134,10 +136,10 @@ def measure_errors(
         x_t = alpha * x0 + sigma * noise
         both = network_output(unet, schedule.scale_input(x_t, t), t, labels, with_variance=True)
         output, learned = process.split_output(both, x_t)
-        raw = affine(schedule.conversion(prediction_type, alpha, sigma).x0, x_t, output)
+        raw, epsilon = (affine(way, x_t, output) for way in schedule.conversion(prediction_type, alpha, sigma))
         predicted = process.clip_x0(raw)
         error, clipping = x0 - predicted, predicted - raw
-        of_pixels.measure(rows, t.tolist(), x0, error, learned)
+        of_pixels.measure(rows, t.tolist(), x0, error, clipping, epsilon, learned)
         variance = variances[list(places)].to(x0).view(-1, *(1,) * (x0.ndim - 1))
         log_prob = decoder_log_prob(x0, predicted, variance, num_levels, cdf)
         terms = (error**2, error * clipping, clipping**2, -log_prob)
@@ -171,7 +173,7 @@ def noise_key(schedule: NoiseSchedule, t: float) -> int:
 class Transition(NamedTuple):
     """One step t -> s of the reverse process, whose means under q and p differ by `error` * e - `clipping` * c.
 
-    Its reverse variance is None where that differs from pixel to pixel.
+    Its reverse variance is None where that differs from pixel to pixel; it may then follow from a head.
     """
 
     t: float
@@ -180,6 +182,17 @@ class Transition(NamedTuple):
     reverse_variance: float | None
     error: float
     clipping: float
+    head: HeadVariance | None = None
+
+    def of_pixels(
+        self, error: torch.Tensor, clipping: torch.Tensor, head: torch.Tensor, epsilon: torch.Tensor
+    ) -> torch.Tensor:
+        """`divergence` of each pixel, with the variances of the head, from e, c, the head's output and epsilon-hat."""
+        assert self.head is not None
+        variance = self.head(head, epsilon)
+        ratio = self.posterior_variance / variance
+        distance = (self.error * error - self.clipping * clipping) ** 2
+        return 0.5 * (ratio - 1 - ratio.log() + distance / variance)
 
     def divergence(self, moments: torch.Tensor) -> torch.Tensor:
         """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats per dimension; `moments` (N, 3) as in `PredictionErrors`."""
@@ -239,18 +252,28 @@ def reverse_process(scheduler: Any) -> tuple[AnalyticDPMScheduler, list[Transiti
             raise DiffusersDPMError(
                 f"the grid tells the network {t:g} at sigma={visited.sigma:g}, not {level.sigma:g}."
             )
-    variances: list[Any] = process.reverse_variances()
-    if has_learned_range(scheduler):
-        variances = [None] * len(variances)
+    headed = process.config.reverse_variance in HEADS
+    of_pixels = headed or has_learned_range(scheduler)
+    variances: list[Any] = [None] * len(process.updates) if of_pixels else process.reverse_variances()
     transitions = []
     for i, (t, s) in enumerate(pairwise(process.timesteps.tolist())):
-        source, target, row = process.levels[i], process.levels[i + 1], process.updates[i]
+        source, target, row, head = process.levels[i], process.levels[i + 1], process.updates[i], None
+        if headed:  # but for steps from pure noise
+            uncapped = process.transition(source, target, 0.0)
+            head, variances[i] = uncapped.head, None if uncapped.head else uncapped.noise**2
         epsilon = sum(row.epsilon) * source.alpha / source.sigma  # epsilon-hat misses by this much of x_0-hat's error
         eta = process.config.eta if row.epsilon else 1.0
         free = eta**2 * target.sigma**2 * -math.expm1(2 * (source.lambda_ - target.lambda_))
         clipping = 0.0 if scheduler.config.get("use_clipped_model_output") else epsilon
-        transitions.append(Transition(t, s, free, variances[i], sum(row.x0) - epsilon, clipping))
+        transitions.append(Transition(t, s, free, variances[i], sum(row.x0) - epsilon, clipping, head))
     return process, transitions
+
+
+def pixel_steps(scheduler: Any) -> list[Any]:
+    """The steps of a grid whose variances differ from pixel to pixel: `learned_steps`, or transitions with a head."""
+    if scheduler.config.get("reverse_variance") in HEADS:
+        return [transition for transition in reverse_process(scheduler)[1] if transition.head is not None]
+    return learned_steps(scheduler)
 
 
 class Term(NamedTuple):
@@ -309,8 +332,8 @@ def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLower
     turn into the integral over the SNR.
 
     Args:
-        errors: measured at least at the timesteps of the grid, with the same clipping; for learned_range, with this
-            scheduler as one of `samplers`.
+        errors: measured at least at the timesteps of the grid, with the same clipping; for learned_range and heads,
+            with this scheduler as one of `samplers`.
         scheduler: `AnalyticDPMScheduler`, without its cap in grey levels; or DDPM with fixed variance or
             learned_range, or DDIM with eta > 0, ours or diffusers'. `set_timesteps` chooses the grid; before it is
             called, that is all timesteps, 1,000 in continuous time.
@@ -326,7 +349,7 @@ def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLower
         raise DiffusersDPMError(f"{len(missing)} timesteps of the grid were not measured, the first is {missing[0]}.")
     place = {t: i for i, t in enumerate(errors.timesteps)}
     column = {step: i for i, step in enumerate(errors.steps)}
-    if missing := [step for step in learned_steps(scheduler) if step not in column]:
+    if missing := [step for step in pixel_steps(scheduler) if step not in column]:
         raise DiffusersDPMError(
             f"the step from {missing[0][0]} was not measured: give its scheduler as one of samplers."
         )
@@ -340,7 +363,9 @@ def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLower
         assert errors.terms is not None
         nats += [errors.terms[:, column[step]] for step in learned]
     else:
-        nats += [transition.divergence(errors.moments[:, place[transition.t]]) for transition in transitions]
+        for step in transitions:
+            own = None if step.head is None or errors.terms is None else errors.terms[:, column[step]]
+            nats.append(step.divergence(errors.moments[:, place[step.t]]) if own is None else own)
         nats += [errors.decoder[:, place[timesteps[-1]]]]
     return EvidenceLowerBound(tuple(transitions), torch.stack(nats, dim=1) / NATS_PER_BIT)
 
@@ -382,6 +407,6 @@ def evidence_lower_bound(unet: Any, scheduler: Any, images: torch.Tensor, **opti
         DiffusersDPMError: as the two; that there is no finite bound is found before the network is called.
     """
     process, _ = reverse_process(scheduler)
-    samplers = [scheduler] if has_learned_range(scheduler) else []
+    samplers = [scheduler] if pixel_steps(scheduler) else []
     errors = measure_errors(unet, scheduler, images, process.timesteps.tolist(), samplers=samplers, **options)
     return bound_from_errors(errors, scheduler)

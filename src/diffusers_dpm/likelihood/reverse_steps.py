@@ -108,7 +108,8 @@ class PixelTerms:
     """The bound's terms whose variances differ from pixel to pixel, measured as the network is called.
 
     Args:
-        samplers: DDPM schedulers on their grids; those with fixed variances have no part in this.
+        steps: (t, s) of a network that learned the variance, see `learned_steps`; or transitions with a head, which
+            have `t` and `of_pixels`.
         schedule: their noise schedule.
         num_images: N.
         decoder: (num_levels, cdf, decoder_variance) as in `measure_errors`.
@@ -118,33 +119,53 @@ class PixelTerms:
         terms: float64 (N, m), nats per dimension; NaN where nothing was measured.
     """
 
-    def __init__(self, samplers: Iterable[Any], schedule: NoiseSchedule, num_images: int, *decoder: Any):
-        self.steps = tuple(dict.fromkeys(step for sampler in samplers for step in learned_steps(sampler)))
+    def __init__(self, steps: Iterable[Any], schedule: NoiseSchedule, num_images: int, *decoder: Any):
+        self.steps = tuple(sorted(dict.fromkeys(steps), key=len))  # the learned ones, which are pairs, first
         *self.decoder, decoder_variance = decoder
-        self.table = reverse_steps(schedule, self.steps, decoder_variance) if self.steps else None
+        learned = [step for step in self.steps if len(step) == 2]
+        self.num_learned = len(learned)
+        self.table = reverse_steps(schedule, learned, decoder_variance) if learned else None
         self.terms = torch.full((num_images, len(self.steps)), math.nan, dtype=torch.float64, device="cpu")
         self.columns: dict[float, list[int]] = {}
-        for column, (t, _) in enumerate(self.steps):
+        for column, (t, *_) in enumerate(self.steps):
             self.columns.setdefault(t, []).append(column)
 
     def measure(
-        self, rows: Sequence[int], timesteps: Sequence[float], x0: Tensor, error: Tensor, variance: Tensor | None
+        self,
+        rows: Sequence[int],
+        timesteps: Sequence[float],
+        x0: Tensor,
+        error: Tensor,
+        clipping: Tensor,
+        epsilon: Tensor,
+        variance: Tensor | None,
     ) -> None:
         """All steps from (image, timestep) pairs.
 
         Args:
             rows, timesteps: of the B pairs.
-            x0, error: images and x_0 - x_0-hat, float64 (B, C, H, W).
+            x0, error, clipping, epsilon: images, x_0 - x_0-hat, what clipping added to x_0-hat, and the network's
+                epsilon-hat, float64 (B, C, H, W).
             variance: what the network says of it, of the same shape.
 
         Raises:
             DiffusersDPMError: it says nothing.
         """
         found = [(i, column) for i, t in enumerate(timesteps) for column in self.columns.get(t, ())]
-        if not found or self.table is None:
+        if not found:
             return
         if variance is None:
-            raise DiffusersDPMError("variance_type='learned_range' needs a network with 2C output channels.")
+            raise DiffusersDPMError(
+                "variances of pixels need a network with 2C output channels: trained with learned_range, or of "
+                "VarianceHead.attach."
+            )
+        for i, column in found:
+            if column >= self.num_learned:
+                pixels = self.steps[column].of_pixels(error[i], clipping[i], variance[i], epsilon[i])
+                self.terms[rows[i], column] = pixels.mean()
+        found = [(i, column) for i, column in found if column < self.num_learned]
+        if not found or self.table is None:
+            return
         pairs, columns = (list(values) for values in zip(*found, strict=True))
         steps = self.table.at(torch.tensor(columns, device="cpu"), x0)
         log_variance = steps.log_variance(variance[pairs])
@@ -154,5 +175,5 @@ class PixelTerms:
     def check(self) -> None:
         """Raise DiffusersDPMError for a step that has no finite term."""
         if len(bad := (~self.terms.isfinite()).nonzero()):
-            t, _ = self.steps[bad[0, 1]]
+            t, *_ = self.steps[bad[0, 1]]
             raise DiffusersDPMError(f"timestep {t} of samplers is off the timesteps, or its variance is not finite.")

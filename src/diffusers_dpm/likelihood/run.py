@@ -17,17 +17,17 @@ from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.likelihood import bound as elbo
 from diffusers_dpm.likelihood.ode import ODELikelihood, ode_log_likelihood
 from diffusers_dpm.likelihood.problem import as_analytic_dpm
-from diffusers_dpm.likelihood.reverse_steps import has_learned_range, learned_steps
-from diffusers_dpm.networks import checked_labels, load_part, load_pipeline, report_cost
+from diffusers_dpm.likelihood.reverse_steps import has_learned_range
+from diffusers_dpm.networks import checked_labels, load_extra, load_part, load_pipeline, report_cost
 from diffusers_dpm.options import DataSourceOptions
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional
 from diffusers_dpm.processes import Processes
-from diffusers_dpm.records import ResultStore, Tensors, atomic_file, read_json, weights_hash, write_json
+from diffusers_dpm.records import ResultStore, Tensors, atomic_file, read_json, short_hash, weights_hash, write_json
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.runs import result_folder
-from diffusers_dpm.sampling import check_statistics
+from diffusers_dpm.sampling import check_statistics, network_for
 from diffusers_dpm.schedulers import DDPMScheduler
-from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, AnalyticDPMScheduler
+from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, HEADS, AnalyticDPMScheduler
 
 
 # The options that say which images there are, and in which form.
@@ -200,6 +200,9 @@ def build_samplers(task: Task) -> list[ReverseSampler]:
             variances += ["large"]
             variances += [LEARNED] if has_learned_range(task.pipeline.scheduler) else []
         variances += [] if with_statistics is None else ["residual"]
+        has_head = (name := RunFolder.variance_head.name) in RunFolder(task.model).extras()
+        if has_head and LEARNED not in variances:
+            variances.append(load_extra(task.model, name).config.target)
     num_steps = sorted(set(options.num_inference_steps or [10, 25, 50, 100]))
     samplers: list[ReverseSampler] = []
     for spacing, variance in product(options.timestep_spacing or ["even"], variances):
@@ -231,6 +234,23 @@ def with_reverse_variance(scheduler: AnalyticDPMScheduler, variance: str) -> Any
     return DDPMScheduler.from_config(scheduler.config, variance_type=LEARNED, timestep_spacing="leading")
 
 
+def network_of(task: Task, samplers: Sequence[ReverseSampler]) -> Any:
+    """The network, with the model's head if a sampler needs it.
+
+    Raises:
+        DiffusersDPMError: the head is for another target, or another sampler needs the network's own variances.
+    """
+    unet, names = task.pipeline.unet, {sampler.reverse_variance for sampler in samplers}
+    if LEARNED in names and names & {*HEADS}:
+        raise DiffusersDPMError(
+            f"{LEARNED} and {', '.join(names & {*HEADS})} are of two networks: ask for one at a time"
+        )
+    for sampler in samplers:
+        if sampler.reverse_variance in HEADS:
+            unet = network_for(sampler.scheduler, unet, task.model)
+    return unet
+
+
 def measure_bounds(task: Task) -> list[tuple[ReverseSampler, elbo.EvidenceLowerBound]]:
     """One pass of the network over all timesteps that any sampler visits, then all bounds.
 
@@ -238,16 +258,17 @@ def measure_bounds(task: Task) -> list[tuple[ReverseSampler, elbo.EvidenceLowerB
     Interrupted, the same call continues.
     """
     samplers = build_samplers(task)
+    task.pipeline.unet = network_of(task, samplers)
     timesteps = sorted({t for sampler in samplers for t in sampler.scheduler.timesteps.tolist()})
     options, scheduler = task.options, samplers[0].scheduler
     choices = {"timesteps": timesteps, "cdf": options.cdf, "decoder_variance": options.decoder_variance}
-    learned = [sampler.scheduler for sampler in samplers if sampler.reverse_variance == LEARNED]
-    steps = tuple(dict.fromkeys(step for each in learned for step in learned_steps(each)))
-    settings = {**choices, **({"steps": [*map(list, steps)]} if steps else {})}
+    of_pixels = [sampler.scheduler for sampler in samplers if elbo.pixel_steps(sampler.scheduler)]
+    steps = tuple(dict.fromkeys(step for each in of_pixels for step in elbo.pixel_steps(each)))
+    settings = {**choices, **({"steps": short_hash({"steps": steps})} if steps else {})}
     settings |= {key: scheduler.config[key] for key in CLIPPING}
 
     def measure(**batch: Any) -> Tensors:
-        errors = elbo.measure_errors(task.pipeline.unet, scheduler, **choices, **batch, samplers=learned)
+        errors = elbo.measure_errors(task.pipeline.unet, scheduler, **choices, **batch, samplers=of_pixels)
         tensors = {"moments": errors.moments, "decoder": errors.decoder, "mean_square": errors.mean_square}
         return tensors if errors.terms is None or not steps else {**tensors, "terms": errors.terms}
 
