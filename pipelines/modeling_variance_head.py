@@ -66,7 +66,7 @@ class VarianceHead(ModelMixin, ConfigMixin):
         self.norm_out = nn.GroupNorm(norm_num_groups, in_channels)
         self.conv_out = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        nn.init.zeros_(self.conv_out.bias)  # type: ignore[arg-type]
 
     @classmethod
     def for_unet(cls, unet: UNet2DModel, target: str, **options: Any) -> "VarianceHead":

@@ -464,10 +464,9 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
         if self._has_state:  # what is kept must not be the network's own buffer, which it may write to again
             x0s, epsilons = (tuple(t.clone() if t is output else t for t in tensors) for tensors in (x0s, epsilons))
             x0s, epsilons, anchor = self._remember(index, x0s, epsilons, x)
-        std = None if noise is None else self.predicted_std(row, level, output, variance, x)
-        if std is None:
-            return row.apply(anchor, x0s, epsilons, noise), x0
-        return row.apply(anchor, x0s, epsilons) + std * noise, x0
+        if noise is not None and (std := self.predicted_std(row, level, output, variance, x)) is not None:
+            return row.apply(anchor, x0s, epsilons) + std * noise, x0
+        return row.apply(anchor, x0s, epsilons, noise), x0
 
     def _apply_each(
         self, places: list[Place], output: Tensor, variance: Tensor | None, x: Tensor, noise: Tensor | None
