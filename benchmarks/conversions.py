@@ -15,38 +15,54 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks.common import Results, make_parser, parse, show, table
-from diffusers_dpm.conversion.convert import convert_weights
+from diffusers_dpm import records
+from diffusers_dpm.conversion.convert import architecture_of, convert_weights
 from diffusers_dpm.conversion.options import ConvertOptions
-from tests.original_networks import PUBLISHED, OpenAIClassifier, randomised
+from tests.original_networks import PUBLISHED, HoUNet, OpenAIClassifier, randomised
 
 
 LARGEST_SIDE = 32  # of U-Nets, but for those with more levels
-NARROW = {"num_channels": 64, "num_res_blocks": 1, "classes": 3}  # for --smallest
+NARROW = {"num_channels": 64, "num_res_blocks": 1}  # for --smallest
+VALUES = ("epsilon", "variance", "logits", "gradient")
 TIMES = torch.tensor([612.5])
 
 
-def measure(name, smallest):
+def original(name, smallest):
+    """(class, flags, options of the conversion) of a published network, or of a narrow one of its kind."""
     cls, flags = PUBLISHED[name]
-    options = ConvertOptions()
-    if smallest:
-        narrow = NARROW if flags.classes else {**NARROW, "classes": None}
-        flags = replace(flags, **narrow)
-        heads = "attention_head_dim" if flags.num_head_channels else "num_attention_heads"
-        if cls.__name__.startswith("OpenAI"):
-            options = ConvertOptions(**{heads: flags.num_head_channels or flags.num_heads})
-        options.resolution = flags.image_size
+    if not smallest:
+        return cls, flags, ConvertOptions()
+    flags = replace(flags, **NARROW, classes=flags.classes and 3)
+    options = ConvertOptions(resolution=flags.image_size)
+    if cls is not HoUNet:
+        options.attention_head_dim = flags.num_head_channels
+        options.num_attention_heads = None if flags.num_head_channels else flags.num_heads
         options.qkv_order = "new" if flags.use_new_attention_order else "legacy"
-    network = randomised(cls(flags))
-    converted = convert_weights(network.state_dict(), options).network
-    side = flags.image_size if cls is OpenAIClassifier else max(LARGEST_SIDE, 2 ** (len(flags.widths) - 1))
-    x = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(1))
-    row = {"class": type(converted).__name__, "side": side}
-    row |= {"original_parameters": parameters(network), "parameters": parameters(converted)}
-    return row | (classifier_differences if cls is OpenAIClassifier else unet_differences)(network, converted, x)
+    return cls, flags, options
+
+
+def count(name, smallest):
+    """Parameters on both sides, without numbers in them."""
+    cls, flags, options = original(name, smallest)
+    with torch.device("meta"):
+        network = cls(flags)
+    found = architecture_of({key: tuple(value.shape) for key, value in network.state_dict().items()}, options)
+    return {"class": found.cls.__name__, "original": parameters(network), "converted": parameters(found.build())}
 
 
 def parameters(network):
     return sum(weight.numel() for weight in network.parameters())
+
+
+def compare(name, smallest):
+    """The largest differences, and the standard deviation of what the original returns."""
+    cls, flags, options = original(name, smallest)
+    network = randomised(cls(flags))
+    converted = convert_weights(network.state_dict(), options).network
+    side = flags.image_size if cls is OpenAIClassifier else max(LARGEST_SIDE, 2 ** (len(flags.widths) - 1))
+    x = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(1))
+    difference = classifier_differences if cls is OpenAIClassifier else unet_differences
+    return {"side": side, **difference(network, converted, x)}
 
 
 @torch.no_grad()
@@ -68,29 +84,34 @@ def classifier_differences(network, converted, x):
     return found | {"gradient": ((gradients[1] - gradients[0]).abs().max() / gradients[0].abs().max()).item()}
 
 
-def markdown(rows):
+ABOUT = """
+The numbers of parameters are also those of the networks that the authors' code builds (guided-diffusion 22e0df8,
+improved-diffusion 1bc7bbb, pytorch_diffusion 304bdff; compared once, by hand, as were the outputs of narrow ones:
+6e-6 at most). In print, improved-diffusion's README says 270M of `improved-imagenet64-classes`.
+"""
+
+
+def markdown(counts, differences):
     lines = []
-    for row in rows:
-        numbers = [f"{row[key]:.0e}" if key in row else "" for key in ("epsilon", "variance", "logits", "gradient")]
-        counts = [f"{row[key]:,}" for key in ("original_parameters", "parameters")]
-        lines.append([f"`{row['network']}`", f"`{row['class']}`", *counts, *numbers])
-    return (
-        table(
-            ["network", "class", "parameters, original", "converted", "noise", "variance", "logits", "gradient"], lines
-        )
-        + "\n"
-    )
+    for row in counts:
+        measured = differences.get(row["network"], {})
+        found = [f"{measured[key]:.0e}" if key in measured else "" for key in VALUES]
+        numbers = [f"{row['original']:,}", f"{row['converted']:,}"]
+        lines.append([f"`{row['network']}`", f"`{row['class']}`", *numbers, *found])
+    return table(["network", "class", "parameters, original", "converted", *VALUES], lines) + "\n" + ABOUT
 
 
 def main():
-    parser = make_parser(__doc__, "conversions.json")
-    arguments = parse(parser)
-    results = Results(arguments.output, {"smallest": arguments.smallest})
-    names, rows = list(PUBLISHED)[:: 5 if arguments.smallest else 1], []
-    for name in tqdm(names, unit="network"):
-        rows.append(results.row("rows", {"network": name}, lambda name=name: measure(name, arguments.smallest)))
+    arguments = parse(make_parser(__doc__, "conversions.json"))
+    small = arguments.smallest
+    results, differences = Results(arguments.output, {"smallest": small}), {}
+    names = list(PUBLISHED)[:: 5 if small else 1]
+    counts = [results.row("parameters", {"network": name}, lambda name=name: count(name, small)) for name in names]
+    for name in tqdm(sorted(names, key=lambda name: PUBLISHED[name][1].image_size), unit="network"):
+        differences[name] = results.row("differences", {"network": name}, lambda name=name: compare(name, small))
         gc.collect()
-    show(arguments.output, markdown(rows))
+        records.write_text(arguments.output.with_suffix(".md"), markdown(counts, differences))
+    show(arguments.output, markdown(counts, differences))
 
 
 if __name__ == "__main__":
