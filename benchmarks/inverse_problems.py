@@ -155,24 +155,32 @@ class Benchmark:
             self.results.row("rows", {"operator": operator, "method": method}, lambda: self.measure(operator, method))  # noqa: B023
 
     def picture(self) -> Figure:
-        """Truth, pseudo-inverse, and of each method a sample, another and the mean; a row for each operator."""
+        """Truth, measurement, and of each method a sample and the mean; a row for each operator.
+
+        A measurement that is no image of that size is shown by its pseudo-inverse.
+        """
         names = [*dict.fromkeys(method for _, method in self.shown)]
-        titles = ["truth", "pseudo-inverse", *[f"{name}\n{kind}" for name in names for kind in ("sample", "mean")]]
+        titles = [
+            "truth",
+            "measurement",
+            *[name.replace(", ", "\n") + f"\n{kind}" for name in names for kind in ("sample", "mean")],
+        ]
         rows = [*dict.fromkeys(operator for operator, _ in self.shown)]
         figure = Figure(figsize=(1.1 * len(titles), 1.2 * len(rows) + 0.6), layout="constrained")
         axes = figure.subplots(len(rows), len(titles), squeeze=False)
-        for line, operator in zip(axes, rows, strict=True):
-            image = self.operators[operator].pseudo_inverse(self.measurement(operator))[0]
-            shown = [self.truth[0], image]
+        for i, operator in enumerate(rows):
+            y = self.measurement(operator)
+            is_image = y.shape == self.truth.shape and not y.is_complex()
+            shown = [self.truth[0], y[0] if is_image else self.operators[operator].pseudo_inverse(y)[0]]
             for name in names:
                 samples = self.shown[operator, name][:, 0]
                 shown += [samples[0], samples.mean(0)]
-            for ax, title, values in zip(line, titles, shown, strict=True):
+            for ax, title, values in zip(axes[i], titles, shown, strict=True):
                 ax.imshow((values.permute(1, 2, 0) / 2 + 0.5).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
                 ax.set(xticks=[], yticks=[])
-                if line is axes[0]:
+                if i == 0:
                     ax.set_title(title, fontsize=6)
-            line[0].set_ylabel(operator.replace(", ", "\n"), fontsize=6)
+            axes[i][0].set_ylabel(operator.replace(", ", "\n"), fontsize=6)
         return figure
 
 
