@@ -117,7 +117,7 @@ def picture(benchmark: Benchmark) -> Figure:
     rows |= {f"strength {s}": benchmark.edited(name, strength=s) for s in STRENGTHS[:4]}
     rows["masked"] = masked
     rows |= {f"resampling {r}": benchmark.edited(name, mask=benchmark.mask, resampling=r) for r in PASSES}
-    rows["encoded, decoded"] = again
+    rows["decoded"] = again
     arguments = {"num_inference_steps": 50, "output_type": "pt"}
     pipe = benchmark.with_scheduler(*SOLVERS[solver])
     for i in (0, 2, 4):
