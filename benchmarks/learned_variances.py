@@ -213,8 +213,8 @@ def markdown(values: dict[str, Any]) -> str:
         "`python benchmarks/learned_variances.py RUN`",
         f"{seeds} seed{'s' if seeds > 1 else ''}. A U-Net with {UNET['block_out_channels']} channels, "
         f"{training['max_train_steps']:,} steps of {training['batch_size']} digits, {training['beta_schedule']} "
-        f"schedule of {training['num_train_timesteps']:,} timesteps; both L_vlb with importance sampling. After ± stands "
-        "the standard error, from the spread of the seeds; of a single seed, from that of the images.",
+        f"schedule of {training['num_train_timesteps']:,} timesteps; both L_vlb with importance sampling. After ± "
+        "stands the standard error, from the spread of the seeds; of a single seed, from that of the images.",
         "## Bits per dimension",
         f"The bound of {values['held_out']} held-out digits of {NUM_LEVELS} levels.",
         grid(bits, "bits_per_dim", "standard_error", 3),
