@@ -124,7 +124,7 @@ def picture(benchmark: Benchmark) -> Figure:
         between = pipe.interpolate(noise[i : i + 1], noise[i + 1 : i + 2], 12, **arguments).images
         rows[f"from {i + 1} to {i + 2}"] = between
     pixels = torch.cat([*rows.values()]).permute(0, 2, 3, 1).numpy()
-    figure = Figure(figsize=(7.5, 7.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 7.2), layout="constrained")
     axes = figure.subplots()
     grid = image_grid(to_uint8(pixels), 12, **{**GRID, "min_width": 24})
     axes.imshow(grid, cmap="gray", vmin=0, vmax=255)
