@@ -156,7 +156,8 @@ def encode_run(
     dataset = load_images(data, **{**images, "resolution": images.get("resolution") or size})
     labelled = is_conditional(pipeline.unet) and bool(dataset.num_classes)
     sampler = Sampler(pipeline, num_inference_steps)
-    settings = {**sampler.settings(), "data": digest(dataset[[0, len(dataset) - 1]]), "images": len(dataset)}
+    ends = digest(dataset[[0, len(dataset) - 1]])
+    settings = {**sampler.settings(), "data": [data, repr(images), len(dataset), ends]}
     pipeline.to(Accelerator(cpu=cpu).device)
     pipeline.set_progress_bar_config(disable=True)
     count = min(num_images or len(dataset), len(dataset))
