@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from transformers import ViTConfig, ViTImageProcessor, ViTModel
 
-from diffusers_dpm import sampling
+from diffusers_dpm import named_schedulers, sampling
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.data import load_images
 from diffusers_dpm.evaluation.distances import quality
@@ -233,7 +233,7 @@ def test_lists_are_options_too(evaluate):
     ],
 )
 def test_options_are_split_outside_brackets(text, parts):
-    assert sampling.split_options(text) == parts
+    assert named_schedulers.split_options(text) == parts
 
 
 @pytest.mark.slow

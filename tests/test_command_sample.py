@@ -13,9 +13,10 @@ from diffusers_dpm import sampling
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.images import label_strip
+from diffusers_dpm.named_schedulers import build_scheduler, parse_assignments
 from diffusers_dpm.pipelines import ClassifierFreeGuidance, ClassifierGuidance, DPMPipeline, TextGuidance
 from diffusers_dpm.records import weights_hash
-from diffusers_dpm.sampling import build_scheduler, parse_assignments, parse_seeds
+from diffusers_dpm.sampling import parse_seeds
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, DDIMScheduler, DPMSolverScheduler
 from tests.commands import help_of, interrupted, last_line
 from tests.models import CLIP_PIXELS, fitted_scheduler, save_clip, save_run, tiny_classifier, tiny_unet

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from diffusers_dpm import sampling
+from diffusers_dpm import named_schedulers, sampling
 from diffusers_dpm.commands.main import main
 from diffusers_dpm.errors import DiffusersDPMError, deferred_interrupts
 from diffusers_dpm.networks import WEIGHTS, load_extra, load_pipeline, noise_schedule_of
@@ -79,7 +79,7 @@ BAD_WORDS = [("timestep_spacing", "nonsense"), ("prediction_type", "nonsense"), 
 @pytest.mark.parametrize(("key", "value"), [*BAD_WORDS, ("clip_sample_range", 0), ("trained_betas", [0.5] * 19 + [2])])
 @pytest.mark.parametrize("part", ["scheduler", "analytic_dpm", "calibrated"])
 def test_a_bad_value_names_class_value_and_file(run, part, key, value):
-    add_extras(run, sampling.SCHEDULERS["ddpm"].from_config(load_pipeline(str(run)).scheduler.config))
+    add_extras(run, named_schedulers.SCHEDULERS["ddpm"].from_config(load_pipeline(str(run)).scheduler.config))
     path = run / part / "scheduler_config.json"
     config = {**json.loads(path.read_text()), key: value}
     path.write_text(json.dumps(config))
@@ -170,12 +170,12 @@ def test_statistics_of_other_weights_are_refused(run, capsys):
 
 
 def schedule_hash(pipeline):
-    return sampling.SCHEDULERS["ddpm"].from_config(pipeline.scheduler.config).schedule.hash
+    return named_schedulers.SCHEDULERS["ddpm"].from_config(pipeline.scheduler.config).schedule.hash
 
 
 @pytest.mark.parametrize(("key", "value"), [("timesteps", 3), ("rows", [["a"]]), ("guidance_scale", "high")])
 def test_tables_of_rows_that_are_damaged(run, key, value, capsys):
-    add_extras(run, sampling.SCHEDULERS["ddpm"].from_config(load_pipeline(str(run)).scheduler.config))
+    add_extras(run, named_schedulers.SCHEDULERS["ddpm"].from_config(load_pipeline(str(run)).scheduler.config))
     path = run / "calibrated" / "scheduler_config.json"
     config = json.loads(path.read_text())
     config["_calibration"]["tables"][0][key] = value

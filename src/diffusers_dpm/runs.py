@@ -20,13 +20,14 @@ from diffusers_dpm.data import describe_data, load_images
 from diffusers_dpm.editing import LATENTS, Source
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.images import GRID, image_grid, save_gif, to_uint8
+from diffusers_dpm.named_schedulers import build_scheduler, network_for
 from diffusers_dpm.networks import guided_calls, load_extra, load_guide, load_pipeline, noise_schedule_of, report_cost
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import LOCK, ResultStore, atomic_file, digest, weights_hash, write_tensors, write_text
 from diffusers_dpm.run_folder import RunFolder
-from diffusers_dpm.sampling import Sampler, build_scheduler, network_for, save_images
+from diffusers_dpm.sampling import Sampler, save_images
 from diffusers_dpm.schedulers.timestep_grids import Grid, even
 
 

@@ -1,6 +1,5 @@
 """Many images from seeds, kept one by one in a folder: under any scheduler, on any number of processes, resumable."""
 
-import inspect
 import json
 import re
 import shutil
@@ -10,228 +9,37 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import SchedulerMixin
 from diffusers.utils import logging
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffusers_dpm.calibration import Calibration, FittedTable, fitted_weights
 from diffusers_dpm.clip import Texts
 from diffusers_dpm.editing import Source
-from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
+from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.images import GRID, image_grid, save_gif, to_pil, to_uint8
-from diffusers_dpm.networks import Progress, check_config, check_weights, load_extra, process_of
-from diffusers_dpm.pipelines import ClassifierFreeGuidance, ClassifierGuidance, DPMPipeline, Guidance, UNetWithVariance
+from diffusers_dpm.networks import Progress
+from diffusers_dpm.pipelines import ClassifierFreeGuidance, ClassifierGuidance, DPMPipeline, Guidance
 from diffusers_dpm.pipelines.networks import class_names
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
-from diffusers_dpm.posterior_statistics import PosteriorStatistics
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import (
     LOCK,
     ResultStore,
     atomic_file,
-    check_types,
     is_empty,
     short_hash,
     weights_hash,
     writing,
 )
-from diffusers_dpm.run_folder import EXTRAS, RunFolder
-from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler
-from diffusers_dpm.schedulers.scheduling_analytic_dpm import HEADS, STATISTICS
+from diffusers_dpm.schedulers import ALL_SCHEDULERS, CalibratedScheduler
+from diffusers_dpm.schedulers.scheduling_analytic_dpm import STATISTICS
 from diffusers_dpm.schedulers.scheduling_calibrated import CALIBRATION
 
 
-STOCK = "diffusers:"
 MAX_SEEDS = 10_000_000
-
-
-def command_name(scheduler_class: type) -> str:
-    """DPMSolverScheduler -> dpm-solver."""
-    stem = scheduler_class.__name__.removesuffix("Scheduler")
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", stem).lower()
-
-
-SCHEDULERS = {command_name(scheduler_class): scheduler_class for scheduler_class in ALL_SCHEDULERS}
-
-
-def find_scheduler(name: str) -> type[SchedulerMixin]:
-    """The class of one of our schedulers ("dpm-solver"), or of one of diffusers' ("diffusers:DDIMScheduler").
-
-    Raises:
-        ValueError: there is none of that name.
-    """
-    if name.startswith(STOCK):
-        stock = getattr(diffusers, name.removeprefix(STOCK), None)
-        if isinstance(stock, type) and issubclass(stock, SchedulerMixin) and stock is not SchedulerMixin:
-            return stock
-        raise DiffusersDPMError(
-            f"diffusers has no scheduler {name.removeprefix(STOCK)!r}, or it needs a package that is missing"
-        )
-    if name not in SCHEDULERS:
-        raise DiffusersDPMError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)} or {STOCK}CLASS")
-    return SCHEDULERS[name]
-
-
-def split_options(text: str) -> list[str]:
-    """At the commas outside brackets: "ddim,trained_betas=[0.1,0.2]" -> ["ddim", "trained_betas=[0.1,0.2]"]."""
-    parts = [""]
-    for part in text.split(","):
-        if sum(map(parts[-1].count, "[{")) > sum(map(parts[-1].count, "]}")):
-            parts[-1] += f",{part}"
-        else:
-            parts.append(part)
-    return parts[1:]
-
-
-def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
-    """["eta=0.5", "timestep_spacing=quadratic"] -> {"eta": 0.5, "timestep_spacing": "quadratic"}.
-
-    Raises:
-        ValueError: a text without "=", or two for one key.
-    """
-    pairs = [text.partition("=") for text in texts]
-    for key, equals, _ in pairs:
-        if not key or not equals:
-            raise DiffusersDPMError(f"scheduler options are written key=value, got {key + equals!r}")
-    keys = [key for key, _, _ in pairs]
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise DiffusersDPMError(f"the scheduler option {twice[0]} is given twice")
-    return {key: parse_value(value) for key, _, value in pairs}
-
-
-def parse_value(text: str) -> Any:
-    """JSON, Python's True, False and None, or else the text itself."""
-    words = {"true": True, "false": False, "none": None}
-    try:
-        return words[text.lower()] if text.lower() in words else json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def build_scheduler(
-    name: str, options: dict[str, Any], pipeline: DPMPipeline, model: str, guidance_scale: float | None = None
-) -> Any:
-    """The scheduler for a model, from the config of the model's own.
-
-    Args:
-        name: as `find_scheduler`. A class of `EXTRAS` is loaded from the model's folder.
-        options: keys of its config that replace the model's.
-        pipeline: the model's pipeline.
-        model: run folder or Hub id.
-        guidance_scale: that of sampling; "calibrated" takes the rows fitted under it, if there are any.
-
-    Raises:
-        DiffusersDPMError: no such scheduler, option or value; a scheduler of `EXTRAS` that the model does not have, or
-            that was fitted to other weights; one that is for another process than the model's.
-    """
-    scheduler_class = find_scheduler(name)
-    check_options(name, scheduler_class, options)
-    config = pipeline.scheduler.config
-    subfolder = next((key for key, extra in EXTRAS.items() if extra.cls is scheduler_class), None)
-    run = RunFolder(model)
-    if options.get("reverse_variance") in HEADS and run.path.is_dir() and not run.analytic_dpm.is_dir():
-        subfolder = None  # a head needs no statistics
-    if subfolder is not None:
-        saved = load_extra(model, subfolder)
-        config = saved.config
-        if scheduler_class is AnalyticDPMScheduler:
-            check_statistics(saved, pipeline.unet, f"{model}/{subfolder}")
-        if scheduler_class is CalibratedScheduler:
-            steps = fitted_steps(saved, pipeline.unet, f"{model}/{subfolder}", pipeline.classifier)
-            options = {"guidance_scale": guidance_scale, **options} if guidance_scale in steps else options
-        with user_error(f"{model}/{subfolder}"):  # what it carries may not be of its own config
-            saved.set_timesteps(min(getattr(saved, "available_steps", [1])))
-    origin = f"{model}/{subfolder or RunFolder.scheduler}"
-    with user_error(
-        f"{name} of {origin}", AttributeError, NotImplementedError, RuntimeError, TypeError
-    ):  # diffusers raises all
-        scheduler = scheduler_class.from_config(config, **options)
-    check_process(name, scheduler, pipeline.scheduler)
-    return scheduler
-
-
-def network_for(scheduler: Any, unet: Any, model: str) -> Any:
-    """The network, with the model's variance head where the scheduler's reverse variance is that of one.
-
-    Raises:
-        DiffusersDPMError: the model has no head, one of the other target, or one that was trained on other weights.
-    """
-    target = scheduler.config.get("reverse_variance") if isinstance(scheduler, AnalyticDPMScheduler) else None
-    if target not in HEADS:
-        return unet
-    unet = unet.unet if isinstance(unet, UNetWithVariance) else unet
-    name = RunFolder.variance_head.name
-    head, command = load_extra(model, name), f"diffusers-dpm train-variance {model} --target {target}"
-    if head.config.target != target:
-        raise DiffusersDPMError(
-            f"{model}/{name} is for {head.config.target}: {command + ' --overwrite'!r} makes one for {target}"
-        )
-    check_weights(head.config.unet_weights, unet, f"{model}/{name}", "a head for", command)
-    with user_error(f"{model}/{name}"):
-        return head.to(unet.device).attach(unet)
-
-
-def check_process(name: str, scheduler: Any, own: Any) -> None:
-    """Raise DiffusersDPMError if a scheduler is for other noise than the model's own."""
-    theirs, ours = process_of(scheduler), process_of(own)
-    # Ours have the model's betas, or those asked for; the last level may be the least that a class can compute with.
-    if theirs == ours == "DDPM" and type(scheduler) not in ALL_SCHEDULERS:
-        table, own_table = (each.alphas_cumprod[:-1].double().cpu() for each in (scheduler, own))
-        if table.shape != own_table.shape or not torch.allclose(table, own_table, rtol=1e-3, atol=1e-6):
-            theirs = "DDPM with other betas"
-    if theirs != ours:
-        raise DiffusersDPMError(f"{name} is for another process ({theirs}) than the model's ({ours}): choose another")
-
-
-def check_options(name: str, scheduler_class: type[SchedulerMixin], options: dict[str, Any]) -> None:
-    """Raise ValueError for a key that is not in the class's config, or a value of another kind than its default."""
-    keys = inspect.signature(scheduler_class.__init__).parameters
-    for key in options:
-        if key not in keys:
-            raise DiffusersDPMError(f"{name} has no option {key!r}{nearest(key, keys)}")
-    check_config(name, scheduler_class, options)
-
-
-def check_statistics(scheduler: AnalyticDPMScheduler, unet: torch.nn.Module, where: str | Path) -> None:
-    """Raise DiffusersDPMError for statistics that are damaged, or say that they are of another network's."""
-    statistics = scheduler.statistics or {}
-    check_types(PosteriorStatistics, statistics, where)
-    check_weights(statistics.get("weights"), unet, where, "statistics of", "diffusers-dpm statistics")
-
-
-def fitted_steps(
-    scheduler: CalibratedScheduler, unet: torch.nn.Module, where: str | Path, classifier: torch.nn.Module | None = None
-) -> dict[float | None, list[int]]:
-    """Guidance scale (None: without) -> the numbers of steps that there are rows for. The config's own scale is first.
-
-    Raises:
-        ValueError: there are no rows of that scale, or they say that they were fitted to another network, or under
-            guidance by another classifier; names `where` they are.
-    """
-    calibration: Any = scheduler.calibration or {}
-    check_types(Calibration, calibration, where)
-    for table in calibration.get("tables", ()):
-        if missing := {"timesteps", "rows", "guidance_scale"} - table.keys():
-            raise DiffusersDPMError(f"{where}: a table has no {', '.join(sorted(missing))}")
-        check_types(FittedTable, table, where)
-    if not scheduler.available_steps:
-        raise DiffusersDPMError(f"{where} has no fitted rows: 'diffusers-dpm calibrate' makes some")
-    check_weights(fitted_weights(calibration), unet, where, "rows fitted to", "diffusers-dpm calibrate")
-    guides = {table.get("classifier") for table in calibration["tables"]} - {None}
-    if classifier is not None and guides - {weights_hash(classifier)}:
-        raise DiffusersDPMError(
-            f"{where} has rows fitted under guidance by another classifier: repeat 'diffusers-dpm calibrate'"
-        )
-    steps: dict[float | None, list[int]] = {scheduler.config.guidance_scale: []}
-    for table in calibration["tables"]:
-        steps.setdefault(table["guidance_scale"], []).append(len(table["timesteps"]))
-    return steps
 
 
 def parse_seeds(texts: Iterable[str]) -> list[int]:

@@ -20,12 +20,12 @@ from diffusers_dpm.calibration import calibrate, network_calls
 from diffusers_dpm.data import load_images
 from diffusers_dpm.hub.publish import publish
 from diffusers_dpm.images import GRID, image_grid, titled_rows, to_pil, to_uint8
+from diffusers_dpm.named_schedulers import build_scheduler
 from diffusers_dpm.networks import noise_schedule_of
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.posterior_statistics import estimate_statistics
 from diffusers_dpm.records import write_json
 from diffusers_dpm.run_folder import RunFolder
-from diffusers_dpm.sampling import build_scheduler
 from diffusers_dpm.schedulers import CalibratedScheduler
 from diffusers_dpm.schedulers.timestep_grids import Grid, even
 from diffusers_dpm.training.checkpoints import find_checkpoints

@@ -45,9 +45,9 @@ class EncodeOptions(DataSourceOptions, EncodingOptions):
 
 def run(model: str, options: EncodeOptions) -> None:
     from diffusers_dpm.data import image_arguments
+    from diffusers_dpm.named_schedulers import parse_assignments, split_options
     from diffusers_dpm.options import values_of
     from diffusers_dpm.runs import encode_run
-    from diffusers_dpm.sampling import parse_assignments, split_options
 
     name, *texts = split_options(options.scheduler)
     given = {**values_of(options, EncodingOptions), "scheduler": name, "scheduler_options": parse_assignments(texts)}

@@ -117,8 +117,9 @@ class SampleOptions(SchedulerOptions, ImageOptions, EditingOptions):
 
 
 def run(model: str, options: SampleOptions) -> None:
+    from diffusers_dpm.named_schedulers import parse_assignments, split_options
     from diffusers_dpm.runs import sample_run
-    from diffusers_dpm.sampling import parse_assignments, parse_seeds, split_options
+    from diffusers_dpm.sampling import parse_seeds
 
     name, *texts = split_options(options.scheduler or "")
     scheduler: dict[str, Any] = {"scheduler": name or None}

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from diffusers_dpm import sampling
+from diffusers_dpm import named_schedulers, sampling
 from diffusers_dpm.data import LOCAL_DATA, ImageDataset, check_disjoint, describe_data, find_num_levels, load_data
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.evaluation.distances import Score, quality, score_row
@@ -129,11 +129,11 @@ class Evaluation:
 
     def _cell(self, text: str, steps: int) -> Cell:
         """`text` is a scheduler's name and options, such as "ddim,eta=0.5"."""
-        name, *assignments = sampling.split_options(text)
-        config = sampling.parse_assignments(assignments)
+        name, *assignments = named_schedulers.split_options(text)
+        config = named_schedulers.parse_assignments(assignments)
         pipeline = DPMPipeline(**self.pipeline.components)
-        pipeline.scheduler = sampling.build_scheduler(name, config, pipeline, self.model, self.guidance_scale)
-        pipeline.unet = sampling.network_for(pipeline.scheduler, pipeline.unet, self.model)
+        pipeline.scheduler = named_schedulers.build_scheduler(name, config, pipeline, self.model, self.guidance_scale)
+        pipeline.unet = named_schedulers.network_for(pipeline.scheduler, pipeline.unet, self.model)
         head = weights_hash(pipeline.unet.head) if pipeline.unet is not self.pipeline.unet else None
         guided: dict[str, Any] = {"class_labels": self.class_labels, "guidance_scale": self.guidance_scale}
         shown = {**config, **{key: value for key, value in guided.items() if value is not None}}

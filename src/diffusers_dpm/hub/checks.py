@@ -20,11 +20,11 @@ from diffusers_dpm.hub.card import render_card
 from diffusers_dpm.hub.staging import VARIANTS, WEIGHTS, load_extras
 from diffusers_dpm.hub.upload import PublishError
 from diffusers_dpm.hub.without_package import draw
+from diffusers_dpm.named_schedulers import fitted_steps
 from diffusers_dpm.networks import load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.run_folder import RunFolder
-from diffusers_dpm.sampling import fitted_steps
 
 
 def check(run: str | Path, folder: str | Path) -> None:

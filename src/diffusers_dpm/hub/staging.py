@@ -17,12 +17,12 @@ from diffusers_dpm.evaluation.results import read_baselines, read_metrics
 from diffusers_dpm.hub.card import check_license, check_recipe, load_facts, render_card
 from diffusers_dpm.hub.remote_code import write_code
 from diffusers_dpm.images import image_grid, to_pil, to_uint8
+from diffusers_dpm.named_schedulers import fitted_steps
 from diffusers_dpm.networks import WEIGHTS, check_weights, load_extra, load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.pipelines.networks import class_names
 from diffusers_dpm.records import read_json, read_tensors, weights_hash, write_json, write_tensors
 from diffusers_dpm.run_folder import EXTRAS, PARTS, RunFolder
-from diffusers_dpm.sampling import fitted_steps
 from diffusers_dpm.schedulers import DDIMScheduler
 
 

@@ -18,6 +18,7 @@ from diffusers_dpm.likelihood import bound as elbo
 from diffusers_dpm.likelihood.ode import ODELikelihood, ode_log_likelihood
 from diffusers_dpm.likelihood.problem import as_analytic_dpm
 from diffusers_dpm.likelihood.reverse_steps import has_learned_range
+from diffusers_dpm.named_schedulers import check_statistics, network_for
 from diffusers_dpm.networks import checked_labels, load_extra, load_part, load_pipeline, report_cost
 from diffusers_dpm.options import DataSourceOptions
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional
@@ -25,7 +26,6 @@ from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import ResultStore, Tensors, atomic_file, read_json, short_hash, weights_hash, write_json
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.runs import result_folder
-from diffusers_dpm.sampling import check_statistics, network_for
 from diffusers_dpm.schedulers import DDPMScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, HEADS, AnalyticDPMScheduler
 
