@@ -174,7 +174,7 @@ class Benchmark:
     # The heads' cost ---------------------------------------------------------------------------------------------
 
     def measure_heads(self) -> None:
-        """The rows "heads": the least seconds of a network call, which take turns."""
+        """The rows "calls": the least seconds of a network call, which take turns."""
         batch = 8 if self.smallest else self.batch_size
         x, t = torch.randn((batch, *image_shape(self.unet))), torch.zeros(batch, dtype=torch.long)
 
@@ -193,7 +193,7 @@ class Benchmark:
             return {**sizes, "unet_seconds": plain, "seconds": both, "ratio": both / plain}
 
         for target in self.networks:
-            self.results.row("heads", {"target": target, "batch_size": batch}, partial(measure, target))
+            self.results.row("calls", {"target": target, "batch_size": batch}, partial(measure, target))
 
     # The statistics' cost ----------------------------------------------------------------------------------------
 
@@ -335,7 +335,7 @@ def likelihood_table(values: dict[str, Any]) -> list[str]:
 
 
 def head_table(values: dict[str, Any]) -> list[str]:
-    rows = values.get("heads", [])
+    rows = values.get("calls", [])
     lines = [
         [row["target"], f"{row['head_parameters']:,}", f"{row['unet_parameters']:,}", f"{row['ratio']:.3f}"]
         for row in rows
