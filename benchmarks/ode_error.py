@@ -2,7 +2,8 @@
 
     python benchmarks/ode_error.py runs/demo            # writes results/ode_error.{json,md,png}
     python benchmarks/ode_error.py runs/cifar10-4m --images 2 --solution 100 --float32 --steps 5 10 20 \\
-        --only '^(dpmsolver[+]+ 2M bh[12] linspace|diffusers UniPC)$' --output benchmarks/results/ode_error_cifar10.json
+        --only '^(dpmsolver[+]+ 2M bh[12] linspace|diffusers UniPC)$' \\
+        --output benchmarks/results/ode_error_cifar10.json
 
 Every sampler starts from the same noise at the noisiest training level and ends at clean data. The distance is the RMS
 over images and pixels to the endpoint of 1,000 steps of DPM-Solver++(2M), one for every training level, the last of

@@ -99,8 +99,8 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
 
     - algorithm_type: dpmsolver (epsilon), dpmsolver++ (x_0), and sde-dpmsolver, sde-dpmsolver++ with fresh noise.
     - solver_order: 1, 2 or 3. solver_type, for second order: midpoint (dpmsolver) or heun (taylor).
-    - lower_order_final: below 15 steps, and with unic always, the last two have orders 2 and 1. euler_at_final: the last
-      one has order 1.
+    - lower_order_final: below 15 steps, and with unic always, the last two have orders 2 and 1. euler_at_final: the
+      last one has order 1.
     - final_sigmas_type: zero ends at clean data, by a first-order step; sigma_min ends at the level of timestep 0.
     - timestep_spacing: linspace, leading, trailing as diffusers' DPM-Solver has them (n + 1 points, the lowest is left
       out), quadratic and quad likewise, logsnr; or one of the flags use_karras_sigmas, use_exponential_sigmas,
