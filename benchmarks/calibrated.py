@@ -43,8 +43,28 @@ FITTED = "fitted rows"
 SEED = 1_000_000  # of the first noise; the fit's are not seeded by number
 
 
-class Benchmark:
-    """The model, its calibrations, and the results."""
+class Model:
+    """A trained model, and what it makes of noise."""
+
+    def __init__(self, run: Path, batch_size: int, any_process: bool = False):
+        self.pipe = load_pipeline(str(run), any_process)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.scheduler = self.pipe.scheduler  # the run's own
+        self.run, self.batch_size = run, batch_size
+
+    def noise(self, num_images: int) -> torch.Tensor:
+        size, channels = self.pipe.unet.config.sample_size, self.pipe.unet.config.in_channels
+        draws = [torch.Generator().manual_seed(SEED + i) for i in range(num_images)]
+        return torch.stack([torch.randn(channels, size, size, generator=draw) for draw in draws])
+
+    def network(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """The output in x's dtype; t is one timestep, or one for each image."""
+        parts = zip(x.split(self.batch_size), t.expand(len(x)).split(self.batch_size), strict=True)
+        return torch.cat([self.pipe.unet(part.float(), times).sample for part, times in parts]).to(x.dtype)
+
+
+class Benchmark(Model):
+    """A model, its calibrations, and the results."""
 
     finest = "quadratic"  # grid of the solution: with 1,000 steps all the timesteps that there are
 
@@ -57,10 +77,8 @@ class Benchmark:
         features: Path | None = None,
         **fit: int,
     ):
-        self.pipe = load_pipeline(str(run))
-        self.pipe.set_progress_bar_config(disable=True)
-        self.scheduler = self.pipe.scheduler  # the run's own
-        self.run, self.batch_size, self.counts, self.features, self.fit = run, batch_size, counts, features, fit
+        super().__init__(run, batch_size)
+        self.counts, self.features, self.fit = counts, features, fit
         self.folder = output.with_suffix("")
         weights = fingerprint(self.pipe.unet.state_dict().values())
         self.results = Results(output, {"run": run.name, "weights": weights})
@@ -96,15 +114,6 @@ class Benchmark:
         return Calibration.load(path)
 
     # Distance ----------------------------------------------------------------------------------------------------
-
-    def noise(self, num_images: int) -> torch.Tensor:
-        size, channels = self.pipe.unet.config.sample_size, self.pipe.unet.config.in_channels
-        draws = [torch.Generator().manual_seed(SEED + i) for i in range(num_images)]
-        return torch.stack([torch.randn(channels, size, size, generator=draw) for draw in draws])
-
-    def network(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        parts = [self.pipe.unet(part.float(), t).sample for part in x.split(self.batch_size)]
-        return torch.cat(parts).to(x.dtype)
 
     def solver(self, **keys: Any) -> Any:
         """DPM-Solver++ for the model, unclipped."""

@@ -1,14 +1,19 @@
 """How far are n-step samples from the solution of the same probability-flow ODE, ours and diffusers'?
 
     python benchmarks/ode_error.py runs/demo            # writes results/ode_error.{json,md,png}
+    python benchmarks/ode_error.py runs/cifar10-4m --images 2 --solution 100 --float32 --steps 5 10 20 \\
+        --only '^(dpmsolver[+]+ 2M bh[12] linspace|diffusers UniPC)$' \\
+        --output benchmarks/results/ode_error_cifar10.json
 
 Every sampler starts from the same noise at the noisiest training level and ends at clean data. The distance is the RMS
 over images and pixels to the endpoint of 1,000 steps of DPM-Solver++(2M), one for every training level, the last of
 which is the prediction of clean data at timestep 0. DDIM with as many steps shows how far that endpoint can be
 trusted. Nothing is clipped; the network and x are float64. Heun is given as many network calls as n allows; where that
-is fewer than n, the table says so. The spacing "leading" is left out: it starts at a lower noise level.
+is fewer than n, the table says so. The spacing "leading" is left out: it starts at a lower noise level. "bh1" and
+"bh2" are UniPC's correctors; on linspace ours are the same method as diffusers' UniPC, step for step.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from inspect import signature
 from itertools import product
@@ -55,9 +60,9 @@ def our_samplers() -> Iterator[tuple[str, type, dict[str, Any]]]:
             for rule in ("exact", "published"):
                 third = {"solver_order": 3, "third_order_rule": rule}
                 yield f"{algorithm} 3M {rule} {spacing}", DPMSolverScheduler, {**third, **config}
-            for order in (2, 3):
-                keys = {"solver_order": order, "unic": "bh2", "third_order_rule": "exact"}
-                yield f"{algorithm} {order}M bh2 {spacing}", DPMSolverScheduler, {**keys, **config}
+            for order, corrector in product((2, 3), ("bh1", "bh2")):
+                keys = {"solver_order": order, "unic": corrector, "third_order_rule": "exact"}
+                yield f"{algorithm} {order}M {corrector} {spacing}", DPMSolverScheduler, {**keys, **config}
             single = {"solver_order": 3, "method": "singlestep"}
             yield f"{algorithm} 3S {spacing}", DPMSolverScheduler, {**single, **config}
     for spacing in ("quadratic", "logsnr"):
@@ -83,6 +88,9 @@ def stock_samplers() -> Iterator[tuple[str, type, dict[str, Any]]]:
         yield f"diffusers DPM++ 3S{grid}", diffusers.DPMSolverSinglestepScheduler, {**singlestep, **keys}
         yield f"diffusers UniPC{grid}", diffusers.UniPCMultistepScheduler, {"final_sigmas_type": "zero", **keys}
         yield f"diffusers Heun{grid}", diffusers.HeunDiscreteScheduler, keys
+    for order, corrector in ((2, "bh1"), (3, "bh1"), (3, "bh2")):
+        keys = {"solver_order": order, "solver_type": corrector, "final_sigmas_type": "zero"}
+        yield f"diffusers UniPC {order} {corrector}", diffusers.UniPCMultistepScheduler, keys
     yield "diffusers DEIS", diffusers.DEISMultistepScheduler, {"solver_order": 3}
 
 
@@ -160,9 +168,11 @@ def report(result: dict[str, Any], counts: list[int]) -> str:
     """The tables, as Markdown."""
     about = (
         f"RMS distance from the solution, {result['shape'][0]} images of {result['run']}. The RMS of the solution is "
-        f"{result['rms_of_solution']:.4f}; DDIM at 1000 steps is {result['rms_ddim_1000_to_solution']:.5f} from it."
+        f"{result['rms_of_solution']:.4f}; DDIM at {result['solution']} steps is "
+        f"{result['rms_ddim_to_solution']:.5f} from it."
     )
-    return "\n\n".join([about, markdown(result["rows"], counts), adaptive_markdown(result["adaptive"])]) + "\n"
+    adaptive = [adaptive_markdown(result["adaptive"])] if result["adaptive"] else []
+    return "\n\n".join([about, markdown(result["rows"], counts), *adaptive]) + "\n"
 
 
 def plot(rows: list[dict], adaptive: list[dict]) -> Figure:
@@ -185,29 +195,43 @@ def plot(rows: list[dict], adaptive: list[dict]) -> Figure:
     return figure
 
 
-@torch.no_grad()
-def main() -> None:
+def options() -> Any:
     parser = make_parser(__doc__, "ode_error.json", "folder of an unconditional pipeline", images=(64, "noises"))
     parser.add_argument("--steps", type=int, nargs="+", default=[*COUNTS], help="numbers of network calls")
-    arguments = parse(parser)
+    parser.add_argument("--only", type=re.compile, help="pattern in the names of the samplers to measure")
+    parser.add_argument("--solution", type=int, default=1000, help="steps of the solution [%(default)s]")
+    parser.add_argument("--float32", action="store_true", help="of the network, which is then much faster")
+    return parse(parser)
+
+
+@torch.no_grad()
+def main() -> None:
+    arguments = options()
     steps, tolerances, samplers = arguments.steps, TOLERANCES, [*our_samplers(), *stock_samplers()]
+    if arguments.only:
+        samplers = [each for each in samplers if arguments.only.search(each[0])]
     if arguments.smallest:
         arguments.images, steps, tolerances = 2, [5], TOLERANCES[:1]
 
     pipe = DDPMPipeline.from_pretrained(arguments.run)
-    unet = pipe.unet.double().eval()
+    dtype = torch.float32 if arguments.float32 else torch.float64
+    unet = pipe.unet.to(dtype).eval()
     schedule = {key: pipe.scheduler.config[key] for key in SCHEDULE_KEYS}
     size = unet.config.sample_size
     shape = (arguments.images, unet.config.in_channels, size, size)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return unet(x, t).sample
+        return unet(x.to(dtype), t).sample.to(x.dtype)
 
     with tqdm(total=2 + len(samplers) * len(steps) + 1, unit="loop") as bar:
-        exact, _ = sample(build(DPMSolverScheduler, {"solver_order": 2}, schedule), network, x, 1000)
+        # quadratic with 1,000 steps: all the timesteps that there are
+        solver = build(DPMSolverScheduler, {"solver_order": 2, "timestep_spacing": "quadratic"}, schedule)
+        exact, _ = sample(solver, network, x, arguments.solution)
         bar.update()
-        ddim, _ = sample(build(DDIMScheduler, {"timestep_spacing": "linspace"}, schedule), network, x, 1000)
+        ddim, _ = sample(
+            build(DDIMScheduler, {"timestep_spacing": "linspace"}, schedule), network, x, arguments.solution
+        )
         bar.update()
         rows = []
         for name, scheduler_class, config in samplers:
@@ -215,19 +239,20 @@ def main() -> None:
                 end, calls = sample(build(scheduler_class, config, schedule), network, x, n)
                 rows.append({"sampler": name, "n": n, "calls": calls, "rms": rms(end - exact)})
                 bar.update()
-        adaptive = adaptive_rows(schedule, unet, x, exact, tolerances)
+        adaptive = [] if arguments.only else adaptive_rows(schedule, unet, x, exact, tolerances)
         bar.update()
     result = {
         "versions": versions(),
         "run": arguments.run.name,
         "shape": shape,
+        "solution": arguments.solution,
         "rms_of_solution": rms(exact),
-        "rms_ddim_1000_to_solution": rms(ddim - exact),
+        "rms_ddim_to_solution": rms(ddim - exact),
         "rows": rows,
         "adaptive": adaptive,
     }
     save(arguments.output, result)
-    show(arguments.output, report(result, steps), plot(rows, adaptive))
+    show(arguments.output, report(result, steps), None if arguments.only else plot(rows, adaptive))
 
 
 if __name__ == "__main__":

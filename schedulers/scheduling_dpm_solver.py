@@ -99,7 +99,8 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
 
     - algorithm_type: dpmsolver (epsilon), dpmsolver++ (x_0), and sde-dpmsolver, sde-dpmsolver++ with fresh noise.
     - solver_order: 1, 2 or 3. solver_type, for second order: midpoint (dpmsolver) or heun (taylor).
-    - lower_order_final: below 15 steps the last two have orders 2 and 1. euler_at_final: the last one has order 1.
+    - lower_order_final: below 15 steps, and with unic always, the last two have orders 2 and 1. euler_at_final: the
+      last one has order 1.
     - final_sigmas_type: zero ends at clean data, by a first-order step; sigma_min ends at the level of timestep 0.
     - timestep_spacing: linspace, leading, trailing as diffusers' DPM-Solver has them (n + 1 points, the lowest is left
       out), quadratic and quad likewise, logsnr; or one of the flags use_karras_sigmas, use_exponential_sigmas,
@@ -384,7 +385,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
             if largest > LARGEST_FACTOR:
                 logger.warning(TOO_LARGE, algorithm_type, config.method, n, largest)
             return rows
-        lower_last = 2 if config.lower_order_final and n < 15 else 0
+        lower_last = 2 if config.lower_order_final and (n < 15 or config.unic) else 0  # UniPC's at any number
         alone = clean and config.denoise_to_zero  # the last call predicts x_0
         lower_last = max(lower_last, config.euler_at_final, clean and not alone)
         orders = multistep_orders(n - alone, config.solver_order, lower_last) + [1] * alone

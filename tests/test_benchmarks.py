@@ -119,6 +119,7 @@ def test_script_runs(script, folders, tmp_path, monkeypatch):
     arguments += [f"--worse={run}", f"--clip={tmp_path / 'clip'}"] if script == "guidance_quality" else []
     if script == "analytic_dpm":
         arguments += ["--heads", str(run / "variance_head"), str(run / "sn" / "variance_head")]
+    arguments += ["--exact=ve"] if script == "score_samplers" else []
     monkeypatch.setattr(sys, "argv", [script, *arguments, "--smallest", f"--output={output}"])
     as_main(script, monkeypatch)
     written = {path.suffix for path in tmp_path.iterdir() if path.is_file()}

@@ -465,7 +465,7 @@ def test_a_loop_far_from_the_solution_is_told(method, spacing, caplog):
 # UniPC ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("n", [2, 5, 14])
+@pytest.mark.parametrize("n", [2, 5, 14, 20])
 @pytest.mark.parametrize("solver_order", [1, 2, 3])
 @pytest.mark.parametrize("corrector", ["bh1", "bh2"])
 @pytest.mark.parametrize("form", ["dpmsolver", "dpmsolver++"])
