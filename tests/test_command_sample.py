@@ -432,9 +432,15 @@ def test_calibrated_rows_lie_beside_the_model(run, sample, capsys):
         (["--seeds=0", "--scheduler=diffusers:VQDiffusionScheduler"], "diffusers:VQDiffusionScheduler of "),
         (["--seeds=0-9", f"--seeds={2**64}"], f"below 2^64 and ranges such as 0-9999, got '{2**64}'"),
         (["--seeds=0-99999999999"], "'0-99999999999' makes more than 10,000,000 seeds"),
-        (["--seeds=0", "--output=images.tiff"], "--output must be a folder, an .npz or a .png file, got images.tiff"),
+        (
+            ["--seeds=0", "--output=images.tiff"],
+            "--output must be a folder, an .npz, a .png or a .gif file, got images.tiff",
+        ),
         (["--seeds=0", "--output=a.png", "--columns=0"], "--columns must be at least 1, got 0"),
-        (["--seeds=0", "--output=images.jpg"], "--output must be a folder, an .npz or a .png file, got images.jpg"),
+        (
+            ["--seeds=0", "--output=images.jpg"],
+            "--output must be a folder, an .npz, a .png or a .gif file, got images.jpg",
+        ),
         (["--seeds=0", "--num-inference-steps=0"], "--num-inference-steps must be at least 1"),
         ([], "--seeds is missing"),
     ],

@@ -354,7 +354,7 @@ def test_bundle_keeps_every_line_but_the_import():
     path = Path(inspect.getfile(DDIMScheduler))
     code = remote_code.bundle(path)
     names = ("scheduling_ddim", "linear_scheduler", "stock_interface", "plan", "timestep_grids", "noise_schedule")
-    names += ("gaussian_paths", "foreign_configs", "grid_arguments")
+    names += ("gaussian_paths", "foreign_configs", "grid_arguments", "brownian_path")
     parts = [path.with_name(f"{name}.py").read_text() for name in names]
     bundled = code.splitlines()
     for line in (line for part in parts for line in part.splitlines() if line and not line.startswith("from .")):

@@ -731,7 +731,10 @@ def test_statistics_of_another_schedule_fail_after_a_swap():
     ("options", "message"),
     [
         ({"forward_process": "pf-ode"}, "forward_process='pf-ode'.*'ddpm', 'ddim'"),
-        ({"reverse_variance": "learned"}, "reverse_variance='learned'.*'residual', 'analytic', 'small', 'large'"),
+        (
+            {"reverse_variance": "learned"},
+            "reverse_variance='learned'.*'residual', 'analytic', 'npr', 'sn', 'small', 'large'",
+        ),
         ({"missing_statistics": "guess"}, "missing_statistics='guess'.*'error', 'lower_bound'"),
         ({"timestep_spacing": "cubic"}, "timestep_spacing='cubic'.*'even', 'power', 'optimal'"),
         ({"eta": -0.1}, "eta=-0.1"),

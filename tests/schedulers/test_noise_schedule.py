@@ -214,7 +214,7 @@ def test_levels_outside_the_process_are_refused(linear):
     ("config", "message"),
     [
         ({"beta_start": -1e-4}, "betas"),
-        ({"num_train_timesteps": 0}, "betas"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps=0"),
         ({"num_train_timesteps": 1, "trained_betas": [0.1, 0.2]}, "trained_betas .*2 .*num_train_timesteps=1"),
         ({"trained_betas": [1.0, 0.5]}, "betas .*1.0, 0.5"),
         ({"trained_betas": [0.1, 0.0]}, "betas .*0.1, 0.0"),
