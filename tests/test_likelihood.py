@@ -645,7 +645,7 @@ COVARIANCE = torch.tensor(
 )
 
 
-@pytest.mark.parametrize("solver", ["dopri5", "rk4"])
+@pytest.mark.parametrize("solver", ["dopri5", pytest.param("rk4", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("beta_schedule", ["linear", "squaredcos_cap_v2"])
 def test_exact_likelihood_of_a_correlated_gaussian(beta_schedule, solver):
     scheduler = DDPMScheduler(beta_schedule=beta_schedule)
@@ -721,7 +721,7 @@ def test_rademacher_probes_are_exact_for_diagonal_jacobians():
     assert probed.per_image_error.max() < 1e-9
 
 
-@pytest.mark.parametrize("divergence", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("divergence", ["rademacher", pytest.param("gaussian", marks=pytest.mark.slow)])
 def test_probed_likelihood_is_unbiased_and_knows_its_error(divergence):
     scheduler = DDPMScheduler()
     network = GaussianNetwork(scheduler.schedule, COVARIANCE)
@@ -834,6 +834,7 @@ def test_offsets_of_8_bits():
     assert dequantize(x, 256, "centered", x)[1] == pytest.approx(6.9944, abs=5e-5)
 
 
+@pytest.mark.slow
 def test_discrete_bits_are_those_of_the_bins():
     """White Gaussian data much wider than a bin: -log2 of the bin's probability, up to what the noise costs."""
     scheduler = DDPMScheduler()

@@ -233,7 +233,9 @@ class CorrelatedNetwork(PathNetwork):
         return MEAN + gain @ (values - MEAN), c[others][:, others] - gain @ c[known][:, others]
 
 
-@pytest.mark.parametrize("name", ["flow", "edm", "vp_linear"])
+@pytest.mark.parametrize(
+    "name", ["vp_linear", *(pytest.param(name, marks=pytest.mark.slow) for name in ("flow", "edm"))]
+)
 def test_resampling_approaches_the_conditional_law(name):
     """Of an exact Gaussian: replacing alone does not mix what is drawn with what is kept."""
     unet, scheduler = CorrelatedNetwork(*PATHS[name]), on_path(DPMSolverScheduler, *PATHS[name])

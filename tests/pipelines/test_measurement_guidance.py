@@ -151,7 +151,11 @@ def affine_map(pipe, **arguments):
 @each_operator
 @pytest.mark.parametrize("noise_std", [0.0, 0.05, 0.5])
 @pytest.mark.parametrize(
-    ("method", "covariance"), [("pigdm", VARIANCE * EYE), ("mmps", CORRELATED)], ids=["pigdm", "mmps"]
+    ("method", "covariance"),
+    [
+        pytest.param("pigdm", VARIANCE * EYE, id="pigdm"),
+        pytest.param("mmps", CORRELATED, id="mmps", marks=pytest.mark.slow),
+    ],
 )
 def test_samples_have_the_mean_and_covariance_of_the_posterior(make_pipe, operator, noise_std, method, covariance):
     scheduler = DPMSolverScheduler(timestep_spacing="logsnr", solver_order=3)

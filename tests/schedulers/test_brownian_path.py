@@ -121,7 +121,10 @@ def end_on_the_path(kind):
 
 
 @pytest.mark.parametrize("kind", PROCESSES)
-@pytest.mark.parametrize("predictor", ["euler_maruyama", "reverse_diffusion", "ancestral"])
+@pytest.mark.parametrize(
+    "predictor",
+    ["euler_maruyama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("reverse_diffusion", "ancestral"))],
+)
 def test_predictors_have_strong_order_1(predictor, kind):
     """1 and not 1/2: g does not depend on x, so that Euler and Maruyama's step is Milstein's.
 

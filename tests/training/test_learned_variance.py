@@ -88,7 +88,7 @@ def test_rgb_samples_in_plain_diffusers_as_ours(learned):
         np.testing.assert_allclose(*images, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("channels", [1, *(pytest.param(number, marks=pytest.mark.slow) for number in (3, 4))])
 def test_every_scheduler_samples(learned, channels):
     """Where the variance is not used, the images are those of the network's mean half alone."""
     run = train(learned(channels, max_train_steps=1))
@@ -136,7 +136,7 @@ def test_bits_per_dim_are_logged(learned, changes):
     assert measured == ["2", "4", "5"]
 
 
-@pytest.mark.parametrize("clip_sample", [True, False])
+@pytest.mark.parametrize("clip_sample", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_bits_per_dim_estimate_the_bound(bytes_of, clip_sample):
     """Many draws come close to the bound of the whole chain, prior included, within their standard error."""
     from diffusers_dpm.data import load_images

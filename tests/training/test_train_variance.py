@@ -76,7 +76,7 @@ def trained(unet, target, steps=300, size=64):
     return head.eval(), loss
 
 
-@pytest.mark.parametrize("target", ["npr", "sn"])
+@pytest.mark.parametrize("target", ["npr", pytest.param("sn", marks=pytest.mark.slow)])
 def test_heads_find_the_variances_of_pixels(target):
     """A new head is that of data N(0, I); a short training finds the closed form."""
     unet = DiagonalNetwork(DDPMScheduler().schedule)
