@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .guidance import Guidance, Guides
+from .guidance_arguments import choose_guidance
 from .scheduler_adapter import adapt
 
 
@@ -27,7 +28,7 @@ def guided_scheduler(scheduler: Any, guidance: Guidance | Sequence[Guidance]) ->
     Raises:
         ValueError: guidance that needs a network, or classes; another mode than "score"; clipping before guidance.
     """
-    guides = Guides(tuple(guidance) if isinstance(guidance, Sequence) else (guidance,))
+    guides = Guides(choose_guidance(guidance, False))
     if any(guide.through_unet or guide.needs_null for guide in guides.guides) or guides.mode == "mean_shift":
         raise ValueError("a scheduler knows no network: it cannot guide through it, by a null class or a mean shift")
     if guides.clip_order == "before":
