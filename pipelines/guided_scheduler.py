@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .guidance import Guidance, Guides
 from .guidance_arguments import choose_guidance
+from .networks import evaluation_mode
 from .scheduler_adapter import adapt
 
 
@@ -57,4 +58,5 @@ def guided_output(scheduler: Any, guides: Guides, model_output: Tensor, timestep
     if bound is None:
         return model_output
     seen, output = adapter.scale_input(sample, t).to(dtype), model_output.to(dtype)
-    return bound.predict(lambda x_t: output, seen, t, *adapter.noise_level(i, t))[0].to(model_output.dtype)
+    with evaluation_mode(*bound.networks):
+        return bound.predict(lambda x_t: output, seen, t, *adapter.noise_level(i, t))[0].to(model_output.dtype)
