@@ -76,7 +76,7 @@ class ClassifierFreeGuidance(Guidance):
         plain = prediction.plain
         guided = self.extrapolated(prediction, plain, self.reference(prediction))
         if self.rescale:
-            ratio = plain.flatten(1).std(dim=1) / guided.flatten(1).std(dim=1)
+            ratio = plain.flatten(1).std(dim=1) / guided.flatten(1).std(dim=1).clamp(min=1e-30)  # 0 by `zero_init`
             guided = guided * (1 - self.rescale + self.rescale * ratio.view(-1, *(1,) * (plain.ndim - 1)))
         return replace(prediction, output=guided + (prediction.output - plain))
 
@@ -191,6 +191,9 @@ class AutoGuidance(ClassifierFreeGuidance):
             raise ValueError(
                 f"autoguidance: the worse network has {classes} classes, the guided {num_classes_of(unet)}"
             )
+        nameless = is_conditional(self.network) and null_class_of(self.network) is None
+        if nameless and labels is not None and (labels < 0).any():
+            raise ValueError("autoguidance: the worse network has no null class, so that no label can be -1")
         return self._with_scale(latents)
 
     def reference(self, prediction: Prediction) -> Tensor:

@@ -145,6 +145,8 @@ class ClassifierGuidance(Guidance):
                 x0_hat = prediction.x0.detach() + (x - x_t.detach()) / alpha
             assert self.log_prob is not None
             log_prob = self.log_prob(x, torch.full((), prediction.t, device=x.device), x0_hat)
+            if not isinstance(log_prob, Tensor):
+                raise ValueError(f"cond_fn must return a tensor ({len(x)},), got {type(log_prob).__name__}")
             if log_prob.shape != x.shape[:1] or not log_prob.requires_grad:
                 raise ValueError(
                     f"cond_fn must return one differentiable value for each image, shape ({len(x)},), "

@@ -74,7 +74,7 @@ class Edit:
             raise ValueError(f"strength must lie in 0 (left out) .. 1, got {strength}")
         if not resampling >= 1 or int(resampling) != resampling or (resampling > 1 and mask is None):
             raise ValueError(f"resampling must be a whole number, at least 1, and 1 without a mask; got {resampling}")
-        pixels = to_batch(image, channels, "image") * 2 - 1
+        resampling, pixels = int(resampling), to_batch(image, channels, "image") * 2 - 1
         if mask is None:
             return cls(pixels, None, strength, resampling)
         white = to_batch(mask, 1, "mask") >= 0.5
@@ -166,7 +166,9 @@ def to_tensor(picture: Any, channels: int, what: str) -> Tensor:
     if isinstance(picture, Image.Image):
         if channels not in (1, 3):
             raise ValueError(f"{what}: PIL images have 1 or 3 channels, this network {channels}: pass a tensor")
-        picture = np.asarray(picture.convert("L" if channels == 1 else "RGB"))
+        if picture.mode[0] in "IF":  # which Pillow clips to 0 .. 255
+            raise ValueError(f"{what}: a PIL image of 8 bits is needed, not of mode {picture.mode}: pass an array")
+        picture = np.asarray(picture.convert("L" if channels == 1 else "RGB"), np.float32) / 255
     if isinstance(picture, np.ndarray) and picture.dtype.kind in "biuf":
         last = picture[..., None] if picture.ndim == 2 else picture
         tensor = torch.from_numpy(np.moveaxis(last, -1, -3).copy())
@@ -270,10 +272,10 @@ class EditingMixin:
         Raises:
             ValueError: as `DPMPipeline`; no frames; noise of two shapes.
         """
-        weights = torch.linspace(0, 1, frames) if isinstance(frames, int) else torch.as_tensor(frames)
+        weights = torch.linspace(0, 1, max(0, frames)) if isinstance(frames, int) else torch.as_tensor(frames)
         if taken := arguments.keys() & {"latents", "seeds", "generator", "batch_size"}:
             raise ValueError(f"interpolate chooses the noise itself: leave out {', '.join(sorted(taken))}")
-        if weights.ndim != 1 or not len(weights):
+        if weights.ndim != 1 or not len(weights) or not ((weights >= 0) & (weights <= 1)).all():
             raise ValueError(f"frames must be a number, at least 1, or places in 0 .. 1; got {frames}")
         ends, generators = [], [torch.Generator().manual_seed(0) for _ in weights]
         for end in (last, first):

@@ -22,7 +22,10 @@ def choose_guidance(
     if guidance is not None:
         if options:
             raise ValueError(f"pass either guidance or {', '.join(options)}, not both")
-        return tuple(guidance) if isinstance(guidance, Sequence) else (guidance,)
+        guides = tuple(guidance) if isinstance(guidance, Sequence) else (guidance,)
+        if wrong := [guide for guide in guides if isinstance(guide, type) or not hasattr(guide, "guide")]:
+            raise ValueError(f"guidance must be an object such as ClassifierGuidance(), or a list, got {wrong[0]!r}")
+        return guides
     fields = {name.replace("cond_fn", "log_prob").removeprefix("guidance_"): options[name] for name in options}
     if classifier_free and fields.keys() == {"scale"}:
         return (ClassifierFreeGuidance(**fields),)

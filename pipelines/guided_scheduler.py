@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from .guidance import Guidance, Guides
+from .guidance_arguments import choose_guidance
+from .networks import evaluation_mode
 from .scheduler_adapter import adapt
 
 
@@ -27,7 +29,7 @@ def guided_scheduler(scheduler: Any, guidance: Guidance | Sequence[Guidance]) ->
     Raises:
         ValueError: guidance that needs a network, or classes; another mode than "score"; clipping before guidance.
     """
-    guides = Guides(tuple(guidance) if isinstance(guidance, Sequence) else (guidance,))
+    guides = Guides(choose_guidance(guidance, False))
     if any(guide.through_unet or guide.needs_null for guide in guides.guides) or guides.mode == "mean_shift":
         raise ValueError("a scheduler knows no network: it cannot guide through it, by a null class or a mean shift")
     if guides.clip_order == "before":
@@ -56,4 +58,5 @@ def guided_output(scheduler: Any, guides: Guides, model_output: Tensor, timestep
     if bound is None:
         return model_output
     seen, output = adapter.scale_input(sample, t).to(dtype), model_output.to(dtype)
-    return bound.predict(lambda x_t: output, seen, t, *adapter.noise_level(i, t))[0].to(model_output.dtype)
+    with evaluation_mode(*bound.networks):
+        return bound.predict(lambda x_t: output, seen, t, *adapter.noise_level(i, t))[0].to(model_output.dtype)

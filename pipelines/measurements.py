@@ -195,6 +195,8 @@ class Blur(FourierOperator):
         kernel = torch.as_tensor(kernel)
         if kernel.ndim != 2 or not kernel.shape[0] % 2 or not kernel.shape[1] % 2:
             raise ValueError(f"the kernel must be (h, w) of odd sides, got {tuple(kernel.shape)}")
+        if not kernel.isfinite().all():
+            raise ValueError("the kernel is not finite; a Gaussian needs std > 0")
         self.register_buffer("kernel", kernel)
 
     @classmethod
@@ -332,6 +334,8 @@ class MeasurementGuidance(Guidance):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "through_unet", self.method != "diffpir")
+        if not isinstance(self.operator, LinearOperator):
+            raise ValueError(f"the operator must be a LinearOperator, got {type(self.operator).__name__}")
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
         if not 0 <= self.noise_std < math.inf:
@@ -350,9 +354,12 @@ class MeasurementGuidance(Guidance):
         operator = copy.deepcopy(self.operator).to(latents)
         try:
             expected = operator(torch.zeros_like(latents))
+            returned = tuple(operator.adjoint(expected).shape)
         except (RuntimeError, IndexError) as error:
             raise ValueError(f"{type(operator).__name__} is not for images {tuple(latents.shape)}: {error}") from error
-        y = self.measurement
+        if returned != latents.shape:  # channels or images that it multiplies by broadcasting
+            raise ValueError(f"{type(operator).__name__} is for images {returned}, not {tuple(latents.shape)}")
+        y = torch.as_tensor(self.measurement)
         if y.shape[1:] != expected.shape[1:] or len(y) not in (1, len(latents)):
             raise ValueError(f"{type(operator).__name__} measures {tuple(expected.shape)}, not {tuple(y.shape)}")
         if y.is_complex() and not expected.is_complex():

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from diffusers_dpm.commands.encode import EncodeOptions
@@ -123,12 +122,21 @@ def test_encoded_images_are_drawn_again(run, tmp_path, capsys):
     assert "exists already" in error_of("encode", capsys, *encode[1:])
 
 
-def test_labels_of_the_data_are_encoded(tmp_path):
-    save_run(tmp_path / "run", tiny_unet(num_class_embeds=10))
-    arguments = ["--data=digits", "--num-images=2", "--num-inference-steps=5", "--cpu", "--scheduler=ddim"]
-    output = tmp_path / "noise.safetensors"
-    assert main(["encode", str(tmp_path / "run"), *arguments, f"--output={output}"]) == 0
-    assert torch.isfinite(read_tensors(output)[1]["latents"]).all()
+def test_encoded_images_keep_their_labels(tmp_path, capsys):
+    unet = tiny_unet(num_class_embeds=11)
+    unet.register_to_config(_has_null_class=True)
+    run = str(tmp_path / "run")
+    save_run(run, unet)
+    np.save(tmp_path / "images.npy", np.linspace(-1, 1, 2 * 64, dtype=np.float32).reshape(2, 1, 8, 8))
+    for data, labels in (("digits", [0, 1]), (str(tmp_path / "images.npy"), [-1, -1])):
+        noise, drawn, given = (tmp_path / f"{labels[0]}{end}" for end in (".safetensors", ".npz", "-given.npz"))
+        arguments = [f"--data={data}", "--num-images=2", "--num-inference-steps=5", "--cpu", "--scheduler=ddim"]
+        assert main(["encode", run, *arguments, f"--output={noise}"]) == 0
+        assert read_tensors(noise)[1]["class_labels"].tolist() == labels
+        shown = capsys.readouterr().out.strip().split("\n")[-1].split()
+        assert main([*shown[1:], "--cpu", f"--output={drawn}"]) == 0
+        assert main([*shown[1:], "--class-labels", *map(str, labels), "--cpu", f"--output={given}"]) == 0
+        assert np.array_equal(pixels_of(drawn), pixels_of(given))
 
 
 @pytest.mark.parametrize(

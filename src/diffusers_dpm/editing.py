@@ -10,13 +10,13 @@ import torch
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.image_values import convert_channels, crop_and_resize, decode, to_unit_range
-from diffusers_dpm.pipelines import DPMPipeline, image_shape
+from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.pipelines.editing import Edit
 from diffusers_dpm.pipelines.scheduler_adapter import SchedulerAdapter
 from diffusers_dpm.records import digest, read_tensors
 
 
-LATENTS = "latents"  # the tensor in a file of `diffusers-dpm encode`
+LATENTS, LABELS = "latents", "class_labels"  # the tensors in a file of `diffusers-dpm encode`
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,14 @@ class Source:
     Attributes:
         edit: image, mask, strength and resampling, as `DPMPipeline`; or none of them.
         latents: (N, C, H, W), the noise that the image of seed 0 .. N - 1 begins with.
+        labels: N labels that this is the noise for; None of a network without classes.
         ends: two seeds, of whose images image s is on the way, at s / (frames - 1).
         frames: how many images are on that way.
     """
 
     edit: dict[str, Any] = field(default_factory=dict)
     latents: torch.Tensor | None = None
+    labels: list[int] | None = None
     ends: tuple[int, int] | None = None
     frames: int = 9
 
@@ -62,8 +64,9 @@ class Source:
         edit |= {} if resampling == 1 else {"resampling": resampling}
         with user_error("--image"):
             Edit.of(channels, edit.get("image"), edit.get("mask"), strength, resampling)
-        tensor = None if latents is None else read_latents(Path(latents), channels)
-        return cls(edit, tensor, None if interpolate is None else (interpolate[0], interpolate[1]), frames)
+        tensor, labels = (None, None) if latents is None else read_latents(Path(latents), channels)
+        labels = labels if is_conditional(unet) else None
+        return cls(edit, tensor, labels, None if interpolate is None else (interpolate[0], interpolate[1]), frames)
 
     def settings(self) -> dict[str, Any]:
         """As JSON, with hashes of tensors; {} where images come from their seeds alone."""
@@ -109,11 +112,15 @@ def read_picture(path: str | Path, channels: int, size: Sequence[int]) -> torch.
     return pixels / 255 if values.dtype == np.uint8 else (pixels + 1) / 2
 
 
-def read_latents(path: Path, channels: int) -> torch.Tensor:
-    """(N, C, H, W) of a file of `diffusers-dpm encode`. Raises DiffusersDPMError if it is none for such networks."""
+def read_latents(path: Path, channels: int) -> tuple[torch.Tensor, list[int] | None]:
+    """(N, C, H, W) and N labels, if it has any, of a file of `diffusers-dpm encode`.
+
+    Raises:
+        DiffusersDPMError: it is none for such networks.
+    """
     tensors = read_tensors(path)[1]
-    latents = tensors.get(LATENTS)
+    latents, labels = tensors.get(LATENTS), tensors.get(LABELS)
     if latents is None or latents.ndim != 4 or latents.shape[1] != channels:
         held = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items()) or "nothing"
         raise DiffusersDPMError(f"{path} must hold latents (N, {channels}, H, W), got {held}: 'diffusers-dpm encode'")
-    return latents
+    return latents, None if labels is None else labels.tolist()

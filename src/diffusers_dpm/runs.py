@@ -17,7 +17,7 @@ from accelerate.utils import tqdm
 from diffusers_dpm.calibration import STEPS, Calibration, calibrate, conditions_of, limited, network_calls, solver_for
 from diffusers_dpm.clip import Texts
 from diffusers_dpm.data import describe_data, load_images
-from diffusers_dpm.editing import LATENTS, Source
+from diffusers_dpm.editing import LABELS, LATENTS, Source
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.images import GRID, image_grid, save_gif, to_uint8
 from diffusers_dpm.named_schedulers import build_scheduler, network_for
@@ -85,7 +85,7 @@ def sample_run(
     come_from = Source.of(pipeline.unet, **source)
     seeds = come_from.seeds(seeds)
     with user_error("--class-labels"):
-        labels = pipeline.get_label_ids(class_labels)
+        labels = come_from.labels if class_labels is None else pipeline.get_label_ids(class_labels)
     texts = None if prompt is None or clip is None else Texts.load(prompt, clip)
     sampler = Sampler(pipeline, num_inference_steps, labels, guidance_scale, cfg_scale, texts, come_from)
     accelerator = Accelerator(cpu=cpu)
@@ -135,6 +135,8 @@ def encode_run(
 ) -> torch.Tensor:
     """The noise of images, (N, C, H, W), by `DPMPipeline.encode`; writes a safetensors file. Run it on one process.
 
+    Of a network with classes the file also holds the labels, -1 for none, so that `sample_run` draws the same images.
+
     Args:
         model: run folder or Hub id.
         data: as `load_images`, with its further keywords as `images`; a network with classes takes its labels.
@@ -170,7 +172,8 @@ def encode_run(
             with user_error(f"{scheduler} of {model}"):
                 noise = pipeline.encode(batch["images"] / 2 + 0.5, num_inference_steps, class_labels=labels)
             bar.update(len(rows))
-            return {LATENTS: noise.cpu()}
+            given = torch.full((len(rows),), -1) if labels is None else labels
+            return {LATENTS: noise.cpu(), **({LABELS: given} if is_conditional(pipeline.unet) else {})}
 
         store = ResultStore(output.with_name(f"{output.name}.partial"), settings, save_every=10.0)
         latents = store.measure_rows(count, batch_size, measure)

@@ -1,6 +1,7 @@
 """Guidance by a null class: with exact networks it is guidance by the exact classifier, whatever samples."""
 
 import logging
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -277,6 +278,8 @@ def test_zero_init_is_no_velocity_at_pure_noise():
     assert not found[0].any()
     assert not found[2].any()
     assert guided(guide)[0].any()
+    rescaled = replace(guide, rescale=0.7)  # of no velocity there is no standard deviation
+    torch.testing.assert_close(guided(rescaled, prediction_type="flow_prediction", alpha=0.0, sigma=1.0), found)
 
 
 def test_autoguidance_goes_away_from_the_worse_network(make_pipe, make_null_pipe):
@@ -315,6 +318,13 @@ def test_autoguidance_by_a_network_of_other_images(make_pipe, network, message):
         path(make_pipe(DDIMScheduler()), guidance=AutoGuidance(2.0, network=tiny_unet(3, **network)))
     with pytest.raises(ValueError, match="needs a network"):
         AutoGuidance(2.0)
+
+
+def test_autoguidance_without_a_label_needs_a_null_class(make_null_pipe):
+    pipe, guide = make_null_pipe(DDIMScheduler()), AutoGuidance(2.0, network=ImageMixtureNetwork(num_class_embeds=2))
+    assert path(pipe, class_labels=[0, 1], guidance=guide).isfinite().all()
+    with pytest.raises(ValueError, match="no null class"):
+        path(pipe, class_labels=[0, -1], guidance=guide)
 
 
 @pytest.mark.parametrize(

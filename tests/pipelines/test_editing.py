@@ -342,6 +342,22 @@ def test_forms_of_masks():
         assert torch.equal(other, first)
 
 
+def test_a_dark_picture_is_dark():
+    """Arrays of 0 and 1 are masks, but the values of a picture are of 255."""
+    unet, dark = tiny_unet(), Image.new("L", (8, 8), 1)
+    found, expected = (
+        draw(unet, DDIMScheduler(), image=image, mask=Image.new("1", (8, 8)), num_inference_steps=2)
+        for image in (dark, torch.full((1, 8, 8), 1 / 255))
+    )
+    assert torch.equal(found, expected)
+
+
+def test_a_whole_number_of_resamplings_may_be_a_float():
+    arguments = {"image": IMAGE, "mask": MASK, "num_inference_steps": 2}
+    found = [draw(ImageMixtureNetwork(), DDIMScheduler(), **arguments, resampling=n) for n in (2, 2.0)]
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_edits_in_other_precision(dtype):
     unet = ImageMixtureNetwork((MEAN,), (STD,)).to(dtype)
@@ -366,6 +382,7 @@ ERRORS = {
     "model range": ({"image": IMAGE - 1}, r"values must lie in 0 \(black\) .. 1 \(white\), got -0.2"),
     "nan": ({"image": IMAGE * math.nan}, "values must lie in 0"),
     "words": ({"image": "cat.png"}, "must be a PIL image, an array or a tensor"),
+    "16 bits": ({"image": Image.new("I;16", (2, 2))}, "8 bits is needed, not of mode I;16"),
     "nothing": ({"image": []}, "of one size is needed, got"),
     "mixed sizes": ({"image": [IMAGE, torch.rand(1, 3, 3)]}, "of one size"),
     "numbers": ({"image": torch.rand(3, 1, 2, 2), "batch_size": 2}, "2 batch_size, 3 image"),
@@ -515,6 +532,9 @@ def test_encoded_images_are_interpolated():
         ((0, 1), {"seeds": [0]}, "leave out seeds"),
         ((0, torch.zeros(1, 1, 3, 3)), {}, r"\(1, 1, 2, 2\) and \(1, 1, 3, 3\)"),
         ((torch.zeros(2, 1, 2, 2), 0), {"frames": 3}, "the ends must be noise"),
+        ((0, 1), {"frames": -1}, "frames must be a number"),
+        ((0, 1), {"frames": [0, 1.5]}, "places in 0 .. 1"),
+        ((0, 1), {"frames": [math.nan]}, "places in 0 .. 1"),
     ],
 )
 def test_errors_of_interpolation(ends, arguments, message):

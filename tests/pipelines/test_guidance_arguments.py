@@ -365,6 +365,9 @@ def test_a_list_of_guides_adds_up(make_pipe):
         ({"class_labels": 0, "cond_fn": energy}, "class_labels.*num_class_embeds"),
         ({"cond_fn": lambda x_t, t, x0: x_t.sum()}, r"\(1,\), .*\(\)"),
         ({"cond_fn": lambda x_t, t, x0: x_t.detach().flatten(1).sum(1)}, r"cond_fn .*\(1,\) .*requires_grad=False"),
+        ({"cond_fn": lambda x_t, t, x0: None}, "cond_fn must return a tensor .*got NoneType"),
+        ({"guidance": "text"}, "an object such as ClassifierGuidance"),
+        ({"guidance": [ClassifierGuidance]}, "an object such as ClassifierGuidance"),
         (
             {"class_labels": 0, "latents": torch.zeros(1, 3, 16, 16)},
             r"sample_size=\(8, 8\), .*\(16, 16\)",

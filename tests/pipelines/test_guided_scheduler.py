@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 
-from diffusers_dpm.pipelines import ClassifierFreeGuidance, ClassifierGuidance, guided_scheduler
+from diffusers_dpm.pipelines import ClassifierFreeGuidance, ClassifierGuidance, Guidance, guided_scheduler
 from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler
 from tests.models import ImageMixtureNetwork
 
@@ -54,6 +54,24 @@ def test_it_keeps_its_name_its_config_and_its_arguments():
     pipe.set_progress_bar_config(disable=True)
     assert pipe(num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0)).images.shape
     assert not hasattr(plain, "guides")
+
+
+def test_the_networks_of_guides_are_in_evaluation_mode():
+    network, modes = torch.nn.Dropout(0.5), []
+
+    class Reads(Guidance):
+        networks = (network,)
+
+        def guide(self, prediction):
+            modes.append(network.training)
+            return prediction
+
+    guided = guided_scheduler(DDIMScheduler(), Reads())
+    guided.set_timesteps(2)
+    x = torch.zeros(1, 1, 2, 2)
+    guided.step(x, guided.timesteps[0], x)
+    assert modes == [False]
+    assert network.training
 
 
 @pytest.mark.parametrize(

@@ -349,13 +349,14 @@ WRONG = {
     "noise_std must be a finite number from 0 on, got nan": {"noise_std": math.nan},
     "iterations must be at least 1, got 0": {"iterations": 0},
     "guidance_scale must be one finite number": {"scale": math.inf},
+    "the operator must be a LinearOperator, got str": {"operator": "blur"},
 }
 
 
 @pytest.mark.parametrize("message", WRONG)
 def test_arguments_out_of_range(message):
     with pytest.raises(ValueError, match=message):
-        MeasurementGuidance(SuperResolution(2), torch.zeros(1, 3, 4, 4), **WRONG[message])
+        MeasurementGuidance(**{"operator": SuperResolution(2), "measurement": torch.zeros(1), **WRONG[message]})
 
 
 MISFITS = {
@@ -363,6 +364,7 @@ MISFITS = {
     r"SuperResolution measures \(1, 3, 4, 4\), not \(2, 3, 4, 4\)": (SuperResolution(2), torch.zeros(2, 3, 4, 4)),
     r"Inpainting is not for images \(1, 3, 8, 8\): ": (Inpainting(torch.ones(5, 8)), torch.zeros(1, 3, 8, 8)),
     r"CompressedSensing is not for images": (CompressedSensing((4, 4), 3), torch.zeros(1, 3, 3)),
+    r"Inpainting is for images \(3, 3, 8, 8\), not": (Inpainting(torch.ones(3, 1, 8, 8)), torch.zeros(1, 3, 8, 8)),
     "factor=3 does not divide": (SuperResolution(3), torch.zeros(1, 3, 2, 2)),
     "the measurement is not finite": (Inpainting(torch.ones(8, 8)), torch.full((1, 3, 8, 8), torch.nan)),
     "Blur measures real numbers, not torch.complex64": (Blur.gaussian(1, 3), torch.zeros(1, 3, 8, 8) * 1j),
@@ -374,6 +376,21 @@ def test_operator_and_measurement_must_fit(make_pipe, message):
     operator, y = MISFITS[message]
     with pytest.raises(ValueError, match=message):
         make_pipe(DDIMScheduler())(guidance=MeasurementGuidance(operator, y), num_inference_steps=1)
+
+
+def test_color_is_not_for_grey_images(make_pipe):
+    guide = MeasurementGuidance(Colorization(), torch.zeros(1, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"Colorization is for images \(1, 3, 8, 8\), not \(1, 1, 8, 8\)"):
+        make_pipe(DDIMScheduler(), tiny_unet())(guidance=guide, num_inference_steps=1)
+
+
+def test_a_measurement_may_be_an_array(make_pipe):
+    pipe, y = make_pipe(DDIMScheduler()), torch.rand(1, 3, 4, 4)
+    arguments = {"seeds": [0], "num_inference_steps": 2, "output_type": "pt"}
+    found, expected = (
+        pipe(**arguments, guidance=MeasurementGuidance(SuperResolution(2), given)).images for given in (y.numpy(), y)
+    )
+    assert torch.equal(found, expected)
 
 
 def test_a_gradient_that_is_not_finite_is_an_error(make_pipe):

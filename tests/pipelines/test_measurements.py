@@ -148,6 +148,8 @@ def test_operators_refuse():
         CompressedSensing((4, 6), 25)
     with pytest.raises(ValueError, match=r"odd sides, got \(2, 3\)"):
         Blur(torch.ones(2, 3))
+    with pytest.raises(ValueError, match="the kernel is not finite"):
+        Blur.gaussian(0.0, 3)
     with pytest.raises(ValueError, match=r"a kernel \(3, 5\) is larger than the images"):
         Blur(KERNEL)(noise(1, 1, 4, 4))
 
