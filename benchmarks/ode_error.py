@@ -1,8 +1,8 @@
 """How far are n-step samples from the solution of the same probability-flow ODE, ours and diffusers'?
 
     python benchmarks/ode_error.py runs/demo            # writes results/ode_error.{json,md,png}
-    python benchmarks/ode_error.py runs/cifar10-4m --images 2 --solution 100 --float32 --steps 5 10 20 \\
-        --only '^(dpmsolver[+]+ 2M bh[12] linspace|diffusers UniPC)$' \\
+    python benchmarks/ode_error.py runs/cifar10-4m --images 4 --solution 200 --float32 --steps 5 8 10 15 20 \\
+        --only '^(dpmsolver[+]+ .*linspace|dpmsolver[+]+ 2M quadratic|diffusers (UniPC.*|DPM[+]+ 2M))$' \\
         --output benchmarks/results/ode_error_cifar10.json
 
 Every sampler starts from the same noise at the noisiest training level and ends at clean data. The distance is the RMS
