@@ -115,6 +115,9 @@ class TextGuidance(Guidance):
             raise ValueError(f"{len(prompts)} prompts were given for {len(latents)} images")
         if self.decode is None and latents.shape[1] not in (1, channels):
             raise ValueError(f"the CLIP model is for {channels} channels, the images have {latents.shape[1]}")
+        if not {len(self.image_mean), len(self.image_std)} <= {1, channels}:
+            given = f"{len(self.image_mean)} and {len(self.image_std)} values"
+            raise ValueError(f"the CLIP model is for {channels} channels, image_mean and image_std have {given}")
         texts = list(dict.fromkeys(text for prompt in prompts for text in prompt))
         with torch.inference_mode(False), torch.no_grad(), evaluation_mode(self.model):
             tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")

@@ -229,3 +229,5 @@ def test_what_does_not_fit_the_call(make_pipe, clip):
             path(pipe, seeds=[0, 1, 2], guidance=make(clip, prompts))
     with pytest.raises(ValueError, match="3 channels, the images have 2"):
         path(make_pipe(DDIMScheduler(), tiny_unet(2)), guidance=make(clip))
+    with pytest.raises(ValueError, match="3 channels, image_mean and image_std have 2 and 3 values"):
+        path(pipe, guidance=make(clip, image_mean=(0.5, 0.5)))
