@@ -113,11 +113,15 @@ class Guidance:
     null_class: int | None = None
 
     def __post_init__(self) -> None:
-        scale = torch.as_tensor(self.scale)
+        try:
+            scale = torch.as_tensor(self.scale)
+        except (TypeError, ValueError, RuntimeError):
+            scale = torch.tensor(math.nan)
         if scale.ndim > 1 or not scale.isfinite().all():
-            got = f"{scale.tolist()} of shape {tuple(scale.shape)}"
+            got = f"{self.scale!r} of shape {tuple(scale.shape)}"
             raise ValueError(f"guidance_scale must be one finite number or one per image, got {got}")
-        if not self.interval[0] <= self.interval[1]:
+        interval = self.interval if isinstance(self.interval, Sequence) else ()
+        if len(interval) != 2 or not interval[0] <= interval[1]:
             raise ValueError(f"guidance_interval must be (low, high), got {self.interval}")
 
     @property
