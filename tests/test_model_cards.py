@@ -131,12 +131,12 @@ def test_snippets_run(tmp_path):
     check_form(card)
     results = run_snippets(card, tmp_path / "staged")
     pictures = [names.get("images") or [names["image"]] for names in results]
-    assert [len(images) for images in pictures] == [1, 1, *[4] * 8]
+    assert [len(images) for images in pictures] == [1, 1, *[4] * 10]
     assert all(image.size == (8, 8) for images in pictures for image in images)
     assert [type(names["pipe"].scheduler).__name__ for names in results] == [
         *("DDPMScheduler", "DPMSolverMultistepScheduler", "DPMSolverScheduler", "DDIMScheduler"),
         *("DPMSolverScheduler", "DPMSolverMultistepScheduler", "AnalyticDPMScheduler", "AnalyticDPMScheduler"),
-        *("CalibratedScheduler", "CalibratedScheduler"),
+        *("AnalyticDPMScheduler", "AnalyticDPMScheduler", "CalibratedScheduler", "CalibratedScheduler"),
     ]
     assert "sampling in\n2, 5 steps:\n" in section(card, "Few steps")
     assert {"classifier-guidance", "analytic-dpm", "calibrated-rows"} <= set(ModelCard(card).data.tags)
