@@ -94,8 +94,10 @@ def in_two_processes(pytestconfig):
 @pytest.fixture
 def modules_cache(tmp_path, monkeypatch):
     """Remote code is copied to a folder of this test, and forgotten after it."""
-    monkeypatch.setattr(diffusers.utils.dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(tmp_path / "modules")
+    cache = tmp_path / "modules"
+    cache.mkdir()  # Python remembers of a folder on the path that is not there that it is none
+    monkeypatch.setattr(diffusers.utils.dynamic_modules_utils, "HF_MODULES_CACHE", str(cache))
+    monkeypatch.syspath_prepend(cache)
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "diffusers_modules"]:
         del sys.modules[name]

@@ -125,19 +125,18 @@ def run_snippets(card: str, folder: Path) -> list[dict]:
 
 @pytest.mark.slow
 @pytest.mark.needs("diffusers>=0.38", reason="remote code in a subfolder")
-@pytest.mark.xfail(reason="the head by remote code: diffusers_modules is not found in this process", strict=False)
 def test_snippets_run(tmp_path):
     run = make_run(tmp_path / "run", extras=True, num_train_timesteps=100)
     card = card_of(run, tmp_path / "staged")
     check_form(card)
     results = run_snippets(card, tmp_path / "staged")
     pictures = [names.get("images") or [names["image"]] for names in results]
-    assert [len(images) for images in pictures] == [1, 1, *[4] * 10]
+    assert [len(images) for images in pictures] == [1, 1, *[4] * 8]
     assert all(image.size == (8, 8) for images in pictures for image in images)
     assert [type(names["pipe"].scheduler).__name__ for names in results] == [
         *("DDPMScheduler", "DPMSolverMultistepScheduler", "DPMSolverScheduler", "DDIMScheduler"),
         *("DPMSolverScheduler", "DPMSolverMultistepScheduler", "AnalyticDPMScheduler", "AnalyticDPMScheduler"),
-        *("AnalyticDPMScheduler", "AnalyticDPMScheduler", "CalibratedScheduler", "CalibratedScheduler"),
+        *("CalibratedScheduler", "CalibratedScheduler"),
     ]
     assert "sampling in\n2, 5 steps:\n" in section(card, "Few steps")
     assert {"classifier-guidance", "analytic-dpm", "calibrated-rows"} <= set(ModelCard(card).data.tags)

@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.hub.remote_code import bundle
 from diffusers_dpm.networks import load_pipeline, noise_schedule_of
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler, DPMSolverScheduler
@@ -223,15 +223,13 @@ def test_our_scheduler_from_the_folder_of_a_pipeline(make_pipe, tmp_path):
 @pytest.mark.needs("diffusers>=0.38", reason="remote code in a subfolder")
 @pytest.mark.slow
 def test_file_ships_alone_as_remote_code(make_pipe, tmp_path):
-    """With the files that it imports, in a process without our package; twice, as the loader executes it anew."""
+    """As one file, in a process without our package; twice, as the loader executes it anew."""
     pipe = make_pipe(DDIMScheduler(), num_class_embeds=10)
     repository, code = tmp_path / "repository", tmp_path / "code"
     pipe.save_pretrained(repository)
     code.mkdir()
-    for folder, main in ((repository, "pipeline_dpm"), (code, "pipeline")):
-        for name in ("guidance", "networks", "scheduler_adapter"):
-            shutil.copy(PIPELINES / f"{name}.py", folder)
-        shutil.copy(PIPELINES / "pipeline_dpm.py", folder / f"{main}.py")
+    for file in (repository / "pipeline_dpm.py", code / "pipeline.py"):
+        file.write_text(bundle(PIPELINES / "pipeline_dpm.py"))
     script = """
 repository, code = sys.argv[1:]
 for source in (code, repository + "/pipeline_dpm.py", repository + "/pipeline_dpm.py"):
