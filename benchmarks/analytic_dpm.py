@@ -52,7 +52,7 @@ from diffusers_dpm.likelihood.problem import standard_error
 from diffusers_dpm.networks import load_pipeline, noise_schedule_of
 from diffusers_dpm.pipelines import DPMPipeline, image_shape
 from diffusers_dpm.posterior_statistics import estimate_statistics
-from diffusers_dpm.records import fingerprint
+from diffusers_dpm.records import weights_hash
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, HEADS
 from diffusers_dpm.schedulers.timestep_grids import Grid, even
 
@@ -109,8 +109,8 @@ class Benchmark:
         self.judge = Judge(features)
         facts = {
             "run": run.name,
-            "weights": fingerprint(self.unet.state_dict().values()),
-            "heads": {target: fingerprint(unet.head.state_dict().values()) for target, unet in self.networks.items()},
+            "weights": weights_hash(self.unet),
+            "heads": {target: weights_hash(unet.head) for target, unet in self.networks.items()},
             "statistics_images": self.statistics.num_images,
             "judge": self.judge.facts,
         }

@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import SCHEDULE_KEYS, Judge, Results, add_features, draw, make_parser, parse, show, table
-from ode_error import build, our_samplers, rms, sample, stock_samplers
+from common import SCHEDULE_KEYS, Judge, Results, add_features, draw, make_parser, parse, rms, show, table
+from ode_error import build, our_samplers, sample, stock_samplers
 from tqdm.auto import tqdm
 
 from diffusers_dpm import DPMSolverScheduler
 from diffusers_dpm.calibration import Calibration, calibrate, network_calls
 from diffusers_dpm.evaluation.distances import frechet_distance
 from diffusers_dpm.networks import load_extra, load_pipeline
-from diffusers_dpm.records import fingerprint
+from diffusers_dpm.records import weights_hash
 
 
 PARTS = ("distances", "images", "guided")
@@ -51,6 +51,7 @@ class Model:
         self.pipe.set_progress_bar_config(disable=True)
         self.scheduler = self.pipe.scheduler  # the run's own
         self.run, self.batch_size = run, batch_size
+        self.facts = {"run": run.name, "weights": weights_hash(self.pipe.unet)}
 
     def noise(self, num_images: int) -> torch.Tensor:
         size, channels = self.pipe.unet.config.sample_size, self.pipe.unet.config.in_channels
@@ -80,8 +81,7 @@ class Benchmark(Model):
         super().__init__(run, batch_size)
         self.counts, self.features, self.fit = counts, features, fit
         self.folder = output.with_suffix("")
-        weights = fingerprint(self.pipe.unet.state_dict().values())
-        self.results = Results(output, {"run": run.name, "weights": weights})
+        self.results = Results(output, self.facts)
 
     @cached_property
     def schedule(self) -> dict[str, Any]:

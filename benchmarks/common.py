@@ -96,6 +96,10 @@ class Results:
         return rows[-1]
 
 
+def rms(x: torch.Tensor) -> float:
+    return x.square().mean().sqrt().item()
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """In Markdown."""
     lines = [head, ["---"] * len(head), *rows]

@@ -9,18 +9,19 @@ digit that the image was of. RMS is over pixels, of values in [-1, 1]: from the 
 is a mask. Each measurement is kept: an interrupted call continues where it stopped.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
-from common import Judge, Results, about, add_features, digits, make_parser, parse, show, table
+from common import Judge, Results, about, add_features, digits, make_parser, parse, rms, show, table
 from matplotlib.figure import Figure
-from ode_error import rms
 from tqdm.auto import tqdm
 
 from diffusers_dpm import DDIMScheduler, DDPMScheduler, DPMSolverScheduler
 from diffusers_dpm.images import GRID, image_grid, to_uint8
 from diffusers_dpm.networks import load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.records import weights_hash
 
 
 STRENGTHS = (0.2, 0.4, 0.6, 0.8, 1.0)
@@ -108,9 +109,8 @@ def markdown(values: dict[str, Any]) -> str:
 
 
 def picture(benchmark: Benchmark) -> Figure:
-    """Twelve images and what becomes of them, and three rows between two of them."""
-    benchmark.images, solver = benchmark.images[:12], "DPM-Solver(2M), logsnr"
-    name = "DPM-Solver++(2M), 20 steps"
+    """Twelve images, those of the benchmark, and what becomes of them, and three rows between two of them."""
+    solver, name = "DPM-Solver(2M), logsnr", "DPM-Solver++(2M), 20 steps"
     noise, again = benchmark.again(solver, 50, 12)
     masked = torch.where(benchmark.mask == 1, 0.5, benchmark.images)
     rows = {"image": benchmark.images}
@@ -142,17 +142,18 @@ def main() -> None:
     if arguments.smallest:
         arguments.images, strengths, passes, counts, solvers = 12, (0.2,), (2,), (4,), solvers[:1]
     judge = Judge(arguments.features)
-    results = Results(arguments.output, {"run": arguments.run.name, "images": arguments.images, "judge": judge.facts})
     benchmark = Benchmark(str(arguments.run), judge, arguments.images)
+    facts = {"run": arguments.run.name, "weights": weights_hash(benchmark.pipe.unet), "images": arguments.images}
+    results = Results(arguments.output, {**facts, "judge": judge.facts})
     cells = [("strength", name, "strength", s, {"strength": s}) for name in SAMPLERS for s in strengths]
     edit = {"mask": benchmark.mask}
     cells += [("resampling", name, "resampling", r, {**edit, "resampling": r}) for name in SAMPLERS for r in passes]
     for part, name, key, value, call in tqdm(cells, desc="edits"):
-        results.row(part, {"sampler": name, key: value}, lambda n=name, c=call: benchmark.edit(n, **c))  # type: ignore[misc]
+        results.row(part, {"sampler": name, key: value}, partial(benchmark.edit, name, **call))
     for name in tqdm(solvers, desc="solvers"):
         for n in counts:
-            results.row("round_trip", {"sampler": name, "n": n}, lambda s=name, n=n: benchmark.round_trip(s, n))  # type: ignore[misc]
-    show(arguments.output, markdown(results.values) + "\n", picture(benchmark))
+            results.row("round_trip", {"sampler": name, "n": n}, partial(benchmark.round_trip, name, n))
+    show(arguments.output, markdown(results.values) + "\n", picture(Benchmark(str(arguments.run), judge, 12)))
 
 
 if __name__ == "__main__":

@@ -16,16 +16,17 @@ continues where it stopped.
 
 import argparse
 import math
+from functools import cached_property, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import Results, make_parser, parse, show, table
+from common import Results, make_parser, parse, rms, show, table
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from diffusers_dpm import AnalyticDPMScheduler, DDIMScheduler, estimate_statistics
+from diffusers_dpm import DDIMScheduler, estimate_statistics
 from diffusers_dpm.data import load_images
 from diffusers_dpm.networks import load_pipeline
 from diffusers_dpm.pipelines import (
@@ -39,6 +40,7 @@ from diffusers_dpm.pipelines import (
     SuperResolution,
 )
 from diffusers_dpm.pipelines.measurements import unit_variance
+from diffusers_dpm.records import weights_hash
 
 
 NOISE, SAMPLES = 0.05, 19  # of 20 exchangeable numbers, two are the ends
@@ -99,28 +101,29 @@ class Benchmark:
         self.truth = held_out[[*range(arguments.images)]]["images"]
         self.truth = self.truth[:, : pipeline.unet.config.in_channels]
         self.operators = operators(*self.truth.shape[1:])
-        facts = {"data": Path(arguments.data).name, "images": arguments.images, "steps": arguments.steps}
+        facts = {"run": arguments.run.name, "weights": weights_hash(pipeline.unet), "data": Path(arguments.data).name}
+        facts |= {name: getattr(arguments, name) for name in ("images", "steps", "statistics", "batch_size")}
         self.results = Results(arguments.output, {**facts, "noise_std": NOISE, "samples": SAMPLES})
-        config = {"clip_sample": False, "timestep_spacing": "trailing", "eta": 1.0}
-        self.scheduler = DDIMScheduler.from_config(self.statistics().config, **config)
-        self.shown: dict[tuple[str, str], torch.Tensor] = {}
 
-    def statistics(self) -> AnalyticDPMScheduler:
-        """The scheduler with Analytic-DPM's statistics of training images."""
+    @cached_property
+    def scheduler(self) -> DDIMScheduler:
+        """With Analytic-DPM's statistics of training images."""
         images = load_images(self.arguments.data, split="train")
         timesteps = [round(999 * (i / 24) ** 2) for i in range(25)]
         found = estimate_statistics(
             self.pipe.unet, self.pipe.scheduler, images, self.arguments.statistics, timesteps=timesteps
         )
-        return found.scheduler(self.pipe.scheduler)
+        config = {"clip_sample": False, "timestep_spacing": "trailing", "eta": 1.0}
+        return DDIMScheduler.from_config(found.scheduler(self.pipe.scheduler).config, **config)
 
-    def measurement(self, operator: str) -> torch.Tensor:
-        return self.operators[operator].measure(self.truth, NOISE, torch.Generator().manual_seed(1))
+    def measurement(self, operator: str, number: int | None = None) -> torch.Tensor:
+        """Of all images, or of the first ones."""
+        return self.operators[operator].measure(self.truth[:number], NOISE, torch.Generator().manual_seed(1))
 
-    def draw(self, operator: str, method: str) -> torch.Tensor:
+    def draw(self, operator: str, method: str, number: int | None = None) -> torch.Tensor:
         """(S, N, C, H, W), in parts of `batch_size` images."""
         size = self.arguments.batch_size
-        y = torch.cat([self.measurement(operator)] * SAMPLES)
+        y = torch.cat([self.measurement(operator, number)] * SAMPLES)
         noise = torch.randn(len(y), *self.truth.shape[1:], generator=torch.Generator().manual_seed(2))
         self.pipe.scheduler, parts = self.scheduler, []
         for start in range(0, len(y), size):
@@ -129,47 +132,45 @@ class Benchmark:
             options = {"num_inference_steps": self.arguments.steps, "output_type": "latent", "guidance": guidance}
             draws = torch.Generator().manual_seed(start)
             parts.append(self.pipe(latents=noise[part], generator=draws, **options).images)
-        return torch.cat(parts).view(SAMPLES, *self.truth.shape)
+        return torch.cat(parts).unflatten(0, (SAMPLES, -1))
 
     def measure(self, operator: str, method: str) -> dict[str, Any]:
         samples = self.draw(operator, method)
-        self.shown[operator, method] = samples
         return {
             "psnr": psnr(samples, self.truth),
             "psnr_of_mean": psnr(samples.mean(0), self.truth),
             "coverage": coverage(samples, self.truth, self.levels),
-            "pixel_std": samples.std(0).square().mean().sqrt().item(),
-            "pixel_rmse": (samples.mean(0) - self.truth).square().mean().sqrt().item(),
+            "pixel_std": rms(samples.std(0)),
+            "pixel_rmse": rms(samples.mean(0) - self.truth),
         }
 
     def measure_all(self, operators: list[str], methods: list[str]) -> None:
         for operator in operators:
             inverse = self.operators[operator].pseudo_inverse(self.measurement(operator))
-            key = {"operator": operator, "method": "pseudo-inverse"}
-            self.results.row("rows", key, lambda image=inverse: {"psnr": psnr(image, self.truth)})
+            value = {"psnr": psnr(inverse, self.truth)}
+            self.results.row("rows", {"operator": operator, "method": "pseudo-inverse"}, partial(dict, value))
         for operator, method in tqdm([*product(operators, methods)], unit="cell"):
-            self.results.row("rows", {"operator": operator, "method": method}, lambda: self.measure(operator, method))  # noqa: B023
+            key = {"operator": operator, "method": method}
+            self.results.row("rows", key, partial(self.measure, operator, method))
 
-    def picture(self) -> Figure:
-        """Truth, measurement, and of each method a sample and the mean; a row for each operator.
+    def picture(self, rows: list[str], names: list[str]) -> Figure:
+        """Truth, measurement, and of each method a sample and the mean, of the first image; a row for each operator.
 
         A measurement that is no image of that size is shown by its pseudo-inverse.
         """
-        names = [*dict.fromkeys(method for _, method in self.shown)]
         titles = [
             "truth",
             "measurement",
             *[name.replace(", ", "\n", 1) + f"\n{kind}" for name in names for kind in ("sample", "mean")],
         ]
-        rows = [*dict.fromkeys(operator for operator, _ in self.shown)]
         figure = Figure(figsize=(1.1 * len(titles), 1.2 * len(rows) + 0.6), layout="constrained")
         axes = figure.subplots(len(rows), len(titles), squeeze=False)
         for i, operator in enumerate(rows):
-            y = self.measurement(operator)
-            is_image = y.shape == self.truth.shape and not y.is_complex()
+            y = self.measurement(operator, 1)
+            is_image = y.shape[1:] == self.truth.shape[1:] and not y.is_complex()
             shown = [self.truth[0], y[0] if is_image else self.operators[operator].pseudo_inverse(y)[0]]
             for name in names:
-                samples = self.shown[operator, name][:, 0]
+                samples = self.draw(operator, name, 1)[:, 0]
                 shown += [samples[0], samples.mean(0)]
             for ax, title, values in zip(axes[i], titles, shown, strict=True):
                 ax.imshow((values.permute(1, 2, 0) / 2 + 0.5).clamp(0, 1), cmap="gray", vmin=0, vmax=1)
@@ -219,10 +220,12 @@ def main() -> None:
     benchmark = Benchmark(arguments)
     chosen = {"operators": benchmark.operators, "methods": METHODS}
     names = [[name for name in chosen[key] if name.startswith((*getattr(arguments, key),))] for key in chosen]
+    names = [kept[:1] if arguments.smallest else kept for kept in names]
     try:
-        benchmark.measure_all(*[kept[:1] if arguments.smallest else kept for kept in names])
+        benchmark.measure_all(*names)
     finally:
-        show(arguments.output, markdown(benchmark.results.values), benchmark.picture() if benchmark.shown else None)
+        show(arguments.output, markdown(benchmark.results.values))
+    benchmark.picture(*names).savefig(arguments.output.with_suffix(".png"), dpi=120)
 
 
 if __name__ == "__main__":

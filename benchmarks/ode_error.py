@@ -21,7 +21,7 @@ from typing import Any
 
 import diffusers
 import torch
-from common import SCHEDULE_KEYS, make_parser, parse, save, show, table, versions
+from common import SCHEDULE_KEYS, make_parser, parse, rms, save, show, table, versions
 from diffusers import DDPMPipeline
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
@@ -117,10 +117,6 @@ def walk(scheduler: Any, network: Callable, x: torch.Tensor) -> torch.Tensor:
     for t in scheduler.timesteps:
         x = scheduler.step(network(scale(x, t), t), t, x).prev_sample.double()
     return x
-
-
-def rms(x: torch.Tensor) -> float:
-    return x.square().mean().sqrt().item()
 
 
 def adaptive_rows(

@@ -19,9 +19,9 @@ from typing import Any
 
 import diffusers
 from calibrated import FITTED, PARTS, Benchmark, measured
-from common import show, table
+from common import rms, show, table
 from matplotlib.figure import Figure
-from ode_error import markdown, rms, sample
+from ode_error import markdown, sample
 
 from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler, EDMScheduler, scheduling_dpm_solver
 

@@ -25,8 +25,8 @@ from typing import Any
 import diffusers
 import torch
 from calibrated import Model
-from common import Judge, Results, add_features, digits, make_parser, parse, show, table
-from ode_error import rms, sample
+from common import Judge, Results, add_features, digits, make_parser, parse, rms, show, table
+from ode_error import sample
 from tqdm.auto import tqdm
 
 from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler, EDMScheduler, ScoreSDEScheduler
@@ -72,7 +72,7 @@ STOCK: dict[str, dict[str, tuple[type, dict[str, Any]]]] = {
         "diffusers EDM DPM++ 2M": (diffusers.EDMDPMSolverMultistepScheduler, {}),
     },
 }
-RANDOM = ("diffusers DDPM", "diffusers SDE-DPM-Solver++ 2M", PC)
+RANDOM = {*OURS, "diffusers DDPM", "diffusers SDE-DPM-Solver++ 2M", "k: Euler ancestral", PC} - {*ODES}
 MOST_NOISE = 80.0  # of k-diffusion's grid, in sigma / alpha, where a process begins at pure noise
 BLUR = 0.05  # of the exact model's data
 EXACT = {
@@ -147,9 +147,8 @@ def score_sde_ve(config: Any, network: Any, x: torch.Tensor, n: int) -> torch.Te
 class ExactModel:
     """The posterior mean for the training digits, each blurred by `BLUR`, as the network of a process."""
 
-    def __init__(self, kind: str, batch_size: int):
-        self.scheduler = DDIMScheduler(**EXACT[kind])
-        self.run, self.batch_size = Path(f"exact {kind}"), batch_size
+    def __init__(self, kind: str):
+        self.scheduler, self.facts = DDIMScheduler(**EXACT[kind]), {"run": f"exact {kind}"}
         self.data = digits("train")[0].flatten(1).double()
 
     def noise(self, num_images: int) -> torch.Tensor:
@@ -172,7 +171,7 @@ class Samplers:
     """What samplers make of a model and the same noise."""
 
     def __init__(self, model: Any, images: int):
-        self.model, self.name = model, model.run.name
+        self.model = model
         self.config = DDIMScheduler.from_config(model.scheduler.config, clip_sample=False).config
         self.process = dict(self.config.process or {"kind": "vp"})
         self.x = model.noise(images).double()
@@ -222,8 +221,7 @@ class Samplers:
     def measure(self, judge: Judge, name: str, n: int) -> dict[str, Any]:
         drawn = self.draw(name, n)
         row = judge.distance(drawn.clamp(-1, 1).float())
-        is_ode = name in ODES or (name not in (*OURS, *RANDOM) and not name.endswith("ancestral"))
-        return row | ({"rms": rms(drawn - self.solution())} if is_ode else {})
+        return row | ({} if name in RANDOM else {"rms": rms(drawn - self.solution())})
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -259,12 +257,12 @@ def main() -> None:
     if arguments.smallest:
         arguments.images, counts, many = 20, (4,), ()
     judge = Judge(arguments.features)
-    results = Results(arguments.output, {"images": arguments.images})
+    results = Results(arguments.output, {"images": arguments.images, "judge": judge.facts})
     models = [partial(Model, run, arguments.batch_size, any_process=True) for run in arguments.runs]
-    for build in [*models, *(partial(ExactModel, kind, arguments.batch_size) for kind in arguments.exact)]:
+    for build in [*models, *(partial(ExactModel, kind) for kind in arguments.exact)]:
         samplers = Samplers(build(), arguments.images)
-        for name, n in tqdm(samplers.cells(counts, many), unit="loop", desc=samplers.name):
-            key = {"run": samplers.name, "kind": samplers.process["kind"], "sampler": name, "n": n}
+        for name, n in tqdm(samplers.cells(counts, many), unit="loop", desc=samplers.model.facts["run"]):
+            key = {**samplers.model.facts, "kind": samplers.process["kind"], "sampler": name, "n": n}
             results.row("rows", key, partial(samplers.measure, judge, name, n))
     show(arguments.output, markdown(results.values["rows"]))
 
