@@ -29,7 +29,8 @@ from ode_error import build, our_samplers, sample, stock_samplers
 from tqdm.auto import tqdm
 
 from diffusers_dpm import DPMSolverScheduler
-from diffusers_dpm.calibration import Calibration, calibrate, network_calls
+from diffusers_dpm.calibration.fit import calibrate, network_calls
+from diffusers_dpm.calibration.tables import Calibration
 from diffusers_dpm.evaluation.distances import frechet_distance
 from diffusers_dpm.networks import load_extra, load_pipeline
 from diffusers_dpm.records import weights_hash

@@ -18,8 +18,10 @@ from ode_error import build
 from tqdm.auto import tqdm
 
 from diffusers_dpm import DPMSolverScheduler
-from diffusers_dpm.calibration import STARTS, Network, Student, Walk, solver_for, teacher_states
-from diffusers_dpm.calibration_inputs import initial_noise
+from diffusers_dpm.calibration.fit import STARTS, teacher_states
+from diffusers_dpm.calibration.inputs import Network, initial_noise
+from diffusers_dpm.calibration.student import Student, Walk
+from diffusers_dpm.calibration.tables import solver_for
 from diffusers_dpm.records import ResultStore
 
 

@@ -15,21 +15,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from diffusers_dpm import calibration
-from diffusers_dpm.calibration import (
-    FITTED,
-    MAX_HISTORY,
-    RIDGE,
-    SOLVERS,
-    Calibration,
-    Network,
-    Student,
-    calibrate,
-    fit_row,
-    network_calls,
-    solver_for,
-)
-from diffusers_dpm.calibration_inputs import initial_noise
+from diffusers_dpm.calibration import student
+from diffusers_dpm.calibration.fit import FITTED, SOLVERS, calibrate, network_calls
+from diffusers_dpm.calibration.inputs import Network, initial_noise
+from diffusers_dpm.calibration.student import MAX_HISTORY, RIDGE, Student, fit_row
+from diffusers_dpm.calibration.tables import Calibration, solver_for
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import (
     CLEAN,
@@ -617,7 +607,7 @@ def one_of_two_processes(folder):
     accelerator, unet = Accelerator(), ExactNetwork()
     assert accelerator.num_processes == 2
     if not accelerator.is_main_process:  # a processor that rounds otherwise must not change what they agree on
-        calibration.fit_row = lambda *args: [factor * (1 + 1e-3) for factor in fit_row(*args)]
+        student.fit_row = lambda *args: [factor * (1 + 1e-3) for factor in fit_row(*args)]
     given = {**QUICK, "batch_size": 4, "accelerator": accelerator, "folder": folder / "partial"}
     calibrate(unet, SCHEDULER, (2, 3), **given).save(folder / f"{accelerator.process_index}.json")
     images = sum(len(call["x"]) for call in unet.calls)

@@ -9,7 +9,8 @@ import torch
 from diffusers import UNet2DModel
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from diffusers_dpm.calibration import Calibration, calibrate, network_calls
+from diffusers_dpm.calibration.fit import calibrate, network_calls
+from diffusers_dpm.calibration.tables import Calibration
 from diffusers_dpm.commands.calibrate import largest_defect
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
@@ -172,15 +173,15 @@ def test_rows_that_are_not_better_are_left_out(run, capsys):
 
 def test_some_are_left_out(run, capsys, monkeypatch):
     """Rows for 3 steps whose reported error is that of a solver that is better."""
-    from diffusers_dpm import calibration
+    from diffusers_dpm.calibration import fit
 
-    best_table = calibration.best_table
+    best_table = fit.best_table
 
     def worse(student, scheduler, num_steps, max_walks):
         table = best_table(student, scheduler, num_steps, max_walks)
         return table | {"solver_mean_error": 0.0} if num_steps == 3 else table
 
-    monkeypatch.setattr(calibration, "best_table", worse)
+    monkeypatch.setattr(fit, "best_table", worse)
     assert main(command(run)) == 0
     assert "left out, since DPM-Solver is as near to the teacher: 3 steps" in capsys.readouterr().out
     assert tables(run / "calibrated").keys() == {(None, 4)}

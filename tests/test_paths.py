@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from diffusers_dpm.adaptive import CONTROLLERS, Integrator, Node, StepPlan, integrate_adaptive, plan_timesteps
-from diffusers_dpm.calibration import Calibration, calibrate, solver_for
-from diffusers_dpm.calibration_inputs import initial_noise
+from diffusers_dpm.calibration.fit import calibrate
+from diffusers_dpm.calibration.inputs import initial_noise
+from diffusers_dpm.calibration.tables import Calibration, solver_for
 from diffusers_dpm.likelihood.bound import PredictionErrors, bound_from_errors, evidence_lower_bound, noise_key
 from diffusers_dpm.likelihood.ode import ode_log_likelihood, ode_sample
 from diffusers_dpm.networks import first_timestep, noise_schedule_of

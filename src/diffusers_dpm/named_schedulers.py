@@ -11,7 +11,7 @@ import diffusers
 import torch
 from diffusers import SchedulerMixin
 
-from diffusers_dpm.calibration import Calibration, FittedTable, fitted_weights
+from diffusers_dpm.calibration.tables import Calibration, FittedTable, fitted_weights
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 from diffusers_dpm.networks import check_config, check_weights, load_extra, process_of
 from diffusers_dpm.pipelines import DPMPipeline, UNetWithVariance

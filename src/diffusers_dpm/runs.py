@@ -14,7 +14,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 
-from diffusers_dpm.calibration import STEPS, Calibration, calibrate, conditions_of, limited, network_calls, solver_for
+from diffusers_dpm.calibration.fit import STEPS, calibrate, limited, network_calls
+from diffusers_dpm.calibration.tables import Calibration, conditions_of, solver_for
 from diffusers_dpm.clip import Texts
 from diffusers_dpm.data import describe_data, load_images
 from diffusers_dpm.editing import LABELS, LATENTS, Source

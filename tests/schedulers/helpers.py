@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffusers_dpm.calibration import solver_for
+from diffusers_dpm.calibration.tables import solver_for
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler, EDMScheduler
 from tests.models import prediction, solver_rows
 

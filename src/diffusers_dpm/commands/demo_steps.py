@@ -16,7 +16,7 @@ from accelerate.utils import tqdm
 from diffusers.utils import logging
 from PIL import Image
 
-from diffusers_dpm.calibration import calibrate, network_calls
+from diffusers_dpm.calibration.fit import calibrate, network_calls
 from diffusers_dpm.data import load_images
 from diffusers_dpm.hub.publish import publish
 from diffusers_dpm.images import GRID, image_grid, titled_rows, to_pil, to_uint8
