@@ -34,6 +34,7 @@ ON_DIGITS = (
     "analytic_dpm",
     "calibrated",
     "editing",
+    "ema_lengths",
     "guidance_quality",
     "learned_variances",
     "path_error",
@@ -52,7 +53,7 @@ ALONE = (
 )
 ON_A_CHECKOUT = ("peer_tests",)
 ON_A_FLOW = ("path_error", "score_samplers")
-ON_NEW_RUNS = ("learned_variances",)  # which it trains
+ON_NEW_RUNS = ("ema_lengths", "learned_variances")  # which it trains
 ON_POINTS = ("toy_pictures",)
 
 

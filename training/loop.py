@@ -5,7 +5,6 @@ and augmentation are drawn for the global batch and shared out to processes and 
 and goes on equals one that did not, and the same global batch gives the same update on any number of processes.
 """
 
-import copy
 import itertools
 import math
 import signal
@@ -30,6 +29,7 @@ from diffusers_dpm.records import read_json, read_tensors, write_json, write_ten
 from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule
 from diffusers_dpm.training.augmentation import random_crop, random_flip, random_shift
 from diffusers_dpm.training.loss_history import LossHistory
+from diffusers_dpm.training.moving_average import SIGMA_RELS, MovingAverage, gamma_of, power_decay, warmed_up_decay
 from diffusers_dpm.training.timestep_sampling import Quantile, timestep_quantile
 
 
@@ -87,41 +87,6 @@ class StepRecord:
                 raise NonFiniteLossError(f"the {name} is {value} at step {self.step}")
 
 
-class MovingAverage:
-    """An exponential moving average of a network's weights, held by a copy of the network in evaluation mode.
-
-    Args:
-        model: the network.
-        options: `EMAOptions`.
-
-    Attributes:
-        network: the copy.
-        num_updates: how often it was updated.
-        decay: of the last update; None before.
-    """
-
-    def __init__(self, model: torch.nn.Module, options: Any):
-        self.options = options
-        self.network = copy.deepcopy(model).eval().requires_grad_(False)
-        self.num_updates = 0
-        self.decay: float | None = None
-
-    def decay_at(self, update: int) -> float:
-        """Decay of an update, counted from 1: the first takes over the weights as they are."""
-        options, step = self.options, update - 1
-        if step < 1 or not options.ema_warmup:
-            return 0.0 if step < 1 else options.ema_decay
-        return max(0.0, min(1 - (1 + step / options.ema_inv_gamma) ** -options.ema_power, options.ema_decay))
-
-    @torch.no_grad()
-    def update(self, weights: list[torch.Tensor]) -> None:
-        """average <- average - (1 - decay) (average - weights), for the parameters in their order."""
-        self.num_updates += 1
-        self.decay = self.decay_at(self.num_updates)
-        averages: list[torch.Tensor] = list(self.network.parameters())
-        torch._foreach_sub_(averages, torch._foreach_sub(averages, weights), alpha=1 - self.decay)
-
-
 class TrainingState:
     """All that training changes: weights, their moving average, AdamW's moments, learning rate, step count.
 
@@ -135,6 +100,7 @@ class TrainingState:
         step: optimiser steps done, skipped ones included.
         model: the bare network with the raw weights.
         ema: the moving average; None without EMA.
+        power_averages: those that snapshots are taken of; none without `ema_snapshot_every`.
         network: `model` as wrapped by accelerate, for training.
         loss_history: what timesteps are drawn by; None unless `timestep_sampling` is "loss-second-moment".
 
@@ -150,7 +116,9 @@ class TrainingState:
         self.step = 0
         self.model = model.to(accelerator.device)
         self.parameters: list[torch.Tensor] = list(model.parameters())
-        self.ema = MovingAverage(model, options) if options.ema else None
+        self.ema = MovingAverage(model, warmed_up_decay(options)) if options.ema else None
+        powers = map(gamma_of, SIGMA_RELS if options.ema_snapshot_every else ())
+        self.power_averages = [MovingAverage(model, power_decay(gamma)) for gamma in powers]
         self.loss_history = LossHistory(num_timesteps) if options.timestep_sampling == "loss-second-moment" else None
         optimizer = torch.optim.AdamW(
             self.parameters,
@@ -181,8 +149,9 @@ class TrainingState:
         self.optimizer.step()
         if not self.optimizer.step_was_skipped:
             self.lr_scheduler.step()
-            if self.ema is not None:
-                self.ema.update(self.parameters)
+            for average in (self.ema, *self.power_averages):
+                if average is not None:
+                    average.update(self.parameters)
         self.optimizer.zero_grad()
         self.step += 1
         return norm
@@ -207,6 +176,8 @@ class TrainingState:
         write_tensors(folder / "optimizer.safetensors", moments)
         if self.loss_history is not None:
             write_tensors(folder / "loss_history.safetensors", self.loss_history.state_dict())
+        if self.power_averages:
+            self.save_power_averages(folder / "power_averages.safetensors")
         scaler = self.accelerator.scaler
         numbers = {
             "step": self.step,
@@ -216,6 +187,12 @@ class TrainingState:
             "scaler": scaler and scaler.state_dict(),
         }
         write_json(folder / "state.json", numbers)
+
+    def save_power_averages(self, path: Path) -> None:
+        """Write them as one safetensors file, each name after the `SIGMA_RELS` of its average: also a snapshot."""
+        averages = zip(SIGMA_RELS, self.power_averages, strict=True)
+        weights = {f"{sigma}/{name}": x for sigma, own in averages for name, x in own.network.state_dict().items()}
+        write_tensors(path, weights, {"num_updates": str(self.power_averages[0].num_updates)})
 
     def load(self, folder: Path, ema_weights: Path) -> None:
         """Restore what `save` wrote, and the averaged weights from the model's own safetensors file."""
@@ -239,6 +216,12 @@ class TrainingState:
         if self.ema is not None:
             self.ema.network.load_state_dict(read_tensors(ema_weights)[1])
             self.ema.num_updates = numbers["ema_step"]
+        if self.power_averages:
+            metadata, weights = read_tensors(folder / "power_averages.safetensors")
+            for sigma_rel, average in zip(SIGMA_RELS, self.power_averages, strict=True):
+                own = {name: weights[f"{sigma_rel}/{name}"] for name in average.network.state_dict()}
+                average.network.load_state_dict(own)
+                average.num_updates = int(metadata["num_updates"])
         self.step = numbers["step"]
 
 

@@ -257,6 +257,15 @@ class EMAOptions:
 
 
 @dataclass(kw_only=True)
+class SnapshotOptions:
+    """EMA of any length afterwards"""
+
+    ema_snapshot_every: int = 0
+    """optimiser steps between snapshots of two averages, from which 'diffusers-dpm ema' makes one of any length; 0:
+    none. A snapshot is twice as large as the model"""
+
+
+@dataclass(kw_only=True)
 class RunFolderOptions:
     """run folder"""
 
@@ -343,6 +352,7 @@ class TrainingOptions(
     LossOptions,
     OptimizationOptions,
     EMAOptions,
+    SnapshotOptions,
     RunFolderOptions,
     CheckpointOptions,
     LoggingOptions,
@@ -374,6 +384,7 @@ class ClassifierTrainingOptions(
 ):
     """Options of `diffusers-dpm train-classifier`; raises as `TrainingOptions`."""
 
+    ema_snapshot_every: ClassVar[int] = 0
     class_dropout_prob: ClassVar[float] = 0.0  # every image keeps its label
 
 
@@ -391,6 +402,7 @@ class FeatureTrainingOptions(
 ):
     """Options of `diffusers-dpm train-features`; raises as `TrainingOptions`."""
 
+    ema_snapshot_every: ClassVar[int] = 0
     class_dropout_prob: ClassVar[float] = 0.0
 
 
@@ -407,6 +419,7 @@ class VarianceTrainingOptions(
 
     random_shift: ClassVar[int] = 0  # the statistics are those of the data
     random_crop: ClassVar[bool] = False
+    ema_snapshot_every: ClassVar[int] = 0
     class_dropout_prob: ClassVar[float] = 0.0
     eval_data: ClassVar[None] = None
     eval_split: ClassVar[None] = None

@@ -157,6 +157,12 @@ class DiffusionTrainer(Trainer):
     def _after_step(self, step: int) -> None:
         if is_due(step, self.options.sample_every):
             self._sample()
+        every = self.options.ema_snapshot_every
+        if every and (is_due(step, every) or step == self.options.max_train_steps):
+            if self.accelerator.is_main_process:
+                self.files.ema_snapshots.mkdir(exist_ok=True)
+                self.state.save_power_averages(self.files.ema_snapshots / f"step-{step:08d}.safetensors")
+            self.accelerator.wait_for_everyone()
 
     def _sample(self) -> None:
         """Write a grid of samples from raw weights (left) and EMA weights (right), always from the same noise."""

@@ -181,6 +181,10 @@ class Trainer(ABC):
         model, checkpoint = 4 * parameters / 1e6, 16 * parameters / 1e6
         num = 1 + (options.max_train_steps - 1) // options.checkpoint_every if options.checkpoint_every else 1
         num = min(num, options.checkpoints_total_limit or num)
+        snapshots = -(-options.max_train_steps // options.ema_snapshot_every) if options.ema_snapshot_every else 0
+        snapshot = 4 * len(self.state.power_averages) * parameters / 1e6
+        checkpoint += snapshot
+        averages = f", {snapshots} x snapshot {snapshot:,.1f} MB" if snapshots else ""
         time = "none: all steps are done"
         if self.steps_left:
             each, whole = map(duration, (self.seconds_a_step, self.seconds_a_step * self.steps_left))
@@ -193,8 +197,8 @@ class Trainer(ABC):
             "time": time,
             "device": f"{accelerator.device}, processes {accelerator.num_processes}, accumulation steps "
             f"{options.gradient_accumulation_steps}, mixed precision {accelerator.mixed_precision}",
-            "disk": f"{model + num * checkpoint:,.1f} MB: model {model:,.1f} MB, {num} x checkpoint "
-            f"{checkpoint:,.1f} MB; the log and pictures beside",
+            "disk": f"{model + num * checkpoint + snapshots * snapshot:,.1f} MB: model {model:,.1f} MB, "
+            f"{num} x checkpoint {checkpoint:,.1f} MB{averages}; the log and pictures beside",
             "run folder": str(self.run_folder),
         }
         text = [f"{name:<12}{line}" for name, line in lines.items()]
@@ -297,6 +301,9 @@ class Trainer(ABC):
                 remove_folder(path)
             write_json(self.files.options, saved_options(self.options))
             drop_rows_after(self.files.logs / METRICS_LOG, self.state.step)
+            for path in self.files.ema_snapshots.glob("step-*.safetensors"):
+                if int(path.stem.removeprefix("step-")) > self.state.step:  # of another course of the run
+                    path.unlink()
         self.accelerator.wait_for_everyone()
         config = {name: str(value) for name, value in saved_options(self.options).items()}
         with writing(self.files.logs):

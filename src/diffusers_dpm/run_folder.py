@@ -58,6 +58,8 @@ class RunFolder:
     checkpoints = Part("checkpoints", CHECKPOINTS)
     logs = Part("logs", LOGS)
     samples = Part("samples", "step-[0-9]*.png")
+    ema_snapshots = Part("ema_snapshots", "step-[0-9]*.safetensors")
+    ema = Part("ema", "*/*.json */unet/* */scheduler/*")  # pipelines with other averages of the weights
     # components beside the pipeline
     classifier = Part("classifier", NETWORK, Extra(NoisyClassifier, "classifier-guidance", "train-classifier"))
     classifier_training = Part("classifier_training", TRAINING)

@@ -37,6 +37,7 @@ COMMANDS = {
     "train-classifier": Command("train a classifier of noisy images, for guidance", ("RUN",), FLAG),
     "train-variance": Command("train a head for the variances of each pixel, for Analytic-DPM", ("RUN",), FLAG),
     "train-features": Command("train the features that evaluate compares", (), FLAG),
+    "ema": Command("make pipelines with other moving averages of the weights, after training", ("RUN",)),
     "sample": Command("draw images by seed", ("RUN",), AGAIN),
     "encode": Command("find the noise that images are drawn from", ("RUN",), AGAIN),
     "evaluate": Command("measure image quality by sampler and number of steps", ("RUN",), AGAIN),
