@@ -3,9 +3,9 @@
     diffusers-dpm train-features --data digits --eval-split test --output-dir runs/digits-features
     python benchmarks/ema_lengths.py runs/snapshots     # writes results/ema_lengths.{json,md,png}
 
-Trains the digits' U-Net, unless the run is there. Fréchet distance of samples from the training digits, by DPM-Solver++ on the quadratic grid, with the same seeds for
-every length; beside them the weights of the last step, and the warmed-up average that `train` keeps. Every measurement
-is kept: an interrupted call continues where it stopped.
+Trains the digits' U-Net, unless the run is there. Measured is the Fréchet distance of samples from the training
+digits, by DPM-Solver++ on the quadratic grid, with the same seeds for every length; beside them the weights of the
+last step, and the warmed-up average that `train` keeps. Every measurement is kept: an interrupted call goes on.
 """
 
 from functools import partial
