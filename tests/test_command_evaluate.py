@@ -380,7 +380,9 @@ def test_other_weights_are_measured_beside_and_compared(evaluate, run, tmp_path,
     assert len(second) == 3 * n
     assert second[2 * n]["value"] != first[n]["value"]
     capsys.readouterr()
-    assert cli(["compare", str(tmp_path / "a.json"), str(run / "metrics.json")]) == 0
+    picture = tmp_path / "differences.png"
+    assert cli(["compare", str(tmp_path / "a.json"), str(run / "metrics.json"), "--output", str(picture)]) == 0
+    assert len(Image.open(picture).convert("RGB").getcolors(10**6)) > 10
     lines = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.strip().split("\n")]
     table, notes = lines[2 : 2 + 2 * n], lines[2 + 2 * n :]
     assert [line[:3] for line in table] == [["DDIMScheduler", steps, name] for steps in "23" for name in METRICS]

@@ -59,7 +59,9 @@ def estimates(folder):
 def test_end_to_end(run, capsys):
     assert cli(["statistics", *command(run)]) == 0
     folder = run / "analytic_dpm"
-    assert sorted(path.name for path in folder.iterdir()) == ["scheduler_config.json", "statistics.json"]
+    names = ["scheduler_config.json", "statistics.json", "statistics.png"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert len(Image.open(folder / "statistics.png").convert("RGB").getcolors(10**6)) > 10  # lines, not a blank page
     statistics = PosteriorStatistics.load(folder / "statistics.json")
     pipeline = DPMPipeline.from_pretrained(run)
     expected = estimate_statistics(

@@ -14,7 +14,7 @@ FLOORS = (
     "conversion evaluation hub likelihood runs",
     "posterior_statistics calibration adaptive named_schedulers sampling clip",
     "networks run_folder data image_sources image_values image_batches images editing records processes "
-    "random_streams options errors lazy",
+    "random_streams options errors lazy plots",
     "pipelines schedulers",
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms.split()}

@@ -12,8 +12,8 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from diffusers_dpm.data import ImageDataset
 from diffusers_dpm.pipelines.networks import evaluation_mode
+from diffusers_dpm.plots import plot_file
 from diffusers_dpm.random_streams import Stream, torch_generator
-from diffusers_dpm.records import atomic_file
 from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule
 from diffusers_dpm.training.timestep_sampling import Quantile
 
@@ -142,16 +142,12 @@ def accuracy_table(result: dict[str, Any]) -> str:
 
 def plot_accuracy(result: dict[str, Any], path: Path, num_classes: int) -> None:
     """The result over the timesteps, as a picture; dotted is what guessing gives."""
-    from matplotlib.figure import Figure  # slow to import
-
-    figure = Figure(figsize=(11, 3), layout="constrained")
     guessing: Sequence[float] = (1 / num_classes, torch.tensor(num_classes).log().item(), 0.0)
-    for axis, (key, title), guess in zip(figure.subplots(1, len(TITLES)), TITLES.items(), guessing, strict=True):
-        middles = [sum(row["timesteps"]) / 2 for row in result["ranges"]]
-        axis.plot(middles, [row[key] for row in result["ranges"]], marker="o", label="noisy")
-        axis.plot(result["ranges"][0]["timesteps"][0], result["clean"][key], marker="s", linestyle="", label="clean")
-        axis.axhline(guess, color="grey", linestyle=":")
-        axis.set(title=title, xlabel="timestep", ylim=(0, None))
-    axis.legend()
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    with plot_file(path, (11, 3), (1, len(TITLES))) as (_, (panels,)):
+        for axis, (key, title), guess in zip(panels, TITLES.items(), guessing, strict=True):
+            middles, first = [sum(row["timesteps"]) / 2 for row in result["ranges"]], result["ranges"][0]
+            axis.plot(middles, [row[key] for row in result["ranges"]], marker="o", label="noisy")
+            axis.plot(first["timesteps"][0], result["clean"][key], marker="s", linestyle="", label="clean")
+            axis.axhline(guess, color="grey", linestyle=":")
+            axis.set(title=title, xlabel="timestep", ylim=(0, None))
+        axis.legend()

@@ -44,6 +44,7 @@ from diffusers_dpm.networks import (
     whole_config,
 )
 from diffusers_dpm.pipelines.networks import evaluation_mode
+from diffusers_dpm.plots import plot_file
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.records import Record, ResultStore, fingerprint, provenance, weights_hash
@@ -119,6 +120,19 @@ class PosteriorStatistics(Record):
         analytic = AnalyticDPMScheduler.from_config(whole_config(scheduler), **options)
         analytic.set_statistics(self)
         return analytic
+
+    def plot(self, path: str | Path) -> None:
+        """The estimates over the timesteps that were computed, with their standard errors, as a picture."""
+        with plot_file(Path(path), (7, 4)) as (_, ((panel,),)):
+            for name in ("residual", "analytic"):
+                values, errors = getattr(self, name), getattr(self, f"{name}_error")
+                if values is not None:
+                    bars = None if errors is None else [errors[t] for t in self.timesteps]
+                    panel.errorbar(
+                        self.timesteps, [values[t] for t in self.timesteps], bars, label=name, elinewidth=0.5
+                    )
+            panel.set(xlabel="timestep", ylabel="mean posterior variance", yscale="log")
+            panel.legend()
 
 
 def interpolate(schedule: NoiseSchedule, timesteps: Sequence[int], values: Sequence[float]) -> list[float]:

@@ -17,7 +17,7 @@ class Extra(NamedTuple):
 
 
 NETWORK = "config.json diffusion_pytorch_model*"
-SCHEDULER = "scheduler_config.json statistics.json calibration.json partial/partial*"
+SCHEDULER = "scheduler_config.json statistics.* calibration.* partial/partial*"
 CHECKPOINTS = f"step-[0-9]*/**/* {TEMPORARY}*/**/*"
 LOGS = "metrics.csv **/events.out.tfevents.* **/hparams.yml"
 TRAINING = " ".join(

@@ -251,6 +251,7 @@ def estimate_run(
         facts = {"data": describe_data(data), "split": dataset.source.split}
         statistics = dataclasses.replace(statistics, provenance={**statistics.provenance, **facts})
         statistics.save(folder / "statistics.json")
+        statistics.plot(folder / "statistics.png")
         save_scheduler(statistics.scheduler(scheduler, timestep_spacing="linspace"), folder)
         shutil.rmtree(folder / "partial")
     return statistics, folder

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.results import Results, Row, by_column, format_value, grouped, measurement, sampler_name
-from diffusers_dpm.records import atomic_file, write_text
+from diffusers_dpm.plots import plot_file
+from diffusers_dpm.records import write_text
 from diffusers_dpm.schedulers import CalibratedScheduler
 
 
@@ -130,8 +131,6 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     Rows without recorded calls are left out; if none is left there is no picture.
     """
-    from matplotlib.figure import Figure  # slow to import
-
     groups = grouped(rows := with_calls(rows))
     if not groups:
         return
@@ -139,16 +138,14 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     keys = [key for key in axes if any(row.get(key) is not None for row in rows)]
     names = enumerate(dict.fromkeys(map(sampler_name, rows)))
     styles = {name: {"color": f"C{i % 10}", "linestyle": ["-", "--", ":"][i // 10 % 3]} for i, name in names}
-    figure = Figure(figsize=(7 + 5 * len(keys), 4 * len(groups)), layout="constrained")
-    panels = figure.subplots(len(groups), len(keys), squeeze=False)
     lines: dict[str, Any] = {}
-    for (title, group), line_of_panels in zip(groups.items(), panels, strict=True):
-        line_of_panels[0].set_title(title, loc="left", fontsize="medium")
-        for key, panel in zip(keys, line_of_panels, strict=True):
-            lines |= plot_lines(panel, group, key, axes[key], styles)
-    figure.legend([*lines.values()], [*lines], loc="outside lower left", ncols=2, fontsize="x-small")
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    size, shape = (7 + 5 * len(keys), 4 * len(groups)), (len(groups), len(keys))
+    with plot_file(path, size, shape) as (figure, panels):
+        for (title, group), line_of_panels in zip(groups.items(), panels, strict=True):
+            line_of_panels[0].set_title(title, loc="left", fontsize="medium")
+            for key, panel in zip(keys, line_of_panels, strict=True):
+                lines |= plot_lines(panel, group, key, axes[key], styles)
+        figure.legend([*lines.values()], [*lines], loc="outside lower left", ncols=2, fontsize="x-small")
 
 
 def plot_lines(axis: Any, rows: Sequence[Row], key: str, label: str, styles: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +174,6 @@ def plot_lines(axis: Any, rows: Sequence[Row], key: str, label: str, styles: Map
         calls = sorted({row[key] for row in rows})
         axis.set_xticks(calls, labels=calls)
     axis.minorticks_off()
-    axis.grid(alpha=0.3)
     return lines
 
 
@@ -221,6 +217,23 @@ def compare(a: Iterable[Row], b: Iterable[Row]) -> list[Difference]:
         about = (sampler_name(row), row["steps"], row["metric"])
         differences.append(Difference(*about, row["value"], other["value"], error))
     return differences
+
+
+def plot_comparison(differences: Sequence[Difference], path: Path, a: str = "A", b: str = "B") -> None:
+    """The differences b - a with their errors, a panel for each metric, as a picture; 0 means alike."""
+    metrics = [*dict.fromkeys(item.metric for item in differences)]
+    groups = [[item for item in differences if item.metric == metric] for metric in metrics]
+    height = 1.5 + 0.25 * sum(map(len, groups)) + 0.8 * len(groups)
+    with plot_file(path, (9, height), (len(groups), 1)) as (figure, panels):
+        figure.suptitle(f"{b}\nminus {a}", fontsize="small")
+        for metric, group, panel in zip(metrics, groups, panels[:, 0], strict=True):
+            places, labels = range(len(group)), [f"{item.sampler}, {item.steps} steps" for item in group]
+            values, bars = [item.value for item in group], [item.error or 0 for item in group]
+            panel.errorbar(values, places, xerr=bars, marker="o", ms=4, linestyle="", color="C0")
+            panel.axvline(0, color="grey", linestyle=":")
+            panel.set_yticks(places, labels=labels, fontsize="small")
+            panel.set_ylim(len(group) - 0.5, -0.5)
+            panel.set_title(metric, loc="left", fontsize="medium")
 
 
 def comparison(differences: Iterable[Difference], a: str = "A", b: str = "B") -> str:

@@ -22,6 +22,7 @@ from diffusers_dpm.named_schedulers import check_statistics, network_for
 from diffusers_dpm.networks import checked_labels, load_extra, load_part, load_pipeline, report_cost
 from diffusers_dpm.options import DataSourceOptions
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional
+from diffusers_dpm.plots import plot_file
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import ResultStore, Tensors, atomic_file, read_json, short_hash, weights_hash, write_json
 from diffusers_dpm.run_folder import RunFolder
@@ -329,43 +330,35 @@ def write_terms(path: Path, bounds: Sequence[tuple[ReverseSampler, elbo.Evidence
 
 def plot(path: Path, bounds: Sequence[tuple[ReverseSampler, elbo.EvidenceLowerBound]]) -> None:
     """Bounds against the number of steps, and the terms of those with the most steps."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for (spacing, variance), pairs in groupby(
-        bounds, lambda pair: (pair[0].timestep_spacing, pair[0].reverse_variance)
-    ):
-        samplers, group = zip(*pairs, strict=True)
-        steps, label = [sampler.num_inference_steps for sampler in samplers], f"{spacing}, {variance}"
-        errors = [bound.standard_error for bound in group]
-        left.errorbar(steps, [bound.bits_per_dim for bound in group], errors, marker="o", markersize=3, label=label)
-        terms = [(term.t, term.bits_per_dim) for term in group[-1].terms() if term.name == "step"]
-        right.plot(*zip(*terms, strict=True), label=f"{label}, {steps[-1]} steps")
-    left.set(xlabel="steps", ylabel="bits per dimension, upper bound", xscale="log", yscale="log")
-    right.set(xlabel="timestep t of the step", ylabel="bits per dimension of a step", yscale="log")
-    for axes in (left, right):
-        axes.legend(fontsize="small")
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    with plot_file(path, (11, 4), (1, 2)) as (_, ((left, right),)):
+        for (spacing, variance), pairs in groupby(
+            bounds, lambda pair: (pair[0].timestep_spacing, pair[0].reverse_variance)
+        ):
+            samplers, group = zip(*pairs, strict=True)
+            steps, label = [sampler.num_inference_steps for sampler in samplers], f"{spacing}, {variance}"
+            bits, errors = [bound.bits_per_dim for bound in group], [bound.standard_error for bound in group]
+            left.errorbar(steps, bits, errors, marker="o", markersize=3, label=label)
+            terms = [(term.t, term.bits_per_dim) for term in group[-1].terms() if term.name == "step"]
+            right.plot(*zip(*terms, strict=True), label=f"{label}, {steps[-1]} steps")
+        left.set(xlabel="steps", ylabel="bits per dimension, upper bound", xscale="log", yscale="log")
+        right.set(xlabel="timestep t of the step", ylabel="bits per dimension of a step", yscale="log")
+        for axes in (left, right):
+            axes.legend(fontsize="small")
 
 
 def write_curves(run: RunFolder, curves: Sequence[tuple[ReverseSampler, list[elbo.RateDistortion]]]) -> None:
     """Progressive decoding of every sampler as one table, and a plot of those with the most steps."""
-    from matplotlib.figure import Figure
-
     with atomic_file(run.rate_distortion) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["spacing", "steps", "variance", *elbo.RateDistortion._fields])
         for sampler, points in curves:
             writer.writerows([*sampler[:3], *point] for point in points)
-    figure = Figure(figsize=(5.5, 4), layout="constrained")
-    axes, most = figure.subplots(), max(sampler.num_inference_steps for sampler, _ in curves)
-    for sampler, points in curves:
-        if sampler.num_inference_steps == most:
-            label = f"{sampler.timestep_spacing}, {sampler.reverse_variance}, {most} steps"
-            axes.plot([p.rate for p in points], [p.distortion for p in points], marker=".", markersize=3, label=label)
-    axes.set(xlabel="rate in bits per dimension", ylabel="distortion, RMSE on the scale 0 to 255", ylim=(0, None))
-    axes.legend(fontsize="small")
-    with atomic_file(run.rate_distortion_plot) as temporary:
-        figure.savefig(temporary, dpi=120)
+    most = max(sampler.num_inference_steps for sampler, _ in curves)
+    with plot_file(run.rate_distortion_plot, (5.5, 4)) as (_, ((axes,),)):
+        for sampler, points in curves:
+            if sampler.num_inference_steps == most:
+                label = f"{sampler.timestep_spacing}, {sampler.reverse_variance}, {most} steps"
+                rates, distortions = [p.rate for p in points], [p.distortion for p in points]
+                axes.plot(rates, distortions, marker=".", markersize=3, label=label)
+        axes.set(xlabel="rate in bits per dimension", ylabel="distortion, RMSE on the scale 0 to 255", ylim=(0, None))
+        axes.legend(fontsize="small")
