@@ -34,12 +34,12 @@ class BitsPerDim:
         self, data: ImageDataset, loss: DenoisingLoss, draws: int, seed: int, conditional: bool, batch_size: int
     ):
         self.data, self.loss, self.seed, self.conditional, self.batch_size = data, loss, seed, conditional, batch_size
-        order = torch.randperm(len(data), generator=torch_generator(seed, Stream.EVALUATION))
+        order = torch.randperm(len(data), generator=torch_generator(seed, Stream.VALIDATION, 0))
         rows = order[:MOST_IMAGES].tolist()
         self.pairs = [(row, draw) for draw in range(draws) for row in rows]
         density = 1 / torch.arange(1, len(loss.schedule) + 1, dtype=torch.float64)
         density /= density.sum()
-        places = uniform((len(self.pairs),), seed, Stream.EVALUATION).double()
+        places = uniform((len(self.pairs),), seed, Stream.VALIDATION, 1).double()
         places = (torch.arange(len(places)) + places) / len(places)
         self.timesteps = torch.searchsorted(density.cumsum(0), places, right=True).clamp(max=len(density) - 1)
         self.weights = 1 / (len(density) * density[self.timesteps])
@@ -54,7 +54,7 @@ class BitsPerDim:
                 here = slice(start, start + len(pairs))
                 batch = self.data[[row for row, _ in pairs]]
                 x0 = batch["images"].to(unet.device)
-                noise = torch.stack([normal(x0.shape[1:], self.seed, Stream.EVALUATION, *pair) for pair in pairs])
+                noise = torch.stack([normal(x0.shape[1:], self.seed, Stream.VALIDATION, *pair) for pair in pairs])
                 labels = batch["labels"].to(unet.device) if self.conditional else None
                 losses = self.loss(unet, x0, self.timesteps[here].to(x0.device), noise.to(x0.device), labels)
                 total += (losses.double().cpu() * self.weights[here]).sum().item() + self.prior(x0)
