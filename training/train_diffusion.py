@@ -91,6 +91,8 @@ class DiffusionTrainer(Trainer):
                     self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
                 names = [item.name for item in dataclasses.fields(NoiseScheduleOptions)]
                 taken |= {name: self.scheduler.config[name] for name in names}
+                if (theirs := taken["variance_type"]) == "learned":
+                    raise DiffusersDPMError(f"variance_type of {source} is {theirs}, which is not trained here")
                 if options.variance_type == "learned_range":
                     taken["variance_type"] = self.scheduler.variance_type = options.variance_type
             self.options = options = with_own_values(taken_over(options, taken))

@@ -149,10 +149,8 @@ def with_own_loss(options: TrainingOptions) -> TrainingOptions:
     """The options with the loss of their variance type where none is given.
 
     Raises:
-        DiffusersDPMError: a variance type that cannot be trained, or not by the given loss.
+        DiffusersDPMError: a variance type that the given loss does not train.
     """
-    if options.variance_type == "learned":  # of a model to go on with
-        raise DiffusersDPMError(f"variance_type learned of {options.init_from} is not trained here, learned_range is")
     is_learned = options.variance_type == "learned_range"
     loss_type = options.loss_type or ("hybrid" if is_learned else "l2")
     if is_learned and loss_type not in ("hybrid", "vlb"):
