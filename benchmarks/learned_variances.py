@@ -37,7 +37,7 @@ from common import (
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from diffusers_dpm.likelihood.bound import PredictionErrors, bound_from_errors, measure_errors
+from diffusers_dpm.likelihood.bound import PredictionErrors, bound_from_errors, measure_errors, pixel_steps
 from diffusers_dpm.networks import load_pipeline
 from diffusers_dpm.records import write_json
 from diffusers_dpm.schedulers import DDPMScheduler
@@ -144,11 +144,9 @@ class Benchmark:
         def measure(scheduler: DDPMScheduler) -> dict[str, float]:
             if not errors:
                 timesteps = {t for each in samplers.values() for t in each.timesteps.tolist()}
-                options = {"num_levels": NUM_LEVELS, "batch_size": self.arguments.batch_size}
-                chosen = [*samplers.values()]
-                errors.append(
-                    measure_errors(pipe.unet, chosen[0], self.held_out, timesteps, samplers=chosen, **options)
-                )
+                options: dict[str, Any] = {"num_levels": NUM_LEVELS, "batch_size": self.arguments.batch_size}
+                options["steps"] = pixel_steps(*samplers.values())
+                errors.append(measure_errors(pipe.unet, scheduler, self.held_out, timesteps, **options))
             bound = bound_from_errors(errors[0], scheduler)
             return {"bits_per_dim": bound.bits_per_dim, "standard_error": bound.standard_error}
 

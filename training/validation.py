@@ -1,14 +1,15 @@
 """Bits per dimension of held-out images, as training goes on."""
 
-import math
 from typing import Any
 
 import torch
 
 from diffusers_dpm.data import ImageDataset
 from diffusers_dpm.likelihood.problem import NATS_PER_BIT
+from diffusers_dpm.likelihood.reverse_steps import prior_divergence
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.random_streams import Stream, normal, torch_generator, uniform
+from diffusers_dpm.schedulers.noise_schedule import on_host
 from diffusers_dpm.training.loss import DenoisingLoss
 
 
@@ -62,7 +63,5 @@ class BitsPerDim:
 
     def prior(self, x0: torch.Tensor) -> float:
         """KL(q(x_T | x_0) || N(0, I)) in bits per dimension, summed over images."""
-        level = self.loss.schedule.level(self.loss.schedule.noisiest)
-        mean_squares = x0.double().square().flatten(1).mean(dim=1).sum().item()
-        rest = level.sigma**2 - 1 - 2 * math.log(level.sigma)
-        return 0.5 * (level.alpha**2 * mean_squares + rest * len(x0)) / NATS_PER_BIT
+        schedule, mean_square = self.loss.schedule, on_host(x0).square().flatten(1).mean(dim=1)
+        return prior_divergence(schedule, schedule.level(schedule.noisiest), mean_square).sum().item() / NATS_PER_BIT

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 
 import diffusers
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline
+from torch.distributions import Normal, kl_divergence
 
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.data import load_images
@@ -212,6 +214,17 @@ def test_bits_per_dim_estimate_the_bound(bytes_of, clip_sample):
     assert BitsPerDim(data, loss, 8, 0, False, 64)(unet) == pytest.approx(estimates[0].item(), rel=1e-6)
 
 
+def test_prior_is_the_divergence_from_where_samples_start(bytes_of):
+    """On a process that ends early, where it is no small part of the bound."""
+    data, scheduler = load_images(bytes_of(1)), DDPMScheduler(num_train_timesteps=50)
+    images, schedule = data[list(range(4))]["images"].double(), scheduler.schedule
+    q, p = Normal(schedule.alpha[-1] * images, schedule.sigma[-1]), Normal(torch.zeros(()).double(), 1.0)
+    expected = kl_divergence(q, p).flatten(1).mean(dim=1).sum().item() / math.log(2)
+    found = BitsPerDim(data, DenoisingLoss(schedule, loss_type="vlb"), 1, 0, False, 64).prior(images.float())
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert found > 1
+
+
 def test_going_on_from_a_fixed_variance(learned):
     """The weights are the model's, the variance starts in the middle, and a fixed run refuses 2C channels."""
     fixed = train(learned(variance_type="fixed_small", max_train_steps=1))
@@ -224,6 +237,8 @@ def test_going_on_from_a_fixed_variance(learned):
     assert (weights[3:] == 0).all()
     again = train(learned(name="again", init_from=str(run), unet_config=None, max_train_steps=1))
     assert load_pipeline(str(again)).unet.config.out_channels == 6
+    with pytest.raises(ValueError, match="out_channels 6, the data needs 3; twice as many are for --variance-type"):
+        train(learned(name="other", unet_config=str(run), variance_type="fixed_small"))
 
 
 @pytest.mark.parametrize(
