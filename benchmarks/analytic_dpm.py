@@ -394,10 +394,10 @@ def cost_tables(values: dict[str, Any]) -> list[str]:
 
 
 def markdown(values: dict[str, Any]) -> str:
-    head = ["# Analytic-DPM on the digits", "`python benchmarks/analytic_dpm.py RUN`"]
+    title = "# Analytic-DPM on the digits"
     return (
         "\n\n".join(
-            [*head, *likelihood_table(values), *head_table(values), *sample_table(values), *cost_tables(values)]
+            [title, *likelihood_table(values), *head_table(values), *sample_table(values), *cost_tables(values)]
         )
         + "\n"
     )
@@ -464,7 +464,7 @@ def main() -> None:
         benchmark.measure_cost()
     finally:
         values = benchmark.results.values
-        show(arguments.output, markdown(values), plot(values))
+        show(arguments, markdown(values), plot(values))
 
 
 if __name__ == "__main__":
