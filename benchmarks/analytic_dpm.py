@@ -47,7 +47,7 @@ from tqdm.auto import tqdm
 
 from diffusers_dpm import AnalyticDPMScheduler, DDIMScheduler, DDPMScheduler, PosteriorStatistics, VarianceHead
 from diffusers_dpm.data import load_images
-from diffusers_dpm.likelihood.bound import PredictionErrors, bound_from_errors, measure_errors
+from diffusers_dpm.likelihood.bound import PredictionErrors, bound_from_errors, measure_errors, pixel_steps
 from diffusers_dpm.likelihood.problem import standard_error
 from diffusers_dpm.networks import load_pipeline, noise_schedule_of
 from diffusers_dpm.pipelines import DPMPipeline, image_shape
@@ -145,7 +145,7 @@ class Benchmark:
                     grid,
                     num_levels=17,
                     batch_size=self.batch_size,
-                    samplers=samplers if target else (),
+                    steps=pixel_steps(*samplers) if target else (),
                     progress=bar,
                 )
 
@@ -394,10 +394,10 @@ def cost_tables(values: dict[str, Any]) -> list[str]:
 
 
 def markdown(values: dict[str, Any]) -> str:
-    head = ["# Analytic-DPM on the digits", "`python benchmarks/analytic_dpm.py RUN`"]
+    title = "# Analytic-DPM on the digits"
     return (
         "\n\n".join(
-            [*head, *likelihood_table(values), *head_table(values), *sample_table(values), *cost_tables(values)]
+            [title, *likelihood_table(values), *head_table(values), *sample_table(values), *cost_tables(values)]
         )
         + "\n"
     )
@@ -464,7 +464,7 @@ def main() -> None:
         benchmark.measure_cost()
     finally:
         values = benchmark.results.values
-        show(arguments.output, markdown(values), plot(values))
+        show(arguments, markdown(values), plot(values))
 
 
 if __name__ == "__main__":

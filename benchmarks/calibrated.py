@@ -17,6 +17,7 @@ Every measurement is kept: an interrupted call continues where it stopped.
 """
 
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from functools import cache, cached_property, partial
 from itertools import product
@@ -273,8 +274,10 @@ def distance(row: dict[str, Any], places: int) -> str:
 
 
 @torch.no_grad()
-def measured(kind: type[Benchmark], doc: str | None, results: str, parts: Sequence[str]) -> tuple[Benchmark, Path]:
-    """The command line: (the benchmark after it measured `parts`, or those that are asked for; its output)."""
+def measured(
+    kind: type[Benchmark], doc: str | None, results: str, parts: Sequence[str]
+) -> tuple[Benchmark, Namespace]:
+    """The command line: (the benchmark after it measured `parts`, or those that are asked for; the arguments)."""
     numbers = {
         "noises": (256, "for the distances"),
         "images": (1797, "for the Fréchet distances"),
@@ -299,12 +302,12 @@ def measured(kind: type[Benchmark], doc: str | None, results: str, parts: Sequen
         benchmark.measure_images(arguments.images)
     if "guided" in arguments.parts:
         benchmark.measure_guided(arguments.guided_images, GUIDED_COUNTS[:1] if arguments.smallest else GUIDED_COUNTS)
-    return benchmark, arguments.output
+    return benchmark, arguments
 
 
 def main() -> None:
-    benchmark, output = measured(Benchmark, __doc__, "calibrated.json", PARTS)
-    show(output, benchmark.markdown())
+    benchmark, arguments = measured(Benchmark, __doc__, "calibrated.json", PARTS)
+    show(arguments, benchmark.markdown())
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def main() -> None:
         walks = [start, student.search(start, max_walks), programmed, student.search(programmed, max_walks)]
         lines.append([str(n), *map(reported, walks)])
     head = ["calls", "best of the usual spacings", "coordinate search", "dynamic programming", "then searched"]
-    show(arguments.output, table(head, lines) + "\n")
+    show(arguments, table(head, lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 import argparse
 import json
 import platform
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -43,11 +45,28 @@ def make_parser(doc: str | None, results: str, run: str | None = None, **numbers
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments; the threads are set, and the folder of the output exists."""
+    """The arguments, and their `command`; the threads are set, and the folder of the output exists."""
     arguments = parser.parse_args()
+    arguments.command = command(parser, arguments)
     torch.set_num_threads(arguments.threads)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     return arguments
+
+
+def command(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> str:
+    """What was called, without options that are as by default; a path as what it is for, not where it lies."""
+    module = getattr(sys.modules["__main__"].__spec__, "name", "")
+    script = ["-m", module] if module.startswith("benchmarks.") else [f"benchmarks/{Path(sys.argv[0]).stem}.py"]
+    words = ["python", *script]
+    for action in parser._actions:
+        value = getattr(arguments, action.dest, action.default)  # that of --help is none
+        if action.dest == "output" or str(value) == str(action.default):
+            continue
+        values = [getattr(one, "pattern", one) for one in (value if isinstance(value, list) else [value])]
+        kind = action.metavar or action.dest.upper()
+        texts = [str(kind if isinstance(one, Path) or Path(str(one)).is_absolute() else one) for one in values]
+        words += [*action.option_strings[:1], *([] if value is True else texts)]
+    return shlex.join(words)
 
 
 def versions() -> dict[str, str]:
@@ -58,11 +77,13 @@ def save(path: Path, values: Any) -> None:
     records.write_text(path, json.dumps(values, indent=1) + "\n")
 
 
-def show(path: Path, text: str, figure: Figure | None = None) -> None:
-    """Print the tables, and write them and the figure beside the results."""
-    records.write_text(path.with_suffix(".md"), text)
+def show(arguments: argparse.Namespace, text: str, figure: Figure | None = None) -> None:
+    """Print the tables, and write them and the figure beside the results; below the title stands the command."""
+    title, rest = text.split("\n", maxsplit=1) if text.startswith("# ") else ("", text)
+    text = "\n\n".join([*filter(None, [title]), f"`{arguments.command}`", rest.lstrip("\n")])
+    records.write_text(arguments.output.with_suffix(".md"), text)
     if figure is not None:
-        figure.savefig(path.with_suffix(".png"), dpi=120)
+        figure.savefig(arguments.output.with_suffix(".png"), dpi=120)
     print(text)
 
 

@@ -178,7 +178,7 @@ def main() -> None:
         for name, mine, other, error in cases()
     ]
     save(arguments.output, {"versions": versions(), "counts": counts, "finer": fine, "rows": rows})
-    show(arguments.output, markdown(rows, counts[-1], fine[-1]))
+    show(arguments, markdown(rows, counts[-1], fine[-1]))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ gradient by the image, divided by its largest value.
 
 import gc
 from dataclasses import replace
+from functools import partial
 
 import torch
 from tqdm.auto import tqdm
 
 from benchmarks.common import Results, make_parser, parse, show, table
-from diffusers_dpm import records
 from diffusers_dpm.conversion.convert import architecture_of, convert_weights
 from diffusers_dpm.conversion.options import ConvertOptions
 from tests.original_networks import PUBLISHED, HoUNet, OpenAIClassifier, randomised
@@ -106,12 +106,11 @@ def main():
     small = arguments.smallest
     results, differences = Results(arguments.output, {"smallest": small}), {}
     names = list(PUBLISHED)[:: 5 if small else 1]
-    counts = [results.row("parameters", {"network": name}, lambda name=name: count(name, small)) for name in names]
+    counts = [results.row("parameters", {"network": name}, partial(count, name, small)) for name in names]
     for name in tqdm(sorted(names, key=lambda name: PUBLISHED[name][1].image_size), unit="network"):
-        differences[name] = results.row("differences", {"network": name}, lambda name=name: compare(name, small))
+        differences[name] = results.row("differences", {"network": name}, partial(compare, name, small))
         gc.collect()
-        records.write_text(arguments.output.with_suffix(".md"), markdown(counts, differences))
-    show(arguments.output, markdown(counts, differences))
+    show(arguments, markdown(counts, differences))
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def main() -> None:
     for name in tqdm(solvers, desc="solvers"):
         for n in counts:
             results.row("round_trip", {"sampler": name, "n": n}, partial(benchmark.round_trip, name, n))
-    show(arguments.output, markdown(results.values) + "\n", picture(Benchmark(str(arguments.run), judge, 12)))
+    show(arguments, markdown(results.values) + "\n", picture(Benchmark(str(arguments.run), judge, 12)))
 
 
 if __name__ == "__main__":

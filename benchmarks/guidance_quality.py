@@ -239,7 +239,6 @@ def markdown(values: dict[str, Any]) -> str:
     count = next((row["num_images"] for row in values.get("samples", [])), 0)
     text = [
         "# Guidance on the digits",
-        "`python benchmarks/guidance_quality.py RUN`",
         f"{count} images a line, seeds and labels the same. Accuracy: recognised as the digit that was asked for, "
         f"by a classifier that has guided nothing; binomial errors. {about(values['judge'])} Bootstrap errors.",
         "Recall, for diversity: the part of the training digits among the samples; precision: the samples among "
@@ -286,7 +285,7 @@ def main() -> None:
         benchmark.measure_all(20 if arguments.smallest else arguments.images, arguments.smallest)
     finally:
         values = benchmark.results.values
-        show(arguments.output, markdown(values), plot(values))
+        show(arguments, markdown(values), plot(values))
     if not arguments.smallest:
         benchmark.pictures(arguments.output.with_name("guidance_pictures.png"))
 

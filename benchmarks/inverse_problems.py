@@ -224,7 +224,7 @@ def main() -> None:
     try:
         benchmark.measure_all(*names)
     finally:
-        show(arguments.output, markdown(benchmark.results.values))
+        show(arguments, markdown(benchmark.results.values))
     benchmark.picture(*names).savefig(arguments.output.with_suffix(".png"), dpi=120)
 
 

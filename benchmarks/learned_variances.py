@@ -15,9 +15,9 @@ L_simple in quality, and with learned variances fewer steps suffice.
 import json
 import math
 from collections.abc import Iterable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from common import (
@@ -37,13 +37,13 @@ from common import (
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from diffusers_dpm.likelihood.bound import PredictionErrors, bound_from_errors, measure_errors
+from diffusers_dpm.conversion.architectures import ddpm_unet
+from diffusers_dpm.likelihood.bound import PredictionErrors, bound_from_errors, measure_errors, pixel_steps
 from diffusers_dpm.networks import load_pipeline
 from diffusers_dpm.records import write_json
 from diffusers_dpm.schedulers import DDPMScheduler
 from diffusers_dpm.training.options import TrainingOptions
 from diffusers_dpm.training.train_diffusion import train
-from diffusers_dpm.training.unet_presets import ddpm_unet
 
 
 NUM_LEVELS = 17  # of scikit-learn's digits
@@ -123,6 +123,7 @@ class Benchmark:
             train(TrainingOptions(**options, **LOSSES[loss]))
         return folder
 
+    @cache  # noqa: B019 (one Benchmark in a process)
     def samplers(self, loss: str, seed: int) -> tuple[Any, dict[tuple[str, int], DDPMScheduler]]:
         """(the pipeline, its schedulers by variance type and number of steps)."""
         pipe = load_pipeline(str(self.trained(loss, seed)))
@@ -144,11 +145,9 @@ class Benchmark:
         def measure(scheduler: DDPMScheduler) -> dict[str, float]:
             if not errors:
                 timesteps = {t for each in samplers.values() for t in each.timesteps.tolist()}
-                options = {"num_levels": NUM_LEVELS, "batch_size": self.arguments.batch_size}
-                chosen = [*samplers.values()]
-                errors.append(
-                    measure_errors(pipe.unet, chosen[0], self.held_out, timesteps, samplers=chosen, **options)
-                )
+                options: dict[str, Any] = {"num_levels": NUM_LEVELS, "batch_size": self.arguments.batch_size}
+                options["steps"] = pixel_steps(*samplers.values())
+                errors.append(measure_errors(pipe.unet, scheduler, self.held_out, timesteps, **options))
             bound = bound_from_errors(errors[0], scheduler)
             return {"bits_per_dim": bound.bits_per_dim, "standard_error": bound.standard_error}
 
@@ -186,9 +185,8 @@ def cells(rows: list[dict[str, Any]], value: str, error: str) -> dict[tuple[Line
         found.setdefault((Line(row["loss"], row["variance"]), row["steps"]), []).append((row[value], row[error]))
     means = {}
     for place, pairs in found.items():
-        mean = fmean(x for x, _ in pairs)
-        spread = math.sqrt(sum((x - mean) ** 2 for x, _ in pairs) / max(len(pairs) - 1, 1) / len(pairs))
-        means[place] = (mean, spread if len(pairs) > 1 else pairs[0][1])
+        values = [x for x, _ in pairs]
+        means[place] = fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else pairs[0][1]
     return means
 
 
@@ -210,7 +208,6 @@ def markdown(values: dict[str, Any]) -> str:
     images = max((row["num_images"] for row in samples), default=0)
     text = [
         "# Learned variances on the digits",
-        "`python benchmarks/learned_variances.py RUN`",
         f"{seeds} seed{'s' if seeds > 1 else ''}. A U-Net with {UNET['block_out_channels']} channels, "
         f"{training['max_train_steps']:,} steps of {training['batch_size']} digits, {training['beta_schedule']} "
         f"schedule of {training['num_train_timesteps']:,} timesteps; both L_vlb with importance sampling. After ± "
@@ -269,7 +266,7 @@ def main() -> None:
     try:
         benchmark.measure_all(range(arguments.seeds))
     finally:
-        show(arguments.output, markdown(benchmark.results.values), plot(benchmark.results.values))
+        show(arguments, markdown(benchmark.results.values), plot(benchmark.results.values))
 
 
 if __name__ == "__main__":

@@ -248,7 +248,7 @@ def main() -> None:
         "adaptive": adaptive,
     }
     save(arguments.output, result)
-    show(arguments.output, report(result, steps), None if arguments.only else plot(rows, adaptive))
+    show(arguments, report(result, steps), None if arguments.only else plot(rows, adaptive))
 
 
 if __name__ == "__main__":

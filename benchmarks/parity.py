@@ -103,7 +103,7 @@ def main():
     steps, shape = ([2], [1, 1, 2, 2]) if arguments.smallest else (arguments.steps, arguments.shape)
     rows = [measure(name, n, shape) for name, n in tqdm([*product(CONFIGS, steps)], unit="loop")]
     save(arguments.output, {"versions": versions(), "shape": shape, "rows": rows})
-    show(arguments.output, markdown(rows, steps))
+    show(arguments, markdown(rows, steps))
 
 
 if __name__ == "__main__":

@@ -141,8 +141,8 @@ class PathBenchmark(Benchmark):
 
 
 def main() -> None:
-    benchmark, output = measured(PathBenchmark, __doc__, "path_error.json", PARTS[:2])
-    show(output, benchmark.markdown(), benchmark.plot())
+    benchmark, arguments = measured(PathBenchmark, __doc__, "path_error.json", PARTS[:2])
+    show(arguments, benchmark.markdown(), benchmark.plot())
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def main():
     theirs, ours = (run_tests(arguments.checkout, side, files) for side in ("theirs", "ours"))
     counts, failed = compare(theirs, ours)
     save(arguments.output, {"versions": versions(), "passed": counts, "failed": failed})
-    show(arguments.output, markdown(counts, failed))
+    show(arguments, markdown(counts, failed))
 
 
 if __name__ == "__main__":

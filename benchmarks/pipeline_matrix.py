@@ -158,7 +158,7 @@ def main():
         rows.append({"pipeline": name, "outcomes": outcomes})
         built.cache_clear()
     save(arguments.output, {"versions": versions(), "steps": arguments.steps, "rows": rows})
-    show(arguments.output, markdown(rows))
+    show(arguments, markdown(rows))
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ def measure(arguments: Namespace) -> None:
         results = json.loads((folder / "metrics.json").read_text())
         save(arguments.output, results)
         table = arguments.output.with_suffix(".md")
-        table.write_text(markdown(results["rows"], results["baselines"], arguments.calls))
+        tables = markdown(results["rows"], results["baselines"], arguments.calls)
+        table.write_text(f"`{arguments.command}`\n\n{tables}")
         evaluation.plot(results["rows"], arguments.output.with_suffix(".png"))
         print(f"tables by network calls in {table}")
 

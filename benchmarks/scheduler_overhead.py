@@ -176,7 +176,7 @@ def main() -> None:
         for row in rows
     ]
     save(arguments.output, {"versions": versions(), "threads": arguments.threads, "repeats": repeats, "rows": rows})
-    show(arguments.output, table(head, lines) + "\n")
+    show(arguments, table(head, lines) + "\n")
 
 
 if __name__ == "__main__":

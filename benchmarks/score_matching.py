@@ -88,7 +88,7 @@ def main() -> None:
     arguments = parse(make_parser(__doc__, "score_matching.json", "run of the digits", **numbers))
     rows = measure(arguments)
     save(arguments.output, {"versions": versions(), "rows": rows})
-    show(arguments.output, markdown(rows, arguments))
+    show(arguments, markdown(rows, arguments))
 
 
 if __name__ == "__main__":

@@ -264,7 +264,7 @@ def main() -> None:
         for name, n in tqdm(samplers.cells(counts, many), unit="loop", desc=samplers.model.facts["run"]):
             key = {**samplers.model.facts, "kind": samplers.process["kind"], "sampler": name, "n": n}
             results.row("rows", key, partial(samplers.measure, judge, name, n))
-    show(arguments.output, markdown(results.values["rows"]))
+    show(arguments, markdown(results.values["rows"]))
 
 
 if __name__ == "__main__":

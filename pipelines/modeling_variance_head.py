@@ -84,7 +84,7 @@ class VarianceHead(ModelMixin, ConfigMixin):
         return cls(target, out_channels=unet.config.in_channels, **sizes, **options)
 
     def attach(self, unet: UNet2DModel) -> "UNetWithVariance":
-        """The U-Net and the head as one network; both stay as they are."""
+        """The U-Net and the head as one network: both themselves, no copies, the head in the U-Net's training mode."""
         return UNetWithVariance(unet, self)
 
     def lambda_of(self, timestep: Tensor | float, batch_size: int, device: torch.device) -> Tensor:

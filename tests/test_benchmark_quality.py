@@ -1,6 +1,7 @@
-"""The tables of benchmarks/quality.py."""
+"""The tables of benchmarks/quality.py, and the command that every table names."""
 
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,27 @@ import pytest
 def quality(monkeypatch):
     monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
     return importlib.import_module("quality")
+
+
+def test_tables_name_what_was_asked_for(quality, tmp_path, monkeypatch):
+    """The options that are not as by default, and no path of this machine."""
+    common = importlib.import_module("common")
+    parser = common.make_parser(None, "some.json", "a run", images=(5000, "images"), steps=(10, "steps"))
+    common.add_features(parser)
+    parser.add_argument("--heads", type=Path, nargs="*")
+    parser.add_argument("--data")
+    words = [str(tmp_path), "--images", "40", "--steps=10", "--smallest", f"--output={tmp_path / 'some.json'}"]
+    words += ["--heads", "runs/head", "--data", "two words"]
+    monkeypatch.setattr(sys, "argv", ["/a/place/benchmarks/some.py", *words])
+    arguments = common.parse(parser)
+    assert arguments.command == (
+        "python benchmarks/some.py RUN --images 40 --smallest --heads HEADS --data 'two words'"
+    )
+    for text in ("# A title\n\nA table.\n", "A table.\n"):
+        common.show(arguments, text)
+        lines = (tmp_path / "some.md").read_text().split("\n\n")
+        assert lines[-2:] == [f"`{arguments.command}`", "A table.\n"]
+        assert lines[:-2] == (["# A title"] if text[0] == "#" else [])
 
 
 HEUN = "diffusers.HeunDiscreteScheduler"

@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusers_dpm.commands.likelihood import LikelihoodOptions
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.data import load_images
 from diffusers_dpm.likelihood.bound import evidence_lower_bound
 from diffusers_dpm.likelihood.ode import ode_log_likelihood
-from diffusers_dpm.pipelines import DPMPipeline
-from diffusers_dpm.records import ResultStore
+from diffusers_dpm.likelihood.run import measure_bounds, open_task
+from diffusers_dpm.pipelines import DPMPipeline, VarianceHead
+from diffusers_dpm.records import ResultStore, weights_hash
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 from tests.commands import error_of, help_of, last_line
 from tests.models import save_run, tiny_unet
@@ -218,6 +220,30 @@ def test_class_conditional_images_of_8_bits(tmp_path):
     ]
     assert elbo["bounds"][0]["bits_per_dim"] == pytest.approx(bits[0], rel=1e-6)
     assert bits[0] != pytest.approx(bits[1], rel=1e-5)
+
+
+def test_the_head_is_for_the_bound_alone(run):
+    """What else is measured of the task takes the network as it is, also after the bound of a head."""
+    unet = DPMPipeline.from_pretrained(run).unet
+    VarianceHead.for_unet(unet, "npr", unet_weights=weights_hash(unet)).save_pretrained(run / "variance_head")
+    task = open_task(str(run), LikelihoodOptions(data="digits", num_images=2, num_inference_steps=[4], device="cpu"))
+    own, settings = task.pipeline.unet, task.settings()
+    names = [sampler.reverse_variance for sampler, _ in measure_bounds(task)]
+    assert names == ["small", "large", "npr"]
+    assert task.pipeline.unet is own
+    assert task.settings() == settings
+
+
+def test_variances_that_are_no_range_are_refused(tmp_path, capsys):
+    """The output is then no place between two variances, as learned_range would read it."""
+    run = tmp_path / "run"
+    save_run(run, tiny_unet(out_channels=2), variance_type="learned")
+    arguments = [str(run), "--data=digits", "--num-images=2", "--device=cpu", "--num-inference-steps=4"]
+    line = error_of("likelihood", capsys, *arguments, "--reverse-variance=learned_range")
+    assert f"variance_type of {run} is learned, not learned_range: choose another --reverse-variance" in line
+    assert main(arguments) == 0
+    kinds = {row["reverse_variance"] for row in json.loads((run / "likelihood.json").read_text())["elbo"]["bounds"]}
+    assert kinds == {"small", "large"}
 
 
 def test_one_image_has_no_standard_error(call):

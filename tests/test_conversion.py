@@ -13,11 +13,19 @@ from safetensors.torch import save_file
 from diffusers_dpm import ADMUNet2DModel, DPMPipeline, NoisyClassifier
 from diffusers_dpm.commands.main import main
 from diffusers_dpm.conversion.architectures import PUBLISHED
-from diffusers_dpm.conversion.convert import architecture_of, convert, convert_weights, read_weights, renamed
+from diffusers_dpm.conversion.convert import (
+    architecture_of,
+    convert,
+    convert_weights,
+    read_weights,
+    renamed,
+    scheduler_for,
+)
 from diffusers_dpm.conversion.options import ConvertOptions
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.hub.staging import stage
 from diffusers_dpm.networks import noise_schedule_of
+from diffusers_dpm.records import remove
 from tests.commands import last_line
 from tests.original_networks import PUBLISHED as ORIGINALS
 from tests.original_networks import Flags, HoUNet, OpenAIClassifier, OpenAIUNet, randomised
@@ -141,6 +149,22 @@ def test_half_precision_is_read_as_float32():
 # The published networks ----------------------------------------------------------------------------------------------
 
 
+# Number of timesteps, the cosine's levels or the linear ones, reverse variance: from the READMEs and scripts.
+PROCESSES = {
+    "adm-64": (1000, "cosine", "learned_range"),
+    "adm-128": (1000, "linear", "learned_range"),
+    "adm-256": (1000, "linear", "learned_range"),
+    "adm-512": (1000, "linear", "learned_range"),
+    "improved-cifar10": (1000, "cosine", "learned_range"),  # each fourth of 4000
+    "improved-imagenet64": (1000, "cosine", "learned_range"),
+    "improved-imagenet64-classes": (4000, "cosine", "learned_range"),
+    "improved-lsun": (1000, "linear", "learned_range"),
+    "ddpm-cifar10": (1000, "linear", "fixed_large"),
+    "ddpm-lsun": (1000, "linear", "fixed_small"),
+}
+HALFWAY = {"cosine": 0.494, "linear": 0.0778}  # alpha-bar
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_networks_are_recognised(name):
     cls, flags = ORIGINALS[name]
@@ -155,7 +179,15 @@ def test_published_networks_are_recognised(name):
     layers = [layer for layer in network.modules() if isinstance(layer, Attention)]
     channels = [layer.to_q.out_features for layer in layers]
     assert [layer.heads for layer in layers] == [1 if cls is HoUNet else flags.heads(c) for c in channels]
+    known = PUBLISHED[name]
+    assert known.qkv_order == ("new" if flags.use_new_attention_order else "legacy")
+    assert (name in PROCESSES) == (cls is not OpenAIClassifier)
     if cls is not OpenAIClassifier:
+        scheduler = scheduler_for(network.config, ConvertOptions(), known)
+        steps, kind, variance_type = PROCESSES[name]
+        assert len(scheduler.alphas_cumprod) == scheduler.config.num_train_timesteps == steps
+        assert scheduler.alphas_cumprod[steps // 2].item() == pytest.approx(HALFWAY[kind], rel=0.02)
+        assert scheduler.config.variance_type == variance_type
         plain = len({flags.heads(c) / c for c in channels}) == 1 or cls is HoUNet
         plain = plain and flags.widths[0] == flags.num_channels
         assert type(network) is (UNet2DModel if plain else ADMUNet2DModel)
@@ -398,10 +430,24 @@ def test_classifiers_that_do_not_fit_are_refused(flags, options, message, tmp_pa
     assert message in last_line(capsys)
 
 
-def test_what_is_there_is_kept(tmp_path, checkpoints, capsys):
+@pytest.mark.parametrize("num_missing", [0, 1, 2])
+def test_what_is_there_is_kept(tmp_path, checkpoints, capsys, num_missing):
+    """A part that is there is enough: it is refused before weights are converted, and no byte changes."""
     folder, _ = checkpoints
-    words = ["convert", f"{folder}/ddpm.pt", str(tmp_path), "--resolution=16"]
-    assert main(words) == 0
-    capsys.readouterr()
-    assert main(words) == 2
-    assert "exists: convert into another folder" in last_line(capsys)
+    heads = "--attention-head-dim=32"
+    calls = {
+        "unet": ["convert", f"{folder}/unet.pt", str(tmp_path), heads, "--resolution=16"],
+        "classifier": ["convert", f"{folder}/classifier.pt", str(tmp_path), heads],
+    }
+    for words in calls.values():
+        assert main(words) == 0
+    parts = ["model_index.json", "unet", "scheduler"]
+    for part in parts[:num_missing]:
+        remove(tmp_path / part)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name, there in (("unet", parts[num_missing]), ("classifier", "classifier")):
+        capsys.readouterr()
+        words = [word for word in calls[name] if not word.startswith("--resolution")]  # which would be missed later
+        assert main(words) == 2
+        assert f"{tmp_path / there} exists: convert into another folder" in last_line(capsys)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

@@ -16,6 +16,7 @@ from diffusers_dpm.likelihood.bound import (
     bound_from_errors,
     evidence_lower_bound,
     measure_errors,
+    pixel_steps,
     rate_distortion,
 )
 from diffusers_dpm.likelihood.decoder import decoder_variances, discretized_gaussian_log_prob
@@ -270,18 +271,35 @@ def test_one_measurement_serves_samplers_with_and_without_heads():
         sampler.set_timesteps(num_steps)
     timesteps = {t for sampler in samplers for t in sampler.timesteps.tolist()}
     headed = [samplers[0], samplers[2]]
-    errors = measure_errors(network, samplers[0], images, timesteps, num_levels=None, samplers=headed, batch_size=5)
+    errors = measure_errors(
+        network, samplers[0], images, timesteps, num_levels=None, steps=pixel_steps(*headed), batch_size=5
+    )
     for sampler in samplers:
         alone = evidence_lower_bound(network, sampler, images, num_levels=None)
         torch.testing.assert_close(bound_from_errors(errors, sampler).per_term, alone.per_term)
     other = AnalyticDPMScheduler.from_config(samplers[0].config, posterior_variance_range=[0.0, 0.5])
     other.set_timesteps(4)
-    with pytest.raises(ValueError, match="was not measured: give its scheduler"):
+    with pytest.raises(ValueError, match="was not measured: give pixel_steps"):
         bound_from_errors(errors, other)
     with pytest.raises(ValueError, match="off the timesteps"):
-        measure_errors(network, samplers[0], images, [999], num_levels=None, samplers=headed)
+        measure_errors(network, samplers[0], images, [999], num_levels=None, steps=pixel_steps(*headed))
     with pytest.raises(ValueError, match=r"VarianceHead\.attach"):
         evidence_lower_bound(MixtureNetwork().eval(), samplers[0], images, num_levels=None)
+
+
+def test_heads_and_learned_range_are_measured_apart():
+    """The second half of the output is either; one call of one network cannot serve both."""
+    headed, learned = analytic("npr"), DDPMScheduler(variance_type="learned_range", timestep_spacing="linspace")
+    for scheduler in (headed, learned):
+        scheduler.set_timesteps(3)
+    timesteps = {t for scheduler in (headed, learned) for t in scheduler.timesteps.tolist()}
+    with pytest.raises(ValueError, match="are of two networks: measure one at a time"):
+        measure_errors(
+            two_lumps("npr"), headed, lumps(2), timesteps, num_levels=None, steps=pixel_steps(headed, learned)
+        )
+    for scheduler in (headed, learned):
+        assert pixel_steps(scheduler, scheduler) == pixel_steps(scheduler)
+    assert [len(pixel_steps(scheduler)) for scheduler in (headed, learned, DDPMScheduler())] == [2, 3, 0]
 
 
 def test_distortion_is_the_posterior_deviation_and_rates_sum():
@@ -381,15 +399,21 @@ def test_prior_and_decoder_terms_of_a_grid_that_ends_early():
 
 
 def test_prior_of_the_whole_chain_is_negligible():
-    """At most 2.9e-5 bits per dimension for data in [-1, 1] under the linear schedule; 0 with zero terminal SNR."""
+    """At most 2.9e-5 bits per dimension for data in [-1, 1] under the linear schedule; 0 with zero terminal SNR.
+
+    Where x_0^2 is 1, what the mean and what the variance adds sum to -log(sigma_T^2) / 2.
+    """
     images, network = torch.ones(2, 1, 2, 2), Contrived()
-    for scheduler, most in (
-        (DDPMScheduler(), 2.95e-5),
-        (DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"), 1e-15),
+    linear = DDPMScheduler()
+    exact = -math.log1p(-linear.schedule.alphas_cumprod[-1].item()) / 2 / LOG2
+    assert 2.85e-5 < exact < 2.95e-5
+    for scheduler, expected in (
+        (linear, exact),
+        (DDPMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction"), 0.0),
     ):
         scheduler.set_timesteps(timesteps=[999, 0])
         prior = evidence_lower_bound(network, scheduler, images).terms()[0].bits_per_dim
-        assert 0 <= prior < most
+        assert prior == pytest.approx(expected, rel=1e-6, abs=1e-15)
 
 
 def test_terms_sum_to_the_total():

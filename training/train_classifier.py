@@ -13,7 +13,7 @@ from typing import Any
 
 from diffusers import UNet2DModel
 
-from diffusers_dpm.data import ImageDataset, describe
+from diffusers_dpm.data import ImageDataset, check_classes, describe
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.networks import Progress, load_pipeline, noise_schedule_of
 from diffusers_dpm.pipelines import NoisyClassifier, image_shape
@@ -62,9 +62,7 @@ class ClassifierTrainer(Trainer):
                     f"the pipeline's U-Net is for {describe(shape)}, the data is {describe(images.shape)}; "
                     "--resolution and --channels convert it"
                 )
-            check_labels(images, self.num_classes)
-            if images.class_names != data.class_names:
-                raise DiffusersDPMError(f"the held-out classes are {images.class_names}, not {data.class_names}")
+            check_classes(images, self.num_classes, data.class_names)
         scheduler = self.pipeline.scheduler
         # Not ve: its images are of any scale, and its timesteps are sigmas, which only a logarithm tells apart.
         kind_of(scheduler, str(self.folder), ("vp", "flow", "edm", "vp_linear", "subvp"))
@@ -147,14 +145,3 @@ def build_network(
     return build_classifier(
         config, data.shape, num_classes, id2label=data.id2label, pool=options.pool, dropout=options.dropout
     )
-
-
-def check_labels(data: ImageDataset, num_classes: int) -> None:
-    """Raise DiffusersDPMError for another number of named classes, and for labels outside 0 .. num_classes - 1."""
-    if data.class_names and len(data.class_names) != num_classes:
-        raise DiffusersDPMError(
-            f"--num-classes is {num_classes}, the data has {len(data.class_names)}: {', '.join(data.class_names)}"
-        )
-    low, high = int(data.labels.min()), int(data.labels.max())
-    if low < 0 or high >= num_classes:
-        raise DiffusersDPMError(f"labels must lie in 0 .. {num_classes - 1}, the data's go from {low} to {high}")

@@ -13,7 +13,7 @@ from diffusers import UNet2DModel
 from huggingface_hub import HfApi
 from PIL import Image
 
-from diffusers_dpm.data import ImageDataset, describe, find_num_levels
+from diffusers_dpm.data import ImageDataset, check_classes, describe, find_num_levels
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.hub.publish import check_repo_id, publish
 from diffusers_dpm.hub.upload import PublishError, log_in
@@ -91,6 +91,8 @@ class DiffusionTrainer(Trainer):
                     self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
                 names = [item.name for item in dataclasses.fields(NoiseScheduleOptions)]
                 taken |= {name: self.scheduler.config[name] for name in names}
+                if (theirs := taken["variance_type"]) == "learned":
+                    raise DiffusersDPMError(f"variance_type of {source} is {theirs}, which is not trained here")
                 if options.variance_type == "learned_range":
                     taken["variance_type"] = self.scheduler.variance_type = options.variance_type
             self.options = options = with_own_values(taken_over(options, taken))
@@ -113,7 +115,9 @@ class DiffusionTrainer(Trainer):
             raise DiffusersDPMError(f"--eval-split estimates a bound of DDPM's process, not of {options.process}")
         if data.shape != self.data.shape:
             shapes = f"{describe(data.shape)}, those to train on {describe(self.data.shape)}"
-            raise DiffusersDPMError(f"the images of {options.eval_data} are {shapes}: see --resolution and --channels")
+            raise DiffusersDPMError(f"the held-out images are {shapes}: see --resolution and --channels")
+        if self.conditional:
+            check_classes(data, self.data.num_classes, self.data.class_names)
         assert options.prediction_type is not None
         num_levels = find_num_levels(data, options.num_levels)
         about = {"variance_type": options.variance_type, "num_levels": num_levels}
@@ -123,11 +127,9 @@ class DiffusionTrainer(Trainer):
         return BitsPerDim(data, loss, options.eval_draws, options.seed, self.conditional, options.batch_size)
 
     def _held_out_figures(self, first: int, step: int) -> dict[str, float]:
-        every = self.options.eval_every
-        if self.bits_per_dim is None or not every:
-            return {}
-        value = math.nan
-        if (first - 1) // every != step // every or step == self.options.max_train_steps:
+        every, value = self.options.eval_every, math.nan
+        is_last = step == self.options.max_train_steps
+        if self.bits_per_dim is not None and every and ((first - 1) // every != step // every or is_last):
             if self.accelerator.is_main_process:
                 value = self.bits_per_dim(self.model)
             self.accelerator.wait_for_everyone()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from diffusers_dpm.data import check_classes
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.features import FEATURES_FILE
 from diffusers_dpm.image_values import NoLabelsError
@@ -23,7 +24,6 @@ from diffusers_dpm.training.classifier_accuracy import accuracy_by_noise_level
 from diffusers_dpm.training.classifier_presets import build_classifier, ddpm_encoder
 from diffusers_dpm.training.loss import ClassifierLoss
 from diffusers_dpm.training.options import FeatureTrainingOptions
-from diffusers_dpm.training.train_classifier import check_labels
 from diffusers_dpm.training.trainer import Trainer
 
 
@@ -54,7 +54,7 @@ class FeatureTrainer(Trainer):
     def _build(self) -> tuple[NoisyClassifier, ClassifierLoss]:
         data = self.data
         for images in (data, self.eval_data or data):
-            check_labels(images, data.num_classes)
+            check_classes(images, data.num_classes, data.class_names)
             if images.shape != data.shape:
                 raise DiffusersDPMError(f"the held-out images are {images.shape}, those of the training {data.shape}")
         config = features_config(data.shape, self.options.num_features)

@@ -67,9 +67,10 @@ class VarianceLoss:
         if self.target == "sn":
             losses = (value - noise**2) ** 2
         else:
-            usual = alpha**2 / (alpha**2 + sigma**2)
+            # Of pure noise nothing remains, and what is not selected must be finite, or its gradient would not be.
+            usual = torch.where(alpha > 0, alpha**2 / (alpha**2 + sigma**2), 1.0)
             losses = (noise - epsilon) ** 2 / value + torch.log(value / usual)
-            losses = torch.where(alpha > 0, losses, 0 * value)  # of pure noise nothing remains
+            losses = torch.where(alpha > 0, losses, 0 * value)
         return losses.flatten(1).mean(dim=1)
 
     @torch.no_grad()

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 from diffusers import (
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
@@ -21,7 +20,6 @@ from diffusers.schedulers.deprecated.scheduling_sde_vp import ScoreSdeVpSchedule
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.networks import process_of
 from diffusers_dpm.options import flag
-from diffusers_dpm.records import write_json
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import DDIMScheduler
 from diffusers_dpm.training.options import NoiseScheduleOptions, ProcessOptions, TrainingOptions
@@ -149,10 +147,8 @@ def with_own_loss(options: TrainingOptions) -> TrainingOptions:
     """The options with the loss of their variance type where none is given.
 
     Raises:
-        DiffusersDPMError: a variance type that cannot be trained, or not by the given loss.
+        DiffusersDPMError: a variance type that the given loss does not train.
     """
-    if options.variance_type == "learned":  # of a model to go on with
-        raise DiffusersDPMError(f"variance_type learned of {options.init_from} is not trained here, learned_range is")
     is_learned = options.variance_type == "learned_range"
     loss_type = options.loss_type or ("hybrid" if is_learned else "l2")
     if is_learned and loss_type not in ("hybrid", "vlb"):
@@ -192,10 +188,5 @@ def save_pipeline(folder: Path, unet: UNet2DModel, scheduler: Any, kind: str) ->
     run, path = RunFolder(folder), TRAINED_PATHS[kind]
     unet.save_pretrained(run.unet)
     scheduler.save_pretrained(run.scheduler)
-    index = {
-        "_class_name": path.pipeline,
-        "_diffusers_version": diffusers.__version__,
-        "scheduler": [path.library, type(scheduler).__name__],
-        "unet": ["diffusers", "UNet2DModel"],
-    }
-    write_json(run.index, index)
+    components = {"scheduler": (path.library, type(scheduler).__name__), "unet": ("diffusers", "UNet2DModel")}
+    run.write_index(path.pipeline, **components)

@@ -421,10 +421,15 @@ def thread_errors_hidden() -> Iterator[None]:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a table of comma-separated values; the first one brings the header."""
-    with writing(path), path.open("a", encoding="utf-8") as file:
-        lines = [row.values()] if file.tell() else [row, row.values()]
-        file.writelines(",".join(map(str, line)) + "\n" for line in lines)
+    """Add a row to a table of comma-separated values; the first one brings the header, which the others follow."""
+    with writing(path):
+        header = path.read_text(encoding="utf-8").partition("\n")[0] if path.is_file() else ""
+        names = header.split(",") if header else [*row]
+        lines = [] if header else [names]
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(
+                ",".join(map(str, line)) + "\n" for line in [*lines, [row.get(x, math.nan) for x in names]]
+            )
 
 
 def drop_rows_after(path: Path, step: int) -> None:

@@ -25,22 +25,21 @@ def adm_preset(name: str) -> tuple[int, dict[str, Any]]:
     return known.sample_size, {**config, "attention_head_dim": 64}
 
 
-# name -> (side of the square images it is made for, config)
-PRESETS: dict[str, tuple[int, dict[str, Any]]] = {
+# name -> (side of the square images it is made for, config); the first of a size is its default
+SIZED: dict[str, tuple[int, dict[str, Any]]] = {
     "1x1": (1, {**ddpm_unet((64,), layers=1, attention=(), groups=8), "dropout": 0.0}),  # of points
     "digits-8x8": (8, ddpm_unet((32, 64), layers=1, attention=(1,), groups=8)),
     "28x28": (28, ddpm_unet((32, 64, 128), layers=1, attention=(1,))),
     "cifar10-small": (32, ddpm_unet((64, 128, 128, 128), layers=2, attention=(1,))),
     "cifar10-ddpm": (32, ddpm_unet((128, 256, 256, 256), layers=2, attention=(1,))),
     "64x64": (64, ddpm_unet((64, 128, 192, 256), layers=2, attention=(2, 3))),
-    **{name: adm_preset(name) for name in ("adm-64", "adm-128", "adm-256")},
 }
+PRESETS = {**SIZED, **{name: adm_preset(name) for name in ("adm-64", "adm-128", "adm-256")}}  # large: only by name
 
 
 def preset_for(height: int, width: int) -> str | None:
-    """The first preset that is made for images of this size; guided-diffusion's, which are large, only by name."""
-    sides = {name: side for name, (side, _) in PRESETS.items() if not name.startswith("adm-")}
-    return next((name for name, side in sides.items() if height == width == side), None)
+    """The first of `SIZED` that is made for images of this size."""
+    return next((name for name, (side, _) in SIZED.items() if height == width == side), None)
 
 
 def default_unet(height: int, width: int) -> dict[str, Any]:

@@ -1,14 +1,15 @@
 """Bits per dimension of held-out images, as training goes on."""
 
-import math
 from typing import Any
 
 import torch
 
 from diffusers_dpm.data import ImageDataset
 from diffusers_dpm.likelihood.problem import NATS_PER_BIT
+from diffusers_dpm.likelihood.reverse_steps import prior_divergence
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.random_streams import Stream, normal, torch_generator, uniform
+from diffusers_dpm.schedulers.noise_schedule import on_host
 from diffusers_dpm.training.loss import DenoisingLoss
 
 
@@ -34,12 +35,12 @@ class BitsPerDim:
         self, data: ImageDataset, loss: DenoisingLoss, draws: int, seed: int, conditional: bool, batch_size: int
     ):
         self.data, self.loss, self.seed, self.conditional, self.batch_size = data, loss, seed, conditional, batch_size
-        order = torch.randperm(len(data), generator=torch_generator(seed, Stream.EVALUATION))
+        order = torch.randperm(len(data), generator=torch_generator(seed, Stream.VALIDATION, 0))
         rows = order[:MOST_IMAGES].tolist()
         self.pairs = [(row, draw) for draw in range(draws) for row in rows]
         density = 1 / torch.arange(1, len(loss.schedule) + 1, dtype=torch.float64)
         density /= density.sum()
-        places = uniform((len(self.pairs),), seed, Stream.EVALUATION).double()
+        places = uniform((len(self.pairs),), seed, Stream.VALIDATION, 1).double()
         places = (torch.arange(len(places)) + places) / len(places)
         self.timesteps = torch.searchsorted(density.cumsum(0), places, right=True).clamp(max=len(density) - 1)
         self.weights = 1 / (len(density) * density[self.timesteps])
@@ -54,7 +55,7 @@ class BitsPerDim:
                 here = slice(start, start + len(pairs))
                 batch = self.data[[row for row, _ in pairs]]
                 x0 = batch["images"].to(unet.device)
-                noise = torch.stack([normal(x0.shape[1:], self.seed, Stream.EVALUATION, *pair) for pair in pairs])
+                noise = torch.stack([normal(x0.shape[1:], self.seed, Stream.VALIDATION, *pair) for pair in pairs])
                 labels = batch["labels"].to(unet.device) if self.conditional else None
                 losses = self.loss(unet, x0, self.timesteps[here].to(x0.device), noise.to(x0.device), labels)
                 total += (losses.double().cpu() * self.weights[here]).sum().item() + self.prior(x0)
@@ -62,7 +63,5 @@ class BitsPerDim:
 
     def prior(self, x0: torch.Tensor) -> float:
         """KL(q(x_T | x_0) || N(0, I)) in bits per dimension, summed over images."""
-        level = self.loss.schedule.level(self.loss.schedule.noisiest)
-        mean_squares = x0.double().square().flatten(1).mean(dim=1).sum().item()
-        rest = level.sigma**2 - 1 - 2 * math.log(level.sigma)
-        return 0.5 * (level.alpha**2 * mean_squares + rest * len(x0)) / NATS_PER_BIT
+        schedule, mean_square = self.loss.schedule, on_host(x0).square().flatten(1).mean(dim=1)
+        return prior_divergence(schedule, schedule.level(schedule.noisiest), mean_square).sum().item() / NATS_PER_BIT

@@ -287,6 +287,25 @@ def load_held_out_data(options: Any, training: ImageDataset, *, require_labels: 
     return held_out
 
 
+def check_classes(data: ImageDataset, num_classes: int, class_names: list[str] | None) -> None:
+    """Whether labels mean what they mean in the training.
+
+    Args:
+        data: that is trained on, or held out.
+        num_classes, class_names: of the training.
+
+    Raises:
+        DataError: other class names, another number of them, or labels outside 0 .. num_classes - 1.
+    """
+    if data.class_names != class_names:
+        raise DataError(f"the held-out classes are {data.class_names}, not {class_names}")
+    if class_names and len(class_names) != num_classes:
+        raise DataError(f"--num-classes is {num_classes}, the data has {len(class_names)}: {', '.join(class_names)}")
+    low, high = int(data.labels.min()), int(data.labels.max())
+    if low < 0 or high >= num_classes:
+        raise DataError(f"labels must lie in 0 .. {num_classes - 1}, the data's go from {low} to {high}")
+
+
 def check_disjoint(training: ImageDataset, held_out: ImageDataset, *, refuse: bool = True) -> None:
     """Raise DataError, or else warn, if images are in both."""
     members = [{os.path.realpath(data.source.name(i)) for i in range(len(data))} for data in (training, held_out)]

@@ -1,10 +1,13 @@
 """What lies where in a run folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
+
 from diffusers_dpm.pipelines import NoisyClassifier, VarianceHead
-from diffusers_dpm.records import TEMPORARY, read_json, remove_empty
+from diffusers_dpm.records import TEMPORARY, read_json, remove_empty, write_json
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler
 
 
@@ -88,6 +91,16 @@ class RunFolder:
     def is_run(self) -> bool:
         """Whether a training command has marked the folder as its own, by its options."""
         return self.options.is_file() and "checkpoint_every" in read_json(self.options)
+
+    def write_index(self, pipeline: str, **components: Sequence[str]) -> None:
+        """What plain diffusers reads first.
+
+        Args:
+            pipeline: name of diffusers' class.
+            components: (module or library, class) of each, by its folder.
+        """
+        version = {"_diffusers_version": diffusers.__version__}
+        write_json(self.index, {"_class_name": pipeline, **version, **components})
 
     def delete(self, *parts: Path) -> None:
         """Delete what the commands wrote of these parts, by default of all; a folder goes if nothing else is in it."""

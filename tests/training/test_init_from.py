@@ -71,6 +71,15 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, stock, options):
     assert [path.name for path in trainer.damaged] == ["step-00000004"]
 
 
+@pytest.mark.parametrize("variance_type", ["learned_range", None])
+def test_variances_that_are_no_range_are_refused(tmp_path, options, variance_type):
+    """The output is then no place between two variances, as learned_range would read it."""
+    source, changes = tmp_path / "source", {"variance_type": variance_type} if variance_type else {}
+    DDPMPipeline(tiny_unet(out_channels=2), DDPMScheduler(variance_type="learned")).save_pretrained(source)
+    with pytest.raises(ValueError, match=f"variance_type of {source} is learned, which is not trained here"):
+        new(options, source, num_levels=256, **changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

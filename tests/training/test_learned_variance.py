@@ -2,21 +2,26 @@
 
 import csv
 import json
+import math
+import shutil
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline
+from torch.distributions import Normal, kl_divergence
 
 from diffusers_dpm.commands.main import main as cli
+from diffusers_dpm.data import load_images
 from diffusers_dpm.likelihood.bound import evidence_lower_bound
 from diffusers_dpm.networks import load_pipeline
 from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.random_streams import Stream, normal
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, DDPMScheduler
 from diffusers_dpm.training import DenoisingLoss, build_unet
 from diffusers_dpm.training.options import TrainingOptions
-from diffusers_dpm.training.train_diffusion import train
+from diffusers_dpm.training.train_diffusion import DiffusionTrainer, train
 from diffusers_dpm.training.unet_presets import ddpm_unet
 from diffusers_dpm.training.validation import BitsPerDim
 from tests.commands import SHORT_RUN
@@ -136,11 +141,69 @@ def test_bits_per_dim_are_logged(learned, changes):
     assert measured == ["2", "4", "5"]
 
 
+def test_a_resumed_log_keeps_its_columns(learned):
+    """Held-out data that comes, or goes, with --resume; also in a file that was begun without the column."""
+    plain = {
+        "num_train_timesteps": 20,
+        "beta_end": 0.3,
+        "split": "train[:80%]",
+        "log_every": 1,
+        "log_with": "tensorboard",
+    }
+    log = train(learned(**plain, max_train_steps=1)) / "logs" / "metrics.csv"
+    evaluated = {**plain, **EVALUATED, "resume": "latest"}
+    train(learned(**evaluated, max_train_steps=2))
+    train(learned(**plain, resume="latest", max_train_steps=3))
+    rows = list(csv.DictReader(log.open()))
+    assert [row["bits_per_dim"] == "nan" for row in rows] == [True, False, True]
+    head, *lines = [line.split(",") for line in log.read_text().splitlines()]
+    place = head.index("bits_per_dim")
+    log.write_text("".join(",".join(line[:place] + line[place + 1 :]) + "\n" for line in [head, *lines]))
+    train(learned(**evaluated, max_train_steps=4))
+    rows = list(csv.DictReader(log.open()))
+    assert {None not in row and len(row) for row in rows} == {len(head) - 1}
+    assert [(row["step"], row["batch_size"]) for row in rows] == [(str(step), "16") for step in range(1, 5)]
+
+
+def test_held_out_labels_are_those_of_the_training(learned, bytes_of, tmp_path):
+    """Other folder names would be other indices for the same classes."""
+    shutil.copytree(bytes_of(3), tmp_path / "held_out")
+    (tmp_path / "held_out" / "class_0").rename(tmp_path / "held_out" / "class_2")
+    other = {"eval_data": str(tmp_path / "held_out"), "eval_split": None}
+    with pytest.raises(
+        ValueError, match=r"held-out classes are \['class_1', 'class_2'\], not \['class_0', 'class_1'\]"
+    ):
+        DiffusionTrainer(learned(class_conditional=True, **other))
+    DiffusionTrainer(learned(**other))  # which has no labels
+
+
+def test_held_out_images_of_another_shape_are_refused(learned, tmp_path):
+    np.save(tmp_path / "wide.npy", np.random.default_rng(0).integers(0, 256, (2, 8, 16, 3)).astype(np.uint8))
+    with pytest.raises(ValueError, match="the held-out images are 8x16 with 3 channels, those to train on 8x8 with 3"):
+        DiffusionTrainer(learned(eval_data=str(tmp_path / "wide.npy")))
+
+
+def test_noise_of_validation_is_its_own(bytes_of):
+    """The same index of a classifier's test has other noise."""
+    drawn = []
+
+    class Recorded(DenoisingLoss):
+        def __call__(self, model, x0, t, noise, class_labels=None):
+            drawn.append(noise)
+            return super().__call__(model, x0, t, noise, class_labels)
+
+    measured = BitsPerDim(
+        load_images(bytes_of(1)), Recorded(DDPMScheduler().schedule, loss_type="vlb"), 1, 0, False, 64
+    )
+    measured(tiny_unet())
+    others = [normal((1, 8, 8), 0, Stream.EVALUATION, *pair) for pair in measured.pairs]
+    assert len(drawn[0]) == len(others) == 40
+    assert not any(map(torch.equal, drawn[0], others))
+
+
 @pytest.mark.parametrize("clip_sample", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_bits_per_dim_estimate_the_bound(bytes_of, clip_sample):
     """Many draws come close to the bound of the whole chain, prior included, within their standard error."""
-    from diffusers_dpm.data import load_images
-
     data, scheduler = load_images(bytes_of(1)), DDPMScheduler(variance_type="learned_range", clip_sample=clip_sample)
     unet = tiny_unet(out_channels=2)
     loss = DenoisingLoss(scheduler.schedule, loss_type="vlb", variance_type="learned_range")
@@ -149,6 +212,17 @@ def test_bits_per_dim_estimate_the_bound(bytes_of, clip_sample):
     exact = evidence_lower_bound(unet, scheduler, data[list(range(4))]["images"], batch_size=1000).bits_per_dim
     assert estimates.mean().item() == pytest.approx(exact, rel=0.05)
     assert BitsPerDim(data, loss, 8, 0, False, 64)(unet) == pytest.approx(estimates[0].item(), rel=1e-6)
+
+
+def test_prior_is_the_divergence_from_where_samples_start(bytes_of):
+    """On a process that ends early, where it is no small part of the bound."""
+    data, scheduler = load_images(bytes_of(1)), DDPMScheduler(num_train_timesteps=50)
+    images, schedule = data[list(range(4))]["images"].double(), scheduler.schedule
+    q, p = Normal(schedule.alpha[-1] * images, schedule.sigma[-1]), Normal(torch.zeros(()).double(), 1.0)
+    expected = kl_divergence(q, p).flatten(1).mean(dim=1).sum().item() / math.log(2)
+    found = BitsPerDim(data, DenoisingLoss(schedule, loss_type="vlb"), 1, 0, False, 64).prior(images.float())
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert found > 1
 
 
 def test_going_on_from_a_fixed_variance(learned):
@@ -163,6 +237,8 @@ def test_going_on_from_a_fixed_variance(learned):
     assert (weights[3:] == 0).all()
     again = train(learned(name="again", init_from=str(run), unet_config=None, max_train_steps=1))
     assert load_pipeline(str(again)).unet.config.out_channels == 6
+    with pytest.raises(ValueError, match="out_channels 6, the data needs 3; twice as many are for --variance-type"):
+        train(learned(name="other", unet_config=str(run), variance_type="fixed_small"))
 
 
 @pytest.mark.parametrize(

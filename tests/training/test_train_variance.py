@@ -107,6 +107,22 @@ def test_losses_are_least_at_the_conditional_means():
         assert abs(value.grad) < 1e-5
 
 
+@pytest.mark.parametrize("target", ["npr", "sn"])
+def test_pure_noise_leaves_gradients_finite(target):
+    """With zero terminal SNR alpha is 0 at the last timestep, where nothing of npr remains to be learned."""
+    unet = DiagonalNetwork(DDPMScheduler(rescale_betas_zero_snr=True).schedule)
+    head = VarianceHead.for_unet(unet, target, knots=knots_of(unet.schedule))
+    loss = VarianceLoss(unet.schedule, unet, "epsilon", target)
+    x0, z, t = drawn(2, seeded(1)), torch.randn((2, 1, 4, 4), generator=seeded(2)), torch.tensor([999, 500])
+    losses = loss(head, x0, t, z)
+    losses.sum().backward()
+    assert losses.isfinite().all()
+    assert (losses[0] == 0) == (target == "npr")
+    gradients = [parameter.grad for parameter in head.parameters() if parameter.grad is not None]
+    assert len(gradients) > 1
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_a_new_head_is_that_of_standard_normal_data():
     for schedule in (DDPMScheduler().schedule, path_of({"kind": "flow"}), path_of({"kind": "edm"})):
         unet = tiny_unet()

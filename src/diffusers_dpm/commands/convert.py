@@ -13,8 +13,7 @@ def run(checkpoint: str, output: str, options: ConvertOptions) -> None:
     converted = convert(checkpoint, output, options)
     network = converted.network
     shapes = f"with the shapes of {converted.published}" if converted.published else "of no published shapes"
-    parameters = sum(weight.numel() for weight in network.parameters())
-    print(f"{converted.family} {shapes}: {type(network).__name__} with {parameters:,} parameters")
+    print(f"{converted.family} {shapes}: {type(network).__name__} with {network.num_parameters():,} parameters")
     if converted.scheduler is not None:
         about = converted.scheduler.config
         shape = "1000 levels of a longer schedule" if about.trained_betas else about.beta_schedule

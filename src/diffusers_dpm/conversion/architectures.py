@@ -44,15 +44,13 @@ def adm_unet(
         resnet_updown: residual blocks halve and double the sides ("BigGAN up/downsampling"); else convolutions.
         others: further keys: heads of 64 channels (`attention_head_dim`), `dropout`, classes.
     """
-    levels, plain = (
-        range(len(block_out_channels)),
-        ("ResnetDownsample", "ResnetUpsample") if resnet_updown else ("Down", "Up"),
-    )
+    levels = range(len(block_out_channels))
+    down, up = ("ResnetDownsample", "ResnetUpsample") if resnet_updown else ("Down", "Up")
     return {
         "block_out_channels": tuple(block_out_channels),
         "layers_per_block": layers,
-        "down_block_types": tuple(f"{'AttnDown' if i in attention else plain[0]}Block2D" for i in levels),
-        "up_block_types": tuple(f"{'AttnUp' if i in attention else plain[1]}Block2D" for i in reversed(levels)),
+        "down_block_types": tuple(f"{'AttnDown' if i in attention else down}Block2D" for i in levels),
+        "up_block_types": tuple(f"{'AttnUp' if i in attention else up}Block2D" for i in reversed(levels)),
         "downsample_type": "resnet" if resnet_updown else "conv",
         "upsample_type": "resnet" if resnet_updown else "conv",
         "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
@@ -75,7 +73,7 @@ class Published(NamedTuple):
         config: keywords of `UNet2DModel`, or those of `ADMUNet2DModel` or `NoisyClassifier`.
         sample_size: side of its images.
         qkv_order: of attention's projection, see `layouts.split_qkv`.
-        beta_schedule, num_train_timesteps, rescale_timesteps, variance_type: see `convert.ConversionChoices`.
+        beta_schedule, num_train_timesteps, rescale_timesteps, variance_type: see `ConvertOptions`.
     """
 
     config: dict[str, Any]
@@ -94,7 +92,7 @@ def widths(base: int, *multipliers: float) -> tuple[int, ...]:
 
 FOUR_HEADS: dict[str, Any] = {"attention_head_dim": None, "num_attention_heads": 4}
 IMAGENET: dict[str, Any] = {"num_class_embeds": 1000, "out_channels": 6}
-SIDES_512 = (0.5, 1, 1, 2, 2, 4, 4)  # whose first level is narrower than the time embedding was made for
+MULTIPLIERS_512 = (0.5, 1, 1, 2, 2, 4, 4)  # whose first level is narrower than the time embedding was made for
 
 
 def improved(base: int, multipliers: Sequence[float], attention: Sequence[int], **others: Any) -> dict[str, Any]:
@@ -117,14 +115,14 @@ PUBLISHED: dict[str, Published] = {
     "adm-128": Published(adm_unet(widths(256, 1, 1, 2, 3, 4), 2, (2, 3, 4), **FOUR_HEADS, **IMAGENET), 128),
     "adm-256": Published(adm_unet(widths(256, 1, 1, 2, 2, 4, 4), 2, (3, 4, 5), **IMAGENET), 256),
     "adm-512": Published(
-        adm_unet(widths(256, *SIDES_512), 2, (4, 5, 6), time_proj_dim=256, time_embedding_dim=1024, **IMAGENET),
+        adm_unet(widths(256, *MULTIPLIERS_512), 2, (4, 5, 6), time_proj_dim=256, time_embedding_dim=1024, **IMAGENET),
         512,
     ),
     "adm-64-classifier": Published(classifier(128, (1, 2, 3, 4), 4, (1, 2, 3)), 64, "legacy", "squaredcos_cap_v2"),
     "adm-128-classifier": Published(classifier(128, (1, 1, 2, 3, 4), 2, (2, 3, 4)), 128),
     "adm-256-classifier": Published(classifier(128, (1, 1, 2, 2, 4, 4), 2, (3, 4, 5)), 256),
     "adm-512-classifier": Published(
-        classifier(128, SIDES_512, 2, (4, 5, 6), time_proj_dim=128, time_embedding_dim=512), 512
+        classifier(128, MULTIPLIERS_512, 2, (4, 5, 6), time_proj_dim=128, time_embedding_dim=512), 512
     ),
     "improved-cifar10": Published(
         improved(128, (1, 2, 2, 2), (1, 2), dropout=0.3), 32, "legacy", "squaredcos_cap_v2", 4000, True

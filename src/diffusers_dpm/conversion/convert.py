@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
@@ -17,7 +16,7 @@ from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.networks import build_without_memory, check_finite, noise_schedule_of
 from diffusers_dpm.options import flag
 from diffusers_dpm.pipelines import ADMUNet2DModel, NoisyClassifier
-from diffusers_dpm.records import atomic_folder, read_tensors, write_json
+from diffusers_dpm.records import atomic_folder, read_tensors
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import VPNoiseSchedule
 
@@ -58,28 +57,27 @@ def convert(checkpoint: str | Path, output: str | Path, options: ConvertOptions)
         DiffusersDPMError: the file cannot be read safely, is of no family that can be converted, or lacks or has
             weights that the network of its shapes has not; `output` holds such a part already.
     """
-    run = RunFolder(output)
-    converted = convert_weights(read_weights(Path(checkpoint)), options)
-    part = run.unet if converted.scheduler is not None else run.classifier
-    sign = run.index if converted.scheduler is not None else part / "config.json"
-    if sign.exists() or (sign == run.index and run.is_run()):
-        raise DiffusersDPMError(f"{sign if sign.exists() else run.options} exists: convert into another folder")
-    with atomic_folder(part) as folder:
+    run, weights = RunFolder(output), read_weights(Path(checkpoint))
+    is_classifier = layout_of(shapes_of(weights)).is_classifier
+    check_free(run, is_classifier)
+    converted = convert_weights(weights, options)
+    with atomic_folder(run.classifier if is_classifier else run.unet) as folder:
         converted.network.save_pretrained(folder)
-    if converted.scheduler is not None:
+    if not is_classifier:
         with atomic_folder(run.scheduler) as folder:
             converted.scheduler.save_pretrained(folder)
         cls = type(converted.network)
-        write_json(
-            run.index,
-            {
-                "_class_name": "DDPMPipeline",
-                "_diffusers_version": diffusers.__version__,
-                "scheduler": ["diffusers", "DDPMScheduler"],
-                "unet": [cls.__module__ if cls is ADMUNet2DModel else "diffusers", cls.__name__],
-            },
-        )
+        unet = (cls.__module__ if cls is ADMUNet2DModel else "diffusers", cls.__name__)
+        run.write_index("DDPMPipeline", scheduler=("diffusers", "DDPMScheduler"), unet=unet)
     return converted
+
+
+def check_free(run: RunFolder, is_classifier: bool) -> None:
+    """Raise DiffusersDPMError if one of the parts that a conversion writes is there, or a training for them."""
+    parts = [run.classifier] if is_classifier else [run.index, run.unet, run.scheduler]
+    parts += [run.options] if not is_classifier and run.is_run() else []
+    if there := [part for part in parts if part.exists()]:
+        raise DiffusersDPMError(f"{there[0]} exists: convert into another folder")
 
 
 # The file ------------------------------------------------------------------------------------------------------------
@@ -115,6 +113,10 @@ def read_weights(path: Path) -> Weights:
     if bad := [name for name, value in weights.items() if not value.is_floating_point()]:
         raise DiffusersDPMError(f"{path}: {bad[0]} holds {weights[bad[0]].dtype}, not weights")
     return {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def shapes_of(weights: Mapping[str, torch.Tensor]) -> Shapes:
+    return {name: tuple(value.shape) for name, value in weights.items()}
 
 
 def named_weights(found: Any) -> Weights:
@@ -174,7 +176,7 @@ def convert_weights(weights: Mapping[str, torch.Tensor], options: ConvertOptions
         DiffusersDPMError: as `architecture_of`; the weights lack one of the network's, have one too many or of another
             shape, or are not finite.
     """
-    found = architecture_of({name: tuple(value.shape) for name, value in weights.items()}, options)
+    found = architecture_of(shapes_of(weights), options)
     known, network = PUBLISHED.get(found.published or ""), found.build()
     if found.layout.is_classifier and (given := [name for name in PROCESS if getattr(options, name) is not None]):
         raise DiffusersDPMError(f"{flag(given[0])} is for U-Nets: a classifier has no process of its own")

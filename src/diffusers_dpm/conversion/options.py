@@ -13,7 +13,8 @@ class ConvertOptions:
     resolution: int | None = None
     """side of the images (default: of the published network)"""
     attention_head_dim: int | None = None
-    """channels of each attention head (default: as published, or 64 with residual up- and downsampling)"""
+    """channels of each attention head (default: as published, or 64 in classifiers and with residual up- and
+    downsampling)"""
     num_attention_heads: int | None = None
     """number of attention heads at every level, instead (default: as published, or 4 with convolutions)"""
     qkv_order: Literal["legacy", "new"] | None = None

@@ -17,9 +17,9 @@ The two are values of different models (the stochastic sampler and the ODE) that
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,14 @@ import torch
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.likelihood.decoder import check_levels, decoder_log_prob, decoder_variances
 from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, as_analytic_dpm, standard_error
-from diffusers_dpm.likelihood.reverse_steps import PixelTerms, Step, has_learned_range, learned_steps
+from diffusers_dpm.likelihood.reverse_steps import (
+    PixelTerms,
+    Step,
+    gaussian_divergence,
+    has_learned_range,
+    learned_steps,
+    prior_divergence,
+)
 from diffusers_dpm.networks import NoProgress, Progress, network_output
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
@@ -48,8 +55,8 @@ class PredictionErrors:
         decoder: float64 (N, n), -log p(x_0 | x_t) in nats per dimension.
         mean_square: float64 (N,), of x_0.
         schedule_hash: of the noise schedule.
-        steps: m steps whose variances differ from pixel to pixel, see `pixel_steps`.
-        terms: float64 (N, m), their terms of the bound in nats per dimension.
+        of_pixels: the terms of the bound, float64 (N,) in nats per dimension, of steps whose variances differ from
+            pixel to pixel, see `pixel_steps`.
 
     Raises:
         DiffusersDPMError: tensors of other images or timesteps than the rest.
@@ -60,8 +67,7 @@ class PredictionErrors:
     decoder: torch.Tensor
     mean_square: torch.Tensor
     schedule_hash: str
-    steps: tuple["Step | Transition", ...] = ()
-    terms: torch.Tensor | None = None
+    of_pixels: Mapping["Step | Transition", torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         size = (len(self.mean_square), len(self.timesteps))
@@ -86,7 +92,7 @@ def measure_errors(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     batch_size: int = 64,
-    samplers: Sequence[Any] = (),
+    steps: Sequence["Step | Transition"] = (),
     progress: Progress | None = None,
 ) -> PredictionErrors:
     """Calls the network once for each image and timestep; `bound_from_errors` makes any bound of the result.
@@ -105,13 +111,14 @@ def measure_errors(
             timestep alone; in continuous time from the timestep's lambda, and so is the same on every path.
         indices: (N,) the index of each image in its data set; default: 0 .. N-1.
         batch_size: (image, timestep) pairs in a network call. It changes results only by the network's rounding.
-        samplers: DDPM schedulers with learned_range, or Analytic-DPM's with a head, on grids within `timesteps`: the
-            errors alone do not determine their bounds.
+        steps: `pixel_steps` of DDPM schedulers with learned_range, or of Analytic-DPM's with a head, on grids within
+            `timesteps`: the errors alone do not determine their bounds.
         progress: gets `update(n)` for n pairs.
 
     Raises:
         DiffusersDPMError: images that do not lie on the levels, timesteps out of range, lists of different lengths,
-            a network without variance for samplers that need one, or an output that is not finite.
+            a network without variance for steps that need one, steps of learned_range and of heads, or an output that
+            is not finite.
     """
     process = as_analytic_dpm(scheduler)
     schedule, prediction_type = process.schedule, process.config.prediction_type
@@ -123,7 +130,6 @@ def measure_errors(
     check_levels(images, num_levels)
     variances = decoder_variances(schedule, grid, decoder_variance)
     keys = [(noise_key(schedule, t),) for t in grid]
-    steps = [step for sampler in samplers for step in pixel_steps(sampler)]
     of_pixels = PixelTerms(steps, schedule, len(images), num_levels, cdf, decoder_variance)
 
     def evaluate(pairs: Sequence[tuple[int, int]]) -> torch.Tensor:
@@ -156,7 +162,8 @@ def measure_errors(
         raise DiffusersDPMError(f"the network's predictions are not finite at timestep {grid[bad[0, 1]]}.")
     of_pixels.check()
     measured = (values[..., :3], values[..., 3], images.double().square().flatten(1).mean(dim=1).cpu())
-    return PredictionErrors(tuple(grid), *measured, schedule.hash, of_pixels.steps, of_pixels.terms)
+    terms = dict(zip(of_pixels.steps, of_pixels.terms.T, strict=True))
+    return PredictionErrors(tuple(grid), *measured, schedule.hash, terms)
 
 
 def as_told(schedule: NoiseSchedule, timesteps: Iterable[float]) -> list[Any]:
@@ -190,17 +197,16 @@ class Transition(NamedTuple):
         """`divergence` of each pixel, with the variances of the head, from e, c, the head's output and epsilon-hat."""
         assert self.head is not None
         variance = self.head(head, epsilon)
-        ratio = self.posterior_variance / variance
         distance = (self.error * error - self.clipping * clipping) ** 2
-        return 0.5 * (ratio - 1 - ratio.log() + distance / variance)
+        return gaussian_divergence(distance, variance.new_tensor(math.log(self.posterior_variance)), variance.log())
 
     def divergence(self, moments: torch.Tensor) -> torch.Tensor:
         """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats per dimension; `moments` (N, 3) as in `PredictionErrors`."""
         squared, cross, clipped = moments.unbind(dim=-1)
         distance = self.error**2 * squared - 2 * self.error * self.clipping * cross + self.clipping**2 * clipped
         assert self.reverse_variance is not None
-        ratio = self.posterior_variance / self.reverse_variance
-        return 0.5 * (ratio - 1 - math.log(ratio) + distance / self.reverse_variance)
+        log_variances = (on_host(math.log(variance)) for variance in (self.posterior_variance, self.reverse_variance))
+        return gaussian_divergence(distance, *log_variances)
 
 
 def why_unbounded(scheduler: Any) -> str | None:
@@ -269,11 +275,15 @@ def reverse_process(scheduler: Any) -> tuple[AnalyticDPMScheduler, list[Transiti
     return process, transitions
 
 
-def pixel_steps(scheduler: Any) -> list[Any]:
-    """The steps of a grid whose variances differ from pixel to pixel: `learned_steps`, or transitions with a head."""
-    if scheduler.config.get("reverse_variance") in HEADS:
-        return [transition for transition in reverse_process(scheduler)[1] if transition.head is not None]
-    return learned_steps(scheduler)
+def steps_of_pixels(scheduler: Any, transitions: Sequence[Transition]) -> Sequence[Step | Transition]:
+    """Of the scheduler's transitions those whose variances differ from pixel to pixel, or its `learned_steps`."""
+    return learned_steps(scheduler) or [transition for transition in transitions if transition.head is not None]
+
+
+def pixel_steps(*schedulers: Any) -> tuple[Step | Transition, ...]:
+    """The different steps of the schedulers' present grids whose variances differ from pixel to pixel."""
+    steps = (steps_of_pixels(scheduler, reverse_process(scheduler)[1]) for scheduler in schedulers)
+    return tuple(dict.fromkeys(chain.from_iterable(steps)))
 
 
 class Term(NamedTuple):
@@ -333,7 +343,7 @@ def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLower
 
     Args:
         errors: measured at least at the timesteps of the grid, with the same clipping; for learned_range and heads,
-            with this scheduler as one of `samplers`.
+            with this scheduler's `pixel_steps` as `steps`.
         scheduler: `AnalyticDPMScheduler`, without its cap in grey levels; or DDPM with fixed variance or
             learned_range, or DDIM with eta > 0, ours or diffusers'. `set_timesteps` chooses the grid; before it is
             called, that is all timesteps, 1,000 in continuous time.
@@ -348,25 +358,19 @@ def bound_from_errors(errors: PredictionErrors, scheduler: Any) -> EvidenceLower
     if missing := sorted(set(timesteps) - set(errors.timesteps)):
         raise DiffusersDPMError(f"{len(missing)} timesteps of the grid were not measured, the first is {missing[0]}.")
     place = {t: i for i, t in enumerate(errors.timesteps)}
-    column = {step: i for i, step in enumerate(errors.steps)}
-    if missing := [step for step in pixel_steps(scheduler) if step not in column]:
+    if unknown := [step for step in steps_of_pixels(scheduler, transitions) if step not in errors.of_pixels]:
         raise DiffusersDPMError(
-            f"the step from {missing[0][0]} was not measured: give its scheduler as one of samplers."
+            f"the step from {unknown[0][0]} was not measured: give pixel_steps(scheduler) as steps."
         )
-    first, variance = process.levels[0], process.schedule.init_noise_sigma**2
-    ratio = first.sigma**2 / variance
-    nats = [
-        # KL(q(x_t | x_0) || N(0, variance I))
-        0.5 * (first.alpha**2 / variance * errors.mean_square + ratio - 1 - math.log(ratio)),
-    ]
+    nats = [prior_divergence(process.schedule, process.levels[0], errors.mean_square)]
     if learned := learned_steps(scheduler):
-        assert errors.terms is not None
-        nats += [errors.terms[:, column[step]] for step in learned]
+        nats += [errors.of_pixels[step] for step in learned]
     else:
         for step in transitions:
-            own = None if step.head is None or errors.terms is None else errors.terms[:, column[step]]
-            nats.append(step.divergence(errors.moments[:, place[step.t]]) if own is None else own)
-        nats += [errors.decoder[:, place[timesteps[-1]]]]
+            is_measured = step.head is not None
+            moments = errors.moments[:, place[step.t]]
+            nats.append(errors.of_pixels[step] if is_measured else step.divergence(moments))
+        nats.append(errors.decoder[:, place[timesteps[-1]]])
     return EvidenceLowerBound(tuple(transitions), torch.stack(nats, dim=1) / NATS_PER_BIT)
 
 
@@ -406,7 +410,7 @@ def evidence_lower_bound(unet: Any, scheduler: Any, images: torch.Tensor, **opti
     Raises:
         DiffusersDPMError: as the two; that there is no finite bound is found before the network is called.
     """
-    process, _ = reverse_process(scheduler)
-    samplers = [scheduler] if pixel_steps(scheduler) else []
-    errors = measure_errors(unet, scheduler, images, process.timesteps.tolist(), samplers=samplers, **options)
+    process, transitions = reverse_process(scheduler)
+    options["steps"] = steps_of_pixels(scheduler, transitions)
+    errors = measure_errors(unet, scheduler, images, process.timesteps.tolist(), **options)
     return bound_from_errors(errors, scheduler)

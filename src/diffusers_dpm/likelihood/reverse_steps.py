@@ -1,4 +1,4 @@
-"""The terms of the variational bound for steps of DDPM whose variance may differ from pixel to pixel.
+"""The terms of the variational bound, also for steps of DDPM whose variance differs from pixel to pixel.
 
 A network with 2C output channels chooses it, between the two fixed ones (Nichol and Dhariwal 2021, eq. 15).
 """
@@ -15,10 +15,22 @@ from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.likelihood.decoder import decoder_log_prob, decoder_variances
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.schedulers import DDPMScheduler
-from diffusers_dpm.schedulers.noise_schedule import CLEAN, NoiseSchedule, on_host
+from diffusers_dpm.schedulers.noise_schedule import CLEAN, Level, NoiseSchedule, on_host
 
 
 Step = tuple[float, float | None]  # from timestep t to s; None: to clean data
+
+
+def gaussian_divergence(squared_distance: Tensor, log_variance: Tensor, log_other: Tensor) -> Tensor:
+    """KL(N(m, e^log_variance) || N(m', e^log_other)) in nats, elementwise, for squared_distance = (m - m')^2."""
+    excess = log_variance - log_other
+    return 0.5 * (torch.expm1(excess) - excess + squared_distance * torch.exp(-log_other))
+
+
+def prior_divergence(schedule: NoiseSchedule, level: Level, mean_square: Tensor) -> Tensor:
+    """KL(q(x_t | x_0) || N(0, init_noise_sigma^2 I)) in nats per dimension, for the mean squares (N,) of x_0."""
+    log_variances = (on_host(2 * math.log(sigma)) for sigma in (level.sigma, schedule.init_noise_sigma))
+    return gaussian_divergence(level.alpha**2 * on_host(mean_square), *log_variances)
 
 
 class ReverseSteps(NamedTuple):
@@ -51,8 +63,7 @@ class ReverseSteps(NamedTuple):
 
     def divergence(self, error: Tensor, log_variance: Tensor) -> Tensor:
         """KL(q(x_s | x_t, x_0) || p(x_s | x_t)) in nats, elementwise, for x_0 - x_0-hat and p's variance."""
-        excess = self.small - log_variance
-        return 0.5 * (torch.expm1(excess) - excess + (self.error * error) ** 2 * torch.exp(-log_variance))
+        return gaussian_divergence((self.error * error) ** 2, self.small, log_variance)
 
     def terms(
         self, x0: Tensor, error: Tensor, log_variance: Tensor, num_levels: int | None, cdf: str = "exact"
@@ -117,13 +128,19 @@ class PixelTerms:
     Attributes:
         steps: the m different ones.
         terms: float64 (N, m), nats per dimension; NaN where nothing was measured.
+
+    Raises:
+        DiffusersDPMError: steps of both kinds.
     """
 
     def __init__(self, steps: Iterable[Any], schedule: NoiseSchedule, num_images: int, *decoder: Any):
-        self.steps = tuple(sorted(dict.fromkeys(steps), key=len))  # the learned ones, which are pairs, first
+        self.steps = tuple(dict.fromkeys(steps))
         *self.decoder, decoder_variance = decoder
         learned = [step for step in self.steps if len(step) == 2]
-        self.num_learned = len(learned)
+        if learned and len(learned) < len(self.steps):
+            raise DiffusersDPMError(
+                "steps of learned_range and of a variance head are of two networks: measure one at a time."
+            )
         self.table = reverse_steps(schedule, learned, decoder_variance) if learned else None
         self.terms = torch.full((num_images, len(self.steps)), math.nan, dtype=torch.float64, device="cpu")
         self.columns: dict[float, list[int]] = {}
@@ -159,21 +176,19 @@ class PixelTerms:
                 "variances of pixels need a network with 2C output channels: trained with learned_range, or of "
                 "VarianceHead.attach."
             )
-        for i, column in found:
-            if column >= self.num_learned:
-                pixels = self.steps[column].of_pixels(error[i], clipping[i], variance[i], epsilon[i])
-                self.terms[rows[i], column] = pixels.mean()
-        found = [(i, column) for i, column in found if column < self.num_learned]
-        if not found or self.table is None:
-            return
         pairs, columns = (list(values) for values in zip(*found, strict=True))
-        steps = self.table.at(torch.tensor(columns, device="cpu"), x0)
-        log_variance = steps.log_variance(variance[pairs])
-        terms = steps.terms(x0[pairs], error[pairs], log_variance, *self.decoder)
+        if self.table is None:
+            steps = (self.steps[column].of_pixels for column in columns)
+            looks = zip(error[pairs], clipping[pairs], variance[pairs], epsilon[pairs], strict=True)
+            terms = torch.stack([of_pixels(*look).mean() for of_pixels, look in zip(steps, looks, strict=True)])
+        else:
+            table = self.table.at(torch.tensor(columns, device="cpu"), x0)
+            log_variance = table.log_variance(variance[pairs])
+            terms = table.terms(x0[pairs], error[pairs], log_variance, *self.decoder)
         self.terms[[rows[i] for i in pairs], columns] = terms.cpu()
 
     def check(self) -> None:
         """Raise DiffusersDPMError for a step that has no finite term."""
         if len(bad := (~self.terms.isfinite()).nonzero()):
             t, *_ = self.steps[bad[0, 1]]
-            raise DiffusersDPMError(f"timestep {t} of samplers is off the timesteps, or its variance is not finite.")
+            raise DiffusersDPMError(f"timestep {t} of steps is off the timesteps, or its variance is not finite.")

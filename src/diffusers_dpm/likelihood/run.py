@@ -204,6 +204,10 @@ def build_samplers(task: Task) -> list[ReverseSampler]:
         has_head = (name := RunFolder.variance_head.name) in RunFolder(task.model).extras()
         if has_head and LEARNED not in variances:
             variances.append(load_extra(task.model, name).config.target)
+    if LEARNED in variances and (own := task.pipeline.scheduler.config.get("variance_type")) == "learned":
+        raise DiffusersDPMError(
+            f"variance_type of {task.model} is {own}, not {LEARNED}: choose another --reverse-variance"
+        )
     num_steps = sorted(set(options.num_inference_steps or [10, 25, 50, 100]))
     samplers: list[ReverseSampler] = []
     for spacing, variance in product(options.timestep_spacing or ["even"], variances):
@@ -259,24 +263,26 @@ def measure_bounds(task: Task) -> list[tuple[ReverseSampler, elbo.EvidenceLowerB
     Interrupted, the same call continues.
     """
     samplers = build_samplers(task)
-    task.pipeline.unet = network_of(task, samplers)
+    # A pipeline of its own: what else is measured takes the network as it is.
+    task = task._replace(pipeline=DPMPipeline(network_of(task, samplers), task.pipeline.scheduler))
     timesteps = sorted({t for sampler in samplers for t in sampler.scheduler.timesteps.tolist()})
     options, scheduler = task.options, samplers[0].scheduler
+    schedule_hash = scheduler.schedule.hash
     choices = {"timesteps": timesteps, "cdf": options.cdf, "decoder_variance": options.decoder_variance}
-    of_pixels = [sampler.scheduler for sampler in samplers if elbo.pixel_steps(sampler.scheduler)]
-    steps = tuple(dict.fromkeys(step for each in of_pixels for step in elbo.pixel_steps(each)))
+    steps = elbo.pixel_steps(*(sampler.scheduler for sampler in samplers))
     settings = {**choices, **({"steps": short_hash({"steps": steps})} if steps else {})}
     settings |= {key: scheduler.config[key] for key in CLIPPING}
 
     def measure(**batch: Any) -> Tensors:
-        errors = elbo.measure_errors(task.pipeline.unet, scheduler, **choices, **batch, samplers=of_pixels)
+        errors = elbo.measure_errors(task.pipeline.unet, scheduler, **choices, **batch, steps=steps)
         tensors = {"moments": errors.moments, "decoder": errors.decoder, "mean_square": errors.mean_square}
-        return tensors if errors.terms is None or not steps else {**tensors, "terms": errors.terms}
+        return {**tensors, "terms": torch.stack([*errors.of_pixels.values()], dim=1)} if steps else tensors
 
     report_cost(task.pipeline.unet, len(task.indices) * len(timesteps), options.batch_size)
     block = max(1, 8 * options.batch_size // len(timesteps))
     measured = task.measure("elbo", settings, measure, block, len(timesteps), unit="call", desc="images x timesteps")
-    errors = elbo.PredictionErrors(tuple(timesteps), **measured, schedule_hash=scheduler.schedule.hash, steps=steps)
+    of_pixels = dict(zip(steps, measured.pop("terms").T, strict=True)) if steps else {}
+    errors = elbo.PredictionErrors(tuple(timesteps), **measured, schedule_hash=schedule_hash, of_pixels=of_pixels)
     bounds = [(sampler, elbo.bound_from_errors(errors, sampler.scheduler)) for sampler in samplers]
     write_terms(RunFolder(task.folder).likelihood_terms, bounds)
     plot(RunFolder(task.folder).likelihood_plot, bounds)
