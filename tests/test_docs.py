@@ -52,7 +52,8 @@ BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SMALL = {
     "train": "--max-train-steps 2 --batch-size 16 --learning-rate 1e-3 --lr-warmup-steps 0 "
     "--sample-every 0 --log-with none",
-    "train runs/mine": "--max-train-steps 40",
+    "train runs/mine": "--max-train-steps 40 --ema-snapshot-every 20",
+    "ema": "",
     "train --resume": "--max-train-steps 41",
     "train-classifier": "--max-train-steps 2 --log-with none",
     "train-variance": "--max-train-steps 2 --log-with none",
