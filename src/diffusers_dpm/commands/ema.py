@@ -22,7 +22,7 @@ class EMALengthOptions:
 
 
 def run(model: str, options: EMALengthOptions) -> None:
-    from tqdm.auto import tqdm
+    from accelerate.utils import tqdm
 
     from diffusers_dpm.training.post_hoc_ema import average_run, num_snapshots
 
