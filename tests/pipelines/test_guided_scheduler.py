@@ -1,5 +1,7 @@
 """A scheduler that guides: in diffusers' own pipelines it is what guidance is in `DPMPipeline`."""
 
+import inspect
+
 import diffusers
 import pytest
 import torch
@@ -49,11 +51,16 @@ def test_it_keeps_its_name_its_config_and_its_arguments():
     assert isinstance(guided, diffusers.DDIMScheduler)
     assert type(guided).__name__ == "DDIMScheduler"
     assert dict(guided.config) == dict(plain.config)
-    unet = ImageMixtureNetwork().float()
-    pipe = DDPMPipeline(unet, guided)
-    pipe.set_progress_bar_config(disable=True)
-    assert pipe(num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0)).images.shape
-    assert not hasattr(plain, "guides")
+    for name in ("step", "set_timesteps"):  # DDPMPipeline reads which arguments there are
+        assert inspect.signature(getattr(guided, name)) == inspect.signature(getattr(plain, name))
+    images = []
+    for scheduler in (diffusers.DDIMScheduler(beta_end=0.03), guided, plain):
+        pipe = DDPMPipeline(ImageMixtureNetwork().float(), scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        drawn = pipe(num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0))
+        images.append(drawn.images)
+    assert (images[2] == images[0]).all()  # the scheduler that was copied guides nothing
+    assert (images[1] != images[0]).any()
 
 
 def test_the_networks_of_guides_are_in_evaluation_mode():
@@ -72,6 +79,61 @@ def test_the_networks_of_guides_are_in_evaluation_mode():
     guided.step(x, guided.timesteps[0], x)
     assert modes == [False]
     assert network.training
+
+
+def test_guides_are_bound_once_in_a_loop_and_anew_for_others():
+    """For each shape and precision; after `set_timesteps`, a guide may have other weights or another device."""
+    shapes = []
+
+    class Counts(Guidance):
+        def bind(self, unet, classifier, scheduler, latents, labels):
+            shapes.append((len(latents), latents.dtype))
+            return self
+
+        def guide(self, prediction):
+            return prediction
+
+    guided = guided_scheduler(diffusers.DDIMScheduler(), Counts())
+    for samples in ([torch.zeros(2, 1, 2, 2)], [torch.zeros(3, 1, 2, 2), torch.zeros(2, 1, 2, 2).double()]):
+        guided.set_timesteps(4)
+        for t in guided.timesteps:
+            for x in samples:
+                guided.step(torch.zeros_like(x), t, x)
+    assert shapes == [(2, torch.float32), (3, torch.float32), (2, torch.float64)]
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(), diffusers.DDIMScheduler(), diffusers.HeunDiscreteScheduler()])
+def test_a_gradient_that_is_not_finite_is_refused_after_the_loop(make_pipe, scheduler):
+    """As by DPMPipeline, with the step at which it was; also where the guide is not active any more."""
+
+    def broken(x_t, t, x0_hat):
+        return energy(x_t, t, x0_hat) * (torch.nan if t < 700 else 1.0)
+
+    pipe = make_pipe(scheduler, ImageMixtureNetwork())
+    messages = []
+    for guide in (ClassifierGuidance(broken, interval=(300, 999)), ClassifierGuidance(energy)):
+        arguments = {"latents": latents(2), "num_inference_steps": 10, "output_type": "latent"}
+        pipes = make_pipe(guided_scheduler(scheduler, guide), ImageMixtureNetwork()), pipe
+        for one, guidance in zip(pipes, ({}, {"guidance": guide}), strict=True):
+            if guide.log_prob is energy:
+                assert one(**arguments, **guidance).images.isfinite().all()
+                continue
+            with pytest.raises(ValueError, match="the guidance gradient is not finite from step_index") as error:
+                one(**arguments, **guidance)
+            messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+def test_a_loop_that_was_left_does_not_spoil_the_next():
+    guide = ClassifierGuidance(lambda x_t, t, x0_hat: energy(x_t, t, x0_hat) * (torch.nan if bad else 1.0))
+    guided, x, bad = guided_scheduler(DDIMScheduler(), guide), torch.zeros(1, 1, 2, 2), True
+    guided.set_timesteps(3)
+    guided.step(x, guided.timesteps[0], x)
+    guided.set_timesteps(3)
+    bad = False
+    for t in guided.timesteps:
+        x = guided.step(x, t, x).prev_sample
+    assert x.isfinite().all()
 
 
 @pytest.mark.parametrize(
