@@ -319,11 +319,13 @@ class StockScheduler(SchedulerAdapter):
         if not self._is_flow and not hasattr(scheduler, "add_noise"):
             raise ValueError(f"{self.name} has no add_noise: an image needs another scheduler")
         zero, one = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
+        self._forget_and_begin_at(0)  # `add_noise` goes by the step of a loop that is under way
         for i, t in enumerate(scheduler.timesteps):
             if self._is_flow:  # whose scale_noise knows no invert_sigmas
                 levels.append(self.noise_level(i, t))
                 continue
-            self._forget_and_begin_at(i)
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(i)
             pair = scheduler.add_noise(one, zero, t[None]), scheduler.add_noise(zero, one, t[None])
             levels.append((pair[0].item(), pair[1].item()))
         return [*levels, (1.0, 0.0)]
