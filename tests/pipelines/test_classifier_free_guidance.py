@@ -140,9 +140,13 @@ def test_no_label_is_minus_one(real_pipe):
 def test_a_classifier_of_the_real_classes_guides_it(real_pipe):
     real_pipe.register_modules(classifier=HeadClassifier(num_classes=2))
     arguments = {"seeds": [3, 4], "class_labels": [0, 1], "guidance_scale": 3.0}
-    assert torch.equal(path(real_pipe, **arguments), path(real_pipe, **arguments | {"guidance": None}))
-    by_null_class = path(real_pipe, seeds=[3, 4], class_labels=[0, 1], guidance=ClassifierFreeGuidance(3.0))
-    assert not torch.equal(path(real_pipe, **arguments), by_null_class)
+    found, scale = path(real_pipe, **arguments), arguments.pop("guidance_scale")
+    by_classifier, by_null_class = (
+        path(real_pipe, **arguments, guidance=guide(scale=scale))
+        for guide in (ClassifierGuidance, ClassifierFreeGuidance)
+    )
+    assert torch.equal(found, by_classifier)
+    assert not torch.equal(found, by_null_class)
     real_pipe.register_modules(classifier=HeadClassifier(num_classes=3))
     with pytest.raises(ValueError, match=r"num_classes=3, .* 2"):
         path(real_pipe, **arguments)
