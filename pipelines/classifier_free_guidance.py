@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .guidance import Guidance, Prediction, Scale
+from .guidance import Guidance, Prediction, Scale, shaped
 from .networks import image_shape, is_conditional, null_class_of, num_classes_of
 from .scheduler_adapter import SchedulerAdapter
 
@@ -68,7 +68,7 @@ class ClassifierFreeGuidance(Guidance):
 
     def _with_scale(self, latents: Tensor, **changes: Any) -> Any:
         """With each image's w; None where every w is 1."""
-        scale = torch.as_tensor(self.scale).expand(len(latents)).to(latents)
+        scale = self._scales(latents)
         return None if (scale == 1).all() else replace(self, scale=scale, **changes)
 
     def guide(self, prediction: Prediction) -> Prediction:
@@ -77,7 +77,7 @@ class ClassifierFreeGuidance(Guidance):
         guided = self.extrapolated(prediction, plain, self.reference(prediction))
         if self.rescale:
             ratio = plain.flatten(1).std(dim=1) / guided.flatten(1).std(dim=1).clamp(min=1e-30)  # 0 by `zero_init`
-            guided = guided * (1 - self.rescale + self.rescale * ratio.view(-1, *(1,) * (plain.ndim - 1)))
+            guided = guided * (1 - self.rescale + self.rescale * shaped(ratio, plain))
         return replace(prediction, output=guided + (prediction.output - plain))
 
     def reference(self, prediction: Prediction) -> Tensor:
@@ -119,7 +119,7 @@ class AdaptiveProjectedGuidance(ClassifierFreeGuidance):
             return super().extrapolated(prediction, plain, reference)
         x0 = prediction.x0_of(plain)
         difference = x0 - prediction.x0_of(reference)
-        length = difference.flatten(1).norm(dim=1).view(-1, *(1,) * (plain.ndim - 1))
+        length = shaped(difference.flatten(1).norm(dim=1), plain)
         difference = difference * (self.norm_threshold / length).clamp(max=1).nan_to_num(1)
         parallel = along(difference, x0)
         shift = difference - (1 - self.eta) * parallel
@@ -207,4 +207,4 @@ def along(x: Tensor, direction: Tensor) -> Tensor:
     """Each image's part of (B, C, H, W) along that of `direction`; 0 along nothing."""
     x_, direction_ = x.flatten(1), direction.flatten(1)
     factor = (x_ * direction_).sum(dim=1) / direction_.square().sum(dim=1)
-    return direction * factor.nan_to_num(0).view(-1, *(1,) * (x.ndim - 1))
+    return direction * shaped(factor.nan_to_num(0), x)

@@ -3,17 +3,17 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .guidance import Guidance, Guides, Prediction, Scale
+from .guidance import Guidance, Guides, Prediction, Scale, shaped
 from .networks import image_size, num_classes_of
 from .scheduler_adapter import Output, SchedulerAdapter
 
 
-LogProbability = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x_t, t, x0_hat) -> (B,)
+LogProbability = Callable[[Tensor, Any, Tensor], Tensor]  # (x_t, t, x0_hat) -> (B,)
 LOSS_SCALE = 2.0**10  # half precision would lose gradients below 6e-8; a power of two rounds nothing
 
 
@@ -67,6 +67,7 @@ class ClassifierGuidance(Guidance):
     through_unet: bool = False
     clip: Callable[[Tensor], Tensor] | None = None
     clip_order: str | None = "after"
+    takes_number: ClassVar[bool] = False  # whether `log_prob` gets t as a float, which no device has to be asked for
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,7 +92,7 @@ class ClassifierGuidance(Guidance):
         Raises:
             ValueError: the classifier or the labels are missing, or do not fit.
         """
-        scale, log_prob = torch.as_tensor(self.scale).expand(len(latents)).to(latents), self.log_prob
+        scale, log_prob = self._scales(latents), self.log_prob
         if log_prob is None:
             if classifier is None or labels is None:
                 missing = "a classifier or a cond_fn" if classifier is None else "class_labels"
@@ -111,10 +112,9 @@ class ClassifierGuidance(Guidance):
         if prediction.is_noise:
             return prediction
         gradient = self.gradient(prediction)
-        total = gradient if prediction.gradient is None else prediction.gradient + gradient
         if self.mode == "score":
             prediction = prediction.shifted(prediction.sigma**2 / prediction.alpha * gradient)
-        return replace(prediction, gradient=total)
+        return prediction.with_gradient(gradient)
 
     def __call__(self, output: Tensor, x_t: Tensor, t: float | Tensor, alpha: float, sigma: float) -> Tensor:
         """The guided output.
@@ -144,7 +144,8 @@ class ClassifierGuidance(Guidance):
                 x = x_t.detach().clone().requires_grad_()  # a clone, because x_t may come from inference mode
                 x0_hat = prediction.x0.detach() + (x - x_t.detach()) / alpha
             assert self.log_prob is not None
-            log_prob = self.log_prob(x, torch.full((), prediction.t, device=x.device), x0_hat)
+            t = prediction.t if self.takes_number else torch.full((), prediction.t, device=x.device)
+            log_prob = self.log_prob(x, t, x0_hat)
             if not isinstance(log_prob, Tensor):
                 raise ValueError(f"cond_fn must return a tensor ({len(x)},), got {type(log_prob).__name__}")
             if log_prob.shape != x.shape[:1] or not log_prob.requires_grad:
@@ -156,7 +157,7 @@ class ClassifierGuidance(Guidance):
             # other guides may need the network's graph, too
             gradient = torch.autograd.grad(total, x, retain_graph=self.through_unet)[0] / LOSS_SCALE
         if self.max_gradient_norm is not None:
-            norm = gradient.flatten(1).norm(dim=1).view(-1, *(1,) * (x_t.ndim - 1))
+            norm = shaped(gradient.flatten(1).norm(dim=1), x_t)
             gradient = gradient * (self.max_gradient_norm / norm).clamp(max=1)
         scale = self._scale_of(gradient)
         return (scale * gradient).masked_fill(scale == 0, 0)  # of an image that is not guided, even if it is nan

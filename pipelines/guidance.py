@@ -85,6 +85,10 @@ class Prediction:
         """The prediction of that x_0 instead."""
         return replace(self, output=self.p * self.x_t + self.q * x0)
 
+    def with_gradient(self, gradient: Tensor) -> "Prediction":
+        """The prediction whose `gradient` has (B, C, H, W) in its sum, too."""
+        return replace(self, gradient=gradient if self.gradient is None else self.gradient + gradient)
+
 
 class Guidance:
     """What `DPMPipeline` takes as `guidance`, alone or in a list: `bind` once in a call, then `guide` at every step.
@@ -142,9 +146,16 @@ class Guidance:
         """The prediction, guided. It is called at the timesteps of the interval."""
         raise NotImplementedError
 
+    def _scales(self, latents: Tensor) -> Tensor:
+        """w of each image, (B,), in the precision of the images and on their device: what `bind` makes of `scale`."""
+        scale = torch.as_tensor(self.scale)
+        if scale.numel() != 1 and len(scale) != len(latents):
+            raise ValueError(f"guidance_scale has {len(scale)} numbers for {len(latents)} images")
+        return scale.expand(len(latents)).to(latents)
+
     def _scale_of(self, images: Tensor) -> Tensor:
         """w in the precision and with the dimensions of a batch of images."""
-        return torch.as_tensor(self.scale).to(images).view(-1, *(1,) * (images.ndim - 1))
+        return shaped(torch.as_tensor(self.scale).to(images), images)
 
 
 @dataclass(frozen=True)
@@ -182,7 +193,7 @@ class Guides:
 
     @property
     def clip_order(self) -> str | None:
-        return next((guide.clip_order for guide in self.guides if guide.clip_order), None)
+        return clip_order_of(self.guides)
 
     @property
     def mode(self) -> str:
@@ -216,6 +227,8 @@ class Guides:
         """
         t = t.item() if isinstance(t, Tensor) else t
         active = [guide for guide in self.guides if guide.interval[0] <= t <= guide.interval[1]]
+        # With "before", the scheduler clips at no step.
+        clip_order = self.clip_order if self.clip_order == "before" else clip_order_of(active)
         kind, channels, null = self.prediction_type, x_t.shape[1], None
         p, q = (kind if callable(kind) else OUTPUTS[kind])(alpha, sigma)
         with graph(any(guide.through_unet for guide in active)) as through:
@@ -228,16 +241,26 @@ class Guides:
                 output = network(x_t)
             plain, variance = output[:, :channels], output[:, channels:]
             prediction = Prediction(network, x_t, t, alpha, sigma, p, q, plain, plain, null)
-            if self.clip is not None and self.clip_order in ("before", "both"):
+            if self.clip is not None and clip_order in ("before", "both"):
                 prediction = prediction.with_x0(self.clip(prediction.x0))
             unguided = prediction.output
             for guide in active:
                 prediction = guide.guide(prediction)
         guided = prediction.output.detach()
-        if self.clip is not None and self.clip_order in ("after", "both"):
-            changed = (guided != unguided).flatten(1).any(dim=1).view(-1, *(1,) * (x_t.ndim - 1))
-            guided = torch.where(changed, prediction.with_x0(self.clip(prediction.x0)).output, guided)
+        if self.clip is not None and clip_order in ("after", "both"):
+            changed = shaped((guided != unguided).flatten(1).any(dim=1), x_t)
+            guided = torch.where(changed, prediction.with_x0(self.clip(prediction.x0)).output, plain)
         return torch.cat([guided, variance], dim=1).detach(), prediction.gradient
+
+
+def clip_order_of(guides: Sequence[Guidance]) -> str | None:
+    """That of the guides, of which none contradicts another; None if none has one."""
+    return next((guide.clip_order for guide in guides if guide.clip_order), None)
+
+
+def shaped(values: Tensor, like: Tensor) -> Tensor:
+    """(B,) so that they broadcast over (B, ...)."""
+    return values.view(-1, *(1,) * (like.ndim - 1))
 
 
 @contextmanager

@@ -7,14 +7,14 @@ images (B, C, H, W) in the model's range, which is [-1, 1], to measurements.
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .guidance import Guidance, Prediction, Scale
+from .guidance import Guidance, Prediction, Scale, shaped
 from .scheduler_adapter import SchedulerAdapter
 
 
@@ -55,8 +55,8 @@ class LinearOperator(torch.nn.Module):
         kept = self.keep(torch.ones_like(y)).real.flatten(1).sum(dim=1)
         return kept * 2 if y.is_complex() else kept
 
-    def mean_gain(self, x: Tensor) -> float:
-        """The trace of A A^T by the number of measurements, for images like x."""
+    def mean_gain(self, x: Tensor) -> float | Tensor:
+        """The trace of A A^T by the number of measurements, for images like x; a tensor () is not waited for."""
         return self.gain
 
     def measure(self, images: Tensor, noise_std: float = 0.0, generator: Any = None) -> Tensor:
@@ -170,9 +170,9 @@ class FourierOperator(LinearOperator):
         """The eigenvalues of A^T A, which broadcast to the spectrum of x."""
         raise NotImplementedError
 
-    def mean_gain(self, x: Tensor) -> float:
+    def mean_gain(self, x: Tensor) -> Tensor:
         total = self.gains(x).expand(x.shape[1:]).sum()
-        return (total / self.count(self(x[:1].detach()))[0]).item()
+        return total / self.count(self(x[:1].detach()))[0]
 
     def solve(self, x: Tensor, variance: float, noise_variance: float) -> Tensor:
         gains = self.gains(x)
@@ -328,12 +328,14 @@ class MeasurementGuidance(Guidance):
     iterations: int = 1
     min_snr: float = 0.1
     interval: tuple[float, float] = (-math.inf, math.inf)
-    through_unet: bool = field(default=True, init=False)
     mode = "score"
+
+    @property
+    def through_unet(self) -> bool:  # type: ignore[override]
+        return self.method != "diffpir"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "through_unet", self.method != "diffpir")
         if not isinstance(self.operator, LinearOperator):
             raise ValueError(f"the operator must be a LinearOperator, got {type(self.operator).__name__}")
         if self.method not in METHODS:
@@ -367,10 +369,11 @@ class MeasurementGuidance(Guidance):
         y = operator.keep(y.to(expected).expand_as(expected))
         if not y.isfinite().all():
             raise ValueError("the measurement is not finite")
-        if not torch.as_tensor(self.scale).any():
+        scale = self._scales(latents)
+        if not scale.any():
             return None
         variance = self.posterior_variance or scheduler.posterior_variance or unit_variance
-        return replace(self, operator=operator, measurement=y, posterior_variance=variance)
+        return replace(self, operator=operator, measurement=y, scale=scale, posterior_variance=variance)
 
     def guide(self, prediction: Prediction) -> Prediction:
         """x_0' for x_0, from the x_0 that the guides before have left."""
@@ -394,7 +397,7 @@ class MeasurementGuidance(Guidance):
             direction = A.adjoint(conjugate_gradients(measured, residual, self.iterations))
         elif self.method == "dps":
             rms = torch.sqrt(inner(residual, residual) / shaped(A.count(residual), residual))
-            expected = math.sqrt(variance * A.mean_gain(x0) + noise_variance)
+            expected = (variance * A.mean_gain(x0) + noise_variance) ** 0.5
             direction = A.adjoint(residual / (rms * expected).clamp(min=1e-12))
         else:
             direction = A.solve(A.adjoint(residual), variance, noise_variance)
@@ -402,19 +405,12 @@ class MeasurementGuidance(Guidance):
         reached = A(shift)
         share = inner(residual, reached) / inner(reached, reached)  # of the way to where |y - A x_0| is smallest
         shift = shift * self._scale_of(x0) * shaped(share.nan_to_num().clamp(0, 1).flatten(), x0)
-        gradient = alpha / sigma**2 * shift
-        total = gradient if prediction.gradient is None else prediction.gradient + gradient
-        return replace(prediction.shifted(shift), gradient=total)
+        return prediction.shifted(shift).with_gradient(alpha / sigma**2 * shift)
 
 
 def unit_variance(alpha: float, sigma: float) -> float:
     """Of x_0 given x_t, for data N(0, I)."""
     return sigma**2 / (alpha**2 + sigma**2)
-
-
-def shaped(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) so that they broadcast over (B, ...)."""
-    return values.view(-1, *(1,) * (like.ndim - 1))
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class TextGuidance(Guidance):
                 raise ValueError(f"the weights of a prompt must be finite and not add up to 0, got {prompt}")
 
     def _descent(self, log_prob: Any) -> ClassifierGuidance:
-        return ClassifierGuidance(
+        return Descent(
             log_prob,
             scale=self.scale,
             interval=self.interval,
@@ -125,38 +125,49 @@ class TextGuidance(Guidance):
             targets = embedding(self.model.get_text_features(**tokens), latents.dtype)
             weights = torch.tensor([[prompt.get(text, 0.0) for text in texts] for prompt in prompts])
             weights = (weights / weights.sum(dim=1, keepdim=True).abs()).to(targets)
-        energy = self.energy(targets, weights.expand(len(latents), -1))
+            energy = self.energy(targets, weights.expand(len(latents), -1))
         return self._descent(lambda x_t, t, x0_hat: -energy(x0_hat, t)).bind(
             unet, classifier, scheduler, latents, labels
         )
 
-    def energy(self, targets: Tensor, weights: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    def energy(self, targets: Tensor, weights: Tensor) -> Callable[[Tensor, float], Tensor]:
         """f(x0_hat, t) -> (B,), for embeddings (K, D) of the texts and each image's weights (B, K) of them."""
+        mean, std = (
+            torch.tensor(values).to(targets).view(1, -1, 1, 1) for values in (self.image_mean, self.image_std)
+        )
 
-        def energy(x0_hat: Tensor, t: Tensor) -> Tensor:
+        def energy(x0_hat: Tensor, t: float) -> Tensor:
             images = x0_hat if self.decode is None else self.decode(x0_hat).to(x0_hat.dtype)
-            seen = embedding(self.model.get_image_features(pixel_values=self._pixels(images, t)), images.dtype)
+            pixels = (self._cutouts(images, t) - mean) / std
+            features = self.model.get_image_features(
+                pixel_values=pixels.to(getattr(self.model, "dtype", pixels.dtype))
+            )
+            seen = embedding(features, images.dtype)
             distances = spherical_distance(seen[:, None], targets).unflatten(0, (self.num_cutouts, -1)).mean(dim=0)
-            excess, right, down = images - images.clamp(-1, 1), images.diff(dim=3), images.diff(dim=2)
             total = (weights * distances).sum(dim=1)
             if self.range_scale:
+                excess = images - images.clamp(-1, 1)
                 total = total + self.range_scale * excess.square().flatten(1).mean(dim=1)
             if self.tv_scale:
+                right, down = images.diff(dim=3), images.diff(dim=2)
                 variation = right.square().flatten(1).sum(dim=1) + down.square().flatten(1).sum(dim=1)
                 total = total + self.tv_scale * variation / images[0].numel()
             return total
 
         return energy
 
-    def _pixels(self, x0: Tensor, t: Tensor) -> Tensor:
-        """What CLIP sees: (cut-outs * B, C, S, S), normalised, in the model's precision."""
+    def _cutouts(self, x0: Tensor, t: float) -> Tensor:
+        """What CLIP sees, before it is normalised: (cut-outs * B, C, S, S)."""
         config = self.model.config.vision_config
         images = (x0 / 2 + 0.5).expand(-1, config.num_channels, -1, -1)
         cuts = cutouts(images, config.image_size, self.num_cutouts, self.min_cut, cut_generator(self.seed, t))
-        if self.augment is not None:
-            cuts = self.augment(cuts)
-        mean, std = (torch.tensor(values).to(cuts).view(1, -1, 1, 1) for values in (self.image_mean, self.image_std))
-        return ((cuts - mean) / std).to(getattr(self.model, "dtype", cuts.dtype))
+        return cuts if self.augment is None else self.augment(cuts)
+
+
+class Descent(ClassifierGuidance):
+    """Whose `log_prob` gets t as a number, of which the cut-outs are made on the host."""
+
+    takes_number = True
 
 
 def embedding(output: Any, dtype: torch.dtype) -> Tensor:
@@ -170,9 +181,9 @@ def spherical_distance(u: Tensor, v: Tensor) -> Tensor:
     return 2 * (chord / 2).clamp(max=1 - 1e-6).asin().square()
 
 
-def cut_generator(seed: int, t: Tensor) -> torch.Generator:
+def cut_generator(seed: int, t: float) -> torch.Generator:
     """The same random numbers at a timestep for every batch and every walk."""
-    return torch.Generator().manual_seed((seed * 0x9E3779B1 + round(float(t) * 1e4)) % 2**32)
+    return torch.Generator().manual_seed((seed * 0x9E3779B1 + round(t * 1e4)) % 2**32)
 
 
 def cutouts(images: Tensor, size: int, count: int, min_cut: float, generator: torch.Generator) -> Tensor:
@@ -188,7 +199,8 @@ def cutouts(images: Tensor, size: int, count: int, min_cut: float, generator: to
     extents = torch.tensor([width, height])
     shares = sides[:, None] / extents  # of width and height, (count, 2)
     centres = (2 * torch.rand(count, 2, generator=generator) - 1) * (1 - shares)
-    theta = torch.cat([torch.diag_embed(shares), centres[:, :, None]], dim=2).to(images)
+    theta = torch.cat([torch.diag_embed(shares), centres[:, :, None]], dim=2)
+    theta = theta.to(images.device, images.dtype, non_blocking=True)
     grid = affine_grid(theta, [count, images.shape[1], size, size], align_corners=False)
     grid = grid.repeat_interleave(len(images), dim=0)
     every = images.repeat(count, 1, 1, 1)

@@ -1,8 +1,10 @@
 """Real networks, small enough to run hundreds of steps per second."""
 
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusers_dpm.pipelines import DPMPipeline
 from tests.models import ImageMixtureNetwork, tiny_unet
@@ -22,6 +24,31 @@ def gaussian_unet():
         return ImageMixtureNetwork(means, (std,) * len(means), **config).float()
 
     return make
+
+
+class Reads(TorchDispatchMode):
+    """Collects the calls that read a tensor's value: `item`, `float`, `bool`."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if "_local_scalar_dense" in str(operation):
+            self.calls.append(args)
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def values_read():
+    """Of a block, the list of values that were read; each is a wait for the device, if there is one."""
+
+    @contextmanager
+    def reading():
+        with Reads() as reads:
+            yield reads.calls
+
+    return reading
 
 
 @pytest.fixture

@@ -488,6 +488,20 @@ def test_clip_order(make_pipe, library, clip_order, x0_of, thresholding):
     assert scheduler.config.clip_sample is not thresholding
 
 
+@pytest.mark.parametrize("library", [DDIMScheduler, diffusers.DDIMScheduler], ids=["ours", "stock"])
+@pytest.mark.parametrize("clip_order", ["after", "both"])
+def test_what_no_guide_moves_is_clipped_by_the_scheduler_alone(make_pipe, library, clip_order):
+    """Before an interval begins, and of an image that is not guided at all, each x_t is that without guidance."""
+    pipe = make_pipe(library(**LINEAR), ImageMixtureNetwork(means=((-1.6, 0.9),), deviations=(0.5,)))
+    arguments = {"latents": latents(2), "num_inference_steps": 10}  # timesteps 900, 800, ... 0
+    plain = path(pipe, **arguments)
+    options = {"cond_fn": lambda x_t, t, x0: x_t.flatten(1).sum(1), "guidance_scale": [2.0, 0.0]}
+    guided = path(pipe, **arguments, **options, guidance_interval=(0, 500), clip_order=clip_order)
+    assert torch.equal(guided[:5], plain[:5])
+    assert torch.equal(guided[:, 1], plain[:, 1])
+    assert (guided[6, 0] - plain[6, 0]).abs().max() > 1e-3
+
+
 def test_clipping_before_is_guided_diffusions_walk(make_pipe):
     """Clip x_0, derive epsilon again, epsilon - w sigma g, DDIM; nothing is clipped after."""
     network = ImageMixtureNetwork(means=((-1.6, 0.9),), deviations=(0.5,))

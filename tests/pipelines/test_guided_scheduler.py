@@ -150,6 +150,16 @@ def test_guidance_that_needs_more_than_a_step_has(guidance, message):
         guided_scheduler(DDIMScheduler(), guidance)
 
 
+def test_scales_of_other_images_than_there_are():
+    guided, x = (
+        guided_scheduler(DDIMScheduler(), ClassifierGuidance(energy, scale=[1.0, 2.0])),
+        torch.zeros(3, 1, 2, 2),
+    )
+    guided.set_timesteps(2)
+    with pytest.raises(ValueError, match="guidance_scale has 2 numbers for 3 images"):
+        guided.step(x, guided.timesteps[0], x)
+
+
 # Stable Diffusion ------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +201,5 @@ def test_a_text_guides_stable_diffusion_through_its_decoder(clip):  # noqa: F811
         after = sample(pipe, arguments, 8)
     finally:
         pipe.scheduler = stock
-    t = torch.tensor(0)
-    nearer = [bound.log_prob(x0, t, x0.float()) for x0 in (before, after)]
+    nearer = [bound.log_prob(x0, 0.0, x0.float()) for x0 in (before, after)]
     assert nearer[1] > nearer[0] + 1e-3

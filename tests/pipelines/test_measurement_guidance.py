@@ -289,6 +289,19 @@ def test_each_image_has_its_measurement_and_scale(make_pipe):
     torch.testing.assert_close(together[:, 1:2], unguided, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("method", ["pigdm", "diffpir", "mmps", "dps"])
+@each_operator
+def test_no_step_waits_for_a_value(values_read, operator, method):
+    """On another device than the host's, to read one is to wait for all that was asked of it."""
+    x = noise(2, *SHAPE)
+    guide = guidance(operator, operator.measure(x), method=method, scale=0.5)
+    guides = Guides((guide,)).bind(None, None, adapt(DDIMScheduler(**FREE)), x, None)
+    assert guides.guides[0].scale.tolist() == [0.5, 0.5]
+    with values_read() as reads:
+        guides.predict(lambda x_t: 0.5 * x_t, x, 500.0, 0.6, 0.8)
+    assert not reads
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["pigdm", "diffpir", "mmps", "dps"])
 def test_any_precision_and_mode_of_autograd(make_pipe, method, dtype):

@@ -1,5 +1,6 @@
 """Text guidance by a tiny CLIP with random weights: its gradient is that of the energy it names, whatever samples."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from diffusers_dpm.pipelines import ClassifierFreeGuidance, TextGuidance
+from diffusers_dpm.pipelines.guidance import Guides
 from diffusers_dpm.pipelines.text_guidance import cut_generator, cutouts, embedding, spherical_distance
 from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler
 from tests.models import tiny_unet
@@ -43,7 +45,7 @@ def energy_of(guide, clip, images):
     """The energy of images (B, C, H, W), (B,)."""
     adapter = SimpleNamespace(output="epsilon", clip=None)
     bound = guide.bind(None, None, adapter, images, None)
-    return lambda x0, t=500.0: -bound.log_prob(x0, torch.tensor(t), x0)
+    return lambda x0, t=500.0: -bound.log_prob(x0, t, x0)
 
 
 def images(n=2, channels=1, height=8, width=8):
@@ -66,7 +68,7 @@ def test_it_is_the_mean_angle_of_the_cutouts_by_hand(clip):
     found = energy_of(make(clip, num_cutouts=4), clip, x0)(x0)
     text = clip.get_text_features(**tokenizer(["a handwritten two"]))
     text = getattr(text, "pooler_output", text)[0]
-    cuts = cutouts(x0 / 2 + 0.5, 16, 4, 0.6, cut_generator(0, torch.tensor(500.0)))
+    cuts = cutouts(x0 / 2 + 0.5, 16, 4, 0.6, cut_generator(0, 500.0))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (make(clip).image_mean, make(clip).image_std))
     seen = clip.get_image_features(pixel_values=(cuts - mean.double()) / std.double())
     cosine = torch.cosine_similarity(getattr(seen, "pooler_output", seen), text, dim=1)
@@ -151,6 +153,26 @@ def test_augmentations_come_before_clip_sees_the_cutouts(clip):
     flipped = energy_of(make(clip, augment=flip), clip, x0)
     assert (flipped(x0.requires_grad_()) - energy_of(make(clip), clip, x0)(x0)).abs().min() > 0
     assert seen == [((6, 3, 16, 16), True)]
+
+
+def test_no_step_waits_for_a_value(clip, values_read):
+    """On another device than the host's, to read one is to wait for all that was asked of it."""
+    x, network = images().float(), lambda x_t: x_t
+    guide = make(copy.deepcopy(clip).float(), range_scale=1.0, tv_scale=1.0)
+    guides = Guides((guide,)).bind(None, None, SimpleNamespace(output="epsilon", clip=None), x, None)
+    with values_read() as reads:
+        guides.predict(network, x, 500.0, 0.6, 0.8)
+        assert not reads
+        bool(x.any())
+        assert len(reads) == 1  # what is counted is counted
+
+
+def test_it_guides_in_inference_mode(pipe, clip):
+    guide = make(copy.deepcopy(clip).float(), scale=50.0)
+    arguments = {"seeds": [0], "guidance": guide, "num_inference_steps": 2}
+    expected = path(pipe, **arguments)
+    with torch.inference_mode():
+        torch.testing.assert_close(path(pipe, **arguments), expected)
 
 
 # In the pipeline -------------------------------------------------------------------------------------------------
