@@ -22,6 +22,7 @@ from .networks import evaluation_mode, image_shape, is_conditional, null_class_o
 from .scheduler_adapter import SchedulerAdapter, adapt
 
 
+Generators = torch.Generator | list[torch.Generator] | None
 Pictures = Image.Image | np.ndarray | Tensor | Sequence[Image.Image | np.ndarray | Tensor]
 
 
@@ -144,7 +145,7 @@ def to_batch(pictures: Pictures, channels: int, what: str) -> Tensor:
     """(B, C, H, W), float32 in [0, 1], of images in any form that diffusers' pipelines take.
 
     PIL images; arrays (H, W), (H, W, C) or (B, H, W, C), and tensors (H, W), (C, H, W) or (B, C, H, W), in [0, 1] or,
-    if they are uint8, in 0 .. 255; or a list of those.
+    if they are uint8, in 0 .. 255, where the 0 and 1 of a mask are black and white; or a list of those.
 
     Raises:
         ValueError: another form, other channels, mixed sizes, values outside the range.
@@ -180,13 +181,35 @@ def to_tensor(picture: Any, channels: int, what: str) -> Tensor:
     if tensor.ndim != 4 or tensor.shape[1] != channels:
         shape = tuple(picture.shape)
         raise ValueError(f"{what}: {channels} channel{'s' * (channels > 1)} needed, got shape {shape}")
-    return tensor.float() / (255 if tensor.dtype == torch.uint8 and (tensor > 1).any() else 1)
+    of_255 = tensor.dtype == torch.uint8 and (what != "mask" or (tensor > 1).any())
+    return tensor.float() / (255 if of_255 else 1)
 
 
 def check_size(images: Tensor, shape: Sequence[int]) -> None:
     """Raise ValueError for images of another size than that of the network's, (C, H, W)."""
     if images.shape[2:] != tuple(shape[1:]):
         raise ValueError(f"the image is {size_of(images)}, the network's are {shape[1]}x{shape[2]}: resize it")
+
+
+def generator_of(seed: Any) -> torch.Generator:
+    """That of an image. Raises ValueError if the seed is no whole number, or has more than 64 bits."""
+    try:
+        return torch.Generator().manual_seed(index(seed))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"a seed must be a whole number of at most 64 bits, got {seed!r}") from error
+
+
+def common_batch_size(batch_size: int | None, generator: Generators, **tensors: Tensor | None) -> int:
+    """The number of images that all arguments agree on; 1 if none has one. Tensors without dimensions have none."""
+    sizes = {} if batch_size is None else {"batch_size": batch_size}
+    if isinstance(generator, list):
+        sizes["seeds or generators"] = len(generator)
+    sizes |= {name: len(tensor) for name, tensor in tensors.items() if tensor is not None and tensor.ndim > 0}
+    if len({*sizes.values()}) > 1:
+        raise ValueError("numbers of images disagree: " + ", ".join(f"{size} {name}" for name, size in sizes.items()))
+    if min(sizes.values(), default=1) < 1:
+        raise ValueError(f"at least one image must be asked for, got {sizes}")
+    return max(sizes.values(), default=1)
 
 
 def size_of(images: Tensor) -> str:
@@ -246,12 +269,16 @@ class EditingMixin:
                 raise ValueError("the network has classes: encoding needs class_labels")
             class_labels = -1
         labels = None if class_labels is None else torch.as_tensor(self.get_label_ids(class_labels))
+        if labels is not None and not is_conditional(self.unet):
+            raise ValueError("class_labels were given, but the network is unconditional: encoding is for no class")
+        common_batch_size(None, None, image=x, class_labels=labels)
         labels = self._prepare_labels(labels, len(x), torch.Generator(), ())  # draws nothing else
         scheduler = adapt(self.scheduler)
         scheduler.set_timesteps(num_inference_steps, encode=True)
         arguments = scheduler.step_arguments(None, None)
         with evaluation_mode(self.unet):
-            x, _ = self._denoise(x, labels, scheduler, None, arguments, Walk(scheduler), keep_latents, 0)
+            after_step = partial(self._after_step, None, ())
+            x, _ = self._denoise(x, labels, scheduler, None, arguments, Walk(scheduler), after_step, 0)
         self.maybe_free_model_hooks()
         return x / getattr(self.scheduler, "init_noise_sigma", 1.0)
 
@@ -277,10 +304,10 @@ class EditingMixin:
             raise ValueError(f"interpolate chooses the noise itself: leave out {', '.join(sorted(taken))}")
         if weights.ndim != 1 or not len(weights) or not ((weights >= 0) & (weights <= 1)).all():
             raise ValueError(f"frames must be a number, at least 1, or places in 0 .. 1; got {frames}")
-        ends, generators = [], [torch.Generator().manual_seed(0) for _ in weights]
+        ends, generators = [], [generator_of(0) for _ in weights]
         for end in (last, first):
             if not isinstance(end, Tensor):
-                generators = [torch.Generator().manual_seed(index(end)) for _ in weights]
+                generators = [generator_of(end) for _ in weights]
                 end = self._prepare_latents(None, len(weights), generators)[:1]
             ends.append(end)
         if ends[0].shape != ends[1].shape or len(ends[0]) != 1:
@@ -288,8 +315,3 @@ class EditingMixin:
             raise ValueError(f"the ends must be noise (1, C, H, W) of one shape, got {shapes}")
         latents = slerp(ends[1].to(ends[0]), ends[0], weights)
         return self(latents=latents, generator=generators, **arguments)
-
-
-def keep_latents(count: int, t: Tensor, latents: Tensor, **others: Any) -> Tensor:
-    """What a loop does after a step without a callback."""
-    return latents

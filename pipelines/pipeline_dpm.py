@@ -11,7 +11,6 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from operator import index
 from pathlib import Path
 from typing import Any, ClassVar, Optional
 
@@ -24,7 +23,17 @@ from PIL import Image
 from torch import Tensor
 
 from .classifier_guidance import ClassifierGuidance
-from .editing import Edit, EditedWalk, EditingMixin, Pictures, Walk, check_size
+from .editing import (
+    Edit,
+    EditedWalk,
+    EditingMixin,
+    Generators,
+    Pictures,
+    Walk,
+    check_size,
+    common_batch_size,
+    generator_of,
+)
 from .guidance import Guidance, Guides, check_finite
 from .guidance_arguments import choose_guidance
 from .networks import (
@@ -41,7 +50,6 @@ from .scheduler_adapter import SchedulerAdapter, adapt
 
 logger = logging.getLogger(__name__)
 warn_once = lru_cache(logger.warning)
-Generators = torch.Generator | list[torch.Generator] | None
 
 
 @dataclass
@@ -295,9 +303,11 @@ class DPMPipeline(EditingMixin, DiffusionPipeline):
         return latents
 
     def get_label_ids(self, labels: Any) -> Any:
-        """`labels` with texts, names of classes or else numbers, as indices. Raises ValueError for other texts."""
+        """`labels` with texts, names of classes or else numbers, as indices. Raises ValueError for others and None."""
         if isinstance(labels, list | tuple):
             return [self.get_label_ids(label) for label in labels]
+        if labels is None:
+            raise ValueError("class_labels hold None: no label is -1")
         if not isinstance(labels, str):
             return labels
         names = class_names(self.unet, self.classifier)
@@ -447,20 +457,9 @@ def make_generators(generator: Generators | Sequence[torch.Generator], seeds: It
         return list(generator) if isinstance(generator, Sequence) else generator
     if generator is not None:
         raise ValueError("pass either generator or seeds, not both")
-    return [torch.Generator().manual_seed(index(seed)) for seed in seeds]
-
-
-def common_batch_size(batch_size: int | None, generator: Generators, **tensors: Tensor | None) -> int:
-    """The number of images that all arguments agree on; 1 if none has one. Tensors without dimensions have none."""
-    sizes = {} if batch_size is None else {"batch_size": batch_size}
-    if isinstance(generator, list):
-        sizes["seeds or generators"] = len(generator)
-    sizes |= {name: len(tensor) for name, tensor in tensors.items() if tensor is not None and tensor.ndim > 0}
-    if len({*sizes.values()}) > 1:
-        raise ValueError("numbers of images disagree: " + ", ".join(f"{size} {name}" for name, size in sizes.items()))
-    if min(sizes.values(), default=1) < 1:
-        raise ValueError(f"at least one image must be asked for, got {sizes}")
-    return max(sizes.values(), default=1)
+    if not isinstance(seeds, Iterable):
+        raise ValueError(f"seeds must be a list, of one whole number for each image, got {seeds!r}")
+    return [generator_of(seed) for seed in seeds]
 
 
 def checked_labels(labels: Tensor, lowest: int, num_classes: float) -> Tensor:

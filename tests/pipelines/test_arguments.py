@@ -370,6 +370,9 @@ def test_no_graph_is_kept(make_pipe):
         ({"generator": [torch.Generator()], "batch_size": 2}, "2 batch_size, 1 seeds or generators"),
         ({"seeds": [1], "generator": torch.Generator()}, "generator .*seeds"),
         ({"seeds": []}, "'seeds or generators': 0"),
+        ({"seeds": 5}, "seeds must be a list.* got 5"),
+        ({"class_labels": [None, 1]}, "class_labels hold None: no label is -1"),
+        ({"latents": torch.zeros(0, 3, 8, 8)}, "'latents': 0"),
         ({"batch_size": 0}, "'batch_size': 0"),
         ({"latents": torch.zeros(1, 1, 8, 8)}, r"latents .*\(B, 3, H, W\), .*\(1, 1, 8, 8\)"),
         ({"output_type": "latents"}, "output_type.*'latents'"),
@@ -404,6 +407,7 @@ def test_labels_for_an_unconditional_network_are_an_error(make_pipe):
         sample(make_pipe(DDIMScheduler()), class_labels=0)
 
 
-def test_seeds_must_be_integers(make_pipe):
-    with pytest.raises(TypeError):
-        sample(make_pipe(DDIMScheduler()), seeds=[0.5])
+@pytest.mark.parametrize("seed", [0.5, None, "1", 2**70])
+def test_seeds_must_be_integers(make_pipe, seed):
+    with pytest.raises(ValueError, match="a seed must be a whole number of at most 64 bits, got "):
+        sample(make_pipe(DDIMScheduler()), seeds=[0, seed])

@@ -10,6 +10,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from PIL import Image
 
 from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.pipelines.editing import to_batch
 from diffusers_dpm.schedulers import (
     CalibratedScheduler,
     DDIMScheduler,
@@ -24,6 +25,7 @@ from tests.models import (
     MixtureNetwork,
     PathNetwork,
     fitted_scheduler,
+    tiny_classifier,
     tiny_unet,
 )
 from tests.pipelines.test_paths import PATH, PATHS, STOCK, on_path, quiet
@@ -369,6 +371,12 @@ def test_a_dark_picture_is_dark():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("form", [np.ones((8, 8), np.uint8), torch.ones(1, 8, 8, dtype=torch.uint8)], ids=type)
+def test_bytes_of_0_and_1_are_black_and_white_in_a_mask_only(form):
+    assert (to_batch(form, 1, "image") == np.float32(1 / 255)).all()
+    assert (to_batch(form, 1, "mask") == 1).all()
+
+
 def test_a_whole_number_of_resamplings_may_be_a_float():
     arguments = {"image": IMAGE, "mask": MASK, "num_inference_steps": 2}
     found = [draw(ImageMixtureNetwork(), DDIMScheduler(), **arguments, resampling=n) for n in (2, 2.0)]
@@ -477,6 +485,15 @@ def test_encoding_takes_labels():
     assert not torch.equal(noise[0], noise[2])
     unet.register_to_config(_has_null_class=True)
     assert torch.equal(pipe.encode(image, 5), noise[2])
+    with pytest.raises(ValueError, match="numbers of images disagree: 1 image, 2 class_labels"):
+        pipe.encode(image, 5, class_labels=[1, 2])
+
+
+def test_encoding_refuses_labels_that_nothing_reads():
+    """A classifier does not: encoding is not guided."""
+    pipe = quiet(DPMPipeline(tiny_unet(), DDIMScheduler(), tiny_classifier()))
+    with pytest.raises(ValueError, match="class_labels were given, but the network is unconditional"):
+        pipe.encode(torch.rand(1, 8, 8), 5, class_labels=1)
 
 
 def test_encoding_leaves_the_global_generator_and_the_loop():
@@ -547,6 +564,7 @@ def test_encoded_images_are_interpolated():
     [
         ((0, 1), {"frames": 0}, "frames must be a number"),
         ((0, 1), {"seeds": [0]}, "leave out seeds"),
+        ((0, None), {}, "a seed must be a whole number of at most 64 bits, got None"),
         ((0, torch.zeros(1, 1, 3, 3)), {}, r"\(1, 1, 2, 2\) and \(1, 1, 3, 3\)"),
         ((torch.zeros(2, 1, 2, 2), 0), {"frames": 3}, "the ends must be noise"),
         ((0, 1), {"frames": -1}, "frames must be a number"),
