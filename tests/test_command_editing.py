@@ -9,7 +9,7 @@ from diffusers_dpm.commands.main import main
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import read_tensors
 from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler
-from tests.commands import assert_named_once, error_of, help_of, interrupted
+from tests.commands import assert_named_once, error_of, help_of, interrupted, last_line
 from tests.models import save_run, tiny_unet
 
 
@@ -64,6 +64,29 @@ def test_images_of_another_size_are_cropped_and_resized(run):
     Image.new("RGB", (40, 16), "white").save(run.parent / "wide.png")
     folder = sample(run, f"--image={run.parent / 'wide.png'}", "--strength=0.2", "--seeds=0", output="out")
     assert Image.open(folder / "000000.png").size == (8, 8)
+
+
+def test_a_mask_has_the_shape_of_its_image_at_any_resolution(run, capsys):
+    """Both are cropped at the centre, so that of other shapes other parts would remain."""
+    for name, size in (("wide", (40, 16)), ("half", (20, 8)), ("odd", (21, 8)), ("square", (8, 8))):
+        Image.new("L", size, "white").save(run.parent / f"{name}.png")
+    files = ["--seeds=0", f"--image={run.parent / 'wide.png'}"]
+    for name in ("half", "odd"):
+        sample(run, *files, f"--mask={run.parent / f'{name}.png'}", output=f"{name}.npz")
+    capsys.readouterr()
+    sample(run, *files, f"--mask={run.parent / 'square.png'}", output="square.npz", code=2)
+    assert last_line(capsys) == (
+        "error: --mask is 8x8, --image 16x40 (height x width): both are cropped and resized, so they need one shape"
+    )
+    assert not (run.parent / "square.npz").exists()
+
+
+def test_what_becomes_of_transparent_pixels_is_said(run, caplog):
+    Image.new("LA", (8, 8), (0, 128)).save(run.parent / "clear.png")
+    sample(run, f"--image={run.parent / 'clear.png'}", "--strength=0.2", "--seeds=0", output="out.npz")
+    assert [record.getMessage() for record in caplog.records if "clear.png" in record.getMessage()] == [
+        f"{run.parent / 'clear.png'}: transparent pixels are put on white"
+    ]
 
 
 def test_edits_are_settings_of_a_folder(run, image, capsys):

@@ -209,7 +209,7 @@ def test_transparent_pixels_are_put_on_white(tmp_path, caplog, mode):
     found = first_image(tmp_path)
     assert (found[:, 0] == 1).all()
     assert len(found) == (1 if mode == "LA" else 3)
-    assert "put on white" in caplog.text
+    assert "transparent pixels are put on white; --channels 4 keeps alpha" in caplog.text
     assert (first_image(tmp_path, channels=4)[3, 0] == -1).all()
 
 

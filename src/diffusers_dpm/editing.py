@@ -1,5 +1,6 @@
 """What the images of a call come from, beside the noise of their seeds: an image, noise that is given, two seeds."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffusers_dpm.pipelines.scheduler_adapter import SchedulerAdapter
 from diffusers_dpm.records import digest, read_tensors
 
 
+logger = logging.getLogger(__name__)
 LATENTS, LABELS = "latents", "class_labels"  # the tensors in a file of `diffusers-dpm encode`
 
 
@@ -51,16 +53,20 @@ class Source:
     ) -> "Source":
         """From the files that a command names, for the images of a network.
 
-        Images and masks are cropped at the centre to the shape of the network's and resized.
+        Images and masks are cropped at the centre to the shape of the network's and resized. What is changed in
+        reading is said in a warning of `logging`.
 
         Raises:
-            DiffusersDPMError: a file that cannot be read, or is for other networks; arguments that contradict each
-                other.
+            DiffusersDPMError: a file that cannot be read, or is for other networks; an image and a mask of different
+                shapes, which would not lie over each other; arguments that contradict each other.
         """
         channels, *size = image_shape(unet)
         files = {"image": (image, channels), "mask": (mask, 1)}
-        read = {name: read_picture(path, number, size) for name, (path, number) in files.items() if path is not None}
-        edit: dict[str, Any] = {**read, **({} if strength is None else {"strength": strength})}
+        read = {name: read_picture(path, number) for name, (path, number) in files.items() if path is not None}
+        if len(read) == 2:
+            check_shapes(read["image"], read["mask"])
+        edit: dict[str, Any] = {name: fitted(values, size) for name, values in read.items()}
+        edit |= {} if strength is None else {"strength": strength}
         edit |= {} if resampling == 1 else {"resampling": resampling}
         with user_error("--image"):
             Edit.of(channels, edit.get("image"), edit.get("mask"), strength, resampling)
@@ -103,11 +109,27 @@ class Source:
         return seeds
 
 
-def read_picture(path: str | Path, channels: int, size: Sequence[int]) -> torch.Tensor:
-    """(channels, *size) in [0, 1] of an image file. Raises DiffusersDPMError if it cannot be read."""
-    stored = decode(str(path), str(path), channels, set())
+def read_picture(path: str | Path, channels: int) -> np.ndarray:
+    """(channels, H, W), uint8 or float32 in [-1, 1]. Raises DiffusersDPMError for a file that cannot be read."""
+    notes: set[str] = set()
+    stored = decode(str(path), str(path), channels, notes)
+    for note in sorted(notes):
+        logger.warning("%s: %s", path, note)
     values = stored if stored.dtype == np.uint8 else to_unit_range(stored, None, str(path))
-    values = crop_and_resize(convert_channels(values, channels, str(path)), (size[0], size[1]))
+    return convert_channels(values, channels, str(path))
+
+
+def check_shapes(image: np.ndarray, mask: np.ndarray) -> None:
+    """Raise DiffusersDPMError unless one is the other at another resolution, to a pixel's rounding."""
+    (height, width), (mask_height, mask_width) = image.shape[1:], mask.shape[1:]
+    if 2 * abs(height * mask_width - width * mask_height) > max(height, width, mask_height, mask_width):
+        sizes = f"--mask is {mask_height}x{mask_width}, --image {height}x{width} (height x width)"
+        raise DiffusersDPMError(f"{sizes}: both are cropped and resized, so they need one shape")
+
+
+def fitted(values: np.ndarray, size: Sequence[int]) -> torch.Tensor:
+    """(channels, *size) in [0, 1] of what `read_picture` returns."""
+    values = crop_and_resize(values, (size[0], size[1]))
     pixels = torch.from_numpy(values.astype(np.float32))
     return pixels / 255 if values.dtype == np.uint8 else (pixels + 1) / 2
 

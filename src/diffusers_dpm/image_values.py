@@ -16,7 +16,7 @@ from diffusers_dpm.errors import DiffusersDPMError, first_line
 RANGES = {"bool": (0.0, 1.0), "uint8": (0.0, 255.0), "uint16": (0.0, 65535.0)}
 RANGES |= dict.fromkeys(("float16", "float32", "float64"), (-1.0, 1.0))
 RANGE_HINT = "pass --value-range LOW HIGH, the values of black and white"
-ON_WHITE = "transparent pixels are put on white; --channels 4 keeps alpha"
+ON_WHITE = "transparent pixels are put on white"
 
 TRANSPARENT_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 SAMPLES_PER_PIXEL = 277  # tag of TIFF
@@ -66,7 +66,7 @@ def decode(file: str | BytesIO, name: str, channels: int | None, notes: set[str]
             if pixels.mode in TRANSPARENT_MODES or "transparency" in pixels.info:
                 pixels = pixels.convert("RGBA")
                 if channels != 4 and np.asarray(pixels)[..., 3].min() < 255:
-                    notes.add(ON_WHITE)
+                    notes.add(ON_WHITE if channels else f"{ON_WHITE}; --channels 4 keeps alpha")
                     pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels)
             if channels != 4 or pixels.mode != "RGBA":
                 pixels = pixels.convert("L" if grey else "RGB")

@@ -63,7 +63,7 @@ class EditingOptions:
     strength: float | None = None
     """part of the grid to walk from there, in (0, 1]; 1 begins with noise alone (default: 0.8, with --mask 1)"""
     mask: str | None = None
-    """image file: white is drawn anew, black is kept"""
+    """image file of the same shape: white is drawn anew, black is kept"""
     resampling: int = 1
     """times that each step is taken with --mask, to fit what is drawn to what is kept"""
     latents: str | None = None
