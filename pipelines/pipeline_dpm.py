@@ -36,6 +36,7 @@ from .editing import (
 )
 from .guidance import Guidance, Guides, check_finite
 from .guidance_arguments import choose_guidance
+from .modeling_adm import ADMUNet2DModel
 from .networks import (
     check_network,
     class_names,
@@ -404,6 +405,9 @@ class DPMPipeline(EditingMixin, DiffusionPipeline):
         if others := sorted(name for name in named - cls._get_init_keys(cls) if not name.startswith("_")):
             own = config_dict.get("_class_name")
             raise ValueError(f"{', '.join(others)} of this {own} is not used by DPMPipeline, which draws pixels")
+        match config_dict.get("unet"):  # the index of a published repository names its own copy, which is not run here
+            case [_, ADMUNet2DModel.__name__]:
+                config_dict = {**config_dict, "unet": [ADMUNet2DModel.__module__, ADMUNet2DModel.__name__]}
         return super().extract_init_dict(config_dict, **kwargs)
 
     @property

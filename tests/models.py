@@ -12,7 +12,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils import BaseOutput
 from PIL import Image
 
-from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
+from diffusers_dpm.pipelines import ADMUNet2DModel, DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import AnalyticDPMScheduler, CalibratedScheduler, DDPMScheduler, DPMSolverScheduler
 from diffusers_dpm.schedulers.gaussian_paths import path_of
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
@@ -294,6 +294,14 @@ def tiny_unet(channels=1, attention=False, **config):
         **BLOCKS,
     }
     return UNet2DModel(**{**defaults, **config}).eval()
+
+
+def tiny_adm_unet(**config):
+    """The same with four attention heads at every level and a wider embedding of the time, which diffusers has not."""
+    plain = {
+        key: value for key, value in tiny_unet(attention=True, **config).config.items() if not key.startswith("_")
+    }
+    return ADMUNet2DModel(**plain, num_attention_heads=4, time_proj_dim=12).eval()
 
 
 def tiny_conditional_unet():

@@ -25,7 +25,7 @@ from diffusers_dpm.hub import publish as hub
 from diffusers_dpm.hub.checks import Loaded, check, check_without_package
 from diffusers_dpm.hub.staging import list_files, stage, stage_pictures
 from diffusers_dpm.hub.upload import PublishError
-from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.pipelines import ADMUNet2DModel, DPMPipeline
 from diffusers_dpm.records import weights_hash
 from diffusers_dpm.run_folder import EXTRAS, Extra
 from diffusers_dpm.schedulers import (
@@ -36,7 +36,7 @@ from diffusers_dpm.schedulers import (
 )
 from diffusers_dpm.schedulers.scheduling_calibrated import CALIBRATION
 from tests.commands import help_of
-from tests.models import METRIC, fitted_scheduler, make_run
+from tests.models import METRIC, fitted_scheduler, make_run, save_run, tiny_adm_unet
 
 
 pytestmark = pytest.mark.usefixtures("one_thread", "modules_cache")
@@ -427,6 +427,20 @@ def test_a_bundle_runs(tmp_path):
     assert "# Why." in code
 
 
+@subfolder_code
+def test_a_network_of_our_own_has_its_code_beside_it(tmp_path):
+    save_run(tmp_path / "run", tiny_adm_unet())
+    stage(tmp_path / "run", tmp_path / "staged", "org/name")
+    (path,) = tmp_path.glob("staged/unet/*.py")
+    assert path.name.startswith("modeling_adm_")
+    assert config(tmp_path / "staged" / "model_index.json")["unet"] == [path.stem, "ADMUNet2DModel"]
+    assert path.read_text() == Path(inspect.getfile(ADMUNet2DModel)).read_text()
+    assert type(DPMPipeline.from_pretrained(tmp_path / "staged").unet) is ADMUNet2DModel
+    card = (tmp_path / "staged" / "README.md").read_text()
+    assert "an `ADMUNet2DModel`, which is a" in card
+    assert card.count("trust_remote_code=True") == card.count("DiffusionPipeline.from_pretrained(") == 3
+
+
 # Checks --------------------------------------------------------------------------------------------------------------
 
 
@@ -539,6 +553,22 @@ def test_a_network_that_diverged_is_not_published(tmp_path):
     save_file(weights, run / "unet" / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"{re.escape(str(run))}/unet/{WEIGHTS}: conv_in\.weight is not finite"):
         check(run, run)
+
+
+@pytest.mark.slow
+@subfolder_code
+@pytest.mark.parametrize("classes", [{}, {"num_class_embeds": 3}])
+def test_a_network_of_our_own_can_be_published(classes, tmp_path):
+    run, staged = tmp_path / "run", tmp_path / "staged"
+    save_run(run, tiny_adm_unet(**classes), num_train_timesteps=5)
+    stage(run, staged, "org/name", variant="fp16")
+    check(run, staged)
+    if classes:  # of which plain diffusers draws no image
+        return
+    (path,) = staged.glob("unet/*.py")
+    path.write_text(path.read_text().replace("layer.heads = heads", "layer.heads = 2 * heads"))
+    with pytest.raises(PublishError, match="plain diffusers with trust_remote_code: the result differs"):
+        check(run, staged)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import diffusers_dpm
 from diffusers_dpm import pipelines, schedulers, training
 from diffusers_dpm.hub.staging import stage
 from diffusers_dpm.hub.upload import upload
-from tests.models import make_run
+from tests.models import make_run, save_run, tiny_adm_unet
 
 from .conftest import Hub
 
@@ -226,7 +226,7 @@ def test_two_versions_of_the_package_in_one_process(run, published, tmp_path):
     folder = other_package(
         tmp_path / "other",
         {
-            "pipelines/pipeline_dpm.py": ("manual_seed(index(seed))", "manual_seed(index(seed) + 10)"),
+            "pipelines/editing.py": ("manual_seed(index(seed))", "manual_seed(index(seed) + 10)"),
             "pipelines/modeling_noisy_classifier.py": ("scaled_dot_product_attention, silu", "relu as silu"),
             "schedulers/plan.py": (
                 "total = tensor * factor if total",
@@ -386,6 +386,41 @@ print("imported|", [name for name in ("this", "hostile") if name in sys.modules]
     for line in lines:
         name, said = line.split("|", 1)
         assert "Error: " in said, name
+
+
+OWN_NETWORK = """
+print(outcome(lambda: DiffusionPipeline.from_pretrained(model)))
+pipe = DiffusionPipeline.from_pretrained(model, trust_remote_code=True)
+results = {"plain": draw(pipe, generator=seeded())}
+pipe = DiffusionPipeline.from_pretrained(model, custom_pipeline="pipeline_dpm", trust_remote_code=True)
+results["ours"] = draw(pipe, seeds=[0])
+"""
+OWN_NETWORK_BY_PACKAGE = """
+from diffusers_dpm import ADMUNet2DModel, DPMPipeline
+pipe = DPMPipeline.from_pretrained(model)
+assert type(pipe.unet) is ADMUNet2DModel
+assert not [name for name in sys.modules if name.startswith("diffusers_modules")]
+results = {"ours": draw(pipe, seeds=[0])}
+pipe = diffusers.DDPMPipeline(pipe.unet, pipe.scheduler)
+results["plain"] = draw(pipe, generator=seeded())
+"""
+
+
+def test_a_network_of_our_own(hub, tmp_path):
+    """diffusers runs its code, if it is told to; the package runs none of the repository's."""
+    run = tmp_path / "run"
+    save_run(run, tiny_adm_unet())
+    hub.run(PUBLISH, run, REPO, token=hub.alice)
+    hub.log.clear()
+    code = f'{BEGIN}\nmodel = "{REPO}"\n{OWN_NETWORK}\n{SAVE}'
+    said = hub.run(code, tmp_path / "without.npz", without_package=True).stdout
+    assert said.startswith("ValueError")
+    assert "trust_remote_code=True" in said
+    assert not downloaded(hub) & {"README.md", "unet/modeling_adm.py"}
+    expected = here(run, OWN_NETWORK_BY_PACKAGE.replace("assert not [", "["))
+    with np.load(tmp_path / "without.npz") as results:
+        assert_equal(dict(results), expected)
+    assert_equal(there(hub, tmp_path, OWN_NETWORK_BY_PACKAGE)[0], expected)
 
 
 REPUBLISH = """

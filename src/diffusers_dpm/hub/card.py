@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from diffusers_dpm.data import describe_data
 from diffusers_dpm.errors import DiffusersDPMError, nearest
 from diffusers_dpm.evaluation.results import Row, metric_tables, sampler_name
-from diffusers_dpm.pipelines import DPMPipeline, image_shape
+from diffusers_dpm.pipelines import ADMUNet2DModel, DPMPipeline, image_shape
 from diffusers_dpm.pipelines.networks import null_class_of, num_classes_of
 from diffusers_dpm.run_folder import EXTRAS
 
@@ -104,7 +104,7 @@ def render_card(
     trained = recipe(facts, options)
     named = {i: name for i, name in (class_names or {}).items() if name != str(i)}
     network = {"parameters": f"{pipe.unet.num_parameters():,}", "num_classes": num_classes_of(pipe.unet)}
-    network["null_class"] = null_class_of(pipe.unet)
+    network |= {"null_class": null_class_of(pipe.unet), "own_network": type(pipe.unet) is ADMUNet2DModel}
     about = {"repo_id": repo_id, "title": title, "facts": facts, "recipe": trained, "scheduler": pipe.scheduler.config}
     card = ModelCard.from_template(
         card_metadata(facts, title, rows, extras),

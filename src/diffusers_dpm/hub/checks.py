@@ -22,7 +22,7 @@ from diffusers_dpm.hub.upload import PublishError
 from diffusers_dpm.hub.without_package import draw
 from diffusers_dpm.named_schedulers import fitted_steps
 from diffusers_dpm.networks import load_pipeline
-from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
+from diffusers_dpm.pipelines import ADMUNet2DModel, DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.run_folder import RunFolder
 
@@ -109,6 +109,7 @@ def check_without_package(staged: Loaded, results: Mapping[str, np.ndarray]) -> 
     task: dict[str, Any] = {
         "threads": torch.get_num_threads(),
         "steps": staged.steps,
+        "own_network": type(staged.pipeline.unet) is ADMUNet2DModel,
         "schedulers": {
             name: [Path(inspect.getfile(cls)).name, cls.__name__, steps] for name, (cls, steps) in classes.items()
         },

@@ -1,7 +1,8 @@
 """Publishing: a run folder becomes a Hub repository that plain diffusers loads. `stage`, `check`, then `upload`.
 
-The repository's index names stock classes only. What plain diffusers does not know (a classifier, Analytic-DPM's
-statistics, our pipeline) lies beside it, each with its code (`remote_code`).
+The repository's index names stock classes only, but for an `ADMUNet2DModel`, whose code lies in unet/. What else plain
+diffusers does not know (a classifier, Analytic-DPM's statistics, our pipeline) lies beside it, each with its code
+(`remote_code`).
 """
 
 import tempfile

@@ -20,10 +20,7 @@ def write_code(cls: type, folder: Path) -> str:
     Raises:
         ValueError: as `bundle`.
     """
-    path = Path(inspect.getfile(cls))
-    code = bundle(path)
-    module = f"{path.stem}_{hashlib.sha256(code.encode()).hexdigest()[:8]}"
-    (folder / f"{module}.py").write_text(code, encoding="utf-8")
+    path, module = Path(inspect.getfile(cls)), write_module(cls, folder)
     (folder / path.name).write_text(
         f"# {cls.__name__} of diffusers-dpm {version('diffusers-dpm')}. diffusers takes files of one name for one\n"
         "# module, whatever repository they are from, so the code is in a file whose name tells versions apart.\n"
@@ -31,6 +28,19 @@ def write_code(cls: type, folder: Path) -> str:
         encoding="utf-8",
     )
     return path.stem
+
+
+def write_module(cls: type, folder: Path) -> str:
+    """Write the code of a class into `folder`; returns the name of its module.
+
+    Raises:
+        ValueError: as `bundle`.
+    """
+    path = Path(inspect.getfile(cls))
+    code = bundle(path)
+    module = f"{path.stem}_{hashlib.sha256(code.encode()).hexdigest()[:8]}"
+    (folder / f"{module}.py").write_text(code, encoding="utf-8")
+    return module
 
 
 def bundle(path: Path) -> str:

@@ -15,11 +15,11 @@ from PIL import Image
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.results import read_baselines, read_metrics
 from diffusers_dpm.hub.card import check_license, check_recipe, load_facts, render_card
-from diffusers_dpm.hub.remote_code import write_code
+from diffusers_dpm.hub.remote_code import write_code, write_module
 from diffusers_dpm.images import image_grid, to_pil, to_uint8
 from diffusers_dpm.named_schedulers import fitted_steps
 from diffusers_dpm.networks import WEIGHTS, check_weights, load_extra, load_pipeline
-from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.pipelines import ADMUNet2DModel, DPMPipeline
 from diffusers_dpm.pipelines.networks import class_names
 from diffusers_dpm.records import read_json, read_tensors, weights_hash, write_json, write_tensors
 from diffusers_dpm.run_folder import EXTRAS, PARTS, RunFolder
@@ -93,7 +93,8 @@ def stage(
     check_recipe(about.get("training", {}), options)
 
     loaded = load_pipeline(str(run))
-    if not type(loaded.unet).__module__.startswith("diffusers."):
+    own_network = type(loaded.unet) is ADMUNet2DModel
+    if not own_network and not type(loaded.unet).__module__.startswith("diffusers."):
         own = f"{type(loaded.unet).__name__}, which diffusers has not"
         raise DiffusersDPMError(f"{run / RunFolder.unet} is of {own}: nobody could load it without this package")
     pipe = DPMPipeline(unet=loaded.unet, scheduler=loaded.scheduler)
@@ -106,6 +107,8 @@ def stage(
         fitted_to = parts["variance_head"].config.unet_weights
         check_weights(fitted_to, pipe.unet, run / "variance_head", "a head for", f"diffusers-dpm train-variance {run}")
     pipe.save_pretrained(folder)  # after the weights of extras, which its index tells plain diffusers to leave
+    if own_network:
+        stage_network_code(folder)
     if others := components_of_others(run):
         report(f"left out: {', '.join(others)}, which {RunFolder.index} does not name")
     if variant:
@@ -155,10 +158,8 @@ def stage_extra(source: Path, target: Path) -> None:
     Raises:
         DiffusersDPMError: a version of diffusers that could not check the code.
     """
-    cls, installed, additions = EXTRAS[source.name].cls, version("diffusers"), {}
-    if Version(installed) < Version(EXTRAS_NEED):
-        needed = f"diffusers {EXTRAS_NEED} or newer, to load its code as users will"
-        raise DiffusersDPMError(f"publishing {source} needs {needed}; this is {installed}")
+    cls, additions = EXTRAS[source.name].cls, {}
+    check_diffusers(source)
     target.mkdir(parents=True)
     module = write_code(cls, target)
     if issubclass(cls, ModelMixin):
@@ -167,6 +168,25 @@ def stage_extra(source: Path, target: Path) -> None:
         write_tensors(target / WEIGHTS, read_tensors(source / WEIGHTS)[1], {"format": "pt"})  # and no other metadata
         additions = {"auto_map": {"AutoModel": f"{module}.{cls.__name__}"}}
     copy_config(source / cls.config_name, target / cls.config_name, **additions)
+
+
+def stage_network_code(folder: Path) -> None:
+    """Put the code of `ADMUNet2DModel` into unet/, by whose name the index then calls it.
+
+    diffusers downloads one file of code for a component, that of the name in the index, so it is not the plain one.
+    """
+    check_diffusers(folder / RunFolder.unet)
+    index = folder / RunFolder.index
+    module = write_module(ADMUNet2DModel, folder / RunFolder.unet)
+    write_json(index, {**read_json(index), "unet": [module, ADMUNet2DModel.__name__]}, sort_keys=True)
+
+
+def check_diffusers(part: Path) -> None:
+    """Raise DiffusersDPMError for a version that could not check the code of a part."""
+    installed = version("diffusers")
+    if Version(installed) < Version(EXTRAS_NEED):
+        needed = f"diffusers {EXTRAS_NEED} or newer, to load its code as users will"
+        raise DiffusersDPMError(f"publishing {part} needs {needed}; this is {installed}")
 
 
 def copy_config(source: Path, target: Path, **additions: Any) -> None:

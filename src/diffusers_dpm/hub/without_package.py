@@ -4,7 +4,7 @@
 
 Prints each way of loading before it is tried. Importing diffusers_dpm fails in this process, so nothing here may need
 it; but at the end the card's snippets run, also those that use the package. TASK is JSON: {"threads", "steps",
-"schedulers": {subfolder: [file, class, steps]}, "variants", "snippets"}.
+"own_network": whether unet/ has its code, "schedulers": {subfolder: [file, class, steps]}, "variants", "snippets"}.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoModel, DiffusionPipeline, UNet2DModel
+from diffusers import AutoModel, DiffusionPipeline
 from diffusers.utils import get_class_from_dynamic_module, logging
 
 
@@ -29,8 +29,9 @@ def main(folder: str, expected_file: str, task_json: str) -> None:
         if not np.array_equal(expected[name], values):
             sys.exit("the result differs from the run folder's")
 
-    print("plain diffusers", flush=True)
-    pipe = DiffusionPipeline.from_pretrained(folder)
+    print("plain diffusers" + " with trust_remote_code" * task["own_network"], flush=True)
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=task["own_network"])
+    network = type(pipe.unet)
     if "plain" in expected:
         compare("plain", draw(pipe, task["steps"], generator=torch.Generator().manual_seed(0)))
 
@@ -58,7 +59,7 @@ def main(folder: str, expected_file: str, task_json: str) -> None:
 
     for variant in task["variants"]:
         print(f"the {variant} weights", flush=True)
-        check_variant(folder, variant)
+        check_variant(folder, variant, network)
 
     for code in sorted(task["snippets"], key=lambda code: "diffusers_dpm" in code):
         if "diffusers_dpm" in code:
@@ -73,10 +74,10 @@ def draw(pipe: Any, steps: int, **arguments: Any) -> np.ndarray:
     return pipe(num_inference_steps=steps, output_type="np", **arguments).images
 
 
-def check_variant(folder: str, variant: str) -> None:
+def check_variant(folder: str, variant: str, network: Any) -> None:
     """The rounded weights are finite, and those of the full file."""
-    full = UNet2DModel.from_pretrained(folder, subfolder="unet").state_dict()
-    rounded = UNet2DModel.from_pretrained(folder, subfolder="unet", variant=variant).state_dict()
+    full = network.from_pretrained(folder, subfolder="unet").state_dict()
+    rounded = network.from_pretrained(folder, subfolder="unet", variant=variant).state_dict()
     for name, weight in full.items():
         if not rounded[name].isfinite().all() or not torch.equal(rounded[name].half().float(), weight.half().float()):
             sys.exit(f"{name} does not fit into half precision, or differs from the full weights")
