@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     "commands",
     "training",
-    "conversion evaluation hub likelihood runs",
+    "app conversion evaluation hub likelihood runs",
     "posterior_statistics calibration adaptive named_schedulers sampling clip",
     "networks run_folder data image_sources image_values image_batches images editing records processes "
     "random_streams options errors lazy plots",

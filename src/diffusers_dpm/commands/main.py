@@ -47,13 +47,14 @@ COMMANDS = {
     "likelihood": Command("bits per dimension, by the variational bound or the ODE", ("RUN",), AGAIN),
     "convert": Command("make a run folder of a checkpoint of the papers' own code", ("CHECKPOINT", "OUTPUT")),
     "publish": Command("check a run folder and put it on the Hub", ("RUN", "ORG/NAME")),
+    "app": Command("race samplers and edit images on a page, for any pipeline of diffusers", ("MODEL",)),
     "demo": Command("train, sample and reload on scikit-learn's digits"),
 }
 
 
-# Modules that the extra `train` installs, or the base installation, which it repairs.
+# Modules that the extra `train` installs, or the base installation, which it repairs; gradio is of the extra `app`.
 PACKAGES = """
-    datasets filelock matplotlib sklearn tensorboard torchdiffeq torchmetrics transformers
+    gradio datasets filelock matplotlib sklearn tensorboard torchdiffeq torchmetrics transformers
     PIL accelerate diffusers huggingface_hub numpy packaging safetensors torch tyro yaml
 """
 
@@ -90,9 +91,10 @@ def explain(name: str, error: BaseException) -> tuple[str, int]:
     if isinstance(error, KeyboardInterrupt):
         return f"interrupted{': ' if str(error) else ''}{error}{COMMANDS[name].resume}", 130
     if isinstance(error, ModuleNotFoundError):
-        if (error.name or "").split(".")[0] not in PACKAGES.split():
+        if (package := (error.name or "").split(".")[0]) not in PACKAGES.split():
             raise error
-        return f"'diffusers-dpm {name}' needs {error.name}: pip install \"diffusers-dpm[train]\"", 1
+        extra = "app" if package == "gradio" else "train"
+        return f"'diffusers-dpm {name}' needs {error.name}: pip install \"diffusers-dpm[{extra}]\"", 1
     return " ".join(str(error).split()), 1 if isinstance(error, NonFiniteLossError) else 2
 
 
