@@ -1,9 +1,9 @@
-"""A page on which samplers race, and images are edited, in a browser: for any pipeline of diffusers. It needs gradio."""
+"""A page in the browser on which samplers race and images are edited, for any pipeline of diffusers; needs gradio."""
 
-import functools
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from diffusers_dpm.evaluation.pipelines import REFERENCE, REFUSALS, Drawn, check
 from diffusers_dpm.image_values import convert_channels
 from diffusers_dpm.images import GRID, image_grid, titled_rows, to_pil, to_uint8
 from diffusers_dpm.named_schedulers import SCHEDULERS, STOCK, build_scheduler, parse_scheduler
-from diffusers_dpm.networks import NoProgress, Progress, load_guide, process_of
+from diffusers_dpm.networks import Progress, load_guide, process_of
 from diffusers_dpm.options import ENCODING_SCHEDULER
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.pipelines.networks import class_names, null_class_of, num_classes_of
@@ -28,11 +28,13 @@ from diffusers_dpm.runs import save_animation
 from diffusers_dpm.sampling import Sampler, parse_seeds
 
 
-STOCK_SCHEDULERS = "DDIM DPMSolverMultistep UniPCMultistep DEISMultistep HeunDiscrete EulerDiscrete EulerAncestralDiscrete "
+STOCK_SCHEDULERS = (
+    "DDIM DPMSolverMultistep UniPCMultistep DEISMultistep HeunDiscrete EulerDiscrete EulerAncestralDiscrete "
+)
 STOCK_SCHEDULERS += "FlowMatchEulerDiscrete FlowMatchHeunDiscrete"
 FIRST = ("ddim", "dpm-solver", "edm", "ddpm")  # chosen when the page opens, as far as the model can use them
 ANY = "any class"
-MAX_IMAGES, MAX_SAMPLERS = 16, 6
+MAX_IMAGES, MAX_SAMPLERS, COLUMNS = 16, 6, 8
 GRID_OF_ROWS = {**GRID, "min_width": 96}
 SIDE = 256  # pixels of the editor, at least
 DRAWS, MASKS = "draws into the picture", "marks what is drawn anew"
@@ -40,22 +42,46 @@ HEADERS = ["sampler", "network calls", "RMS error", "seconds per image"]
 
 
 class Bar:
-    """Counts steps on the page."""
+    """Counts steps on the page, if there is one."""
 
-    def __init__(self, shown: gr.Progress, total: int, what: str):
-        self.shown, self.total, self.what, self.done = shown, total, what, 0
+    def __init__(self, total: int, what: str):
+        self.total, self.what, self.done = total, what, 0
 
     def update(self, n: int) -> None:
         self.done += n
-        self.shown((min(self.done, self.total), self.total), desc=self.what, unit="steps")
+        gr.Progress()((min(self.done, self.total), self.total), desc=self.what, unit="steps")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What stands above the tabs.
+
+    Attributes:
+        calls: network calls for each image, at most; two of a pair that guides count as one.
+        seeds: one image for each: "0-3 10".
+        label: name of a class, or else its number, or `ANY`.
+        scale: of guidance, where the model has a classifier or a null class.
+        eta: of "ddim".
+        prompt: where the pipeline takes one.
+    """
+
+    calls: int = 10
+    seeds: str = "0-3"
+    label: str = ANY
+    scale: float = 1.0
+    eta: float = 0.0
+    prompt: str = ""
+
+    def numbers(self) -> list[int]:
+        """The seeds. Raises DiffusersDPMError for none or too many, and as `parse_seeds`."""
+        seeds = parse_seeds(self.seeds.replace(",", " ").split())
+        if not 1 <= len(seeds) <= MAX_IMAGES:
+            raise DiffusersDPMError(f"give 1 to {MAX_IMAGES} seeds, such as 0-3, not {len(seeds)}")
+        return seeds
 
 
 class Studio:
     """A model, and what the page does with it; every method can be called without a page.
-
-    The settings that all methods take, one for each component above the tabs: `calls`, network calls for each image;
-    `seeds`, such as "0-3 10"; `label`, the name of a class, or `ANY`; `scale` of guidance, where the model has a
-    classifier or a null class; `eta`, for ddim; `prompt`, where the pipeline takes one.
 
     Args:
         model: run folder or Hub id of any pipeline of diffusers; with a `DPMPipeline`, all of the page can be used.
@@ -68,7 +94,7 @@ class Studio:
     def __init__(self, model: str, cpu: bool = False):
         self.model, self.pipe = model, load_any_pipeline(model)
         self.own, self.is_pixel = self.pipe.scheduler, isinstance(self.pipe, DPMPipeline)
-        self.labels: list[str] = []
+        self.labels: list[str] = []  # names of the classes, or else their numbers
         if self.is_pixel:
             with suppress(*(() if RunFolder(model).classifier.exists() else (DiffusersDPMError,))):
                 self.pipe.register_modules(classifier=load_guide(model, self.pipe.unet))
@@ -80,62 +106,48 @@ class Studio:
         self.is_guided = self.is_pixel and not (self.pipe.classifier is None and null_class_of(self.pipe.unet) is None)
         self.pipe.to(Accelerator(cpu=cpu).device)
         self.pipe.set_progress_bar_config(disable=True)
-        self.samplers = [name for name in (*SCHEDULERS, *self._stock_names()) if self._can_use(name)]
+        stock = (f"{STOCK}{name}Scheduler" for name in STOCK_SCHEDULERS.split())
+        self.samplers = [name for name in (*SCHEDULERS, *stock) if self._can_use(name)]
         self.converged: tuple[Any, Drawn | None] = (None, None)  # of the last race: the next is often of the same
-
-    def _stock_names(self) -> list[str]:
-        return [f"{STOCK}{name}Scheduler" for name in STOCK_SCHEDULERS.split()]
 
     def _can_use(self, sampler: str) -> bool:
         try:
-            self.set_scheduler(sampler)
+            self._set_scheduler(sampler, Settings())
         except DiffusersDPMError:
             return False
         return True
 
-    def set_scheduler(self, sampler: str, eta: float = 0.0, scale: float | None = None) -> None:
-        """Give the pipeline that of a name and options, such as "ddim,eta=0.5"; `eta` is for those that take one."""
-        name, options = parse_scheduler(sampler)
-        self.pipe.scheduler = self.own
-        if eta and name == "ddim":
-            options = {"eta": eta, **options}
-        self.pipe.scheduler = build_scheduler(name, options, self.pipe, self.model, scale)
-
-    def num_steps(self, calls: int) -> int:
-        """The most steps for so many calls: schedulers of second order make two in each step but the last."""
-        order = getattr(self.pipe.scheduler, "order", 1)
-        return max(1, (calls + order - 1) // order)
-
-    def arguments(self, label: str, scale: float, prompt: str) -> dict[str, Any]:
+    def _arguments(self, settings: Settings) -> dict[str, Any]:
         """Of a call of the pipeline."""
         if not self.is_pixel:
-            return {"prompt": prompt}
-        chosen = {} if label == ANY else {"class_labels": label}
+            return {"prompt": settings.prompt}
+        chosen = {} if settings.label == ANY else {"class_labels": settings.label}
         guides = self.is_guided and (chosen or is_conditional(self.pipe.unet))
-        return {**chosen, **({"guidance_scale": scale} if guides else {})}
+        return {**chosen, **({"guidance_scale": settings.scale} if guides else {})}
 
-    def sampler(
-        self, sampler: str, calls: int, label: str, scale: float, eta: float, source: Source | None = None
-    ) -> Sampler:
-        """That of a `DPMPipeline`, for these settings."""
-        given = self.arguments(label, scale, "")
-        self.set_scheduler(sampler, eta, given.get("guidance_scale"))
-        ids = None if label == ANY else self.pipe.get_label_ids([label])
-        return Sampler(self.pipe, self.num_steps(calls), ids, given.get("guidance_scale"), source=source or Source())
+    def _set_scheduler(self, sampler: str, settings: Settings) -> int:
+        """Give the pipeline that of a name and options, such as "ddim,eta=0.5"; the steps that make so many calls."""
+        name, options = parse_scheduler(sampler)
+        if settings.eta and name == "ddim":
+            options = {"eta": settings.eta, **options}
+        self.pipe.scheduler = self.own
+        scale = self._arguments(settings).get("guidance_scale")
+        self.pipe.scheduler = build_scheduler(name, options, self.pipe, self.model, scale)
+        order = getattr(
+            self.pipe.scheduler, "order", 1
+        )  # diffusers' of second order make two in each step but the last
+        return max(1, (settings.calls + order - 1) // order)
+
+    def _sampler(self, sampler: str, settings: Settings, source: Source | None = None) -> Sampler:
+        """That of a `DPMPipeline`."""
+        steps, scale = self._set_scheduler(sampler, settings), self._arguments(settings).get("guidance_scale")
+        labels = None if settings.label == ANY else self.pipe.get_label_ids([settings.label])
+        return Sampler(self.pipe, steps, labels, scale, source=source or Source())
 
     # What the buttons do
 
     def race(
-        self,
-        samplers: Sequence[str],
-        reference_steps: int,
-        calls: int,
-        seeds: str,
-        label: str = ANY,
-        scale: float = 1.0,
-        eta: float = 0.0,
-        prompt: str = "",
-        progress: gr.Progress | None = None,
+        self, samplers: Sequence[str], reference_steps: int, settings: Settings
     ) -> tuple[Image.Image, list[list[Any]]]:
         """Samplers by seeds, the converged run last; and a row of `HEADERS` for each sampler.
 
@@ -145,20 +157,20 @@ class Studio:
         Raises:
             DiffusersDPMError: a sampler, seeds or a call that cannot be.
         """
-        numbers, call = chosen_seeds(seeds), self.arguments(label, scale, prompt)
+        numbers, call = settings.numbers(), self._arguments(settings)
         names = list(dict.fromkeys(samplers))
         if not 1 <= len(names) <= MAX_SAMPLERS:
             raise DiffusersDPMError(f"choose 1 to {MAX_SAMPLERS} samplers, not {len(names)}")
         key = (reference_steps, numbers, sorted(call.items()))
         known = self.converged[1] if self.converged[0] == key else None
         draws = 1 if self.is_pixel else len(numbers)
-        bar = shown_on(progress, draws * (calls * len(names) + reference_steps * (known is None)), "race")
+        bar = Bar(draws * (settings.calls * len(names) + reference_steps * (known is None)), "race")
         drawn = {}
         for name in names:
-            self.set_scheduler(name, eta, call.get("guidance_scale"))
-            drawn[name] = self._draw(name, call, numbers, self.num_steps(calls), bar)
+            steps = self._set_scheduler(name, settings)
+            drawn[name] = self._draw(name, call, numbers, steps, bar)
         if known is None:
-            self.set_scheduler(REFERENCE)
+            self._set_scheduler(REFERENCE, settings)
             known = self._draw("the converged run", call, numbers, reference_steps, bar)
             self.converged = key, known
         errors = {name: rms(one.latents - known.latents).square().mean().sqrt().item() for name, one in drawn.items()}
@@ -184,50 +196,19 @@ class Studio:
         pictures: Any = drawn.pictures()
         return image_grid(pictures.permute(0, 2, 3, 1).numpy(), len(marks), **GRID_OF_ROWS, labels=marks)
 
-    def animate(
-        self,
-        sampler: str,
-        calls: int,
-        seeds: str,
-        label: str = ANY,
-        scale: float = 1.0,
-        eta: float = 0.0,
-        prompt: str = "",
-        progress: gr.Progress | None = None,
-    ) -> str:
+    def animate(self, sampler: str, settings: Settings) -> str:
         """A .gif file of x_0 as it is predicted on the way. Raises DiffusersDPMError as `save_animation`."""
-        path = Path(tempfile.mkdtemp()) / "trajectory.gif"
-        save_animation(self.sampler(sampler, calls, label, scale, eta), chosen_seeds(seeds), path)
+        path, numbers = Path(tempfile.mkdtemp()) / "trajectory.gif", settings.numbers()
+        save_animation(self._sampler(sampler, settings), numbers, path, min(len(numbers), COLUMNS))
         return str(path)
 
-    def example(
-        self,
-        sampler: str,
-        calls: int,
-        seeds: str,
-        label: str = ANY,
-        scale: float = 1.0,
-        eta: float = 0.0,
-        prompt: str = "",
-        progress: gr.Progress | None = None,
-    ) -> np.ndarray:
+    def example(self, sampler: str, settings: Settings) -> np.ndarray:
         """The image of the first seed, uint8 (H, W, 3), as large as the editor."""
-        images, _, _ = self.sampler(sampler, calls, label, scale, eta).draw(chosen_seeds(seeds)[:1])
+        images, _, _ = self._sampler(sampler, settings).draw(settings.numbers()[:1])
         return np.broadcast_to(enlarged := image_grid(images, min_width=SIDE), (*enlarged.shape[:2], 3)).copy()
 
     def edit(
-        self,
-        edited: dict[str, Any],
-        brush: str,
-        strength: float,
-        sampler: str,
-        calls: int,
-        seeds: str,
-        label: str = ANY,
-        scale: float = 1.0,
-        eta: float = 0.0,
-        prompt: str = "",
-        progress: gr.Progress | None = None,
+        self, edited: dict[str, Any], brush: str, strength: float, sampler: str, settings: Settings
     ) -> Image.Image:
         """One image for each seed, drawn from the editor's picture, where its brush marks a part: that part anew.
 
@@ -239,48 +220,40 @@ class Studio:
         Raises:
             DiffusersDPMError: no picture, or no mark; as `Sampler.draw`.
         """
-        numbers, given = chosen_seeds(seeds), {"image": self.picture(edited, brush)[None], "strength": strength}
+        numbers, given = settings.numbers(), {"image": self._picture(edited, brush)[None], "strength": strength}
         if brush == MASKS:
             given["mask"] = fitted(marked(edited), image_shape(self.pipe.unet)[1:])[None]
-        made = self.sampler(sampler, calls, label, scale, eta, Source(given))
-        images, _, _ = made.draw(numbers, shown_on(progress, made.num_steps() * len(numbers), "edit"))
-        return to_pil(image_grid(images, **GRID_OF_ROWS, labels=[f"seed {seed}" for seed in numbers]))
+        made = self._sampler(sampler, settings, Source(given))
+        images, _, _ = made.draw(numbers, Bar(made.num_steps() * len(numbers), "edit"))
+        marks = [f"seed {seed}" for seed in numbers]
+        return to_pil(image_grid(images, min(len(numbers), COLUMNS), **GRID_OF_ROWS, labels=marks))
 
-    def round_trip(
-        self,
-        edited: dict[str, Any],
-        brush: str,
-        calls: int,
-        seeds: str,
-        label: str = ANY,
-        scale: float = 1.0,
-        eta: float = 0.0,
-        prompt: str = "",
-        progress: gr.Progress | None = None,
-    ) -> tuple[Image.Image, str]:
+    def round_trip(self, edited: dict[str, Any], brush: str, settings: Settings) -> tuple[Image.Image, str]:
         """The editor's picture, its noise, and what is drawn from that; and the error, in words.
 
         Raises:
             DiffusersDPMError: no picture; a network with classes and no null class, for which none is chosen.
         """
-        picture = self.picture(edited, brush)
-        made = self.sampler(ENCODING_SCHEDULER, calls, label, scale, 0.0)
+        picture = self._picture(edited, brush)
+        made = self._sampler(ENCODING_SCHEDULER, settings)
         labels: Any = None
         if is_conditional(self.pipe.unet):
             labels = made.class_labels or ([-1] if null_class_of(self.pipe.unet) is not None else None)
         with user_error("encode"):
             noise = self.pipe.encode(picture[None], made.num_inference_steps, class_labels=labels).cpu()
         unguided = 0.0 if labels and self.pipe.classifier is not None else None
-        back, _, _ = Sampler(
-            self.pipe, made.num_inference_steps, labels, unguided, source=Source(latents=noise)
-        ).draw([0], shown_on(progress, made.num_steps(), "decode"))
+        back, _, _ = Sampler(self.pipe, made.num_inference_steps, labels, unguided, source=Source(latents=noise)).draw(
+            [0], Bar(made.num_steps(), "decode")
+        )
         error = rms(torch.from_numpy(back / 255).movedim(-1, 1) - picture).item()
         shown = to_uint8(np.stack([picture.numpy(), (noise[0] / 6 + 0.5).clamp(0, 1).numpy()]).transpose(0, 2, 3, 1))
         marks = ["the picture", "its noise", "drawn again"]
         grid = image_grid(np.concatenate([shown, back]), 3, **{**GRID, "min_width": 160}, labels=marks)
-        return to_pil(grid), f"RMS error of pixels, from 0 to 1: **{error:.3g}**, after {2 * calls} network calls"
+        return to_pil(
+            grid
+        ), f"RMS error of pixels, from 0 to 1: **{error:.3g}**, after {2 * settings.calls} network calls"
 
-    def picture(self, edited: dict[str, Any] | None, brush: str) -> torch.Tensor:
+    def _picture(self, edited: dict[str, Any] | None, brush: str) -> torch.Tensor:
         """The editor's, (C, H, W) in [0, 1], cropped at the centre and resized. Raises DiffusersDPMError for none."""
         found = (edited or {}).get("composite" if brush == DRAWS else "background")
         if found is None:
@@ -300,28 +273,17 @@ def marked(edited: dict[str, Any]) -> np.ndarray:
     return 255 * np.any(marks, axis=0)[None].astype(np.uint8)
 
 
-def chosen_seeds(text: str) -> list[int]:
-    """Raises DiffusersDPMError for none or too many, and as `parse_seeds`."""
-    seeds = parse_seeds(text.replace(",", " ").split())
-    if not 1 <= len(seeds) <= MAX_IMAGES:
-        raise DiffusersDPMError(f"give 1 to {MAX_IMAGES} seeds, such as 0-3, not {len(seeds)}")
-    return seeds
-
-
-def shown_on(progress: gr.Progress | None, total: int, what: str) -> Progress:
-    return NoProgress() if progress is None else Bar(progress, total, what)
-
-
 # The page ------------------------------------------------------------------------------------------------------------
 
 
 def handler(work: Callable[..., Any]) -> Callable[..., Any]:
     """For a button: our errors become one line on the page; others are defects, and stay on the console."""
 
-    @functools.wraps(work)
-    def run(*values: Any, progress: gr.Progress = gr.Progress()) -> Any:  # noqa: B008 (gradio looks for it there)
+    # gradio shows the progress of what has such an argument, and puts it where it stands
+    def run(_: gr.Progress = gr.Progress(), *values: Any) -> Any:  # noqa: B008
+        number = len(fields(Settings))
         try:
-            return work(*values, progress=progress)
+            return work(*values[:-number], Settings(*values[-number:]))
         except DiffusersDPMError as error:
             raise gr.Error(" ".join(str(error).split()), duration=None, print_exception=False) from error
 
@@ -330,12 +292,12 @@ def handler(work: Callable[..., Any]) -> Callable[..., Any]:
 
 def about(studio: Studio) -> str:
     """What is shown of a model above the page."""
-    name, process = type(studio.pipe).__name__, process_of(studio.own)
+    title, process = Path(studio.model).name if Path(studio.model).is_dir() else studio.model, process_of(studio.own)
     if not studio.is_pixel:
-        return f"# {studio.model}\n{name}, {process}"
+        return f"# {title}\n{type(studio.pipe).__name__}, {process}"
     channels, height, width = image_shape(studio.pipe.unet)
     size = sum(weight.numel() for weight in studio.pipe.unet.parameters())
-    return f"# {studio.model}\n{channels} x {height} x {width} pixels, {process}, {size / 1e6:.3g} million weights"
+    return f"# {title}\n{channels} x {height} x {width} pixels, {process}, {size / 1e6:.3g} million weights"
 
 
 def build_app(model: str, cpu: bool = False) -> gr.Blocks:
@@ -349,15 +311,16 @@ def build_app(model: str, cpu: bool = False) -> gr.Blocks:
     """
     studio = Studio(model, cpu)
     names, first = studio.samplers, [name for name in FIRST if name in studio.samplers]
+    best = "dpm-solver" if "dpm-solver" in names else None
     # one after the other: all share the pipeline
     serve: dict[str, Any] = {"concurrency_id": "pipeline", "concurrency_limit": 1}
-    with gr.Blocks(title=f"{model}: samplers", analytics_enabled=False) as page:
+    with gr.Blocks(title="diffusers-dpm", analytics_enabled=False) as page:
         gr.Markdown(about(studio))
         with gr.Row():
-            calls = gr.Slider(1, 100, 10, step=1, label="network calls for each image")
+            calls = gr.Slider(1, 100, 10, step=1, label="network calls")
             seeds = gr.Textbox("0-3", label="seeds", info="one image for each: numbers and ranges")
             scale = gr.Slider(0, 10, 1, step=0.1, label="guidance scale", visible=studio.is_guided)
-            eta = gr.Slider(0, 1, 0, step=0.05, label="eta: noise that ddim adds", visible="ddim" in names)
+            eta = gr.Slider(0, 1, 0, step=0.05, label="eta of ddim", visible="ddim" in names)
         choices = [ANY, *studio.labels]
         choose: Any = gr.Radio if len(choices) <= 21 else gr.Dropdown
         label = choose(choices, value=ANY, label="class", visible=bool(studio.labels))
@@ -366,18 +329,30 @@ def build_app(model: str, cpu: bool = False) -> gr.Blocks:
 
         with gr.Tab("Race"):
             chosen = gr.Dropdown(
-                names, value=first, multiselect=True, max_choices=MAX_SAMPLERS, allow_custom_value=True, label="samplers"
+                names,
+                value=first,
+                multiselect=True,
+                max_choices=MAX_SAMPLERS,
+                allow_custom_value=True,
+                label="samplers",
             )
             steps = gr.Slider(20, 1000, 200, step=10, label="steps of the converged run")
             start = gr.Button("Race", variant="primary")
             grid = gr.Image(label="samplers by seeds", format="png", interactive=False)
             table = gr.Dataframe(headers=HEADERS, label="errors", interactive=False)
-            start.click(handler(studio.race), [chosen, steps, *settings], [grid, table], api_name="race", **serve)
+            start.click(
+                handler(studio.race),
+                [chosen, steps, *settings],
+                [grid, table],
+                api_name="race",
+                show_progress_on=grid,
+                **serve,
+            )
         if not studio.is_pixel:
             return page
 
         def sampler_of(tab: str) -> gr.Dropdown:
-            return gr.Dropdown(names, value=(first or names)[-1], allow_custom_value=True, label=f"sampler of {tab}")
+            return gr.Dropdown(names, value=best, allow_custom_value=True, label=f"sampler of {tab}")
 
         with gr.Tab("Trajectory"):
             walker = sampler_of("the trajectory")
@@ -412,5 +387,12 @@ def build_app(model: str, cpu: bool = False) -> gr.Blocks:
             inputs = [picture, brush, strength, editor, *settings]
             start.click(handler(studio.edit), inputs, result, api_name="edit", **serve)
             outputs = [result, note]
-            trip.click(handler(studio.round_trip), [picture, brush, *settings], outputs, api_name="encode", **serve)
+            trip.click(
+                handler(studio.round_trip),
+                [picture, brush, *settings],
+                outputs,
+                api_name="encode",
+                show_progress_on=result,
+                **serve,
+            )
     return page
