@@ -15,7 +15,16 @@ from PIL import Image
 
 from diffusers_dpm.editing import Source, fitted
 from diffusers_dpm.errors import DiffusersDPMError, user_error
-from diffusers_dpm.evaluation.pipelines import REFERENCE, REFUSALS, Drawn, check_call, draw, load_any_pipeline, rms
+from diffusers_dpm.evaluation.pipelines import (
+    REFERENCE,
+    REFUSALS,
+    Drawn,
+    check_call,
+    draw,
+    load_any_pipeline,
+    parse_call,
+    rms,
+)
 from diffusers_dpm.image_values import convert_channels
 from diffusers_dpm.images import GRID, image_grid, titled_rows, to_pil, to_uint8
 from diffusers_dpm.named_schedulers import SCHEDULERS, STOCK, build_scheduler, parse_scheduler
@@ -62,7 +71,7 @@ class Settings:
         label: name of a class, or else its number, or `ANY`.
         scale: of guidance, where the model has a classifier or a null class.
         eta: of "ddim".
-        prompt: where the pipeline takes one.
+        prompt: of a pipeline that is no `DPMPipeline`, or its arguments as a JSON object.
     """
 
     calls: int = 10
@@ -88,7 +97,7 @@ class Studio:
         cpu: use the CPU even if there is an accelerator.
 
     Raises:
-        DiffusersDPMError: it cannot be loaded, or its call needs another argument than a prompt.
+        DiffusersDPMError: it cannot be loaded, or takes no number of steps.
     """
 
     def __init__(self, model: str, cpu: bool = False):
@@ -102,7 +111,7 @@ class Studio:
             number = num_classes_of(unet) or getattr(classifier, "config", {}).get("num_classes") or 0
             self.labels = [*class_names(unet, classifier).values()] or [*map(str, range(number))]
         else:
-            check_call(self.pipe, {"prompt": ""})
+            check_call(self.pipe, {})
         self.is_guided = self.is_pixel and not (self.pipe.classifier is None and null_class_of(self.pipe.unet) is None)
         self.pipe.to(Accelerator(cpu=cpu).device)
         self.pipe.set_progress_bar_config(disable=True)
@@ -120,7 +129,10 @@ class Studio:
     def _arguments(self, settings: Settings) -> dict[str, Any]:
         """Of a call of the pipeline."""
         if not self.is_pixel:
-            return {"prompt": settings.prompt}
+            with user_error(f"the prompt {settings.prompt}"):
+                call = parse_call(settings.prompt) if settings.prompt else {}
+            check_call(self.pipe, call)
+            return call
         chosen = {} if settings.label == ANY else {"class_labels": settings.label}
         guides = self.is_guided and (chosen or is_conditional(self.pipe.unet))
         return {**chosen, **({"guidance_scale": settings.scale} if guides else {})}
@@ -161,7 +173,7 @@ class Studio:
         names = list(dict.fromkeys(samplers))
         if not 1 <= len(names) <= MAX_SAMPLERS:
             raise DiffusersDPMError(f"choose 1 to {MAX_SAMPLERS} samplers, not {len(names)}")
-        key = (reference_steps, numbers, sorted(call.items()))
+        key = (reference_steps, numbers, call)
         known = self.converged[1] if self.converged[0] == key else None
         draws = 1 if self.is_pixel else len(numbers)
         bar = Bar(draws * (settings.calls * len(names) + reference_steps * (known is None)), "race")
@@ -242,16 +254,16 @@ class Studio:
         with user_error("encode"):
             noise = self.pipe.encode(picture[None], made.num_inference_steps, class_labels=labels).cpu()
         unguided = 0.0 if labels and self.pipe.classifier is not None else None
-        back, _, _ = Sampler(self.pipe, made.num_inference_steps, labels, unguided, source=Source(latents=noise)).draw(
-            [0], Bar(made.num_steps(), "decode")
+        source = Source(latents=noise)
+        drawn = Sampler(self.pipe, made.num_inference_steps, labels, unguided, source=source).output(
+            [0], output_type="pt"
         )
-        error = rms(torch.from_numpy(back / 255).movedim(-1, 1) - picture).item()
-        shown = to_uint8(np.stack([picture.numpy(), (noise[0] / 6 + 0.5).clamp(0, 1).numpy()]).transpose(0, 2, 3, 1))
+        back = drawn.images.cpu()
+        error = rms(back - picture).item()
+        pictures = torch.cat([picture[None], (noise / 6 + 0.5).clamp(0, 1), back])
         marks = ["the picture", "its noise", "drawn again"]
-        grid = image_grid(np.concatenate([shown, back]), 3, **{**GRID, "min_width": 160}, labels=marks)
-        return to_pil(
-            grid
-        ), f"RMS error of pixels, from 0 to 1: **{error:.3g}**, after {2 * settings.calls} network calls"
+        grid = image_grid(to_uint8(pictures.movedim(1, -1).numpy()), 3, **{**GRID, "min_width": 160}, labels=marks)
+        return to_pil(grid), f"RMS error of pixels, from 0 to 1: **{error:.3g}**, with {settings.calls} steps each way"
 
     def _picture(self, edited: dict[str, Any] | None, brush: str) -> torch.Tensor:
         """The editor's, (C, H, W) in [0, 1], cropped at the centre and resized. Raises DiffusersDPMError for none."""
@@ -324,7 +336,7 @@ def build_app(model: str, cpu: bool = False) -> gr.Blocks:
         choices = [ANY, *studio.labels]
         choose: Any = gr.Radio if len(choices) <= 21 else gr.Dropdown
         label = choose(choices, value=ANY, label="class", visible=bool(studio.labels))
-        prompt = gr.Textbox("", label="prompt", visible=not studio.is_pixel)
+        prompt = gr.Textbox("", label="prompt, or a JSON object of arguments", visible=not studio.is_pixel)
         settings = [calls, seeds, label, scale, eta, prompt]
 
         with gr.Tab("Race"):
