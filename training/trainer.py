@@ -308,7 +308,8 @@ class Trainer(ABC):
         self.accelerator.wait_for_everyone()
         config = {name: str(value) for name, value in saved_options(self.options).items()}
         with writing(self.files.logs):
-            self.accelerator.init_trackers("train", config=config)
+            where = {"wandb": {"dir": str(self.files.logs)}}  # its default is the working directory
+            self.accelerator.init_trackers("train", config=config, init_kwargs=where)
             if self.changes:
                 self.accelerator.log({"changed options": "; ".join(self.changes)}, step=self.state.step)
 
