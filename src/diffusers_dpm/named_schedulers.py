@@ -14,7 +14,7 @@ from diffusers import SchedulerMixin
 from diffusers_dpm.calibration import Calibration, FittedTable, fitted_weights
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 from diffusers_dpm.networks import check_config, check_weights, load_extra, process_of
-from diffusers_dpm.pipelines import DPMPipeline, UNetWithVariance
+from diffusers_dpm.pipelines import UNetWithVariance
 from diffusers_dpm.posterior_statistics import PosteriorStatistics
 from diffusers_dpm.records import (
     check_types,
@@ -66,8 +66,11 @@ def split_options(text: str) -> list[str]:
     return parts[1:]
 
 
-def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
+def parse_assignments(texts: Iterable[str], what: str = "scheduler option") -> dict[str, Any]:
     """["eta=0.5", "timestep_spacing=quadratic"] -> {"eta": 0.5, "timestep_spacing": "quadratic"}.
+
+    Args:
+        what: each of them is, in messages.
 
     Raises:
         ValueError: a text without "=", or two for one key.
@@ -75,10 +78,10 @@ def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
     pairs = [text.partition("=") for text in texts]
     for key, equals, _ in pairs:
         if not key or not equals:
-            raise DiffusersDPMError(f"scheduler options are written key=value, got {key + equals!r}")
+            raise DiffusersDPMError(f"{what}s are written key=value, got {key + equals!r}")
     keys = [key for key, _, _ in pairs]
     if twice := [key for key in keys if keys.count(key) > 1]:
-        raise DiffusersDPMError(f"the scheduler option {twice[0]} is given twice")
+        raise DiffusersDPMError(f"the {what} {twice[0]} is given twice")
     return {key: parse_value(value) for key, _, value in pairs}
 
 
@@ -92,14 +95,14 @@ def parse_value(text: str) -> Any:
 
 
 def build_scheduler(
-    name: str, options: dict[str, Any], pipeline: DPMPipeline, model: str, guidance_scale: float | None = None
+    name: str, options: dict[str, Any], pipeline: Any, model: str, guidance_scale: float | None = None
 ) -> Any:
     """The scheduler for a model, from the config of the model's own.
 
     Args:
         name: as `find_scheduler`. A class of `EXTRAS` is loaded from the model's folder.
         options: keys of its config that replace the model's.
-        pipeline: the model's pipeline.
+        pipeline: the model's `DPMPipeline`, or any other of diffusers' with a scheduler, for which there is no extra.
         model: run folder or Hub id.
         guidance_scale: that of sampling; "calibrated" takes the rows fitted under it, if there are any.
 
