@@ -13,8 +13,8 @@ from diffusers import SchedulerMixin
 
 from diffusers_dpm.calibration import Calibration, FittedTable, fitted_weights
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
-from diffusers_dpm.networks import check_config, check_weights, load_extra, process_of
-from diffusers_dpm.pipelines import UNetWithVariance
+from diffusers_dpm.networks import PROCESSES, check_config, check_weights, load_extra, process_of
+from diffusers_dpm.pipelines import DPMPipeline, UNetWithVariance
 from diffusers_dpm.posterior_statistics import PosteriorStatistics
 from diffusers_dpm.records import (
     check_types,
@@ -117,6 +117,8 @@ def build_scheduler(
     run = RunFolder(model)
     if options.get("reverse_variance") in HEADS and run.path.is_dir() and not run.analytic_dpm.is_dir():
         subfolder = None  # a head needs no statistics
+    if subfolder is not None and not (model and isinstance(pipeline, DPMPipeline)):
+        raise DiffusersDPMError(f"{name} is for run folders: it needs what was fitted to their model")
     if subfolder is not None:
         saved = load_extra(model, subfolder)
         config = saved.config
@@ -166,7 +168,9 @@ def check_process(name: str, scheduler: Any, own: Any) -> None:
         if table.shape != own_table.shape or not torch.allclose(table, own_table, rtol=1e-3, atol=1e-6):
             theirs = "DDPM with other betas"
     if theirs != ours:
-        raise DiffusersDPMError(f"{name} is for another process ({theirs}) than the model's ({ours}): choose another")
+        flow = ours == PROCESSES["flow"] and "use_flow_sigmas" in inspect.signature(type(scheduler)).parameters
+        advice = "give it use_flow_sigmas=true,prediction_type=flow_prediction" if flow else "choose another"
+        raise DiffusersDPMError(f"{name} is for another process ({theirs}) than the model's ({ours}): {advice}")
 
 
 def check_options(name: str, scheduler_class: type[SchedulerMixin], options: dict[str, Any]) -> None:

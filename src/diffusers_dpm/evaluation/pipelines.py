@@ -171,8 +171,11 @@ def draw(pipe: Any, call: Mapping[str, Any], seed: int, num_inference_steps: int
     if not kept[0].isfinite().all() or not np.isfinite(values).all():
         raise DiffusersDPMError("what it draws is not finite")
     is_image = values.ndim in (4, 5) and values.shape[-1] in (1, 3)
-    images = torch.from_numpy(to_uint8(values.clip(0, 1))) if is_image else None
-    return Drawn(kept[0].float().cpu(), images, len(calls) or num_inference_steps, seconds)
+    images = torch.from_numpy(to_uint8(values.clip(0, 1)).copy(order="C")) if is_image else None
+    latents = kept[0].float().cpu()
+    if images is not None and len(latents) == 2 * len(images):  # DiT steps with its unguided half, too
+        latents = latents[: len(images)]
+    return Drawn(latents, images, len(calls) or num_inference_steps, seconds)
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:
@@ -204,6 +207,8 @@ class PipelineEvaluation:
 
     def __post_init__(self) -> None:
         check_at_least(2, reference_steps=self.reference_steps)
+        if not self.calls or not self.seeds:
+            raise DiffusersDPMError("there is nothing to draw: give at least one call, and one seed")
         for call in self.calls:
             check_call(self.pipe, call)
         if RunFolder(self.folder).index.is_file():
@@ -429,7 +434,7 @@ class PipelineEvaluation:
 
 def picture_name(row: Row) -> str:
     """The file of a cell's picture, without its ending."""
-    return re.sub(r"[^\w.-]+", "-", f"{sampler_name(row)}-{row['steps']}")
+    return re.sub(r"[^\w.-]+", "-", f"{sampler_name(row).rstrip(')')}-{row['steps']}")
 
 
 def read_picture(path: Path | None) -> np.ndarray | None:
