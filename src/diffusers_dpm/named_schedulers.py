@@ -85,6 +85,18 @@ def parse_assignments(texts: Iterable[str], what: str = "scheduler option") -> d
     return {key: parse_value(value) for key, _, value in pairs}
 
 
+def parse_scheduler(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and options: "ddim,eta=0.5" -> ("ddim", {"eta": 0.5}).
+
+    Raises:
+        DiffusersDPMError: there is no such scheduler, or it has no such option, or not with this value.
+    """
+    name, *assignments = split_options(text)
+    options = parse_assignments(assignments)
+    check_options(name, find_scheduler(name), options)
+    return name, options
+
+
 def parse_value(text: str) -> Any:
     """JSON, Python's True, False and None, or else the text itself."""
     words = {"true": True, "false": False, "none": None}

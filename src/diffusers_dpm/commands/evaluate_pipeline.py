@@ -74,7 +74,7 @@ def run(model: str, options: EvaluatePipelineOptions) -> None:
     from diffusers_dpm.named_schedulers import parse_assignments
     from diffusers_dpm.sampling import parse_seeds
 
-    always = parse_assignments(options.call or [], "argument of the calls")
+    always = parse_assignments(options.call or [], "call argument")
     calls = [{}] if options.prompts is None else read_calls(Path(options.prompts))
     seeds = parse_seeds(options.seeds)
     pipe = load_any_pipeline(model, getattr(torch, options.dtype)).to(Accelerator(cpu=options.cpu).device)

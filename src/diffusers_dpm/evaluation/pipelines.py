@@ -31,7 +31,7 @@ from diffusers_dpm.evaluation.features import extract, load_features
 from diffusers_dpm.evaluation.report import markdown, plot_labelled, write_report
 from diffusers_dpm.evaluation.results import Results, Row, by_column, format_value, sampler_name, stacked_name
 from diffusers_dpm.images import GRID, image_grid, titled_rows, to_pil, to_uint8
-from diffusers_dpm.named_schedulers import build_scheduler, parse_assignments, split_options
+from diffusers_dpm.named_schedulers import build_scheduler, parse_scheduler
 from diffusers_dpm.networks import Progress, load_pipeline, quiet
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.processes import Processes
@@ -63,12 +63,14 @@ def load_any_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
     Raises:
         DiffusersDPMError: it cannot be loaded.
     """
+    plain = dtype == torch.float32
     with user_error(f"cannot load {model}", Exception), quiet():
         name = DiffusionPipeline.load_config(model)["_class_name"]
         if name not in ("DDPMPipeline", "DDIMPipeline", DPMPipeline.__name__):
-            return DiffusionPipeline.from_pretrained(model, torch_dtype=dtype)
+            # diffusers < 0.42 knows no `dtype`
+            return DiffusionPipeline.from_pretrained(model, **({} if plain else {"torch_dtype": dtype}))
     pipe = load_pipeline(model, any_process=True)
-    return pipe if dtype == torch.float32 else pipe.to(dtype)
+    return pipe if plain else pipe.to(dtype)
 
 
 def read_calls(path: Path) -> list[dict[str, Any]]:
@@ -220,9 +222,10 @@ class PipelineEvaluation:
         self.extractor = None if self.features is None else load_features(self.features).to(device)
         if self.texts is not None:
             self.texts.model.to(device)
-        ResultStore(self.folder, self._settings(), name="settings", what="an evaluation").load_json()
+        settings = ResultStore(self.folder, self._settings(), name="settings", what="an evaluation")
+        settings.load_json()  # refuses others
         self.results = Results(self.folder)
-        ResultStore(self.folder, self._settings(), name="settings").save_json({})
+        settings.save_json({})
 
     def _settings(self) -> dict[str, Any]:
         """All that the reference, and what is compared, depend on; as JSON."""
@@ -243,6 +246,8 @@ class PipelineEvaluation:
     def run(self, schedulers: Iterable[str], steps: Iterable[int], report: Callable[[str], object]) -> None:
         """Measure what is not in the results yet, and write the tables and pictures."""
         texts, steps = dict.fromkeys(schedulers), sorted({*steps})
+        for text in (self.reference, *texts):
+            parse_scheduler(text)  # what is no scheduler anywhere is refused before all work
         total = len(self.runs) * (self.reference_steps + sum(steps) * len(texts)) + self.reference_steps // 2
         bar = tqdm(total=total, unit="step")
         try:
@@ -260,20 +265,25 @@ class PipelineEvaluation:
 
     def _scheduler(self, text: str) -> tuple[Any, dict[str, Any]]:
         """That of a name and options, such as "ddim,eta=0.5", for this pipeline; and the options."""
-        name, *assignments = split_options(text)
-        options, model = parse_assignments(assignments), str(self.pipe.config.get("_name_or_path") or "")
+        name, options = parse_scheduler(text)
         self.pipe.scheduler = self.own
-        return build_scheduler(name, options, self.pipe, model), options
+        return build_scheduler(name, options, self.pipe, str(self.pipe.config.get("_name_or_path") or "")), options
 
     # The reference
+
+    def _converged(self, number: int, steps: int, bar: Progress) -> Drawn:
+        """A call under the reference's scheduler."""
+        try:
+            self.pipe.scheduler, _ = self._scheduler(self.reference)
+            return draw(self.pipe, *self.runs[number], steps, bar)
+        except ValueError as error:
+            raise DiffusersDPMError(f"the reference cannot be drawn: {error}") from error
 
     def _draw_reference(self, number: int, bar: Progress) -> Drawn:
         """The converged run of a call: from the folder, or else drawn into it."""
         path = self.folder / "references" / f"{number:06d}.safetensors"
         if not path.is_file():
-            with user_error("the reference cannot be drawn"):
-                self.pipe.scheduler, _ = self._scheduler(self.reference)
-                drawn = draw(self.pipe, *self.runs[number], self.reference_steps, bar)
+            drawn = self._converged(number, self.reference_steps, bar)
             path.parent.mkdir(exist_ok=True)
             images = {} if drawn.images is None else {"images": drawn.images}
             write_tensors(path, {"latents": drawn.latents.contiguous(), **images})
@@ -294,9 +304,7 @@ class PipelineEvaluation:
                 self._save_picture("reference", drawn)
         self.results.add(baselines=[{**whole, **self._row(SCORE, values[SCORE])}] if SCORE in values else [])
         if not self.results.has(half):
-            self.pipe.scheduler, _ = self._scheduler(self.reference)
-            drawn = draw(self.pipe, *self.runs[0], half["steps"], bar)
-            compared = self._compare(0, drawn, self._draw_reference(0, bar))
+            compared = self._compare(0, self._converged(0, half["steps"], bar), self._draw_reference(0, bar))
             self.results.add(baselines=[{**half, **self._row(key, [value])} for key, value in compared.items()])
 
     # A scheduler with a number of steps

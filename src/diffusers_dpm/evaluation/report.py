@@ -198,7 +198,12 @@ def plot_labelled(
             axis.errorbar(calls, values, errors, marker="o", ms=4, color=f"C{i}", linestyle=style, label=name)
     if floor:
         axis.axhline(floor[1], color="grey", lw=1, linestyle=":")
-        place: dict[str, Any] = {"xycoords": axis.get_yaxis_transform(), "va": "bottom", "color": "grey", "fontsize": "small"}
+        place: dict[str, Any] = {
+            "xycoords": axis.get_yaxis_transform(),
+            "va": "bottom",
+            "color": "grey",
+            "fontsize": "small",
+        }
         axis.annotate(floor[0], (0.01, floor[1]), **place)
     axis.set(xlabel="network calls", ylabel=metric)
     for scale in (axis.xaxis, axis.yaxis):
