@@ -19,7 +19,7 @@ class SamplerOptions:
     """ddpm, ddim, dpm-solver, edm, score-sde, ... or diffusers:CLASS, with options: dpm-solver,solver_order=3"""
     steps: list[int]
     """numbers of steps, for each scheduler"""
-    reference: str = "dpm-solver,timestep_spacing=linspace"
+    reference: str = "dpm-solver,timestep_spacing=quadratic"
     """scheduler of the converged run, which must not add noise"""
     reference_steps: int = 200
     """its number of steps"""

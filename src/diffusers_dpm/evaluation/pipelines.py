@@ -42,7 +42,7 @@ from diffusers_dpm.sampling import carried_hash, scheduler_name
 
 LATENTS, PIXELS = "RMS distance in latents", "RMS distance in pixels"
 FEATURES, SCORE = "cosine distance in features", "CLIP score"
-REFERENCE = "dpm-solver,timestep_spacing=linspace"
+REFERENCE = "dpm-solver,timestep_spacing=quadratic"
 PICTURE = 256  # pixels of the longer side, in the grid
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")  # names of what predicts in a step
 REFUSALS = (
