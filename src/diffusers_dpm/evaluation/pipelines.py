@@ -41,7 +41,7 @@ from diffusers_dpm.sampling import carried_hash, scheduler_name
 
 
 LATENTS, PIXELS = "RMS distance in latents", "RMS distance in pixels"
-FEATURES, SCORE = "cosine distance in features", "CLIP score"
+FEATURES, SCORE = "relative distance in features", "CLIP score"
 REFERENCE = "dpm-solver,timestep_spacing=quadratic"
 PICTURE = 256  # pixels of the longer side, in the grid
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")  # names of what predicts in a step
@@ -365,7 +365,7 @@ class PipelineEvaluation:
         found[PIXELS] = rms((drawn.images.double() - reference.images) / 255)
         if self.extractor is not None:
             seen, target = (extract(self.extractor, images).double() for images in (pictures, targets))
-            found[FEATURES] = (1 - torch.cosine_similarity(seen, target)).clamp(min=0)
+            found[FEATURES] = (seen - target).norm(dim=1) / target.norm(dim=1)
         prompt = self.runs[number][0].get("prompt")
         if self.texts is not None and isinstance(prompt, str):
             found[SCORE] = self.texts.scores(pictures, prompt).double()
@@ -489,8 +489,8 @@ def evaluate_pipeline(
 
     That is what the reference makes of the same call and seed; every run has the same noise, from the CPU. Rows
     are those of `metrics.json`: the mean over images of the root mean square difference of an image's latents (what
-    the last step returns) and pixels (from 0 to 1), with standard errors, and where they are asked for the cosine
-    distance of features and the CLIP score. The folder gets tables, a plot and a grid of pictures, too. An interrupted
+    the last step returns) and pixels (from 0 to 1), with standard errors, and where they are asked for the
+    distance of features, as a share of their length, and the CLIP score. The folder gets tables, a plot and a grid of pictures, too. An interrupted
     call goes on where it was, and one with more schedulers or steps adds them.
 
     Args:
