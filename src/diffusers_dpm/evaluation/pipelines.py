@@ -489,9 +489,9 @@ def evaluate_pipeline(
 
     That is what the reference makes of the same call and seed; every run has the same noise, from the CPU. Rows
     are those of `metrics.json`: the mean over images of the root mean square difference of an image's latents (what
-    the last step returns) and pixels (from 0 to 1), with standard errors, and where they are asked for the
-    distance of features, as a share of their length, and the CLIP score. The folder gets tables, a plot and a grid of pictures, too. An interrupted
-    call goes on where it was, and one with more schedulers or steps adds them.
+    the last step returns) and pixels (from 0 to 1), with standard errors, and where they are asked for the distance
+    of features, as a share of their length, and the CLIP score. The folder gets tables, a plot and a grid of
+    pictures, too. An interrupted call goes on where it was, and one with more schedulers or steps adds them.
 
     Args:
         pipe: with a `scheduler` that can be replaced, and a call that takes `generator` and `num_inference_steps`; it
