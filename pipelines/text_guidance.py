@@ -120,7 +120,9 @@ class TextGuidance(Guidance):
             raise ValueError(f"the CLIP model is for {channels} channels, image_mean and image_std have {given}")
         texts = list(dict.fromkeys(text for prompt in prompts for text in prompt))
         with torch.inference_mode(False), torch.no_grad(), evaluation_mode(self.model):
-            targets = text_embeddings(self.model, self.tokenizer, texts, latents)
+            tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+            tokens = {name: value.to(latents.device) for name, value in tokens.items()}
+            targets = embedding(self.model.get_text_features(**tokens), latents.dtype)
             weights = torch.tensor([[prompt.get(text, 0.0) for text in texts] for prompt in prompts])
             weights = (weights / weights.sum(dim=1, keepdim=True).abs()).to(targets)
         energy = self.energy(targets, weights.expand(len(latents), -1))
@@ -151,20 +153,10 @@ class TextGuidance(Guidance):
         config = self.model.config.vision_config
         images = (x0 / 2 + 0.5).expand(-1, config.num_channels, -1, -1)
         cuts = cutouts(images, config.image_size, self.num_cutouts, self.min_cut, cut_generator(self.seed, t))
-        return self.normalised(cuts if self.augment is None else self.augment(cuts))
-
-    def normalised(self, images: Tensor) -> Tensor:
-        """Images (N, C, S, S) in [0, 1] as the model takes them, in its precision."""
-        mean, std = (torch.tensor(values).to(images).view(1, -1, 1, 1) for values in (self.image_mean, self.image_std))
-        return ((images - mean) / std).to(getattr(self.model, "dtype", images.dtype))
-
-
-def text_embeddings(
-    model: Any, tokenizer: Callable[..., Mapping[str, Any]], texts: Sequence[str], x: Tensor
-) -> Tensor:
-    """The normalised embeddings (K, D) of texts, on the device of `x` and in its precision."""
-    tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-    return embedding(model.get_text_features(**{name: value.to(x.device) for name, value in tokens.items()}), x.dtype)
+        if self.augment is not None:
+            cuts = self.augment(cuts)
+        mean, std = (torch.tensor(values).to(cuts).view(1, -1, 1, 1) for values in (self.image_mean, self.image_std))
+        return ((cuts - mean) / std).to(getattr(self.model, "dtype", cuts.dtype))
 
 
 def embedding(output: Any, dtype: torch.dtype) -> Tensor:

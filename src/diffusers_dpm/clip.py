@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.pipelines import TextGuidance
-from diffusers_dpm.pipelines.text_guidance import embedding, text_embeddings
+from diffusers_dpm.pipelines.text_guidance import embedding
 from diffusers_dpm.records import weights_hash
 
 
@@ -82,7 +82,10 @@ class Texts:
         square = images[:, :3, top : top + side, left : left + side].to(self.model.device).float() / 255
         size = (config.image_size, config.image_size)
         pixels = interpolate(square, size, mode="bicubic", antialias=True).clamp(0, 1)
-        pixels = self.guidance([0], 1.0).normalised(pixels.expand(-1, config.num_channels, -1, -1))
+        guidance = self.guidance([0], 1.0)  # knows OpenAI's mean and deviation
+        mean, std = (torch.tensor(x).to(pixels).view(1, -1, 1, 1) for x in (guidance.image_mean, guidance.image_std))
+        pixels = ((pixels.expand(-1, config.num_channels, -1, -1) - mean) / std).to(self.model.dtype)
         seen = embedding(self.model.get_image_features(pixel_values=pixels), torch.float32)
-        target = text_embeddings(self.model, self.tokenizer, [text], seen)
+        tokens = self.tokenizer([text], truncation=True, return_tensors="pt").to(self.model.device)
+        target = embedding(self.model.get_text_features(**tokens), torch.float32)
         return 100 * (seen @ target[0]).clamp(min=0).cpu()
