@@ -41,6 +41,9 @@ COMMANDS = {
     "sample": Command("draw images by seed", ("RUN",), AGAIN),
     "encode": Command("find the noise that images are drawn from", ("RUN",), AGAIN),
     "evaluate": Command("measure image quality by sampler and number of steps", ("RUN",), AGAIN),
+    "evaluate-pipeline": Command(
+        "which scheduler, in how many steps, for any pipeline of diffusers", ("MODEL",), AGAIN
+    ),
     "compare": Command("compare two evaluations", ("A.json", "B.json")),
     "statistics": Command("estimate variances for AnalyticDPMScheduler", ("RUN",), AGAIN),
     "calibrate": Command("fit rows for CalibratedScheduler, for few steps", ("RUN",), AGAIN),
