@@ -141,7 +141,7 @@ class TrainingState:
             with user_error("--gradient-checkpointing"):
                 model.enable_gradient_checkpointing()
         self.uncompiled, self.optimizer = accelerator.prepare(model, optimizer)
-        self.network = torch.compile(self.uncompiled) if options.compile else self.uncompiled
+        self.network: Any = torch.compile(self.uncompiled) if options.compile else self.uncompiled
 
     @property
     def ema_model(self) -> torch.nn.Module | None:

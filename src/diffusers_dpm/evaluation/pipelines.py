@@ -16,7 +16,6 @@ from dataclasses import KW_ONLY, dataclass, field
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -137,7 +136,8 @@ def last_sample(scheduler: Any, progress: Progress) -> Iterator[list[torch.Tenso
 
     The class is patched for the time being, not the object: some pipelines copy their scheduler.
     """
-    step = type(scheduler).step
+    cls, step = type(scheduler), type(scheduler).step
+    own = vars(cls).get("step")  # None if it is inherited
     kept: list[torch.Tensor] = []
 
     @wraps(step)  # pipelines ask for its arguments
@@ -147,8 +147,14 @@ def last_sample(scheduler: Any, progress: Progress) -> Iterator[list[torch.Tenso
         progress.update(1)
         return output
 
-    with patch.object(type(scheduler), "step", recorded):
+    cls.step = recorded
+    try:
         yield kept
+    finally:
+        if own is None:
+            del cls.step
+        else:
+            cls.step = own
 
 
 def draw(pipe: Any, call: Mapping[str, Any], seed: int, num_inference_steps: int, progress: Progress) -> Drawn:
