@@ -138,8 +138,9 @@ class TrainingState:
             num_training_steps=options.max_train_steps,
         )
         if options.gradient_checkpointing:
-            with user_error("--gradient-checkpointing"):
-                model.enable_gradient_checkpointing()
+            network: Any = model
+            with user_error("--gradient-checkpointing", AttributeError):
+                network.enable_gradient_checkpointing()
         self.uncompiled, self.optimizer = accelerator.prepare(model, optimizer)
         self.network: Any = torch.compile(self.uncompiled) if options.compile else self.uncompiled
 
