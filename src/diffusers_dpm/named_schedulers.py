@@ -66,8 +66,11 @@ def split_options(text: str) -> list[str]:
     return parts[1:]
 
 
-def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
+def parse_assignments(texts: Iterable[str], what: str = "scheduler option") -> dict[str, Any]:
     """["eta=0.5", "timestep_spacing=quadratic"] -> {"eta": 0.5, "timestep_spacing": "quadratic"}.
+
+    Args:
+        what: each of them is, in messages.
 
     Raises:
         ValueError: a text without "=", or two for one key.
@@ -75,10 +78,10 @@ def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
     pairs = [text.partition("=") for text in texts]
     for key, equals, _ in pairs:
         if not key or not equals:
-            raise DiffusersDPMError(f"scheduler options are written key=value, got {key + equals!r}")
+            raise DiffusersDPMError(f"{what}s are written key=value, got {key + equals!r}")
     keys = [key for key, _, _ in pairs]
     if twice := [key for key in keys if keys.count(key) > 1]:
-        raise DiffusersDPMError(f"the scheduler option {twice[0]} is given twice")
+        raise DiffusersDPMError(f"the {what} {twice[0]} is given twice")
     return {key: parse_value(value) for key, _, value in pairs}
 
 
