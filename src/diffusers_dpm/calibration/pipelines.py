@@ -112,7 +112,7 @@ def calibrate_pipeline(
     modules = {key: part for key, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     with evaluation_mode(*modules.values()), quiet_bars(pipe):
         network = PipelineNetwork(pipe, checked, teacher, batch_size, seed, processes, progress)
-        noise, denoisers, constant = network.prepare(3 * num_images, modules)
+        noise, denoisers = network.prepare(3 * num_images, modules)
         stride = stride_for(noise, network.dtype, teacher_steps, steps, max_bytes)
         network.usual_grids = {n: check_loop(network, noise, n) for n in steps}
         default = taken["guidance_scale"].default if "guidance_scale" in taken else None
@@ -137,7 +137,7 @@ def calibrate_pipeline(
         }
         if folder is not None and None in (identity["weights"], identity["others"]):
             raise DiffusersDPMError("folder needs weights in memory: offloaded ones (meta tensors) identify nothing.")
-        with remembered({key: modules[key] for key in constant}):
+        with network.remembering():
             return fit_network(
                 network, teacher, noise, steps, max_walks, facts, identity, folder, keep, stride, network.dtype
             )
@@ -310,6 +310,8 @@ class PipelineNetwork(BatchedNetwork):
         self.pipe, self.calls, self.teacher, self.seed = pipe, calls, teacher, seed
         self.batch_size, self.processes, self.progress = batch_size, processes, progress
         self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.constant: dict[str, torch.nn.Module] = {}
+        self.answers: dict[str, dict[str, Any]] = {}
         config = {**whole_config(pipe.scheduler), "timestep_spacing": "linspace", "guidance_scale": None}
         self.one_step, self.recorder = OneStep.from_config(config), Recorder.from_config(config)
         self.name = type(pipe).__name__
@@ -346,10 +348,10 @@ class PipelineNetwork(BatchedNetwork):
             raise DiffusersDPMError(f"{self.name} cannot be calibrated: it changes the latents that it is given.")
         return seen
 
-    def prepare(self, num_images: int, modules: Mapping[str, torch.nn.Module]) -> tuple[Tensor, list[str], list[str]]:
-        """(x_T of all images as the pipeline draws it, on the CPU; the modules that see x_t; those that do not).
+    def prepare(self, num_images: int, modules: Mapping[str, torch.nn.Module]) -> tuple[Tensor, list[str]]:
+        """(x_T of all images as the pipeline draws it, on the CPU; the modules that see x_t).
 
-        The latter get the same inputs at another level and another x. Some modules are in neither list.
+        Those that do not get the same inputs at another level and another x. Some modules are not called at all.
         """
         start, end = ((self.teacher.timesteps[i].item(), self.teacher.levels[i]) for i in (0, -2))
         size, parts = self.batch_size, []
@@ -359,8 +361,8 @@ class PipelineNetwork(BatchedNetwork):
         with watched(modules) as others:
             self.at(parts[0] / 2, *end, 0, len(parts[0]))
         called = [key for key in modules if inputs[key] or others[key]]
-        constant = [key for key in called if inputs[key] == others[key]]
-        with remembered({key: modules[key] for key in constant}):
+        self.constant = {key: modules[key] for key in called if inputs[key] == others[key]}
+        with self.remembering():
             parts += [
                 self.at(None, *start, first, min(first + size, num_images)).sample
                 for first in range(size, num_images, size)
@@ -369,8 +371,26 @@ class PipelineNetwork(BatchedNetwork):
             raise DiffusersDPMError(
                 f"the calls have latents of shapes {sorted(shapes)}: calibrate for each by itself."
             )
-        noise = torch.cat([part.float().cpu() for part in parts])
-        return noise, [key for key in called if key not in constant], constant
+        noise = torch.cat([part.to(torch.promote_types(part.dtype, torch.float32)).cpu() for part in parts])
+        return noise, [key for key in called if key not in self.constant]
+
+    @contextmanager
+    def remembering(self) -> Iterator[None]:
+        """Inside, a module that does not see x_t, called with the same inputs again, returns what it did before."""
+
+        def wrap(key: str, forward: Any) -> Any:
+            answers = self.answers.setdefault(key, {})
+
+            def remembered(*args: Any, **kwargs: Any) -> Any:
+                inputs = identity_of(args, kwargs)
+                if inputs not in answers:
+                    answers[inputs] = forward(*args, **kwargs)
+                return answers[inputs]
+
+            return remembered
+
+        with wrapped(self.constant, wrap):
+            yield
 
     def _predict(self, x: Tensor, t: float, level: Level, first: int) -> Tensor:
         output = self.at(x, t, level, first, first + len(x)).output.to(x.device)
@@ -420,9 +440,10 @@ def check_loop(network: PipelineNetwork, noise: Tensor, num_steps: int) -> list[
     network.recorder.set_calibration({**conditions_of(teacher), "tables": [table]})
     steps = network.call(network.recorder, 0, stop, num_steps)
     x, x0s = noise[:stop], NO_TENSORS
-    for row, place in zip(solver.updates, places, strict=True):
-        x0s = (network(x, teacher.timesteps[place].item(), teacher.levels[place]), *x0s)[:2]
-        x = row.apply(x, x0s).to(network.dtype).to(x.dtype)
+    with network.remembering():
+        for row, place in zip(solver.updates, places, strict=True):
+            x0s = (network(x, teacher.timesteps[place].item(), teacher.levels[place]), *x0s)[:2]
+            x = row.apply(x, x0s).to(network.dtype).to(x.dtype)
     arrived = steps[-1].prev_sample.to(x)
     told = [step.timestep for step in steps] == timesteps
     miss = (arrived - x).square().mean().sqrt().item() / max(x.square().mean().sqrt().item(), 1e-12)
@@ -470,25 +491,6 @@ def watched(modules: Mapping[str, torch.nn.Module]) -> Iterator[dict[str, list[s
 
     with wrapped(modules, wrap):
         yield inputs
-
-
-@contextmanager
-def remembered(modules: Mapping[str, torch.nn.Module]) -> Iterator[None]:
-    """Inside, a module that is called with the same inputs again returns what it did before."""
-
-    def wrap(key: str, forward: Any) -> Any:
-        answers: dict[str, Any] = {}
-
-        def remembering(*args: Any, **kwargs: Any) -> Any:
-            inputs = identity_of(args, kwargs)
-            if inputs not in answers:
-                answers[inputs] = forward(*args, **kwargs)
-            return answers[inputs]
-
-        return remembering
-
-    with wrapped(modules, wrap):
-        yield
 
 
 @contextmanager
