@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_dpm.calibration.fit import network_calls, teacher_for
 from diffusers_dpm.calibration.inputs import Network, arguments_for, guidance_for
@@ -18,8 +17,7 @@ from diffusers_dpm.random_streams import Stream, torch_generator
 from diffusers_dpm.schedulers import CalibratedScheduler, DDIMScheduler, DPMSolverScheduler
 from tests.commands import error_of
 from tests.models import MixtureNetwork, tiny_unet
-from tests.pipelines.tiny_diffusion_pipelines import stable_diffusion
-from tests.pipelines.tiny_parts import tokenizer
+from tests.pipelines.tiny_diffusion_pipelines import stable_diffusion_that_reads
 from tests.pipelines.tiny_pipelines import PIPELINES
 
 
@@ -161,15 +159,6 @@ def test_half_precision_is_kept_in_half_precision(tmp_path):
 # Work, memory, interruption ------------------------------------------------------------------------------------------
 
 
-def with_text_encoder():
-    """Stable Diffusion that reads its prompts."""
-    torch.manual_seed(0)
-    words = {"vocab_size": 3, "bos_token_id": 0, "eos_token_id": 2, "max_position_embeddings": 4}
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    encoder = CLIPTextModel(CLIPTextConfig(**words, **sizes))
-    return stable_diffusion(components={"text_encoder": encoder, "tokenizer": tokenizer()})[0]
-
-
 def counted(module):
     """How often it is called, whoever wraps its `forward`."""
     calls = []
@@ -179,7 +168,7 @@ def counted(module):
 
 @pytest.mark.slow
 def test_texts_are_encoded_once():
-    pipe = with_text_encoder()
+    pipe, _ = stable_diffusion_that_reads()
     calls, denoised = counted(pipe.text_encoder), counted(pipe.unet)
     calibrate_pipeline(pipe, ["?", ""], [2], **FEW, guidance_scale=2.0)
     assert len(denoised) > 100
@@ -300,7 +289,7 @@ def test_a_control_that_ends_in_mid_loop_is_refused():
 @pytest.mark.usefixtures("fresh_process")
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys):
-    pipe = with_text_encoder()
+    pipe, _ = stable_diffusion_that_reads()
     pipe.save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text('?\n\n{"prompt": "", "eta": 0.0}\n')
     options = [

@@ -31,6 +31,7 @@ from tests.hub.conftest import hub  # noqa: F401 (a fixture)
 from tests.hub.server import Account
 from tests.models import save_clip
 from tests.original_networks import Flags, OpenAIClassifier, OpenAIUNet, randomised
+from tests.pipelines.tiny_diffusion_pipelines import stable_diffusion_that_reads
 from tests.pipelines.tiny_pipelines import built
 
 
@@ -59,6 +60,9 @@ SMALL = {
     "train-features": "--max-train-steps 2 --log-with none",
     "statistics": "--num-samples 2 --timesteps 3",
     "calibrate": "--steps 5 10 --num-images 8 --max-walks 1 --teacher-steps 20",
+    "calibrate --prompts": "--steps 2 --num-images 1 --max-walks 0 --teacher-steps 4 --call height=8 width=8 "
+    "--dtype float32",
+    "publish-calibration": "",
     "likelihood": "--num-images 2",
     "likelihood --method": "--solver rk4 --num-steps 2",
     "sample": "--seeds 0-3",
@@ -100,13 +104,14 @@ def small(arguments):
     return [*arguments, *" ".join(options).split()]
 
 
-# Repositories that the pages load by name -> a tiny pipeline of their class and scheduler.
+# Repositories that the pages load by name -> a tiny pipeline of their class and scheduler, by name or its builder.
 TINY = {
     "black-forest-labs/FLUX.1-dev": "FluxPipeline",
     "stabilityai/stable-diffusion-3-medium-diffusers": "StableDiffusion3Pipeline",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "WanPipeline UniPC",
     "playgroundai/playground-v2.5-1024px-aesthetic": "StableDiffusionXLPipeline EDMDPMSolver",
     "stabilityai/stable-video-diffusion-img2vid-xt": "StableVideoDiffusionPipeline",
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion_that_reads,
 }
 
 
@@ -174,6 +179,7 @@ def workspace(tmp_path_factory):
     save_digits(folder / "path/to/test/images", range(64, 80))
     save_checkpoints(folder)
     save_clip(folder / "path/to/clip")
+    (folder / "prompts.txt").write_text("?\n", encoding="utf-8")
     with pytest.MonkeyPatch.context() as context:
         context.chdir(folder)
         context.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
@@ -225,7 +231,7 @@ def publish_tiny_pipelines(hub, page, folder, monkeypatch):  # noqa: F811
         if repo_id in text:
             owner = repo_id.split("/")[0]
             hub.accounts[f"hf_{owner}"] = Account(owner)
-            pipe, _ = built(name)
+            pipe, _ = name() if callable(name) else built(name)
             absent = [key for key, component in pipe.components.items() if component is None]
             monkeypatch.setattr(type(pipe), "_optional_components", [*pipe._optional_components, *absent])
             pipe.save_pretrained(folder / repo_id)

@@ -69,6 +69,15 @@ def stable_diffusion(name="StableDiffusionPipeline", components=None, **argument
     return pipe, {**PROMPT, **GUIDED, "output_type": "latent", **arguments}
 
 
+def stable_diffusion_that_reads():
+    """Its prompts, of one word."""
+    torch.manual_seed(0)
+    words = {"vocab_size": 3, "bos_token_id": 0, "eos_token_id": 2, "max_position_embeddings": 4}
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = CLIPTextModel(CLIPTextConfig(**words, **sizes))
+    return stable_diffusion(components={"text_encoder": encoder, "tokenizer": tokenizer()})
+
+
 def controlnet():
     denoiser = unet()
     control = diffusers.ControlNetModel.from_unet(denoiser, conditioning_embedding_out_channels=(4,))

@@ -250,7 +250,8 @@ def best_solver(student: Student, solvers: Solvers, timesteps: list[float]) -> t
     """
     tried = []
     for options in (*SOLVERS, *USUAL_SOLVERS):
-        solver = placed(student, solvers, len(timesteps), *options.values(), fitted=timesteps)
+        spacing, order = options["timestep_spacing"], options["solver_order"]
+        solver = placed(student, solvers, len(timesteps), spacing, order, timesteps)
         if solver is not None:
             tried.append((options, student.follow(solver)))
     return min(tried, key=lambda pair: pair[1].mean().item())

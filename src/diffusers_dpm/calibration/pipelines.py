@@ -110,14 +110,14 @@ def calibrate_pipeline(
     teacher.set_timesteps(teacher_steps)
     processes, progress = Processes(accelerator), NoProgress() if progress is None else progress
     modules = {key: part for key, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    default = taken["guidance_scale"].default if "guidance_scale" in taken else None
+    scale = checked[0].get("guidance_scale", default)
+    scale = float(scale) if isinstance(scale, (int, float)) else None
     with evaluation_mode(*modules.values()), quiet_bars(pipe):
-        network = PipelineNetwork(pipe, checked, teacher, batch_size, seed, processes, progress)
+        network = PipelineNetwork(pipe, checked, teacher, batch_size, seed, processes, progress, scale)
         noise, denoisers = network.prepare(3 * num_images, modules)
         stride = stride_for(noise, network.dtype, teacher_steps, steps, max_bytes)
         network.usual_grids = {n: check_loop(network, noise, n) for n in steps}
-        default = taken["guidance_scale"].default if "guidance_scale" in taken else None
-        scale = checked[0].get("guidance_scale", default)
-        scale = float(scale) if isinstance(scale, (int, float)) else None
         facts = {
             "guidance_scale": scale,
             "classifier": None if scale is None else PIPELINE,
@@ -295,6 +295,7 @@ class PipelineNetwork(BatchedNetwork):
         teacher: its levels, its conversion and clipping.
         batch_size, processes, progress: see `BatchedNetwork`.
         seed: of the noise.
+        guidance_scale: of the calls, which `DPMPipeline` compares with the scheduler's.
     """
 
     def __init__(
@@ -306,13 +307,14 @@ class PipelineNetwork(BatchedNetwork):
         seed: int,
         processes: Processes,
         progress: Progress,
+        guidance_scale: float | None = None,
     ):
         self.pipe, self.calls, self.teacher, self.seed = pipe, calls, teacher, seed
         self.batch_size, self.processes, self.progress = batch_size, processes, progress
         self.dtype, self.device = torch.float32, torch.device("cpu")
         self.constant: dict[str, torch.nn.Module] = {}
         self.answers: dict[str, dict[str, Any]] = {}
-        config = {**whole_config(pipe.scheduler), "timestep_spacing": "linspace", "guidance_scale": None}
+        config = {**whole_config(pipe.scheduler), "timestep_spacing": "linspace", "guidance_scale": guidance_scale}
         self.one_step, self.recorder = OneStep.from_config(config), Recorder.from_config(config)
         self.name = type(pipe).__name__
 
@@ -406,7 +408,7 @@ def joined(calls: Sequence[Call]) -> Call:
     """
     result: Call = {}
     for key in {key: None for call in calls for key in call}:
-        values = [call.get(key) for call in calls]
+        values: list[Any] = [call.get(key) for call in calls]
         if PER_IMAGE.search(key) and all(isinstance(value, Tensor) for value in values):
             result[key] = torch.cat(values)
         elif PER_IMAGE.search(key) and all(isinstance(value, list) for value in values):
@@ -436,7 +438,9 @@ def check_loop(network: PipelineNetwork, noise: Tensor, num_steps: int) -> list[
     timesteps = [teacher.timesteps[place].item() for place in places]
     solver = solver_for(teacher)
     solver.set_timesteps(timesteps=timesteps)
-    table = {"timesteps": timesteps, "rows": [[row.sample, *row.x0] for row in solver.updates], "guidance_scale": None}
+    rows = [[row.sample, *row.x0] for row in solver.updates]
+    scale = network.recorder.config.guidance_scale
+    table = {"timesteps": timesteps, "rows": rows, "guidance_scale": scale}
     network.recorder.set_calibration({**conditions_of(teacher), "tables": [table]})
     steps = network.call(network.recorder, 0, stop, num_steps)
     x, x0s = noise[:stop], NO_TENSORS
