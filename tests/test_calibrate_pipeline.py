@@ -1,13 +1,16 @@
 """Rows fitted to the sampling of pipelines: ours, whose network can be called by itself, and diffusers' own."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from diffusers_dpm.calibration.fit import network_calls, teacher_for
+from diffusers_dpm.calibration.fit import USUAL, network_calls, placed, teacher_for
 from diffusers_dpm.calibration.inputs import Network, arguments_for, guidance_for
-from diffusers_dpm.calibration.pipelines import PipelineNetwork, calibrate_pipeline, stride_for
+from diffusers_dpm.calibration.pipelines import PipelineNetwork, calibrate_pipeline, check_loop, stride_for
+from diffusers_dpm.calibration.student import Student
+from diffusers_dpm.calibration.tables import solver_for
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.networks import NoProgress
 from diffusers_dpm.pipelines import DPMPipeline
@@ -109,6 +112,27 @@ def test_a_pipeline_predicts_what_its_network_does(batch_size):
         assert rms(network(noise, *place) - network(noise, *place, 1)) > 1e-3  # each image has its own call
 
 
+@pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusionPipeline"])
+def test_rows_compete_with_the_grid_of_the_pipeline(name):
+    """Of Flux its shift depends on the size of the image, of Stable Diffusion it is shifted by one."""
+    pipe, arguments = PIPELINES[name]()
+    del arguments["output_type"]
+    teacher = teacher_for(pipe.scheduler)
+    teacher.set_timesteps(10)
+    network = PipelineNetwork(pipe, [arguments], teacher, 1, 0, Processes(), NoProgress())
+    with torch.no_grad():
+        noise, _ = network.prepare(3, {})
+        network.usual_grids = {3: check_loop(network, noise, 3)}
+    spacing = pipe.scheduler.config.get("timestep_spacing", "linspace")
+    pipe.scheduler = DPMSolverScheduler.from_config(pipe.scheduler.config, timestep_spacing=spacing)
+    pipe(**arguments, num_inference_steps=3, output_type="latent")
+    assert network.usual_grids[3] == pipe.scheduler.timesteps.tolist()
+    student = Student(network, teacher, torch.zeros(11, *noise.shape), 1)
+    solver = placed(student, partial(solver_for, teacher), 3, USUAL, 3)
+    assert solver.timesteps.tolist() == network.usual_grids[3]
+    assert (solver.config.solver_order, placed(student, partial(solver_for, teacher), 4, USUAL)) == (3, None)
+
+
 REAL = ["StableDiffusionPipeline", "StableDiffusionXLPipeline", "StableDiffusion3Pipeline", "FluxPipeline"]
 REAL += ["WanPipeline", "WanPipeline UniPC", "StableDiffusionXLPipeline EDMEuler", "CogVideoXPipeline"]
 
@@ -189,7 +213,14 @@ def test_an_interrupted_call_goes_on(tmp_path):
     assert not (tmp_path / "partial").exists()
 
 
-@pytest.mark.parametrize("change", [{"calls": {"return_trajectory": 0}}, {"seed": 1}, {"max_bytes": 12 * 16 * 8 * 11}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"calls": {"return_trajectory": 0}},
+        {"seed": 1},
+        {"max_bytes": 12 * 16 * 8 * 11 + 4 * 16 * (2 * 2 * 2 * 2 * 8 + 48)},
+    ],
+)
 def test_a_folder_of_other_settings_is_refused(change, tmp_path):
     given = {"pipe": mixture(), "calls": {}, "steps": [2], **QUICK, "folder": tmp_path}
     with pytest.raises(KeyboardInterrupt):
@@ -201,15 +232,19 @@ def test_a_folder_of_other_settings_is_refused(change, tmp_path):
 def test_what_is_kept_stays_within_a_limit():
     """Each state of 12 images of 16 float64 values takes 1536 bytes."""
     noise = torch.zeros(12, 1, 4, 4)
+    walks = 4 * 16 * (2 * 3 * 2 * 2 * 4 + 6 * 8)  # x and x_0 of 3 steps of 8 images twice, and a fit of 6 terms
     for states, stride in ((21, 1), (20, 2), (11, 2), (10, 3), (8, 3)):
-        assert stride_for(noise, torch.float64, 20, [1, 3], 1536 * states) == stride
-        assert stride_for(noise, torch.bfloat16, 20, [1, 3], 1536 * states // 4) == stride
-    with pytest.raises(ValueError, match=f"max_bytes={1536 * 6} .* give {1536 * 7} or more"):
-        stride_for(noise, torch.float64, 20, [1, 3], 1536 * 6)
+        assert stride_for(noise, torch.float64, 20, [1, 3], 1536 * states + walks) == stride
+        assert stride_for(noise, torch.bfloat16, 20, [1, 3], 1536 * states // 4 + walks) == stride
+    least = 1536 * 7 + walks
+    with pytest.raises(ValueError, match=f"max_bytes={least - 1} .* give {least} or more"):
+        stride_for(noise, torch.float64, 20, [1, 3], least - 1)
 
     grid = teacher_for(mixture().scheduler)
     grid.set_timesteps(20)
-    calibration = calibrate_pipeline(mixture(), {}, [3], **QUICK, max_bytes=1536 * 8)
+    calibration = calibrate_pipeline(
+        mixture(), {}, [3], **QUICK, max_bytes=1536 * 8 + 4 * 16 * (2 * 3 * 2 * 2 * 8 + 6 * 8)
+    )
     (table,) = calibration.tables
     assert {*table["timesteps"]} <= {*grid.timesteps.tolist()[::3]}
     assert calibration.provenance["stride"] == 3

@@ -225,7 +225,7 @@ def best_table(student: Student, solvers: Solvers, num_steps: int, max_walks: in
         for spacing in (*STARTS, USUAL)
         if (solver := placed(student, solvers, num_steps, spacing)) is not None
     }
-    walks = [student.fit(list(places)) for places in sorted(starts)]
+    walks = (student.fit(list(places)) for places in sorted(starts))  # two at a time: they hold all of their states
     places = student.search(min(walks, key=student.searched), max_walks).places
     choices = [(student.searched(student.fit(places, *choice)), *choice) for choice in CHOICES]
     _, history, ridge = min(choices)

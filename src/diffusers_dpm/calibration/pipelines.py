@@ -29,7 +29,7 @@ from torch import Tensor
 
 from diffusers_dpm.calibration.fit import STEPS, check_steps, fit_network, limited, teacher_for
 from diffusers_dpm.calibration.inputs import BatchedNetwork, parted
-from diffusers_dpm.calibration.student import NO_TENSORS
+from diffusers_dpm.calibration.student import MAX_HISTORY, NO_TENSORS
 from diffusers_dpm.calibration.tables import Calibration, conditions_of, solver_for
 from diffusers_dpm.errors import DiffusersDPMError, check_at_least, user_error
 from diffusers_dpm.networks import NoProgress, Progress, whole_config
@@ -86,8 +86,9 @@ def calibrate_pipeline(
         batch_size: images in a call of the pipeline. In those of several, texts become lists, tensors and lists under
             names with "prompt" or "label" are joined, and all else must be the same.
         seed: of the noise, which the pipeline draws.
-        max_bytes: of the teacher's states, which are kept on the CPU in the latents' precision. Where all of them
-            would be more, only every second, third, ... of the teacher's timesteps is kept, and may be a table's.
+        max_bytes: of memory on the CPU, for the states of walks and the teacher's, in the latents' precision. Where
+            all of these are too many, only every second, third, ... of the teacher's timesteps is kept, and may be a
+            table's.
         accelerator, folder, keep, progress: as `calibrate`. In a later call with the same folder, finished tables and
             the teacher's states are not made again, but the noise and the comparison of the loops are.
 
@@ -124,7 +125,7 @@ def calibrate_pipeline(
             "seed": seed,
             "dtype": str(network.dtype).removeprefix("torch."),
             "pipeline": name,
-            "model": pipe.config.get("_name_or_path") or None,
+            "model": model_id(pipe),
             "arguments": plain(checked),
             "calls": len(checked),
         }
@@ -176,23 +177,35 @@ def check_calls(name: str, taken: Mapping[str, inspect.Parameter], calls: list[C
 
 
 def stride_for(noise: Tensor, dtype: torch.dtype, teacher_steps: int, steps: Sequence[int], max_bytes: int) -> int:
-    """Of the teacher's timesteps, which are kept: every one, every second, ..., so that they need `max_bytes` at most.
+    """Of the teacher's timesteps, which are kept: every one, every second, ..., so that all needs `max_bytes` at most.
 
     Raises:
         DiffusersDPMError: those are too few for a search.
     """
-    each = noise.numel() * dtype.itemsize
+    each, others = noise.numel() * dtype.itemsize, walk_bytes(noise, steps[-1])
     for stride in count(1):
         kept = len(range(0, teacher_steps, stride))
         if kept < 2 * steps[-1]:
-            least = (2 * steps[-1] + 1) * each
+            least = (2 * steps[-1] + 1) * each + others
             raise DiffusersDPMError(
                 f"max_bytes={max_bytes} holds too few states of {len(noise)} images for {steps[-1]} steps: give "
                 f"{least} or more, or fewer images or steps."
             )
-        if (kept + 1) * each <= max_bytes:
+        if (kept + 1) * each + others <= max_bytes:
             return stride
     raise AssertionError  # the loop has no end
+
+
+def walk_bytes(noise: Tensor, num_steps: int) -> int:
+    """Memory beside the teacher's states: x and x_0 of two walks of two thirds of the images, a fit in float64."""
+    images = len(noise) // 3
+    return noise[0].numel() * images * (2 * num_steps * 2 * 2 * noise.element_size() + (MAX_HISTORY + 2) * 8)
+
+
+def model_id(pipe: Any) -> str | None:
+    """The name that the pipeline was loaded by, if it is no path of this machine."""
+    name = pipe.config.get("_name_or_path") or None
+    return None if name is None or Path(name).exists() else name
 
 
 def plain(calls: Sequence[Call]) -> dict[str, Any]:
@@ -456,7 +469,10 @@ def check_loop(network: PipelineNetwork, noise: Tensor, num_steps: int) -> list[
             f"{network.name} cannot be calibrated: {num_steps} steps of its loop end {miss:.1g} (relative RMS) from "
             f"where single steps lead, so what it does depends on the number of the step."
         )
-    usual = DPMSolverScheduler.from_config(whole_config(network.pipe.scheduler), timestep_spacing="linspace")
+    config = whole_config(network.pipe.scheduler)
+    spacing = config.get("timestep_spacing")
+    spacing = spacing if spacing in DPMSolverScheduler.spacings else "linspace"
+    usual = DPMSolverScheduler.from_config(config, timestep_spacing=spacing)
     usual.set_timesteps(**network.recorder.asked)
     return usual.timesteps.tolist()
 

@@ -51,7 +51,7 @@ def stage_calibration(
     if license is not None:
         check_license(license)
     fitted_to = calibration.provenance.get("model")
-    base_model = base_model or (fitted_to if fitted_to and not Path(fitted_to).exists() else None)
+    base_model = base_model or fitted_to
     if base_model is None or not HUB_ID.fullmatch(base_model):
         raise DiffusersDPMError(
             f"the rows are for {fitted_to or base_model}: name the checkpoint on the Hub by --base-model"
