@@ -142,6 +142,7 @@ def test_the_pipeline_itself_has_the_errors_of_the_report(name):
     """Of the report's image, against the pipeline itself under the teacher."""
     pipe, arguments = PIPELINES[name]()
     del arguments["output_type"]
+    pipe.register_to_config(_name_or_path="somebody/theirs")
     stock = pipe.scheduler
     calibration = calibrate_pipeline(pipe, arguments, [2], **FEW)
     assert pipe.scheduler is stock
@@ -150,7 +151,7 @@ def test_the_pipeline_itself_has_the_errors_of_the_report(name):
     assert table["guidance_scale"] == arguments["guidance_scale"]
     assert table["error"] < table["solver_error"]
     assert calibration.provenance["pipeline"] == type(pipe).__name__
-    assert calibration.provenance["model"] is None
+    assert calibration.provenance["model"] == "somebody/theirs"
 
     fitted = Last.from_config(calibration.scheduler(stock).config)
     image = drawn(pipe, fitted, arguments, 2, 2)
@@ -216,7 +217,7 @@ def test_an_interrupted_call_goes_on(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"calls": {"return_trajectory": 0}},
+        {"calls": {"callback_on_step_end_tensor_inputs": ["latents"]}},
         {"seed": 1},
         {"max_bytes": 12 * 16 * 8 * 11 + 4 * 16 * (2 * 2 * 2 * 2 * 8 + 48)},
     ],

@@ -1,6 +1,7 @@
 """Fitted rows as a repository of their own: what it holds, what its card says, and how it is loaded."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,19 @@ def test_the_card_says_what_was_fitted(fitted, source, tmp_path):
     assert "in 12 steps" in text
     for left in ("TODO", "{{", "{%", "None", "\n\n\n", " \n"):
         assert left not in text.split("---\n", 2)[2], left
+
+
+def test_the_card_names_what_a_pipeline_was_called_with(fitted, tmp_path):
+    made = {"model": "somebody/theirs", "pipeline": "FluxPipeline", "calls": 7, "arguments": {"height": 512}}
+    tables = [{**table, "guidance_scale": 3.5} for table in fitted.tables]
+    guided = replace(fitted, provenance={**fitted.provenance, **made}, tables=tables)
+    guided.scheduler(STOCK).save_pretrained(tmp_path / "calibrated")
+    stage_calibration(tmp_path / "calibrated", tmp_path / "staged", REPO)
+    text = (tmp_path / "staged" / "README.md").read_text()
+    assert ModelCard(text).data.base_model == "somebody/theirs"
+    assert "FluxPipeline, 7 different calls, with `height=512`" in text
+    assert "pipe(num_inference_steps=2, guidance_scale=3.5, height=512, ...)" in text
+    assert "| 2 | 3.5 | 1 x 4 x 4 |" in text
 
 
 @pytest.mark.slow
