@@ -1,16 +1,18 @@
 """Rows fitted to the sampling of pipelines: ours, whose network can be called by itself, and diffusers' own."""
 
 import math
+import shutil
 from functools import partial
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from diffusers_dpm.calibration.fit import USUAL, network_calls, placed, teacher_for
 from diffusers_dpm.calibration.inputs import Network, arguments_for, guidance_for
 from diffusers_dpm.calibration.pipelines import PipelineNetwork, calibrate_pipeline, check_loop, stride_for
 from diffusers_dpm.calibration.student import Student
-from diffusers_dpm.calibration.tables import solver_for
+from diffusers_dpm.calibration.tables import Calibration, solver_for
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.networks import NoProgress
 from diffusers_dpm.pipelines import DPMPipeline
@@ -20,7 +22,7 @@ from diffusers_dpm.random_streams import Stream, torch_generator
 from diffusers_dpm.schedulers import CalibratedScheduler, DDIMScheduler, DPMSolverScheduler
 from tests.commands import error_of
 from tests.models import MixtureNetwork, tiny_unet
-from tests.pipelines.tiny_diffusion_pipelines import stable_diffusion_that_reads
+from tests.pipelines.tiny_diffusion_pipelines import save_stable_diffusion
 from tests.pipelines.tiny_pipelines import PIPELINES
 
 
@@ -192,8 +194,9 @@ def counted(module):
 
 
 @pytest.mark.slow
-def test_texts_are_encoded_once():
-    pipe, _ = stable_diffusion_that_reads()
+def test_texts_are_encoded_once(tmp_path):
+    save_stable_diffusion(tmp_path)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path)
     calls, denoised = counted(pipe.text_encoder), counted(pipe.unet)
     calibrate_pipeline(pipe, ["?", ""], [2], **FEW, guidance_scale=2.0)
     assert len(denoised) > 100
@@ -311,6 +314,20 @@ def test_pipelines_that_cannot_be_driven_say_so(name, message):
         calibrate_pipeline(pipe, arguments, [2], **FEW)
 
 
+class Doubling(DPMPipeline):
+    """Begins at twice the latents that it is given."""
+
+    def _prepare_latents(self, latents, *others):
+        prepared = super()._prepare_latents(latents, *others)
+        return prepared if latents is None else 2 * prepared
+
+
+def test_latents_that_are_changed_are_noticed():
+    pipe = Doubling(mixture().unet, mixture().scheduler)
+    with pytest.raises(ValueError, match="Doubling cannot be calibrated: it changes the latents that it is given"):
+        calibrate_pipeline(pipe, {}, [2], **QUICK)
+
+
 @pytest.mark.slow
 def test_a_control_that_ends_in_mid_loop_is_refused():
     pipe, arguments = PIPELINES["StableDiffusionControlNetPipeline"]()
@@ -325,8 +342,8 @@ def test_a_control_that_ends_in_mid_loop_is_refused():
 @pytest.mark.usefixtures("fresh_process")
 @pytest.mark.slow
 def test_the_command(tmp_path, capsys):
-    pipe, _ = stable_diffusion_that_reads()
-    pipe.save_pretrained(tmp_path / "model")
+    save_stable_diffusion(tmp_path / "model")
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text('?\n\n{"prompt": "", "eta": 0.0}\n')
     options = [
         "--num-images=1",
@@ -350,3 +367,17 @@ def test_the_command(tmp_path, capsys):
     model = str(tmp_path / "model")
     assert "has no prompt" in error_of("calibrate", capsys, model, f"--prompts={tmp_path / 'empty.txt'}")
     assert "key=value, got 'height'" in error_of("calibrate", capsys, model, "--call", "height")
+
+
+@pytest.mark.usefixtures("fresh_process")
+@pytest.mark.slow
+def test_two_processes_equal_one(run, in_two_processes):
+    """`--call` makes a pipeline of a run, whose batches the processes share."""
+    numbers = ["--num-images=2", "--teacher-steps=8", "--max-walks=1", "--batch-size=2", "--steps", "2"]
+    command = ["calibrate", str(run), "--cpu", *numbers, "--call", "return_trajectory=false"]
+    assert cli(command) == 0
+    one = Calibration.load(run / "calibrated" / "calibration.json")
+    shutil.rmtree(run / "calibrated")
+    in_two_processes("diffusers_dpm.commands.main", *command)
+    assert Calibration.load(run / "calibrated" / "calibration.json").tables == one.tables
+    assert one.provenance["pipeline"] == "DPMPipeline"

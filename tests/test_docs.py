@@ -31,7 +31,7 @@ from tests.hub.conftest import hub  # noqa: F401 (a fixture)
 from tests.hub.server import Account
 from tests.models import save_clip
 from tests.original_networks import Flags, OpenAIClassifier, OpenAIUNet, randomised
-from tests.pipelines.tiny_diffusion_pipelines import stable_diffusion_that_reads
+from tests.pipelines.tiny_diffusion_pipelines import save_stable_diffusion
 from tests.pipelines.tiny_pipelines import built
 
 
@@ -104,14 +104,13 @@ def small(arguments):
     return [*arguments, *" ".join(options).split()]
 
 
-# Repositories that the pages load by name -> a tiny pipeline of their class and scheduler, by name or its builder.
+# Repositories that the pages load by name -> a tiny pipeline of their class and scheduler.
 TINY = {
     "black-forest-labs/FLUX.1-dev": "FluxPipeline",
     "stabilityai/stable-diffusion-3-medium-diffusers": "StableDiffusion3Pipeline",
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "WanPipeline UniPC",
     "playgroundai/playground-v2.5-1024px-aesthetic": "StableDiffusionXLPipeline EDMDPMSolver",
     "stabilityai/stable-video-diffusion-img2vid-xt": "StableVideoDiffusionPipeline",
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": stable_diffusion_that_reads,
 }
 
 
@@ -179,7 +178,8 @@ def workspace(tmp_path_factory):
     save_digits(folder / "path/to/test/images", range(64, 80))
     save_checkpoints(folder)
     save_clip(folder / "path/to/clip")
-    (folder / "prompts.txt").write_text("?\n", encoding="utf-8")
+    save_stable_diffusion(folder / "path/to/pipeline")
+    (folder / "prompts.txt").write_text("a fox\na hen\n")
     with pytest.MonkeyPatch.context() as context:
         context.chdir(folder)
         context.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
@@ -231,7 +231,7 @@ def publish_tiny_pipelines(hub, page, folder, monkeypatch):  # noqa: F811
         if repo_id in text:
             owner = repo_id.split("/")[0]
             hub.accounts[f"hf_{owner}"] = Account(owner)
-            pipe, _ = name() if callable(name) else built(name)
+            pipe, _ = built(name)
             absent = [key for key, component in pipe.components.items() if component is None]
             monkeypatch.setattr(type(pipe), "_optional_components", [*pipe._optional_components, *absent])
             pipe.save_pretrained(folder / repo_id)

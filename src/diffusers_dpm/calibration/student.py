@@ -53,9 +53,9 @@ class Student:
         self.levels = [*teacher.levels[:-1:stride], teacher.levels[-1]]
         self.solvers = {order: DPMSolverScheduler.from_config(teacher.config, solver_order=order) for order in (1, 2)}
 
-    def _noise(self, images: slice) -> Tensor:
-        """x_T, at least in float32."""
-        return self.states[0, images].to(torch.promote_types(self.states.dtype, torch.float32))
+    def noise(self, first: int = 0, end: int | None = None) -> Tensor:
+        """x_T of images `first` .. `end` - 1, at least in float32, whatever the states are kept in."""
+        return self.states[0, first:end].to(torch.promote_types(self.states.dtype, torch.float32))
 
     def distances(self, x: Tensor, first: int = 0) -> Tensor:
         """RMS over the pixels of images `first`, first + 1, ..., to the teacher's."""
@@ -84,7 +84,7 @@ class Student:
             same = next((i for i, pair in enumerate(zip(earlier.places, places, strict=True)) if len({*pair}) > 1), 0)
         rows: list[Update] = []
         states: list[tuple[Tensor, Tensors]] = []
-        x, x0s = self._noise(slice(num_images)), NO_TENSORS
+        x, x0s = self.noise(0, num_images), NO_TENSORS
         solver = self.solvers[min(history, 2)]
         solver.set_timesteps(timesteps=[self.timesteps[place] for place in places])
         for i, place in enumerate(places):
@@ -104,7 +104,7 @@ class Student:
     def follow(self, solver: DPMSolverScheduler) -> Tensor:
         """Distances of the images for the report under a multistep solver in x_0 form whose timesteps are set."""
         first = 2 * self.num_images
-        x, x0s = self._noise(slice(first, None)), NO_TENSORS
+        x, x0s = self.noise(first), NO_TENSORS
         for row, t, level in zip(solver.updates, solver.timesteps.tolist(), solver.levels, strict=False):
             x0s = (self.network(x, t, level, first), *x0s)[:3]
             x = row.apply(x, x0s)
