@@ -426,7 +426,7 @@ def joined(calls: Sequence[Call]) -> Call:
             result[key] = torch.cat(values)
         elif PER_IMAGE.search(key) and all(isinstance(value, list) for value in values):
             result[key] = [item for value in values for item in value]
-        elif PER_IMAGE.search(key) and all(isinstance(value, (str, int)) for value in values):
+        elif PER_IMAGE.search(key) and all(type(value) in (str, int) for value in values):
             result[key] = values
         elif all(value is values[0] or identity_of(value) == identity_of(values[0]) for value in values):
             result[key] = values[0]
