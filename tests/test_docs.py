@@ -61,6 +61,9 @@ SMALL = {
     "train-features": "--max-train-steps 2 --log-with none",
     "statistics": "--num-samples 2 --timesteps 3",
     "calibrate": "--steps 5 10 --num-images 8 --max-walks 1 --teacher-steps 20",
+    "calibrate --prompts": "--steps 2 --num-images 1 --max-walks 0 --teacher-steps 4 --call height=8 width=8 "
+    "--dtype float32",
+    "publish-calibration": "",
     "likelihood": "--num-images 2",
     "likelihood --method": "--solver rk4 --num-steps 2",
     "sample": "--seeds 0-3",

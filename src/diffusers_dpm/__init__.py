@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from diffusers_dpm.adaptive import integrate_adaptive as integrate_adaptive
     from diffusers_dpm.adaptive import plan_timesteps as plan_timesteps
     from diffusers_dpm.calibration.fit import calibrate as calibrate
+    from diffusers_dpm.calibration.pipelines import calibrate_pipeline as calibrate_pipeline
     from diffusers_dpm.calibration.tables import Calibration as Calibration
     from diffusers_dpm.errors import DiffusersDPMError as DiffusersDPMError
     from diffusers_dpm.evaluation.pipelines import evaluate_pipeline as evaluate_pipeline

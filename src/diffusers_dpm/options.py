@@ -70,8 +70,8 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("dropout class_dropout_prob ema_decay adam_beta1 adam_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)"),
     (
-        "decoder_variance tolerance huber_delta min_snr_gamma p2_k adam_epsilon ema_inv_gamma ema_power sigma_min "
-        "sigma_max sigma_data p_std",
+        "max_gigabytes decoder_variance tolerance huber_delta min_snr_gamma p2_k adam_epsilon ema_inv_gamma ema_power "
+        "sigma_min sigma_max sigma_data p_std",
         lambda value: value > 0,
         "be positive",
     ),

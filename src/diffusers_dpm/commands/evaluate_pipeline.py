@@ -5,7 +5,6 @@ Tables, a plot and a grid of pictures go to the folder of the results. After an 
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from diffusers_dpm.options import check_ranges
@@ -70,18 +69,16 @@ def run(model: str, options: EvaluatePipelineOptions) -> None:
     import torch
     from accelerate import Accelerator
 
-    from diffusers_dpm.evaluation.pipelines import evaluate_pipeline, load_any_pipeline, read_calls
-    from diffusers_dpm.named_schedulers import parse_assignments
+    from diffusers_dpm.evaluation.pipelines import evaluate_pipeline
+    from diffusers_dpm.pipeline_calls import load_any_pipeline, read_calls
     from diffusers_dpm.sampling import parse_seeds
 
-    always = parse_assignments(options.call or [], "call argument")
-    calls = [{}] if options.prompts is None else read_calls(Path(options.prompts))
-    seeds = parse_seeds(options.seeds)
+    calls, seeds = read_calls(options.prompts, options.call), parse_seeds(options.seeds)
     pipe = load_any_pipeline(model, getattr(torch, options.dtype)).to(Accelerator(cpu=options.cpu).device)
     pipe.set_progress_bar_config(disable=True)
     evaluate_pipeline(
         pipe,
-        [{**always, **call} for call in calls],
+        calls,
         options.schedulers,
         options.steps,
         folder=options.output_dir,

@@ -46,10 +46,11 @@ COMMANDS = {
     ),
     "compare": Command("compare two evaluations", ("A.json", "B.json")),
     "statistics": Command("estimate variances for AnalyticDPMScheduler", ("RUN",), AGAIN),
-    "calibrate": Command("fit rows for CalibratedScheduler, for few steps", ("RUN",), AGAIN),
+    "calibrate": Command("fit rows for CalibratedScheduler, for few steps of any pipeline", ("RUN",), AGAIN),
     "likelihood": Command("bits per dimension, by the variational bound or the ODE", ("RUN",), AGAIN),
     "convert": Command("make a run folder of a checkpoint of the papers' own code", ("CHECKPOINT", "OUTPUT")),
     "publish": Command("check a run folder and put it on the Hub", ("RUN", "ORG/NAME")),
+    "publish-calibration": Command("put fitted rows on the Hub", ("CALIBRATED", "ORG/NAME")),
     "demo": Command("train, sample and reload on scikit-learn's digits"),
 }
 

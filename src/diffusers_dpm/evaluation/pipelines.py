@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import tqdm
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffusers_dpm.clip import Texts
@@ -31,8 +30,7 @@ from diffusers_dpm.evaluation.report import markdown, plot_labelled, write_repor
 from diffusers_dpm.evaluation.results import Results, Row, by_column, format_value, sampler_name, stacked_name
 from diffusers_dpm.images import GRID, image_grid, titled_rows, to_pil, to_uint8
 from diffusers_dpm.named_schedulers import build_scheduler, parse_scheduler
-from diffusers_dpm.networks import Progress, load_pipeline, quiet
-from diffusers_dpm.pipelines import DPMPipeline
+from diffusers_dpm.networks import Progress
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import ResultStore, atomic_file, fingerprint, read_tensors, weights_hash, write_tensors
 from diffusers_dpm.run_folder import RunFolder
@@ -54,36 +52,6 @@ REFUSALS = (
 
 
 # Pipelines and calls -------------------------------------------------------------------------------------------------
-
-
-def load_any_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline of a folder or Hub id: `DPMPipeline` for DDPM's and DDIM's, else the class that it names.
-
-    Raises:
-        DiffusersDPMError: it cannot be loaded.
-    """
-    plain = dtype == torch.float32
-    with user_error(f"cannot load {model}", Exception), quiet():
-        name = DiffusionPipeline.load_config(model)["_class_name"]
-        if name not in ("DDPMPipeline", "DDIMPipeline", DPMPipeline.__name__):
-            # diffusers < 0.42 knows no `dtype`
-            return DiffusionPipeline.from_pretrained(model, **({} if plain else {"torch_dtype": dtype}))
-    pipe = load_pipeline(model, any_process=True)
-    return pipe if plain else pipe.to(dtype)
-
-
-def read_calls(path: Path) -> list[dict[str, Any]]:
-    """Arguments of a pipeline, one line each: a prompt, or a JSON object with any arguments.
-
-    Raises:
-        DiffusersDPMError: the file cannot be read, or has no line; a line that begins with { is no JSON object.
-    """
-    with user_error(f"cannot read {path}", OSError):
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        calls = [json.loads(line) if line.startswith("{") else {"prompt": line} for line in lines if line]
-    if not calls:
-        raise DiffusersDPMError(f"{path} has no prompt")
-    return calls
 
 
 def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
