@@ -12,6 +12,7 @@ misses it, and should. A prediction is the mean of all x_0 that x_t leaves open,
 from step to step it moves towards x_0 in a way that is alike for all images: so much of its error can be foreseen.
 """
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -26,6 +27,7 @@ from .noise_schedule import Level
 from .plan import Update
 
 
+logger = logging.getLogger(__name__)
 CALIBRATION = "_calibration"  # the config key; diffusers neither logs nor warns about keys with an underscore
 # What must be in sampling as it was in calibration, and the key that must be on for it to matter.
 CONDITIONS: dict[str, str | None] = {
@@ -50,12 +52,16 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
     - guidance_scale: choose the tables fitted under classifier guidance of this scale; None, those fitted without.
       Under another scale the rows still work, but are not those that fit best.
 
-    The tables are in the config under an underscore key, so that saving, loading and swapping carry them.
+    The tables are in the config under an underscore key, so that saving, loading and swapping carry them. A sample of
+    another shape than they were fitted to, such as an image of another resolution, is warned of once: the rows still
+    work, but were not chosen for it.
 
     Raises:
         ValueError: tables for another noise schedule, prediction type or clipping.
     """
 
+    _table_shape: list[int] | None = None  # of the samples that the loop's table was fitted to
+    _warned = False
     whole_loops_only = True  # each row, even one without history, is for the states that the rows before it lead to
     # Not clip_sample: a stock scheduler with another default must read it in the file.
     own_keys = (*LinearScheduler.own_keys, "guidance_scale")
@@ -183,8 +189,17 @@ class CalibratedScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader
         if grid != fitted:
             raise ValueError(f"the rows for {len(grid)} steps were fitted at the timesteps {fitted}, not at {grid}.")
 
+    def _step(self, output: torch.Tensor, timestep: Any, sample: torch.Tensor, *others: Any) -> Any:
+        shape = self._table_shape
+        if shape is not None and shape != [*sample.shape[1:]] and not self._warned:
+            self._warned = True
+            logger.warning("the rows were fitted to samples of shape %s, this one has %s", shape, [*sample.shape[1:]])
+        return super()._step(output, timestep, sample, *others)
+
     def plan(self, levels: list[Level]) -> list[Update]:
-        return [Update(sample=sample, x0=tuple(x0)) for sample, *x0 in self._tables()[len(levels) - 1]["rows"]]
+        table = self._tables()[len(levels) - 1]
+        self._table_shape = table.get("sample_shape")
+        return [Update(sample=sample, x0=tuple(x0)) for sample, *x0 in table["rows"]]
 
 
 def guided(scale: float | None) -> str:

@@ -31,6 +31,7 @@ from tests.hub.conftest import hub  # noqa: F401 (a fixture)
 from tests.hub.server import Account
 from tests.models import save_clip
 from tests.original_networks import Flags, OpenAIClassifier, OpenAIUNet, randomised
+from tests.pipelines.tiny_diffusion_pipelines import save_stable_diffusion
 from tests.pipelines.tiny_pipelines import built
 
 
@@ -60,11 +61,15 @@ SMALL = {
     "train-features": "--max-train-steps 2 --log-with none",
     "statistics": "--num-samples 2 --timesteps 3",
     "calibrate": "--steps 5 10 --num-images 8 --max-walks 1 --teacher-steps 20",
+    "calibrate --prompts": "--steps 2 --num-images 1 --max-walks 0 --teacher-steps 4 --call height=8 width=8 "
+    "--dtype float32",
+    "publish-calibration": "",
     "likelihood": "--num-images 2",
     "likelihood --method": "--solver rk4 --num-steps 2",
     "sample": "--seeds 0-3",
     "encode": "--num-images 2",
     "evaluate": "--num-images 20 --num-resamples 2",
+    "evaluate-pipeline": "--seeds 0 --steps 2 3 --reference-steps 4 --cpu",
     "compare": "",
     "publish": "",
     "convert": "--resolution 16 --attention-head-dim 32",
@@ -175,6 +180,8 @@ def workspace(tmp_path_factory):
     save_digits(folder / "path/to/test/images", range(64, 80))
     save_checkpoints(folder)
     save_clip(folder / "path/to/clip")
+    save_stable_diffusion(folder / "path/to/pipeline")
+    (folder / "prompts.txt").write_text("a fox\na hen\n")
     with pytest.MonkeyPatch.context() as context:
         context.chdir(folder)
         context.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")

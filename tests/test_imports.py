@@ -12,7 +12,7 @@ FLOORS = (
     "commands",
     "training",
     "app conversion evaluation hub likelihood runs",
-    "posterior_statistics calibration adaptive named_schedulers sampling clip",
+    "posterior_statistics calibration adaptive named_schedulers pipeline_calls sampling clip",
     "networks run_folder data image_sources image_values image_batches images editing records processes "
     "random_streams options errors lazy plots",
     "pipelines schedulers",

@@ -22,7 +22,7 @@ from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader, Sampler
 
 from diffusers_dpm.data import ImageDataset
-from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError
+from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, user_error
 from diffusers_dpm.networks import measured_seconds
 from diffusers_dpm.random_streams import Stream, torch_generator, torch_seed
 from diffusers_dpm.records import read_json, read_tensors, write_json, write_tensors
@@ -101,7 +101,8 @@ class TrainingState:
         model: the bare network with the raw weights.
         ema: the moving average; None without EMA.
         power_averages: those that snapshots are taken of; none without `ema_snapshot_every`.
-        network: `model` as wrapped by accelerate, for training.
+        network: `model` as wrapped by accelerate, and compiled if the options say so, for training.
+        uncompiled: the same, but never compiled.
         loss_history: what timesteps are drawn by; None unless `timestep_sampling` is "loss-second-moment".
 
     Raises:
@@ -136,7 +137,12 @@ class TrainingState:
             num_warmup_steps=options.lr_warmup_steps,
             num_training_steps=options.max_train_steps,
         )
-        self.network, self.optimizer = accelerator.prepare(model, optimizer)
+        if options.gradient_checkpointing:
+            network: Any = model
+            with user_error("--gradient-checkpointing", AttributeError):
+                network.enable_gradient_checkpointing()
+        self.uncompiled, self.optimizer = accelerator.prepare(model, optimizer)
+        self.network: Any = torch.compile(self.uncompiled) if options.compile else self.uncompiled
 
     @property
     def ema_model(self) -> torch.nn.Module | None:
@@ -162,7 +168,7 @@ class TrainingState:
         Its gradient reducer, when it is the last to hold the process group, waits for the group's thread without
         letting it have the interpreter's lock, which that thread may need to end: a deadlock, seen with torch 2.13.
         """
-        self.network = self.model
+        self.network = self.uncompiled = self.model
         self.accelerator.free_memory()
 
     def save(self, folder: Path) -> None:
@@ -415,6 +421,8 @@ def seconds_of_step(
 ) -> float:
     """What an optimiser step takes here, measured on its forward and backward passes; training does not notice.
 
+    Of a network that is compiled it measures one that is not.
+
     The arguments are those of `training_steps`.
     """
     accelerator, shares = state.accelerator, batch_shares(options, state.accelerator)
@@ -425,8 +433,8 @@ def seconds_of_step(
     def passes(images: int) -> None:
         drawn = draws[:images]
         x0, labels = prepare(data[[i % len(data) for i in range(images)]], drawn, data, options, conditional)
-        with accelerator.no_sync(state.network):
-            losses = loss(state.network, x0, drawn.timesteps, drawn.noise, labels)
+        with accelerator.no_sync(state.uncompiled):  # which would be compiled for each number of images
+            losses = loss(state.uncompiled, x0, drawn.timesteps, drawn.noise, labels)
             accelerator.backward(losses.mean())
         state.optimizer.zero_grad()
         losses.sum().item()  # waits for the device

@@ -1,6 +1,6 @@
 """Options of the training commands: flat dataclasses, filled from the command line or one YAML or JSON file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
 from tyro.constructors import PrimitiveConstructorSpec
@@ -15,6 +15,9 @@ Process = Literal["vp", "flow", "edm", "ve", "vp_linear", "subvp"]
 PredictionType = Literal["epsilon", "sample", "v_prediction", "flow_prediction", "score"]
 LossType = Literal["l2", "l1", "huber", "sliced", "hybrid", "vlb"]
 VarianceType = Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned_range"]
+Tracker = Literal[
+    "tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio", "none"
+]
 Weighting = Literal["none", "simple", "min_snr", "p2", "likelihood"]
 
 
@@ -206,6 +209,10 @@ class OptimizationOptions:
     """standard deviation of log(sigma / alpha), for edm (default: 1.2) and logit-normal (1)"""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """precision of the network (default: accelerate's configuration, else no)"""
+    gradient_checkpointing: bool = False
+    """compute activations again in the backward pass: less memory, more time"""
+    compile: bool = False
+    """compile the network by torch.compile: minutes at the start, then faster steps"""
     cpu: bool = False
     """use the CPU even if there is an accelerator"""
     seed: int = 0
@@ -303,8 +310,8 @@ class HubOptions:
 class LoggingOptions:
     """logging"""
 
-    log_with: Literal["tensorboard", "none"] = "tensorboard"
-    """log to logs/ in the run folder"""
+    log_with: list[Tracker] = field(default_factory=lambda: ["tensorboard"])
+    """trackers that accelerate starts, or none; TensorBoard's files and metrics.csv are in logs/ of the run folder"""
     log_every: int = 50
     """optimiser steps per log entry, which is their mean"""
 

@@ -177,9 +177,10 @@ class DiffusionTrainer(Trainer):
             folder.mkdir(exist_ok=True)
             with atomic_file(folder / f"step-{self.state.step:08d}.png") as temporary:
                 Image.fromarray(picture.squeeze()).save(temporary)
-            if self.options.log_with == "tensorboard":
-                writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
-                writer.add_image("samples, raw and EMA", picture, self.state.step, dataformats="HWC")
+            for tracker in self.accelerator.trackers:
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                if hasattr(tracker, "log_images"):  # of some it has none
+                    tracker.log_images({"samples, raw and EMA": picture[None]}, step=self.state.step, **layout)
         self.accelerator.wait_for_everyone()
 
     def _draw(self, unet: UNet2DModel) -> tuple[np.ndarray, Sequence[object] | None]:

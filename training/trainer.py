@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean, harmonic_mean
 from typing import Any, ClassVar
@@ -57,6 +58,7 @@ MAY_CHANGE = frozenset(
         *("output_dir", "checkpoint_every", "checkpoints_total_limit", "log_with", "log_every"),
         *("sample_every", "sample_steps", "num_samples", "eval_split", "eval_data", "eval_draws", "eval_every"),
         *("cache_gigabytes", "dataloader_num_workers", "gradient_accumulation_steps", "cpu"),
+        *("gradient_checkpointing", "compile"),
         *LOGGED_CHANGES,
     }
 )
@@ -93,13 +95,12 @@ class Trainer(ABC):
         if options.resume and not self.found and result.exists():
             ways = "'train --init-from RUN' goes on from a U-Net's weights, --overwrite trains anew"
             raise DiffusersDPMError(f"{run_folder} has no checkpoints left, and this would replace {result}: {ways}")
-        if options.log_with == "tensorboard":
-            import_module("tensorboard")  # now: accelerate would only warn that it is missing
+        trackers = trackers_of(options)
         with user_error("accelerate"):
             self.accelerator = Accelerator(
                 cpu=options.cpu,
                 mixed_precision=options.mixed_precision,
-                log_with=None if options.log_with == "none" else options.log_with,
+                log_with=trackers,
                 project_dir=self.files.logs,
             )
         self.options = dataclasses.replace(options, mixed_precision=self.accelerator.mixed_precision)
@@ -307,7 +308,8 @@ class Trainer(ABC):
         self.accelerator.wait_for_everyone()
         config = {name: str(value) for name, value in saved_options(self.options).items()}
         with writing(self.files.logs):
-            self.accelerator.init_trackers("train", config=config)
+            where = {"wandb": {"dir": str(self.files.logs)}}  # its default is the working directory
+            self.accelerator.init_trackers("train", config=config, init_kwargs=where)
             if self.changes:
                 self.accelerator.log({"changed options": "; ".join(self.changes)}, step=self.state.step)
 
@@ -381,7 +383,7 @@ class Trainer(ABC):
         values |= self._held_out_figures(records[0].step, last.step)
         with writing(self.files.logs):
             self.accelerator.log({key: x for key, x in values.items() if not math.isnan(x)}, step=last.step)
-        if self.options.log_with != "none" and self.accelerator.is_main_process:
+        if self.accelerator.trackers and self.accelerator.is_main_process:
             append_row(self.files.logs / METRICS_LOG, {"step": last.step, **values})
         return f"loss {values['loss']:.4f}, {values['images_per_second']:,.0f} images/s"
 
@@ -438,6 +440,20 @@ def drop_rows_after(path: Path, step: int) -> None:
         rows = path.read_text(encoding="utf-8").splitlines(keepends=True)
         first = re.compile(r"(?:step|(\d+)),.*\n")
         write_text(path, "".join(row for row in rows if (new := first.match(row)) and int(new[1] or 0) <= step))
+
+
+def trackers_of(options: Any) -> list[str]:
+    """The trackers that the options name; raises DiffusersDPMError, where accelerate would warn, if one is missing."""
+    named = [options.log_with] if isinstance(options.log_with, str) else [*options.log_with]  # one, in former runs
+    if named == ["none"]:
+        return []
+    for name in named:
+        if name == "none":
+            raise DiffusersDPMError(f"--log-with {' '.join(named)}: none goes with no other")
+        if name != "tensorboard" and find_spec(name) is None:
+            raise DiffusersDPMError(f"--log-with {name} needs {name}: pip install {name.replace('_', '-')}")
+        import_module(name)
+    return named
 
 
 def saved_options(options: Any) -> dict[str, Any]:

@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from diffusers_dpm.adaptive import integrate_adaptive as integrate_adaptive
     from diffusers_dpm.adaptive import plan_timesteps as plan_timesteps
     from diffusers_dpm.calibration.fit import calibrate as calibrate
+    from diffusers_dpm.calibration.pipelines import calibrate_pipeline as calibrate_pipeline
     from diffusers_dpm.calibration.tables import Calibration as Calibration
     from diffusers_dpm.errors import DiffusersDPMError as DiffusersDPMError
+    from diffusers_dpm.evaluation.pipelines import evaluate_pipeline as evaluate_pipeline
     from diffusers_dpm.likelihood.bound import evidence_lower_bound as evidence_lower_bound
     from diffusers_dpm.likelihood.ode import ode_log_likelihood as ode_log_likelihood
     from diffusers_dpm.likelihood.ode import ode_sample as ode_sample

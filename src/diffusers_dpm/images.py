@@ -67,11 +67,12 @@ def label_strip(text: str, width: int, channels: int) -> np.ndarray:
 
 
 def titled_rows(pictures: Mapping[str, Image.Image]) -> Image.Image:
-    """Pictures of one size below each other, each with its title on its left."""
+    """Pictures of one size below each other, each with its title on its left, smaller where a line of it is long."""
     rows = [ImageOps.expand(picture.convert("RGB"), (220, 3, 6, 3), "white") for picture in pictures.values()]
-    font = ImageFont.load_default(19)
     for title, row in zip(pictures, rows, strict=True):
-        ImageDraw.Draw(row).text((208, row.height / 2), title, "black", font, anchor="rm")
+        width = max(map(ImageFont.load_default(19).getlength, title.split("\n")))
+        font = ImageFont.load_default(min(19, 19 * 200 / width))
+        ImageDraw.Draw(row).text((208, row.height / 2), title, "black", font, anchor="rm", align="right")
     return Image.fromarray(np.concatenate([np.asarray(row) for row in rows]))
 
 

@@ -13,7 +13,7 @@ from diffusers import SchedulerMixin
 
 from diffusers_dpm.calibration.tables import Calibration, FittedTable, fitted_weights
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
-from diffusers_dpm.networks import check_config, check_weights, load_extra, process_of
+from diffusers_dpm.networks import PROCESSES, check_config, check_weights, load_extra, process_of
 from diffusers_dpm.pipelines import DPMPipeline, UNetWithVariance
 from diffusers_dpm.posterior_statistics import PosteriorStatistics
 from diffusers_dpm.records import (
@@ -66,8 +66,11 @@ def split_options(text: str) -> list[str]:
     return parts[1:]
 
 
-def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
+def parse_assignments(texts: Iterable[str], what: str = "scheduler option") -> dict[str, Any]:
     """["eta=0.5", "timestep_spacing=quadratic"] -> {"eta": 0.5, "timestep_spacing": "quadratic"}.
+
+    Args:
+        what: each of them is, in messages.
 
     Raises:
         ValueError: a text without "=", or two for one key.
@@ -75,11 +78,23 @@ def parse_assignments(texts: Iterable[str]) -> dict[str, Any]:
     pairs = [text.partition("=") for text in texts]
     for key, equals, _ in pairs:
         if not key or not equals:
-            raise DiffusersDPMError(f"scheduler options are written key=value, got {key + equals!r}")
+            raise DiffusersDPMError(f"{what}s are written key=value, got {key + equals!r}")
     keys = [key for key, _, _ in pairs]
     if twice := [key for key in keys if keys.count(key) > 1]:
-        raise DiffusersDPMError(f"the scheduler option {twice[0]} is given twice")
+        raise DiffusersDPMError(f"the {what} {twice[0]} is given twice")
     return {key: parse_value(value) for key, _, value in pairs}
+
+
+def parse_scheduler(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and options: "ddim,eta=0.5" -> ("ddim", {"eta": 0.5}).
+
+    Raises:
+        DiffusersDPMError: there is no such scheduler, or it has no such option, or not with this value.
+    """
+    name, *assignments = split_options(text)
+    options = parse_assignments(assignments)
+    check_options(name, find_scheduler(name), options)
+    return name, options
 
 
 def parse_value(text: str) -> Any:
@@ -92,14 +107,14 @@ def parse_value(text: str) -> Any:
 
 
 def build_scheduler(
-    name: str, options: dict[str, Any], pipeline: DPMPipeline, model: str, guidance_scale: float | None = None
+    name: str, options: dict[str, Any], pipeline: Any, model: str, guidance_scale: float | None = None
 ) -> Any:
     """The scheduler for a model, from the config of the model's own.
 
     Args:
         name: as `find_scheduler`. A class of `EXTRAS` is loaded from the model's folder.
         options: keys of its config that replace the model's.
-        pipeline: the model's pipeline.
+        pipeline: the model's `DPMPipeline`, or any other of diffusers' with a scheduler, for which there is no extra.
         model: run folder or Hub id.
         guidance_scale: that of sampling; "calibrated" takes the rows fitted under it, if there are any.
 
@@ -114,6 +129,8 @@ def build_scheduler(
     run = RunFolder(model)
     if options.get("reverse_variance") in HEADS and run.path.is_dir() and not run.analytic_dpm.is_dir():
         subfolder = None  # a head needs no statistics
+    if subfolder is not None and not (model and isinstance(pipeline, DPMPipeline)):
+        raise DiffusersDPMError(f"{name} is for run folders: it needs what was fitted to their model")
     if subfolder is not None:
         saved = load_extra(model, subfolder)
         config = saved.config
@@ -163,7 +180,9 @@ def check_process(name: str, scheduler: Any, own: Any) -> None:
         if table.shape != own_table.shape or not torch.allclose(table, own_table, rtol=1e-3, atol=1e-6):
             theirs = "DDPM with other betas"
     if theirs != ours:
-        raise DiffusersDPMError(f"{name} is for another process ({theirs}) than the model's ({ours}): choose another")
+        flow = ours == PROCESSES["flow"] and "use_flow_sigmas" in inspect.signature(type(scheduler)).parameters
+        advice = "give it use_flow_sigmas=true,prediction_type=flow_prediction" if flow else "choose another"
+        raise DiffusersDPMError(f"{name} is for another process ({theirs}) than the model's ({ours}): {advice}")
 
 
 def check_options(name: str, scheduler_class: type[SchedulerMixin], options: dict[str, Any]) -> None:

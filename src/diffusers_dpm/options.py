@@ -70,8 +70,8 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
     ("dropout class_dropout_prob ema_decay adam_beta1 adam_beta2", lambda value: 0 <= value < 1, "lie in [0, 1)"),
     (
-        "decoder_variance tolerance huber_delta min_snr_gamma p2_k adam_epsilon ema_inv_gamma ema_power sigma_min "
-        "sigma_max sigma_data p_std",
+        "max_gigabytes decoder_variance tolerance huber_delta min_snr_gamma p2_k adam_epsilon ema_inv_gamma ema_power "
+        "sigma_min sigma_max sigma_data p_std",
         lambda value: value > 0,
         "be positive",
     ),
@@ -80,12 +80,12 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("strength", lambda value: 0 < value <= 1, "lie in (0, 1]"),
     ("eta", lambda value: 0 <= value <= 1, "lie in [0, 1]"),
     ("seed", lambda value: value < 2**64, "be below 2^64"),
-    ("timesteps teacher_steps", lambda value: value >= 2, "be at least 2"),
+    ("timesteps teacher_steps reference_steps", lambda value: value >= 2, "be at least 2"),
     ("num_features", lambda value: value in range(8, 65, 8), "be a multiple of 8 from 8 to 64"),
     ("channels", lambda value: value == "auto" or (value.isdigit() and int(value) > 0), "be auto or a number"),
     ("resolution", lambda value: value > 0, "be one or two positive numbers"),
     (
-        "data output_dir eval_data seeds output schedulers features prompt clip image mask latents",
+        "data output_dir eval_data seeds output schedulers features prompt prompts clip image mask latents",
         lambda value: value != "",
         "not be empty",
     ),

@@ -38,7 +38,10 @@ def fingerprint(tensors: Iterable[torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        if values.stride() != (1,):  # that of a single value may be 0
+            values = values.clone(memory_format=torch.contiguous_format)
+        digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -330,7 +333,7 @@ class ResultStore:
         process: rank of this process; None if one process saves.
         replace: results of other settings are ignored, and replaced by the next save; False refuses them.
         what: the results, in messages.
-        save_every: seconds after which `is_due`.
+        save_every: seconds after which `is_due`, or 20 times as long as the last save took, if that is more.
     """
 
     def __init__(
@@ -351,7 +354,7 @@ class ResultStore:
         self.document = self.folder / f"{name}.json"
         self.own = self.folder / (f"{name}.safetensors" if process is None else f"{name}-{process}.safetensors")
         self.pattern = self.own.name if process is None else f"{name}-*.safetensors"
-        self.save_every, self.last_save = save_every, time.monotonic()
+        self.save_every, self.last_save, self.save_seconds = save_every, time.monotonic(), 0.0
 
     def _make_folder(self) -> None:
         if not self.home.is_dir():
@@ -396,8 +399,10 @@ class ResultStore:
         if not self.enabled:
             return
         self._make_folder()
+        start = time.monotonic()
         write_tensors(self.own, tensors, {"settings": json.dumps(self.settings), "digest": digest(tensors)})
         self.last_save = time.monotonic()
+        self.save_seconds = self.last_save - start
 
     def load_values(self, shape: Sequence[int], dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """One tensor that processes fill together; NaN where none of them has saved a value."""
@@ -411,7 +416,8 @@ class ResultStore:
 
     def is_due(self) -> bool:
         """Whether the last save is long ago."""
-        return self.enabled and time.monotonic() - self.last_save > self.save_every
+        wait = max(self.save_every, 20 * self.save_seconds)
+        return self.enabled and time.monotonic() - self.last_save > wait
 
     def measure_rows(self, count: int, block: int, measure: Callable[[range], Tensors]) -> Tensors:
         """`measure` of rows 0 .. count-1, block by block; rows that are saved already are not measured again.

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import tqdm
 
 from diffusers_dpm.calibration.fit import STEPS, calibrate, limited, network_calls
+from diffusers_dpm.calibration.pipelines import calibrate_pipeline
 from diffusers_dpm.calibration.tables import Calibration, conditions_of, solver_for
 from diffusers_dpm.clip import Texts
 from diffusers_dpm.data import describe_data, load_images
@@ -23,6 +24,7 @@ from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.images import GRID, image_grid, save_gif, to_uint8
 from diffusers_dpm.named_schedulers import build_scheduler, network_for
 from diffusers_dpm.networks import guided_calls, load_extra, load_guide, load_pipeline, noise_schedule_of, report_cost
+from diffusers_dpm.pipeline_calls import load_any_pipeline, read_calls
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
 from diffusers_dpm.processes import Processes
@@ -330,20 +332,93 @@ def calibrate_run(
             **options,
         )
         bar.update(total - bar.n)  # a search that finds nothing better ends early
-        if not accelerator.is_main_process:
-            return None
-        left_out = sorted({*steps} - {len(table["timesteps"]) for table in fitted.tables})
-        calibration = fitted if earlier is None else earlier.with_tables_of(fitted)
-        if fitted.tables:
-            save_scheduler(calibration.scheduler(pipeline.scheduler), folder)
-            calibration.save(folder / "calibration.json")
-        shutil.rmtree(folder / "partial")
+        return written(fitted, earlier, pipeline.scheduler, steps, folder) if accelerator.is_main_process else None
+
+
+def calibrate_pipeline_run(
+    model: str,
+    steps: Sequence[int] | None = None,
+    *,
+    output_dir: str | Path,
+    prompts: str | Path | None = None,
+    call: Sequence[str] | None = None,
+    num_images: int = 16,
+    teacher_steps: int = 100,
+    max_walks: int = 20,
+    guidance_scale: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    cpu: bool = False,
+    **options: Any,
+) -> Fit | None:
+    """Fit rows to any pipeline; writes scheduler_config.json and calibration.json, with the rows that are there.
+
+    Args:
+        model: folder or Hub id of a pipeline of diffusers.
+        steps: numbers of steps; by default `calibration.STEPS`.
+        output_dir: folder of the result.
+        prompts, call: as `read_calls`.
+        num_images, teacher_steps, max_walks, guidance_scale: as `calibrate_pipeline`.
+        dtype: of the networks.
+        cpu: use the CPU even if there is an accelerator.
+        options: batch_size, seed and max_bytes, as `calibrate_pipeline`.
+
+    Returns:
+        The rows; None on all processes but the first.
+
+    Raises:
+        DiffusersDPMError: the model or the arguments cannot be used, the folder holds rows of another model, or no
+            rows are better than those of DPM-Solver.
+    """
+    folder, steps = Path(output_dir), list(steps or STEPS)
+    calls = read_calls(prompts, call)
+    saved = folder / "calibration.json"
+    earlier = Calibration.load(saved) if saved.is_file() else None
+    pipe = load_any_pipeline(model, dtype)
+    if earlier is not None:
+        join(earlier, Calibration([], **conditions_of(solver_for(pipe.scheduler)), weights=earlier.weights), folder)
+    accelerator = Accelerator(cpu=cpu)
+    pipe.to(accelerator.device)
+    numbers: dict[str, Any] = {"num_images": num_images, "max_walks": max_walks}
+    numbers["teacher_steps"] = limited(teacher_steps, pipe.scheduler)
+    total = network_calls({*steps}, **numbers)
+    lock = Processes(accelerator).locked(folder / LOCK)
+    with lock, tqdm(total=total, unit="call", desc="images x timesteps") as bar:
+        fitted = calibrate_pipeline(
+            pipe,
+            calls,
+            steps,
+            guidance_scale=guidance_scale,
+            accelerator=accelerator,
+            folder=folder / "partial",
+            keep=True,
+            progress=bar,
+            **numbers,
+            **options,
+        )
+        bar.update(total - bar.n)
+        return written(fitted, earlier, pipe.scheduler, steps, folder) if accelerator.is_main_process else None
+
+
+def written(
+    fitted: Calibration, earlier: Calibration | None, scheduler: Any, steps: Sequence[int], folder: Path
+) -> Fit:
+    """Write new rows beside earlier ones, and delete the partial results.
+
+    Raises:
+        DiffusersDPMError: there are no new ones, or the earlier ones are of another model.
+    """
+    left_out = sorted({*steps} - {len(table["timesteps"]) for table in fitted.tables})
+    calibration = fitted if earlier is None else join(earlier, fitted, folder)
+    if fitted.tables:
+        save_scheduler(calibration.scheduler(scheduler), folder)
+        calibration.save(folder / "calibration.json")
+    shutil.rmtree(folder / "partial")
     if not fitted.tables:
         raise DiffusersDPMError(
             f"for {', '.join(map(str, left_out))} steps, DPM-Solver is as near to the teacher as fitted rows: nothing "
             "written"
         )
-    return Fit(calibration, pipeline.scheduler, left_out, folder)
+    return Fit(calibration, scheduler, left_out, folder)
 
 
 def earlier_calibration(folder: Path, pipeline: DPMPipeline) -> Calibration | None:
@@ -356,11 +431,16 @@ def earlier_calibration(folder: Path, pipeline: DPMPipeline) -> Calibration | No
         return None
     earlier = Calibration.load(folder / "calibration.json")
     conditions = conditions_of(solver_for(pipeline.scheduler))
+    join(earlier, Calibration([], **conditions, weights=weights_hash(pipeline.unet)), folder)
+    return earlier
+
+
+def join(earlier: Calibration, fitted: Calibration, folder: Path) -> Calibration:
+    """Both tables. Raises DiffusersDPMError, naming the folder of the earlier ones, if they are of another model."""
     try:
-        earlier.with_tables_of(Calibration([], **conditions, weights=weights_hash(pipeline.unet)))
+        return earlier.with_tables_of(fitted)
     except DiffusersDPMError as error:
         raise DiffusersDPMError(
             f"{folder} holds rows for another model ({str(error).rstrip('.')}): delete it, or choose another folder "
             "with --output-dir"
         ) from error
-    return earlier

@@ -69,6 +69,14 @@ def stable_diffusion(name="StableDiffusionPipeline", components=None, **argument
     return pipe, {**PROMPT, **GUIDED, "output_type": "latent", **arguments}
 
 
+def save_stable_diffusion(folder):
+    """With a text encoder, whose prompts are two words at most."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = CLIPTextModel(CLIPTextConfig(vocab_size=3, max_position_embeddings=4, **sizes))
+    stable_diffusion(components={"tokenizer": tokenizer(), "text_encoder": encoder})[0].save_pretrained(folder)
+
+
 def controlnet():
     denoiser = unet()
     control = diffusers.ControlNetModel.from_unet(denoiser, conditioning_embedding_out_channels=(4,))

@@ -319,3 +319,18 @@ def test_with_the_solvers_rows_it_is_the_solver(n):
     for one in (scheduler, solver):
         one.set_timesteps(n)
     assert torch.equal(walk(scheduler, network, noise(*SHAPE))[0], walk(solver, network, noise(*SHAPE))[0])
+
+
+@pytest.mark.parametrize(("fitted_to", "warned"), [(None, False), ([3, 4, 4], False), ([3, 8, 8], True)])
+def test_samples_of_another_shape_are_warned_of_once(fitted_to, warned, caplog):
+    """Not with a table that does not say its shape."""
+    scheduler = calibrated([table() | ({} if fitted_to is None else {"sample_shape": fitted_to})])
+    paths = []
+    for _ in range(2):
+        scheduler.set_timesteps(4)
+        paths.append(walk(scheduler, network, noise(*SHAPE))[0])
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == ["the rows were fitted to samples of shape [3, 8, 8], this one has [3, 4, 4]"] * warned
+    scheduler = calibrated()
+    scheduler.set_timesteps(4)
+    assert torch.equal(paths[1], walk(scheduler, network, noise(*SHAPE))[0])

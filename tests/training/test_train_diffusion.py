@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusers_dpm.commands.main import main as cli
+from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.images import label_strip
 from diffusers_dpm.options import parse_options
 from diffusers_dpm.pipelines import DPMPipeline
@@ -382,3 +383,33 @@ def test_grids_of_any_shape():
     assert sample_grid(random((5, 8, 8, 1)), ["cat"] * 5).shape == (2 * (66 + 16), 198, 1)
     grid = sample_grid(np.linspace(0, 1, 4)[:, None, None, None] * np.ones((4, 64, 64, 1)))[..., 0]
     assert [grid[30, 30], grid[30, 96], grid[96, 30], grid[96, 96]] == [0, 85, 170, 255]
+
+
+def test_recomputed_activations_change_nothing(tmp_path, options, trainer):
+    plain = trainer(dropout=0.0, output_dir=str(tmp_path / "plain"))
+    recomputing = trainer(dropout=0.0, gradient_checkpointing=True)
+    assert any(getattr(part, "gradient_checkpointing", False) for part in recomputing.state.model.modules())
+    plain.run()
+    recomputing.run()
+    for name, value in plain.state.model.state_dict().items():
+        torch.testing.assert_close(recomputing.state.model.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_learns_the_same(tmp_path, trainer):
+    plain = trainer(dropout=0.0, output_dir=str(tmp_path / "plain"))
+    compiled = trainer(dropout=0.0, compile=True)
+    assert compiled.state.network is not compiled.state.uncompiled
+    plain.run()
+    compiled.run()
+    for name, value in plain.state.model.state_dict().items():
+        torch.testing.assert_close(compiled.state.model.state_dict()[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [(["comet_ml"], "pip install comet-ml"), (["tensorboard", "none"], "none goes with no other")],
+)
+def test_trackers_that_cannot_be(options, named, message):
+    with pytest.raises(DiffusersDPMError, match=message):
+        train(options(log_with=named))

@@ -217,7 +217,7 @@ def test_remote_code_gives_the_same_head(tmp_path, modules_cache):
     config.write_text(json.dumps(written))
     loaded = AutoModel.from_pretrained(str(tmp_path), trust_remote_code=True).eval()
     features = torch.randn(1, 8, 4, 4)
-    assert torch.equal(loaded(features, 5), head(features, 5))
+    torch.testing.assert_close(loaded(features, 5), head(features, 5))  # mapped weights may be aligned otherwise
     assert type(loaded.attach(tiny_unet())).__name__ == UNetWithVariance.__name__
 
 

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from diffusers_dpm.calibration import inputs
-from diffusers_dpm.calibration.inputs import Network
+from diffusers_dpm.calibration.inputs import BatchedNetwork, Network
 from diffusers_dpm.calibration.student import MAX_HISTORY, NO_TENSORS, RIDGE, Student
 from diffusers_dpm.calibration.tables import Calibration, Table, conditions_of, solver_for
 from diffusers_dpm.errors import DiffusersDPMError, check_at_least
@@ -42,16 +42,20 @@ from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import ResultStore, provenance
 from diffusers_dpm.schedulers import DPMSolverScheduler
 from diffusers_dpm.schedulers.gaussian_paths import SigmaSchedule
+from diffusers_dpm.schedulers.timestep_grids import STOCK_SPACINGS
 
 
 STEPS = (4, 5, 6, 8, 10, 15, 20)
 STARTS = ("quadratic", "logsnr", "linspace")  # spacings from which timesteps are searched
 FITTED = "fitted"  # in the place of a spacing: the table's own timesteps
+USUAL = "usual"  # those of `BatchedNetwork.usual_grids`, where a pipeline has its own
+ORDERS = (1, 2, 3)
 # What a table must be better than: DPM-Solver++ on all of these timesteps.
 SOLVERS: tuple[dict[str, Any], ...] = tuple(
     {"timestep_spacing": spacing, "solver_order": order}
-    for spacing, order in product((*STARTS, "trailing", FITTED), (1, 2, 3))
+    for spacing, order in product((*STARTS, "trailing", FITTED), ORDERS)
 )
+USUAL_SOLVERS: tuple[dict[str, Any], ...] = tuple({"timestep_spacing": USUAL, "solver_order": n} for n in ORDERS)
 Solvers = Callable[..., DPMSolverScheduler]  # `solver_for` of one scheduler, cached by its options
 NULL_CLASS = "null class"  # in the place of a classifier
 CHOICES = tuple(product((1, 2, 3, MAX_HISTORY), (RIDGE, 1e-4, 1e-2)))  # (predictions in a row, ridge)
@@ -59,7 +63,7 @@ CHOICES = tuple(product((1, 2, 3, MAX_HISTORY), (RIDGE, 1e-4, 1e-2)))  # (predic
 
 def network_calls(steps: Iterable[int], num_images: int, teacher_steps: int, max_walks: int) -> int:
     """Upper bound of the images that `calibrate` calls the network for."""
-    walks = 2 * (len(STARTS) + max_walks + len(CHOICES)) + 3 + len(SOLVERS)
+    walks = 2 * (len(STARTS) + 1 + max_walks + len(CHOICES)) + 3 + len(SOLVERS) + len(USUAL_SOLVERS)
     return num_images * (3 * teacher_steps + walks * sum(steps))
 
 
@@ -141,7 +145,7 @@ def calibrate(
 
 
 def fit_network(
-    network: Network,
+    network: BatchedNetwork,
     teacher: DPMSolverScheduler,
     noise: Tensor,
     steps: list[int],
@@ -150,6 +154,8 @@ def fit_network(
     identity: Mapping[str, str | None],
     folder: str | Path | None,
     keep: bool,
+    stride: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> Calibration:
     """What `calibrate` does when the network, its inputs and the teacher's timesteps are there.
 
@@ -158,19 +164,24 @@ def fit_network(
         facts: of the fit, for people; `guidance_scale` and `classifier` are those of the tables.
         identity: hashes of the weights, under the key `weights`, and of all that the network is given.
         steps, max_walks, folder, keep: see `calibrate`.
+        stride: of the teacher's timesteps every one, every second, ... is kept, and may be a table's.
+        dtype: in which the teacher's states are kept; by default that of `noise`.
     """
     processes, num_images = network.processes, len(noise) // 3
     conditions = conditions_of(teacher)
     numbers = {"num_images": num_images, "teacher_steps": len(teacher.timesteps), "max_walks": max_walks}
+    numbers |= {} if stride == 1 else {"stride": stride}
     ends = {} if teacher.schedule.is_discrete else {"ends": [teacher.schedule.cleanest, teacher.schedule.noisiest]}
     store = ResultStore(folder, {**conditions, **facts, **numbers, **ends, **identity}, process=processes.rank)
     saved = store.load_json()
-    student = Student(network, teacher, teacher_states(network, teacher, noise, store), num_images)
+    states = teacher_states(network, teacher, noise, store, stride, noise.dtype if dtype is None else dtype)
+    student = Student(network, teacher, states, num_images, stride)
     tables = fit_tables(student, teacher, steps, max_walks, saved, store)
     processes.wait()
     if processes.is_main and not keep:
         store.delete()
     guide = {key: facts[key] for key in ("guidance_scale", "classifier")}
+    guide["sample_shape"] = list(noise.shape[1:])
     better = [{**table, **guide} for table in tables if table["mean_error"] < table["solver_mean_error"]]
     left_out = sorted({*steps} - {len(table["timesteps"]) for table in better})
     made = provenance(**facts, **numbers, left_out=left_out)
@@ -209,12 +220,12 @@ def fit_tables(
 
 def best_table(student: Student, solvers: Solvers, num_steps: int, max_walks: int) -> Table:
     """The table of `num_steps` steps, and what it is compared with; see `Calibration.tables`."""
-    starts = set()
-    for spacing in STARTS:
-        solver = solvers(timestep_spacing=spacing)
-        solver.set_timesteps(num_steps)
-        starts.add(tuple(student.nearest(solver.timesteps.tolist())))
-    walks = [student.fit(list(places)) for places in sorted(starts)]
+    starts = {
+        tuple(student.nearest(solver.timesteps.tolist()))
+        for spacing in (*STARTS, USUAL)
+        if (solver := placed(student, solvers, num_steps, spacing)) is not None
+    }
+    walks = (student.fit(list(places)) for places in sorted(starts))  # two at a time: they hold all of their states
     places = student.search(min(walks, key=student.searched), max_walks).places
     choices = [(student.searched(student.fit(places, *choice)), *choice) for choice in CHOICES]
     _, history, ridge = min(choices)
@@ -238,36 +249,69 @@ def best_solver(student: Student, solvers: Solvers, timesteps: list[float]) -> t
     So the comparison favours the solvers: nothing of a table is chosen on these images.
     """
     tried = []
-    for options in SOLVERS:
-        if options["timestep_spacing"] == FITTED:
-            solver = solvers(solver_order=options["solver_order"])
-            solver.set_timesteps(timesteps=timesteps)
-        else:
-            solver = solvers(**options)
-            solver.set_timesteps(len(timesteps))
-        tried.append((options, student.follow(solver)))
+    for options in (*SOLVERS, *USUAL_SOLVERS):
+        spacing, order = options["timestep_spacing"], options["solver_order"]
+        solver = placed(student, solvers, len(timesteps), spacing, order, timesteps)
+        if solver is not None:
+            tried.append((options, student.follow(solver)))
     return min(tried, key=lambda pair: pair[1].mean().item())
+
+
+def placed(
+    student: Student,
+    solvers: Solvers,
+    num_steps: int,
+    spacing: str,
+    solver_order: int = 2,
+    fitted: list[float] | None = None,
+) -> DPMSolverScheduler | None:
+    """A solver before its first step on the timesteps of a spacing; None where the network has none of that name."""
+    explicit: dict[str, Any] = {FITTED: fitted, USUAL: student.network.usual_grids.get(num_steps)}
+    if spacing in explicit:
+        if explicit[spacing] is None:
+            return None
+        solver = solvers(solver_order=solver_order)
+        solver.set_timesteps(timesteps=explicit[spacing])
+        return solver
+    solver = solvers(timestep_spacing=spacing, solver_order=solver_order)
+    if spacing in STOCK_SPACINGS and getattr(solver.schedule, "dynamic", None):
+        return None  # it depends on the size of the image, which a pipeline knows
+    solver.set_timesteps(num_steps)
+    return solver
 
 
 def errors(rms: str, mean: str, distances: Tensor) -> dict[str, float]:
     return {rms: distances.square().mean().sqrt().item(), mean: distances.mean().item()}
 
 
-def teacher_states(network: Network, teacher: DPMSolverScheduler, noise: Tensor, store: ResultStore) -> Tensor:
-    """x at each of the teacher's levels, (timesteps + 1, images, C, H, W)."""
-    states, processes = store.load_values((len(teacher.levels), *noise.shape), noise.dtype), network.processes
+def teacher_states(
+    network: BatchedNetwork,
+    teacher: DPMSolverScheduler,
+    noise: Tensor,
+    store: ResultStore,
+    stride: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """x at every `stride`-th of the teacher's levels and at its end, (timesteps + 1, images, C, ...)."""
+    kept = [*range(0, len(teacher.timesteps), stride), len(teacher.timesteps)]
+    states, processes = store.load_values((len(kept), *noise.shape), dtype), network.processes
     processes.wait()  # until all have read what is written next
-    size = network.batch_size * processes.count
-    for start in range(0, len(noise), size):
-        part = slice(start, start + size)
-        if not states[:, part].isnan().any():
-            continue
-        x, x0s = noise[part], NO_TENSORS
-        states[0, part] = x.cpu()
-        for i, (row, t) in enumerate(zip(teacher.updates, teacher.timesteps.tolist(), strict=True)):
-            x0s = (network(x, t, teacher.levels[i], start), *x0s)[:2]
-            x = row.apply(x, x0s)
-            states[i + 1, part] = x.cpu()
-        if processes.is_main:
+    size, changed = network.batch_size * processes.count, False
+    try:
+        for start in range(0, len(noise), size):
+            part = slice(start, start + size)
+            if not states[-1, part].isnan().any():
+                continue
+            x, x0s, changed = noise[part], NO_TENSORS, True
+            states[0, part] = x.cpu()
+            for i, (row, t) in enumerate(zip(teacher.updates, teacher.timesteps.tolist(), strict=True), 1):
+                x0s = (network(x, t, teacher.levels[i - 1], start), *x0s)[:2]
+                x = row.apply(x, x0s)
+                if i in kept:
+                    states[kept.index(i), part] = x.cpu()
+            if processes.is_main and store.is_due():
+                store.save_values(states)
+    finally:
+        if processes.is_main and changed:
             store.save_values(states)
-    return states.to(noise)
+    return states.to(noise.device)

@@ -1,8 +1,10 @@
 """The network as calibration calls it, with the noise, labels, further arguments and guidance of all images."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,9 +23,44 @@ from diffusers_dpm.records import fingerprint, weights_hash
 from diffusers_dpm.schedulers import DPMSolverScheduler, Level
 
 
+class BatchedNetwork(ABC):
+    """Predictions of x_0 as a scheduler's `step` uses them, for images that have their own arguments.
+
+    Attributes:
+        batch_size: images in a network call.
+        processes: share the batches.
+        progress: gets the number of images of each call.
+        dtype: of the network's input.
+        usual_grids: number of steps -> timesteps that a user's call visits, where `SOLVERS` do not have them.
+    """
+
+    batch_size: int
+    processes: Processes
+    progress: Progress
+    dtype: torch.dtype
+    usual_grids: Mapping[int, Sequence[float]] = MappingProxyType({})
+
+    def __call__(self, x: Tensor, t: float, level: Level, first: int = 0) -> Tensor:
+        """x_0 of images `first`, first + 1, ... from their x_t, (B, C, ...)."""
+        total = torch.zeros_like(x)
+        for number, start in enumerate(range(0, len(x), self.batch_size)):
+            if number % self.processes.count == self.processes.rank:
+                end = min(start + self.batch_size, len(x))
+                total[start:end] = self._predict(x[start:end], t, level, first + start)
+        total = self.processes.sum(total)
+        self.progress.update(len(x))
+        if not total.isfinite().all():
+            raise DiffusersDPMError(f"the network's predictions are not finite at timestep {t}.")
+        return total
+
+    @abstractmethod
+    def _predict(self, x: Tensor, t: float, level: Level, first: int) -> Tensor:
+        """`__call__` for one batch."""
+
+
 @dataclass
-class Network:
-    """Predictions of x_0 as a scheduler's `step` uses them, for images that have their own labels and arguments.
+class Network(BatchedNetwork):
+    """A network that is called by itself, for images that have their own labels and arguments.
 
     Args:
         unet: called as unet(x_t, t, **arguments).
@@ -44,19 +81,6 @@ class Network:
     processes: Processes = field(default_factory=Processes)
     progress: Progress = field(default_factory=NoProgress)
     dtype: torch.dtype = torch.float32
-
-    def __call__(self, x: Tensor, t: float, level: Level, first: int = 0) -> Tensor:
-        """x_0 of images `first`, first + 1, ... from their x_t, (B, C, H, W)."""
-        total = torch.zeros_like(x)
-        for number, start in enumerate(range(0, len(x), self.batch_size)):
-            if number % self.processes.count == self.processes.rank:
-                end = min(start + self.batch_size, len(x))
-                total[start:end] = self._predict(x[start:end], t, level, first + start)
-        total = self.processes.sum(total)
-        self.progress.update(len(x))
-        if not total.isfinite().all():
-            raise DiffusersDPMError(f"the network's predictions are not finite at timestep {t}.")
-        return total
 
     def _predict(self, x: Tensor, t: float, level: Level, first: int) -> Tensor:
         end = first + len(x)
@@ -179,11 +203,18 @@ def weights_of(network: Any) -> str | None:
 
 def fingerprints(unet: Any, noise: Tensor, labels: Tensor | None, arguments: Any) -> dict[str, str | None]:
     """What identifies the inputs: hashes of weights and tensors, the arguments with shapes in the place of tensors."""
-    tensors = [noise] if labels is None else [noise, labels]
+    tensors, described = parted(arguments)
+    own = [noise] if labels is None else [noise, labels]
+    return {"weights": weights_of(unet), "inputs": fingerprint([*own, *tensors]), "network_kwargs": described}
+
+
+def parted(arguments: Any) -> tuple[list[Tensor], str]:
+    """The tensors among arguments, and the arguments as a text with shapes in the place of tensors."""
+    tensors: list[Tensor] = []
 
     def collected(tensor: Tensor) -> list[int]:
         tensors.append(tensor)
         return list(tensor.shape)
 
-    shapes = on_tensors(collected, arguments)
-    return {"weights": weights_of(unet), "inputs": fingerprint(tensors), "network_kwargs": repr(shapes)}
+    described = repr(on_tensors(collected, arguments))
+    return tensors, described

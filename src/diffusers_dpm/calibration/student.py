@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusers_dpm.calibration.inputs import Network
+from diffusers_dpm.calibration.inputs import BatchedNetwork
 from diffusers_dpm.schedulers import DPMSolverScheduler, Update
 
 
@@ -39,16 +39,23 @@ class Student:
     Args:
         network: predicts.
         teacher: its timesteps and levels are what the student may choose from.
-        states: the teacher's, (timesteps + 1, images, C, H, W); the first `num_images` images are for fitting, as many
-            for searching, and as many for the report.
+        states: the teacher's at these and at its end, (timesteps + 1, images, C, ...), in any precision; the first
+            `num_images` images are for fitting, as many for searching, and as many for the report.
         num_images: of each.
+        stride: which of the teacher's timesteps these are: every one, every second, ...
     """
 
-    def __init__(self, network: Network, teacher: DPMSolverScheduler, states: Tensor, num_images: int):
+    def __init__(
+        self, network: BatchedNetwork, teacher: DPMSolverScheduler, states: Tensor, num_images: int, stride: int = 1
+    ):
         self.network, self.states, self.num_images = network, states, num_images
-        self.timesteps: list[float] = teacher.timesteps.tolist()
-        self.levels = teacher.levels
+        self.timesteps: list[float] = teacher.timesteps.tolist()[::stride]
+        self.levels = [*teacher.levels[:-1:stride], teacher.levels[-1]]
         self.solvers = {order: DPMSolverScheduler.from_config(teacher.config, solver_order=order) for order in (1, 2)}
+
+    def noise(self, first: int = 0, end: int | None = None) -> Tensor:
+        """x_T of images `first` .. `end` - 1, at least in float32, whatever the states are kept in."""
+        return self.states[0, first:end].to(torch.promote_types(self.states.dtype, torch.float32))
 
     def distances(self, x: Tensor, first: int = 0) -> Tensor:
         """RMS over the pixels of images `first`, first + 1, ..., to the teacher's."""
@@ -77,7 +84,7 @@ class Student:
             same = next((i for i, pair in enumerate(zip(earlier.places, places, strict=True)) if len({*pair}) > 1), 0)
         rows: list[Update] = []
         states: list[tuple[Tensor, Tensors]] = []
-        x, x0s = self.states[0, :num_images], NO_TENSORS
+        x, x0s = self.noise(0, num_images), NO_TENSORS
         solver = self.solvers[min(history, 2)]
         solver.set_timesteps(timesteps=[self.timesteps[place] for place in places])
         for i, place in enumerate(places):
@@ -97,7 +104,7 @@ class Student:
     def follow(self, solver: DPMSolverScheduler) -> Tensor:
         """Distances of the images for the report under a multistep solver in x_0 form whose timesteps are set."""
         first = 2 * self.num_images
-        x, x0s = self.states[0, first:], NO_TENSORS
+        x, x0s = self.noise(first), NO_TENSORS
         for row, t, level in zip(solver.updates, solver.timesteps.tolist(), solver.levels, strict=False):
             x0s = (self.network(x, t, level, first), *x0s)[:3]
             x = row.apply(x, x0s)

@@ -1,38 +1,63 @@
 """Fit rows of coefficients to the model of a run folder or Hub id, for sampling in few steps; no images are needed.
 
 The result is a CalibratedScheduler for the model. Existing rows for other steps and guidance scales are kept. After an
-interruption the same command resumes.
+interruption the same command resumes. With --prompts or --call it is any pipeline of diffusers that takes latents, and
+what is fitted is its own sampling.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.options import check_ranges
+from diffusers_dpm.options import check_ranges, values_of
 
 
 @dataclass(kw_only=True)
-class CalibrateOptions:
+class FitOptions:
     """fitting"""
 
     steps: list[int] | None = None
     """numbers of steps to fit rows for (default: 4 5 6 8 10 15 20)"""
-    num_images: int = 48
-    """images to fit to; as many more select the timesteps, and as many more measure the errors"""
-    teacher_steps: int = 200
-    """steps of the reference solver"""
-    max_walks: int = 60
-    """search moves over the timesteps, per number of steps"""
+    num_images: int | None = None
+    """images to fit to; as many more select the timesteps, and as many more measure the errors (default: 48; 16 for a
+    pipeline)"""
+    teacher_steps: int | None = None
+    """steps of the reference solver (default: 200; 100 for a pipeline)"""
+    max_walks: int | None = None
+    """search moves over the timesteps, per number of steps (default: 60; 20 for a pipeline)"""
     guidance_scale: float | None = None
-    """fit to sampling guided at this scale by the model's classifier, or else by its null class"""
-    batch_size: int = 64
-    """images per network call"""
+    """fit to sampling guided at this scale by the model's classifier, or else by its null class, or by the pipeline"""
+    batch_size: int | None = None
+    """images per network call (default: 64; 1 for a pipeline)"""
     seed: int = 0
     """seed of the noise, and of the labels if there are any"""
     cpu: bool = False
     """use the CPU even if there is an accelerator"""
     output_dir: str | None = None
     """folder of the result (default: calibrated in the run folder)"""
+
+
+@dataclass(kw_only=True)
+class CallOptions:
+    """calls of a pipeline"""
+
+    prompts: str | None = None
+    """file with a prompt, or a JSON object of arguments, on each line (default: one call without a prompt)"""
+    call: list[str] | None = None
+    """KEY=VALUE for arguments of all calls, such as height=512"""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """of the networks"""
+    max_gigabytes: float = 4.0
+    """of the reference solver's states in memory and on the disk; what would need more is thinned out"""
+
+
+@dataclass(kw_only=True)
+class CalibrateOptions(FitOptions, CallOptions):
+    """Options of `diffusers-dpm calibrate`, described by its `--help`.
+
+    Raises:
+        DiffusersDPMError: a number is out of range.
+    """
 
     def __post_init__(self) -> None:
         check_ranges(self)
@@ -42,9 +67,23 @@ class CalibrateOptions:
 
 
 def run(model: str, options: CalibrateOptions) -> None:
-    from diffusers_dpm.runs import calibrate_run
+    import torch
 
-    fit = calibrate_run(model, **vars(options))
+    from diffusers_dpm.runs import calibrate_pipeline_run, calibrate_run, result_folder
+
+    given = {name: value for name, value in values_of(options, FitOptions).items() if value is not None}
+    if options.prompts is None and options.call is None:
+        fit = calibrate_run(model, **given)
+    else:
+        folder = result_folder(model, options.output_dir, "calibrated")
+        fit = calibrate_pipeline_run(
+            model,
+            **{**given, "output_dir": folder},
+            prompts=options.prompts,
+            call=options.call,
+            dtype=getattr(torch, options.dtype),
+            max_bytes=int(options.max_gigabytes * 2**30),
+        )
     if fit is not None:
         print(report(fit.calibration, fit.scheduler))
         if fit.left_out:

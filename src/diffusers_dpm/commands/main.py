@@ -41,12 +41,16 @@ COMMANDS = {
     "sample": Command("draw images by seed", ("RUN",), AGAIN),
     "encode": Command("find the noise that images are drawn from", ("RUN",), AGAIN),
     "evaluate": Command("measure image quality by sampler and number of steps", ("RUN",), AGAIN),
+    "evaluate-pipeline": Command(
+        "which scheduler, in how many steps, for any pipeline of diffusers", ("MODEL",), AGAIN
+    ),
     "compare": Command("compare two evaluations", ("A.json", "B.json")),
     "statistics": Command("estimate variances for AnalyticDPMScheduler", ("RUN",), AGAIN),
-    "calibrate": Command("fit rows for CalibratedScheduler, for few steps", ("RUN",), AGAIN),
+    "calibrate": Command("fit rows for CalibratedScheduler, for few steps of any pipeline", ("RUN",), AGAIN),
     "likelihood": Command("bits per dimension, by the variational bound or the ODE", ("RUN",), AGAIN),
     "convert": Command("make a run folder of a checkpoint of the papers' own code", ("CHECKPOINT", "OUTPUT")),
     "publish": Command("check a run folder and put it on the Hub", ("RUN", "ORG/NAME")),
+    "publish-calibration": Command("put fitted rows on the Hub", ("CALIBRATED", "ORG/NAME")),
     "app": Command("race samplers and edit images on a page, for any pipeline of diffusers", ("MODEL",)),
     "demo": Command("train, sample and reload on scikit-learn's digits"),
 }

@@ -6,8 +6,8 @@ from typing import Literal
 
 
 @dataclass(kw_only=True)
-class PublishOptions:
-    """publishing"""
+class ModelOptions:
+    """model"""
 
     card: str | None = None
     """YAML file with facts for the model card (default: what the run recorded)"""
@@ -15,6 +15,12 @@ class PublishOptions:
     """licence of the model, as the Hub names it, such as mit (default: that in the facts)"""
     variant: Literal["fp16"] | None = None
     """add the weights in half precision beside the full ones"""
+
+
+@dataclass(kw_only=True)
+class RepositoryOptions:
+    """repository"""
+
     private: bool = False
     """create a private repository; an existing one must be private"""
     revision: str | None = None
@@ -27,6 +33,11 @@ class PublishOptions:
     """assemble, list and check; no network, no login"""
     staging_dir: str | None = None
     """keep the assembled repository in this folder (default: a temporary folder)"""
+
+
+@dataclass(kw_only=True)
+class PublishOptions(ModelOptions, RepositoryOptions):
+    """Options of `diffusers-dpm publish`, described by its `--help`."""
 
 
 def run(folder: str, repo_id: str, options: PublishOptions) -> None:

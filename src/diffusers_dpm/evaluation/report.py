@@ -1,13 +1,22 @@
 """Tables, plots and comparisons of measured rows."""
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.evaluation.results import Results, Row, by_column, format_value, grouped, measurement, sampler_name
+from diffusers_dpm.evaluation.results import (
+    Results,
+    Row,
+    by_column,
+    format_value,
+    grouped,
+    measurement,
+    sampler_name,
+    stacked_name,
+)
 from diffusers_dpm.plots import plot_file
 from diffusers_dpm.records import write_text
 from diffusers_dpm.schedulers import CalibratedScheduler
@@ -88,16 +97,25 @@ def report(
     return "\n\n".join(parts) + "\n"
 
 
-def write_report(results: Results) -> list[str]:
-    """Write metrics.md and metrics.png beside metrics.json; returns the tables and a line with the path."""
+def write_report(
+    results: Results,
+    tables: Callable[[Sequence[Row]], list[str]] = calls_and_etas,
+    draw: Callable[[Sequence[Row], Path], None] | None = None,
+) -> list[str]:
+    """Write metrics.md and metrics.png beside metrics.json; returns the tables and a line with the path.
+
+    Args:
+        tables: as in `report`.
+        draw: rows and path -> the picture; default: `plot`.
+    """
     with results.lock:
         results.read()
         if not results.rows:
             return []
-        tables = report(results.rows, results.baselines)
-        write_text(results.path.with_suffix(".md"), tables)
-        plot(results.rows, results.path.with_suffix(".png"))
-    return [tables, f"written to {results.path}"]
+        text = report(results.rows, results.baselines, tables)
+        write_text(results.path.with_suffix(".md"), text)
+        (draw or plot)(results.rows, results.path.with_suffix(".png"))
+    return [text, f"written to {results.path}"]
 
 
 def mixture_notes(rows: Iterable[Row]) -> list[str]:
@@ -148,10 +166,85 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         figure.legend([*lines.values()], [*lines], loc="outside lower left", ncols=2, fontsize="x-small")
 
 
-def plot_lines(axis: Any, rows: Sequence[Row], key: str, label: str, styles: Mapping[str, Any]) -> dict[str, Any]:
-    """A line for each sampler over `key`, by its name; the axis disappears where no row has one."""
+def plot_labelled(
+    rows: Sequence[Row], path: Path, metric: str, floor: tuple[str, float] | None = None, most: int = 8
+) -> None:
+    """One metric against network calls, both logarithmic, each line with its name beside it, one colour for a class.
+
+    Args:
+        rows: with calls; zeros are left out.
+        floor: a name, and the value below which a difference says nothing.
+        most: of the lines; those that come lowest are kept.
+    """
+    table = by_calls(row for row in rows if row["metric"] == metric and row["value"] > 0)
+    lowest = sorted(table, key=lambda name: min(row["value"] for row in table[name].values()))[:most]
+    if not lowest:
+        return
+    lines = {name: [row for _, row in sorted(table[name].items())] for name in table if name in lowest}
+    families: dict[str, list[str]] = defaultdict(list)
+    for name, cells in lines.items():
+        families[cells[0]["scheduler"]].append(name)
+    with plot_file(path, (11, 5.5)) as (_, ((axis,),)):
+        for i, family in enumerate(families.values()):
+            for name, style in zip(family, ["-", "--", ":", "-."] * len(family), strict=False):
+                points = [(row["calls"], row["value"], row["error"] or 0) for row in lines[name]]
+                calls, values, errors = zip(*points, strict=True)
+                axis.errorbar(calls, values, errors, marker="o", ms=4, color=f"C{i}", linestyle=style, label=name)
+        if floor:
+            axis.axhline(floor[1], color="grey", lw=1, linestyle=":")
+            place: dict[str, Any] = {
+                "xycoords": axis.get_yaxis_transform(),
+                "va": "bottom",
+                "color": "grey",
+                "fontsize": "small",
+            }
+            axis.annotate(floor[0], (0.01, floor[1]), **place)
+        axis.set(xlabel="network calls", ylabel=metric)
+        for scale in (axis.xaxis, axis.yaxis):
+            logarithmic(scale)
+        ticks: list[int] = []
+        counts = Counter(row["calls"] for cells in lines.values() for row in cells)
+        for calls, _ in counts.most_common():  # those that say the most, as far as there is room
+            ticks += [calls] if all(max(calls, tick) > 1.15 * min(calls, tick) for tick in ticks) else []
+        axis.set_xticks(ticks, labels=map(str, ticks))
+        axis.minorticks_off()
+        if len(table) > len(lines):
+            axis.set_title(f"the {len(lines)} lowest of {len(table)} lines", loc="left", fontsize="medium")
+        name_lines(axis, {name: cells[-1] for name, cells in lines.items()})
+
+
+def name_lines(axis: Any, ends: Mapping[str, Row]) -> None:
+    """Names right of the axis, as near to the heights of the last points as there is room."""
+    to_axes = axis.transData + axis.transAxes.inverted()
+    colors = {line.get_label(): line.lines[0].get_color() for line in axis.containers}
+    labels = [(to_axes.transform((row["calls"], row["value"])), name, row) for name, row in ends.items()]
+    labels.sort(key=lambda label: -label[0][1])
+    room = [0.045 * (1.3 + len(row["options"])) for _, _, row in labels]
+    tops = [place[1] + height / 2 for (place, _, _), height in zip(labels, room, strict=True)]
+    for i in range(1, len(tops)):
+        tops[i] = min(tops[i], tops[i - 1] - room[i - 1])
+    bottom = 0.0
+    for i in reversed(range(len(tops))):
+        tops[i] = max(tops[i], bottom + room[i])
+        bottom = tops[i]
+    for (_, name, row), top, height in zip(labels, tops, room, strict=True):
+        leader = {"arrowstyle": "-", "color": colors[name], "lw": 0.6, "alpha": 0.6, "relpos": (0, 0.5)}
+        style = {"va": "center", "color": colors[name], "fontsize": "small", "arrowprops": leader}
+        where = {"xytext": (1.04, top - height / 2), "textcoords": "axes fraction"}
+        axis.annotate(stacked_name(row), (row["calls"], row["value"]), **where, **style)
+
+
+def logarithmic(scale: Any) -> None:
+    """An axis of matplotlib, with ticks at 1, 2 and 5 times powers of ten: these alone may be none or one."""
     from matplotlib.ticker import LogLocator  # slow to import
 
+    (scale.axes.set_xscale if scale is scale.axes.xaxis else scale.axes.set_yscale)("log")
+    scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    scale.set_major_formatter("{x:g}")
+
+
+def plot_lines(axis: Any, rows: Sequence[Row], key: str, label: str, styles: Mapping[str, Any]) -> dict[str, Any]:
+    """A line for each sampler over `key`, by its name; the axis disappears where no row has one."""
     rows = [row for row in rows if row.get(key) is not None]
     if not rows:
         axis.set_axis_off()
@@ -167,9 +260,7 @@ def plot_lines(axis: Any, rows: Sequence[Row], key: str, label: str, styles: Map
     for scale, name in ((axis.xaxis, key), (axis.yaxis, "value")):
         values = [row[name] for row in rows]
         if max(values) > 3 * min(values) > 0 and not (name == "value" and metric in FRACTIONS):
-            (axis.set_xscale if scale is axis.xaxis else axis.set_yscale)("log")
-            scale.set_major_locator(LogLocator(subs=(1, 2, 5)))  # powers of ten alone may be none or one
-            scale.set_major_formatter("{x:g}")
+            logarithmic(scale)
     if key == "calls":
         calls = sorted({row[key] for row in rows})
         axis.set_xticks(calls, labels=calls)

@@ -116,8 +116,13 @@ def distinct(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def sampler_name(row: Row) -> str:
     """The scheduler with the options that were set."""
-    options = ", ".join(f"{key}={value!r}" for key, value in row["options"].items())
+    options = ", ".join(stacked_name(row).split("\n")[1:])
     return f"{row['scheduler']}({options})" if options else row["scheduler"]
+
+
+def stacked_name(row: Row) -> str:
+    """The same, with each option on a line of its own."""
+    return "\n".join([row["scheduler"], *(f"{key}={value!r}" for key, value in row["options"].items())])
 
 
 def metric_tables(rows: Sequence[Row], baselines: Sequence[Row] = ()) -> list[dict[str, Any]]:

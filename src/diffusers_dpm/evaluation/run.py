@@ -129,8 +129,7 @@ class Evaluation:
 
     def _cell(self, text: str, steps: int) -> Cell:
         """`text` is a scheduler's name and options, such as "ddim,eta=0.5"."""
-        name, *assignments = named_schedulers.split_options(text)
-        config = named_schedulers.parse_assignments(assignments)
+        name, config = named_schedulers.parse_scheduler(text)
         pipeline = DPMPipeline(**self.pipeline.components)
         pipeline.scheduler = named_schedulers.build_scheduler(name, config, pipeline, self.model, self.guidance_scale)
         pipeline.unet = named_schedulers.network_for(pipeline.scheduler, pipeline.unet, self.model)

@@ -116,12 +116,20 @@ def check_without_package(staged: Loaded, results: Mapping[str, np.ndarray]) -> 
         "snippets": card_snippets(staged),
         "variants": [name for name in VARIANTS if (unet / WEIGHTS.replace(".", f".{name}.")).is_file()],
     }
+    run_without_package(str(inspect.getfile(without_package)), staged.folder, results, task)
+
+
+def run_without_package(script: str, folder: Path, results: Mapping[str, np.ndarray], task: Mapping[str, Any]) -> None:
+    """Run a script on a staged folder in another process, with what it is to find and to do.
+
+    Raises:
+        PublishError: it fails; names what it printed last.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         np.savez(Path(scratch) / "expected.npz", **dict(results))  # type: ignore[arg-type]  # no name of an option
         # Remote code is copied into a cache of modules: not into the user's.
         environment = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
-        script, expected = str(inspect.getfile(without_package)), f"{scratch}/expected.npz"
-        command = [sys.executable, script, str(staged.folder), expected, json.dumps(task)]
+        command = [sys.executable, script, str(folder), f"{scratch}/expected.npz", json.dumps(task)]
         result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode:
         way = (result.stdout.strip().splitlines() or ["starting Python"])[-1]

@@ -1,5 +1,7 @@
 """Publishing: a run folder becomes a Hub repository that plain diffusers loads. `stage`, `check`, then `upload`.
 
+So do the rows that were fitted to somebody else's checkpoint, by `publish_calibration`.
+
 The repository's index names stock classes only, but for an `ADMUNet2DModel`, whose code lies in unet/. What else plain
 diffusers does not know (a classifier, Analytic-DPM's statistics, our pipeline) lies beside it, each with its code
 (`remote_code`).
@@ -15,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from diffusers_dpm.errors import DiffusersDPMError, first_line
+from diffusers_dpm.hub.calibration import check_calibration, stage_calibration
 from diffusers_dpm.hub.checks import check
 from diffusers_dpm.hub.staging import list_files, stage
 from diffusers_dpm.hub.upload import LEAST_SECONDS, LEAST_SPEED, log_in, upload, within
@@ -49,6 +52,65 @@ def publish(
         DiffusersDPMError: the folder, the facts or the arguments cannot be used.
         PublishError: a check or the upload failed.
     """
+
+    def write(folder: Path) -> None:
+        stage(run, folder, repo_id, facts=facts, license=license, variant=variant, report=report)
+
+    def checked(folder: Path) -> str:
+        check(run, folder)
+        return "plain diffusers, this package and the code in the repository give the run's own samples"
+
+    return deliver(repo_id, write, checked, dry_run=dry_run, staging_dir=staging_dir, report=report, **options)
+
+
+def publish_calibration(
+    source: str | Path,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    dry_run: bool = False,
+    staging_dir: str | Path | None = None,
+    report: Callable[[str], object] = lambda line: None,
+    **options: Any,
+) -> str | None:
+    """Stage, check and upload fitted rows, for `CalibratedScheduler.from_pretrained(repo_id)`; returns the address.
+
+    Args:
+        source, repo_id, base_model, license: as `stage_calibration`.
+        dry_run, staging_dir, report, options: as `publish`.
+
+    Raises:
+        DiffusersDPMError: the rows or the arguments cannot be used.
+        PublishError: a check or the upload failed.
+    """
+
+    def write(folder: Path) -> None:
+        stage_calibration(source, folder, repo_id, base_model, license)
+
+    def checked(folder: Path) -> str:
+        check_calibration(source, folder)
+        return "this package and the code in the repository step as the rows that were fitted"
+
+    return deliver(repo_id, write, checked, dry_run=dry_run, staging_dir=staging_dir, report=report, **options)
+
+
+def deliver(
+    repo_id: str,
+    write: Callable[[Path], object],
+    checked: Callable[[Path], str],
+    *,
+    dry_run: bool,
+    staging_dir: str | Path | None,
+    report: Callable[[str], object],
+    **options: Any,
+) -> str | None:
+    """Write a folder, check it and upload it: see `publish`.
+
+    Args:
+        write: the repository's files, into a folder.
+        checked: the folder; what was found, in words.
+    """
     check_repo_id(repo_id)
     if options.get("create_pr") and options.get("revision"):
         raise DiffusersDPMError("a pull request is always made to the main branch: give either create_pr or revision")
@@ -57,10 +119,9 @@ def publish(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(staging_dir or temporary)
         with writing(folder):
-            stage(run, folder, repo_id, facts=facts, license=license, variant=variant, report=report)
+            write(folder)
         report(file_table(folder))
-        check(run, folder)
-        report("checked: plain diffusers, this package and the code in the repository give the run's own samples")
+        report(f"checked: {checked(folder)}")
         if dry_run:
             report("dry run: nothing was uploaded")
             return None
