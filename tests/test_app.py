@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from gradio_client import Client
 from gradio_client.exceptions import AppError
 from PIL import Image
@@ -11,7 +12,7 @@ from PIL import Image
 from diffusers_dpm.app import ANY, DRAWS, GRID_OF_ROWS, MASKS, Settings, Studio, build_app
 from diffusers_dpm.commands import app as command
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.pipelines import ClassifierFreeGuidance
+from diffusers_dpm.pipelines import ClassifierFreeGuidance, DPMPipeline
 from diffusers_dpm.schedulers import DDIMScheduler
 from tests.commands import assert_named_once, error_of, help_of
 from tests.models import ImageMixtureNetwork, save_run, tiny_classifier, tiny_unet
@@ -123,6 +124,16 @@ def test_a_race_of_stable_diffusion(tmp_path):
     for prompt, message in (("", "prompt"), ('{"size": 3}', "no 'size'"), ("{", r"the prompt {: ")):
         with pytest.raises(DiffusersDPMError, match=message):
             studio.race(["ddim"], 4, Settings(4, prompt=prompt))
+
+
+def test_runs_of_every_process_have_the_whole_page(tmp_path):
+    for scheduler in (EDMEulerScheduler(), FlowMatchEulerDiscreteScheduler()):
+        folder = tmp_path / type(scheduler).__name__
+        DPMPipeline(tiny_unet(), scheduler).save_pretrained(folder)
+        studio = Studio(str(folder), cpu=True)
+        _, table = studio.race(["edm", "dpm-solver"], 20, Settings(5))
+        assert studio.is_pixel
+        assert len(table) == 2
 
 
 # Classes and guidance ------------------------------------------------------------------------------------------------

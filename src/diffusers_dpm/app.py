@@ -15,21 +15,13 @@ from PIL import Image
 
 from diffusers_dpm.editing import Source, fitted
 from diffusers_dpm.errors import DiffusersDPMError, user_error
-from diffusers_dpm.evaluation.pipelines import (
-    REFERENCE,
-    REFUSALS,
-    Drawn,
-    check_call,
-    draw,
-    load_any_pipeline,
-    parse_call,
-    rms,
-)
+from diffusers_dpm.evaluation.pipelines import REFERENCE, REFUSALS, Drawn, check_call, draw, rms
 from diffusers_dpm.image_values import convert_channels
 from diffusers_dpm.images import GRID, image_grid, titled_rows, to_pil, to_uint8
 from diffusers_dpm.named_schedulers import SCHEDULERS, STOCK, build_scheduler, parse_scheduler
 from diffusers_dpm.networks import Progress, load_guide, process_of
 from diffusers_dpm.options import ENCODING_SCHEDULER
+from diffusers_dpm.pipeline_calls import load_any_pipeline, parse_call
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.pipelines.networks import class_names, null_class_of, num_classes_of
 from diffusers_dpm.run_folder import RunFolder

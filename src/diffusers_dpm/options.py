@@ -21,6 +21,10 @@ import tyro
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 
 
+# To draw the images of noise again, do not clip.
+ENCODING_SCHEDULER = "dpm-solver,algorithm_type=dpmsolver,timestep_spacing=logsnr,clip_sample=false"
+
+
 @dataclasses.dataclass(kw_only=True)
 class DataSourceOptions:
     """data"""

@@ -14,12 +14,14 @@ from diffusers_dpm.networks import load_pipeline, quiet
 from diffusers_dpm.pipelines import DPMPipeline
 
 
+# Of a U-Net and a scheduler, which is all that DPMPipeline needs.
+OF_PIXELS = ("DDPMPipeline", "DDIMPipeline", "ConsistencyModelPipeline", "ScoreSdeVePipeline", DPMPipeline.__name__)
 Call = dict[str, Any]
 Calls = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 
 
 def load_any_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The pipeline of a folder or Hub id: `DPMPipeline` for DDPM's and DDIM's, else the class that it names.
+    """The pipeline of a folder or Hub id: `DPMPipeline` for those that it writes, else the class that it names.
 
     Raises:
         DiffusersDPMError: it cannot be loaded.
@@ -27,7 +29,7 @@ def load_any_pipeline(model: str, dtype: torch.dtype = torch.float32) -> Any:
     plain = dtype == torch.float32
     with user_error(f"cannot load {model}", Exception), quiet():
         name = DiffusionPipeline.load_config(model)["_class_name"]
-        if name not in ("DDPMPipeline", "DDIMPipeline", DPMPipeline.__name__):
+        if name not in OF_PIXELS:
             # diffusers < 0.42 knows no `dtype`
             return DiffusionPipeline.from_pretrained(model, **({} if plain else {"torch_dtype": dtype}))
     pipe = load_pipeline(model, any_process=True)
@@ -51,6 +53,11 @@ def pipeline_calls(calls: Calls, arguments: Mapping[str, Any] | None = None) -> 
     return found
 
 
+def parse_call(text: str) -> Call:
+    """A prompt, or a JSON object with any arguments. Raises ValueError for what begins with { and is none."""
+    return json.loads(text) if text.startswith("{") else {"prompt": text}
+
+
 def read_calls(path: str | Path | None, assignments: Sequence[str] | None = None) -> list[Call]:
     """The calls that a command is given by `--prompts` and `--call`; one without a file.
 
@@ -67,7 +74,7 @@ def read_calls(path: str | Path | None, assignments: Sequence[str] | None = None
         return [arguments]
     with user_error(f"cannot read {path}", OSError):
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-        calls = [json.loads(line) if line.startswith("{") else {"prompt": line} for line in lines if line]
+        calls = [parse_call(line) for line in lines if line]
     if not calls:
         raise DiffusersDPMError(f"{path} has no prompt")
     return pipeline_calls(calls, arguments)

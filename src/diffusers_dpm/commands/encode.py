@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.options import DataSourceOptions, check_ranges
+from diffusers_dpm.options import ENCODING_SCHEDULER, DataSourceOptions, check_ranges
 
 
 @dataclass(kw_only=True)
 class EncodingOptions:
     """encoding"""
 
-    scheduler: str = "dpm-solver,algorithm_type=dpmsolver,timestep_spacing=logsnr,clip_sample=false"
+    scheduler: str = ENCODING_SCHEDULER
     """ddim or dpm-solver, with options; to draw the images again, do not clip"""
     num_inference_steps: int = 50
     """number of steps"""

@@ -31,6 +31,7 @@ from diffusers_dpm.evaluation.results import Results, Row, by_column, format_val
 from diffusers_dpm.images import GRID, image_grid, titled_rows, to_pil, to_uint8
 from diffusers_dpm.named_schedulers import build_scheduler, parse_scheduler
 from diffusers_dpm.networks import Progress
+from diffusers_dpm.pipelines.editing import generator_of
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import ResultStore, atomic_file, fingerprint, read_tensors, weights_hash, write_tensors
 from diffusers_dpm.run_folder import RunFolder
@@ -125,13 +126,16 @@ def last_sample(scheduler: Any, progress: Progress) -> Iterator[list[torch.Tenso
             cls.step = own
 
 
-def draw(pipe: Any, call: Mapping[str, Any], seed: int, num_inference_steps: int, progress: Progress) -> Drawn:
-    """The pipeline's output for one call; all noise is from a CPU generator with that seed.
+def draw(
+    pipe: Any, call: Mapping[str, Any], seed: int | Sequence[int], num_inference_steps: int, progress: Progress
+) -> Drawn:
+    """The pipeline's output for one call; all noise is from a CPU generator with that seed, or one for each image.
 
     Raises:
         DiffusersDPMError: what it draws is not finite, or it does not step with its scheduler.
     """
-    generator, calls = torch.Generator().manual_seed(seed), list[None]()
+    calls = list[None]()
+    generator = generator_of(seed) if isinstance(seed, int) else [*map(generator_of, seed)]
     arguments = {"output_type": "np", **call, "num_inference_steps": num_inference_steps, "generator": generator}
     with ExitStack() as stack:
         kept = stack.enter_context(last_sample(pipe.scheduler, progress))
