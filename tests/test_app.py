@@ -298,7 +298,8 @@ def test_every_tab_in_a_browser(tmp_path, serve):
         page.get_by_label("2", exact=True).check()  # a class
         page.get_by_label("steps of the converged run").first.fill("20")
         click("Race")
-        page.get_by_role("gridcell", name="dpm-solver").first.wait_for()
+        image.wait_for()
+        assert page.locator("td").filter(has_text="dpm-solver").count() > 0
         assert image.evaluate("image => image.naturalWidth") > 600
         page.get_by_role("tab", name="Trajectory").click()
         click("Draw")
@@ -308,7 +309,9 @@ def test_every_tab_in_a_browser(tmp_path, serve):
         page.get_by_label("marks what is drawn anew").check()
         click("Edit")
         page.get_by_text("nothing is marked").wait_for()
-        click("Take the image of the first seed")
+        with page.expect_response(lambda response: "/file=" in response.url):
+            click("Take the image of the first seed")
+        page.wait_for_timeout(1000)  # the editor shows it, and forgets what was painted before
         box = page.locator("canvas:visible").first.bounding_box()
         x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
         page.mouse.move(x, y)

@@ -155,8 +155,8 @@ class Studio:
     ) -> tuple[Image.Image, list[list[Any]]]:
         """Samplers by seeds, the converged run last; and a row of `HEADERS` for each sampler.
 
-        The error is the root mean square, over the images, of what the last step returns minus what the converged run
-        does. All begin with the same noise.
+        The error is that of `evaluate_pipeline`: the mean over images of the root mean square difference of what the
+        last step returns from the converged run. All begin with the same noise.
 
         Raises:
             DiffusersDPMError: a sampler, seeds or a call that cannot be.
@@ -177,7 +177,7 @@ class Studio:
             self._set_scheduler(REFERENCE, settings)
             known = self._draw("the converged run", call, numbers, reference_steps, bar)
             self.converged = key, known
-        errors = {name: rms(one.latents - known.latents).square().mean().sqrt().item() for name, one in drawn.items()}
+        errors = {name: rms(one.latents - known.latents).mean().item() for name, one in drawn.items()}
         titles = {f"{name}\n{one.calls} calls: {errors[name]:.3g}": one for name, one in drawn.items()}
         titles[f"converged\n{known.calls} calls"] = known
         marks = [f"seed {seed}" for seed in numbers]

@@ -1,4 +1,4 @@
-"""A Hub for model repositories on 127.0.0.1: the part of the HTTP API that huggingface_hub and diffusers use.
+"""A Hub for models and Spaces on 127.0.0.1: the part of the HTTP API that huggingface_hub and diffusers use.
 
 Content goes over plain HTTP and LFS, never Xet: set HF_HUB_DISABLE_XET=1, for a client that finds hf_xet installed
 uploads by Xet only. LFS files are answered directly, not by a redirect to another host. What the server does not
@@ -79,12 +79,14 @@ class HubServer(LoggingServer):
     def _dispatch(self, request: Request) -> Response:
         account = self._authenticate(request)
         method = "GET" if request.method == "HEAD" else request.method
+        path, space = request.quoted_path, re.match("/(api/)?spaces/", request.quoted_path)
+        path = path.replace("spaces/", "models/" if space[1] else "", 1) if space else path
         for verb, pattern, endpoint in ROUTES:
-            match = pattern.fullmatch(request.quoted_path)
+            match = pattern.fullmatch(path)
             if verb == method and match:
                 places: dict[str, Any] = {key: unquote(value) for key, value in match.groupdict().items()}
                 if "repo" in places:
-                    places["repo"] = self._readable(places["repo"], account)
+                    places["repo"] = self._readable(("spaces/" if space else "") + places["repo"], account)
                 answer = endpoint(self, request, account, **places)
                 return answer if isinstance(answer, Response) else json_response(answer)
         raise HubError(501, f"The test Hub does not speak {request.method} {request.target}")
@@ -133,7 +135,7 @@ class HubServer(LoggingServer):
         account = self._require_write(account, name)
         url = f"{self.url}/{name}"
         if name in self.repositories:
-            return json_response({"error": "You already created this model repo", "url": url}, 409)
+            return json_response({"error": "You already created this repo", "url": url}, 409)
         self.repositories[name] = Repository(name, account.user, private=is_private(settings, False))
         return json_response({"url": url, "name": name})
 
@@ -148,9 +150,11 @@ class HubServer(LoggingServer):
     def _named(self, request: Request, account: Account | None) -> tuple[str, dict]:
         """Full name of the repository that is to be created or deleted, and the request's content."""
         content = json.loads(request.body)
-        if (content.get("type") or "model") != "model":
-            raise HubError(501, f"The test Hub has no repositories of type {content['type']}")
-        return f"{content.get('organization') or require_write_token(account).user}/{content['name']}", content
+        kind = content.get("type") or "model"
+        if kind not in ("model", "space") or (kind == "space" and content.get("sdk") is None):
+            raise HubError(501, f"The test Hub has no repositories of type {kind}, or not without an sdk")
+        owner = content.get("organization") or require_write_token(account).user
+        return f"{'spaces/' * (kind == 'space')}{owner}/{content['name']}", content
 
     @route("PUT", "/api/models/{repo}/settings")
     def update_settings(self, request: Request, account: Account | None, repo: Repository) -> dict:
@@ -179,7 +183,7 @@ class HubServer(LoggingServer):
         metadata = card_metadata(card.data.decode())
         with_blobs = request.query.get("blobs", "").lower() in ("1", "true")
         return {
-            "id": repo.name,
+            "id": repo.name.removeprefix("spaces/"),
             "modelId": repo.name,
             "author": repo.name.split("/")[0],
             "sha": commit.oid,
@@ -343,7 +347,8 @@ class HubServer(LoggingServer):
 
 
 def is_member(account: Account | None, repo_name: str) -> bool:
-    return account is not None and repo_name.split("/")[0] in (account.user, *account.organizations)
+    owner = repo_name.removeprefix("spaces/").split("/")[0]
+    return account is not None and owner in (account.user, *account.organizations)
 
 
 def is_private(settings: dict, default: bool) -> bool:

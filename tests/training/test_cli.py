@@ -79,6 +79,9 @@ def test_a_missing_extra_is_named_in_one_line(without, tmp_path):
     assert result.returncode == 1
     message = r"""error: 'diffusers-dpm train' needs \w+: pip install "diffusers-dpm\[train\]"\n"""
     assert re.fullmatch(message, result.stderr)
+    result = without("gradio", "app", tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == "error: 'diffusers-dpm app' needs gradio: pip install \"diffusers-dpm[app]\"\n"
 
 
 @pytest.mark.slow

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from diffusers_dpm.errors import DiffusersDPMError
+
 
 @dataclass(kw_only=True)
 class ModelOptions:
@@ -36,12 +38,32 @@ class RepositoryOptions:
 
 
 @dataclass(kw_only=True)
-class PublishOptions(ModelOptions, RepositoryOptions):
-    """Options of `diffusers-dpm publish`, described by its `--help`."""
+class SpaceOptions:
+    """space"""
+
+    with_space: bool = False
+    """also make the Space ORG/NAME-space, whose page is that of `diffusers-dpm app`"""
+
+
+@dataclass(kw_only=True)
+class PublishOptions(ModelOptions, RepositoryOptions, SpaceOptions):
+    """Options of `diffusers-dpm publish`, described by its `--help`.
+
+    Raises:
+        DiffusersDPMError: a Space on another branch than the main one.
+    """
+
+    def __post_init__(self) -> None:
+        if self.with_space and (self.revision or self.create_pr):
+            raise DiffusersDPMError("--with-space is for the main branch: leave out --revision and --create-pr")
 
 
 def run(folder: str, repo_id: str, options: PublishOptions) -> None:
-    from diffusers_dpm.hub.publish import publish
+    from diffusers_dpm.hub.publish import publish, publish_space
+    from diffusers_dpm.options import values_of
 
-    choices = {"facts" if name == "card" else name: value for name, value in vars(options).items()}
-    publish(folder, repo_id, report=partial(print, flush=True), **choices)
+    report = partial(print, flush=True)
+    repository, model = values_of(options, RepositoryOptions), values_of(options, ModelOptions)
+    publish(folder, repo_id, report=report, facts=model.pop("card"), **model, **repository)
+    if options.with_space:
+        publish_space(repo_id, report=report, **repository)

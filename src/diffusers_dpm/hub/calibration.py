@@ -18,7 +18,7 @@ from diffusers_dpm.hub.calibration_without_package import walk
 from diffusers_dpm.hub.card import check_license, escaped
 from diffusers_dpm.hub.checks import run_without_package
 from diffusers_dpm.hub.remote_code import write_code
-from diffusers_dpm.hub.staging import copy_config, without_paths
+from diffusers_dpm.hub.staging import check_empty, copy_config, without_paths
 from diffusers_dpm.hub.upload import PublishError
 from diffusers_dpm.networks import load_part
 from diffusers_dpm.run_folder import RunFolder
@@ -45,8 +45,7 @@ def stage_calibration(
     """
     source, folder = Path(source), Path(folder)
     source = source.parent if source.is_file() else source
-    if folder.is_dir() and any(folder.iterdir()):
-        raise DiffusersDPMError(f"{folder} is not empty")
+    check_empty(folder)
     scheduler, calibration = load_calibration(source)
     if license is not None:
         check_license(license)

@@ -19,6 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from diffusers_dpm.errors import DiffusersDPMError, first_line
 from diffusers_dpm.hub.calibration import check_calibration, stage_calibration
 from diffusers_dpm.hub.checks import check
+from diffusers_dpm.hub.space import check_space, stage_space
 from diffusers_dpm.hub.staging import list_files, stage
 from diffusers_dpm.hub.upload import LEAST_SECONDS, LEAST_SPEED, log_in, upload, within
 from diffusers_dpm.records import writing
@@ -93,6 +94,24 @@ def publish_calibration(
         return "this package and the code in the repository step as the rows that were fitted"
 
     return deliver(repo_id, write, checked, dry_run=dry_run, staging_dir=staging_dir, report=report, **options)
+
+
+def publish_space(repo_id: str, *, staging_dir: str | Path | None = None, **options: Any) -> str | None:
+    """Stage and upload the Space of a model, "organisation/name-space"; returns the address.
+
+    Args:
+        repo_id: the model's.
+        staging_dir: of the model; the Space is kept beside it, with "-space" at the end.
+        options: as `publish`, but for `facts`, `license` and `variant`.
+
+    Raises:
+        DiffusersDPMError, PublishError: as `publish`.
+    """
+    place = staging_dir and f"{staging_dir}-space"
+    options = {"dry_run": False, "report": lambda line: None, **options, "repo_type": "space"}
+    return deliver(
+        f"{repo_id}-space", lambda folder: stage_space(folder, repo_id), check_space, staging_dir=place, **options
+    )
 
 
 def deliver(

@@ -53,6 +53,12 @@ ABSOLUTE_PATH = re.compile(
 TRAINING_GRID = re.compile(r"step-\d+\.png")  # the trainer's own pictures, of raw beside averaged weights
 
 
+def check_empty(folder: Path) -> None:
+    """Raise DiffusersDPMError for a folder with anything in it, which would be uploaded, too."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise DiffusersDPMError(f"{folder} is not empty")
+
+
 def stage(
     run: str | Path,
     folder: str | Path,
@@ -77,8 +83,7 @@ def stage(
             contradict the run.
     """
     run, folder = Path(run), Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise DiffusersDPMError(f"{folder} is not empty")
+    check_empty(folder)
     if variant is not None and variant not in VARIANTS:
         raise DiffusersDPMError(f"variant={variant!r} is not known; choose one of {', '.join(VARIANTS)}")
     if not run.is_dir():

@@ -78,6 +78,7 @@ def upload(
     create_pr: bool = False,
     force: bool = False,
     api: HfApi | None = None,
+    repo_type: str = "model",
 ) -> str:
     """Make `folder` the content of a repository, in one commit, and read it back; returns the commit's address.
 
@@ -92,57 +93,60 @@ def upload(
         create_pr: open a pull request instead.
         force: replace what the branch holds, also files that `folder` does not have.
         api: client of another Hub or token than the environment's.
+        repo_type: "model" or "space".
 
     Raises:
         PublishError: no token, no right to write, no connection, other content, or a file that came back damaged.
     """
     folder, api = Path(folder), api or HfApi()
+    place = repo_id if repo_type == "model" else f"{repo_type}s/{repo_id}"
     with explained(f"cannot publish to {repo_id}"):
-        open_repo(api, repo_id, private=private, create=not create_pr)
-        head = open_branch(api, repo_id, revision)
-        remote = remote_files(api, repo_id, head)
+        open_repo(api, repo_id, repo_type, private=private, create=not create_pr)
+        head = open_branch(api, repo_id, repo_type, revision)
+        remote = remote_files(api, repo_id, repo_type, head)
         # A new branch holds what the main one does: nothing is lost there.
-        is_new_branch = revision not in (None, "main") and head == api.repo_info(repo_id).sha
+        is_new_branch = revision not in (None, "main") and head == api.repo_info(repo_id, repo_type=repo_type).sha
         if remote and is_published(folder, remote):
-            commit, address = head, f"{api.endpoint}/{repo_id}/commit/{head}"
+            commit, address = head, f"{api.endpoint}/{place}/commit/{head}"
         elif remote and not (force or create_pr or is_new_branch):
             files = f"{repo_id} holds other files ({', '.join([*remote][:3])}, ...)"
             raise PublishError(f"{files}: replace them with --force, or propose the change with --create-pr")
         else:
             target: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "parent_commit": head}
             message = f"Publish with diffusers-dpm {version('diffusers-dpm')}"
-            target |= {"repo_id": repo_id, "delete_patterns": "*", "commit_message": message}
+            target |= {"repo_id": repo_id, "repo_type": repo_type, "delete_patterns": "*", "commit_message": message}
             info = api.upload_folder(folder_path=folder, **target)
             commit, address = info.oid, info.pr_url or info.commit_url
-    verify(api, folder, repo_id, commit, address)
+    verify(api, folder, repo_id, repo_type, commit, address)
     return address
 
 
-def open_repo(api: HfApi, repo_id: str, *, private: bool, create: bool) -> None:
+def open_repo(api: HfApi, repo_id: str, repo_type: str, *, private: bool, create: bool) -> None:
     """Create the repository if it is missing; a private one is private from the start."""
     try:
-        info = api.repo_info(repo_id)
+        info = api.repo_info(repo_id, repo_type=repo_type)
     except errors.RepositoryNotFoundError:
         if not create:
             raise
-        api.create_repo(repo_id, private=private)
+        sdk = {"space_sdk": "gradio"} if repo_type == "space" else {}
+        api.create_repo(repo_id, repo_type=repo_type, private=private, **sdk)
         return
     if private and not info.private:
         raise PublishError(f"{repo_id} exists and is public: change that in its settings, or leave --private out")
 
 
-def open_branch(api: HfApi, repo_id: str, revision: str | None) -> str:
+def open_branch(api: HfApi, repo_id: str, repo_type: str, revision: str | None) -> str:
     """The newest commit of the branch, which is created if it is missing."""
     try:
-        return str(api.repo_info(repo_id, revision=revision).sha)
+        return str(api.repo_info(repo_id, repo_type=repo_type, revision=revision).sha)
     except errors.RevisionNotFoundError:
-        api.create_branch(repo_id, branch=str(revision))
-        return str(api.repo_info(repo_id, revision=revision).sha)
+        api.create_branch(repo_id, repo_type=repo_type, branch=str(revision))
+        return str(api.repo_info(repo_id, repo_type=repo_type, revision=revision).sha)
 
 
-def remote_files(api: HfApi, repo_id: str, commit: str) -> dict[str, RepoFile]:
+def remote_files(api: HfApi, repo_id: str, repo_type: str, commit: str) -> dict[str, RepoFile]:
     """The files of a commit by their paths, without the one that the Hub itself writes."""
-    entries = api.list_repo_tree(repo_id, recursive=True, revision=commit)
+    entries = api.list_repo_tree(repo_id, repo_type=repo_type, recursive=True, revision=commit)
     return {entry.path: entry for entry in entries if isinstance(entry, RepoFile) and entry.path != ".gitattributes"}
 
 
@@ -160,10 +164,10 @@ def is_content_of(path: Path, remote: RepoFile) -> bool:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == remote.blob_id
 
 
-def verify(api: HfApi, folder: Path, repo_id: str, commit: str, address: str) -> None:
+def verify(api: HfApi, folder: Path, repo_id: str, repo_type: str, commit: str, address: str) -> None:
     """Download the commit into an empty cache and compare every file."""
     with tempfile.TemporaryDirectory() as cache, explained(f"published {address}, but cannot read it back"):
-        downloaded = api.snapshot_download(repo_id, revision=commit, cache_dir=cache)
+        downloaded = api.snapshot_download(repo_id, repo_type=repo_type, revision=commit, cache_dir=cache)
         _, damaged, missing = filecmp.cmpfiles(folder, downloaded, list_files(folder), shallow=False)
         if damaged or missing:
             raise PublishError(f"published {address}, but {[*damaged, *missing][0]} came back damaged: run it again")
