@@ -128,8 +128,8 @@ def open_repo(api: HfApi, repo_id: str, repo_type: str, *, private: bool, create
     except errors.RepositoryNotFoundError:
         if not create:
             raise
-        sdk = {"space_sdk": "gradio"} if repo_type == "space" else {}
-        api.create_repo(repo_id, repo_type=repo_type, private=private, **sdk)
+        sdk = "gradio" if repo_type == "space" else None
+        api.create_repo(repo_id, repo_type=repo_type, private=private, space_sdk=sdk)
         return
     if private and not info.private:
         raise PublishError(f"{repo_id} exists and is public: change that in its settings, or leave --private out")
