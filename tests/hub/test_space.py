@@ -38,6 +38,13 @@ def test_a_space_is_published_once_and_others_are_kept(hub):
         publish_space("org/other", api=hub.api())
 
 
+def test_a_staged_space_is_not_written_over(tmp_path):
+    assert publish_space(REPO, dry_run=True, staging_dir=tmp_path / "staged") is None
+    assert (tmp_path / "staged-space" / "README.md").is_file()
+    with pytest.raises(DiffusersDPMError, match="staged-space is not empty"):
+        publish_space(REPO, dry_run=True, staging_dir=tmp_path / "staged")
+
+
 def test_the_command_refuses_a_space_on_a_branch(capsys, tmp_path):
     arguments = (str(tmp_path), REPO, "--with-space")
     assert "--with-space is for the main branch" in error_of("publish", capsys, *arguments, "--revision", "b")
@@ -51,8 +58,6 @@ def test_a_dry_run_shows_the_space(capsys, tmp_path):
     shown = capsys.readouterr().out
     assert [shown.count(name) for name in ("  app.py", "  model_index.json", "nothing was uploaded")] == [1, 1, 2]
     assert f'build_app("{REPO}")' in (tmp_path / "staged-space" / "app.py").read_text()
-    with pytest.raises(DiffusersDPMError, match="staged-space is not empty"):
-        publish_space(REPO, dry_run=True, staging_dir=staged)
 
 
 @pytest.mark.slow
