@@ -32,9 +32,10 @@ class Calibration(Record):
 
     Attributes:
         tables: for each number of steps, and scale of guidance, a dict of `timesteps`, noisiest first; `rows`, the
-            factors [sample, x0, x0 before, ...] of each step; `guidance_scale` and `classifier`, a hash of its weights
-            or "null class", or None for both; and for people `error`, the RMS distance to the teacher's images over
-            pixels of images not used for anything else, `mean_error`, that of the mean over images of their own RMS
+            factors [sample, x0, x0 before, ...] of each step; `guidance_scale` and `classifier`, a hash of its
+            weights, "null class" or "pipeline", or None for both; `sample_shape`, (C, ...); and for people `error`,
+            the RMS distance to the teacher's images over pixels of images not used for anything else, `mean_error`,
+            that of the mean over images of their own RMS
             distances, the same for the best of `SOLVERS` on these images (`solver`, `solver_error`,
             `solver_mean_error`), and how the rows were chosen (`history`, `ridge`).
         schedule_hash: of the noise schedule.
