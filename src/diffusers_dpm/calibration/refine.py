@@ -22,7 +22,7 @@ from diffusers_dpm.schedulers.plan import norms
 
 
 MAX_REFINEMENTS = 3
-DAMPINGS = (1e-5, 1e-4, 1e-3, 1e-2)  # relative to each unknown's own sum of squares
+DAMPINGS = (1e-5, 3e-4, 1e-2, 0.3)  # relative to each unknown's own sum of squares
 SMALLEST = 1e-3  # distance whose inverse is a weight, relative to the mean
 
 
