@@ -96,7 +96,7 @@ class Student:
 
     def follow(self, places: list[int], rows: list[Update], first: int = 0) -> Tensor:
         """Distances under these rows of the fitting and searching images, or of the images from `first` on."""
-        timesteps, levels = ([of[place] for place in places] for of in (self.timesteps, self.levels))
+        timesteps, levels = [self.timesteps[place] for place in places], [self.levels[place] for place in places]
         return self._follow(rows, timesteps, levels, first, None if first else 2 * self.num_images)
 
     def follow_solver(self, solver: DPMSolverScheduler) -> Tensor:
