@@ -252,11 +252,10 @@ class Benchmark(Model):
             return f"{row[name + 'error']:.4f} ({row[name + 'mean_error']:.4f})"
 
         kinds = ("unrefined_", "", "solver_")
-        lines = [
-            [row["name"], str(row["n"]), *(both(row, kind) for kind in kinds)]
-            + [f"{row['mean_error'] / row['unrefined_mean_error']:.2f}"]
-            for row in rows
-        ]
+        lines = []
+        for row in rows:
+            ratio = f"{row['mean_error'] / row['unrefined_mean_error']:.2f}"
+            lines.append([row["name"], str(row["n"]), *(both(row, kind) for kind in kinds), ratio])
         head = ["calibration", "calls", "rows one by one", "refined together", "best DPM-Solver++", "ratio of means"]
         return ["RMS distance to the teacher's images (mean over images), images of the report:", table(head, lines)]
 
