@@ -117,7 +117,7 @@ def calibrate_pipeline(
     with evaluation_mode(*modules.values()), quiet_bars(pipe):
         network = PipelineNetwork(pipe, checked, teacher, batch_size, seed, processes, progress, scale)
         noise, denoisers = network.prepare(3 * num_images, modules)
-        stride = stride_for(noise, network.dtype, teacher_steps, steps, max_bytes)
+        stride = stride_for(noise, network.dtype, teacher_steps, steps, max_bytes, batch_size)
         network.usual_grids = {n: check_loop(network, noise, n) for n in steps}
         facts = {
             "guidance_scale": scale,
@@ -176,13 +176,15 @@ def check_calls(name: str, taken: Mapping[str, inspect.Parameter], calls: list[C
     return calls
 
 
-def stride_for(noise: Tensor, dtype: torch.dtype, teacher_steps: int, steps: Sequence[int], max_bytes: int) -> int:
+def stride_for(
+    noise: Tensor, dtype: torch.dtype, teacher_steps: int, steps: Sequence[int], max_bytes: int, batch_size: int = 1
+) -> int:
     """Of the teacher's timesteps, which are kept: every one, every second, ..., so that all needs `max_bytes` at most.
 
     Raises:
         DiffusersDPMError: those are too few for a search.
     """
-    each, others = noise.numel() * dtype.itemsize, walk_bytes(noise, steps[-1])
+    each, others = noise.numel() * dtype.itemsize, walk_bytes(noise, steps[-1], batch_size)
     for stride in count(1):
         kept = len(range(0, teacher_steps, stride))
         if kept < 2 * steps[-1]:
@@ -196,10 +198,15 @@ def stride_for(noise: Tensor, dtype: torch.dtype, teacher_steps: int, steps: Seq
     raise AssertionError  # the loop has no end
 
 
-def walk_bytes(noise: Tensor, num_steps: int) -> int:
-    """Memory beside the teacher's states: x and x_0 of two walks of two thirds of the images, a fit in float64."""
-    images = len(noise) // 3
-    return noise[0].numel() * images * (2 * num_steps * 2 * 2 * noise.element_size() + (MAX_HISTORY + 2) * 8)
+def walk_bytes(noise: Tensor, num_steps: int, batch_size: int = 1) -> int:
+    """Memory beside the teacher's states.
+
+    That is x and x_0 of two walks of two thirds of the images, and a fit in float64; in the refinement, for each factor
+    the tangents of x and of predictions for a batch, and of one image in float64.
+    """
+    images, factors, size = len(noise) // 3, num_steps * (MAX_HISTORY + 1), noise.element_size()
+    walks = images * (2 * num_steps * 2 * 2 * size + (MAX_HISTORY + 2) * 8)
+    return noise[0].numel() * (walks + factors * (batch_size * (MAX_HISTORY + 1) * size + 8))
 
 
 def model_id(pipe: Any) -> str | None:
