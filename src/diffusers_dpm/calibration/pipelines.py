@@ -201,7 +201,7 @@ def stride_for(
 def walk_bytes(noise: Tensor, num_steps: int, batch_size: int = 1) -> int:
     """Memory beside the teacher's states.
 
-    That is x and x_0 of two walks of two thirds of the images, and a fit in float64; in the refinement, for each factor
+    That is x and x_0 of two walks of two thirds of the images, a fit in float64; in the refinement, for each factor
     the tangents of x and of predictions for a batch, and of one image in float64.
     """
     images, factors, size = len(noise) // 3, num_steps * (MAX_HISTORY + 1), noise.element_size()
