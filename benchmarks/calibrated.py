@@ -101,7 +101,7 @@ class Benchmark(Model):
         path = self.folder / f"{name}.json"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tqdm(total=network_calls(steps, 48, 200, 60), unit="call", desc=f"calibration {name}") as bar:
+            with tqdm(total=network_calls(steps, *self.fit.values()), unit="call", desc=f"calibration {name}") as bar:
                 start = time.process_time()
                 fitted = calibrate(
                     *(self.pipe.unet, scheduler, steps),
@@ -303,6 +303,9 @@ def measured(
         "images": (1797, "for the Fréchet distances"),
         "guided_images": (500, "of each guided cell"),
         "batch_size": (256, "images in a network call"),
+        "fit_images": (48, "to fit to, and as many to search by and to report on"),
+        "teacher_steps": (200, "of the solver that rows are fitted to"),
+        "max_walks": (60, "of the search for timesteps"),
     }
     run = "folder of a pipeline; for images and guided one trained on the digits"
     parser = make_parser(doc, results, run, **numbers)
@@ -310,8 +313,13 @@ def measured(
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="images: after distances")
     parser.add_argument("--calls", type=int, nargs="+", default=COUNTS, help="numbers of network calls")
     arguments = parse(parser)
-    fit = {"num_images": 4, "teacher_steps": 20, "max_walks": 1} if arguments.smallest else {}
+    fit = {
+        "num_images": arguments.fit_images,
+        "teacher_steps": arguments.teacher_steps,
+        "max_walks": arguments.max_walks,
+    }
     if arguments.smallest:
+        fit = {"num_images": 4, "teacher_steps": 20, "max_walks": 1}
         arguments.calls, arguments.noises, arguments.images, arguments.guided_images = [4], 4, 20, 20
     benchmark = kind(
         *(arguments.run, arguments.output, arguments.batch_size, tuple(arguments.calls), arguments.features), **fit
