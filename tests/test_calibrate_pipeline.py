@@ -10,7 +10,8 @@ from diffusers import StableDiffusionPipeline
 
 from diffusers_dpm.calibration.fit import USUAL, network_calls, placed, teacher_for
 from diffusers_dpm.calibration.inputs import Network, arguments_for, guidance_for
-from diffusers_dpm.calibration.pipelines import PipelineNetwork, calibrate_pipeline, check_loop, stride_for, walk_bytes
+from diffusers_dpm.calibration.one_step import PipelineNetwork, check_loop
+from diffusers_dpm.calibration.pipelines import calibrate_pipeline, stride_for, walk_bytes
 from diffusers_dpm.calibration.student import Student
 from diffusers_dpm.calibration.tables import Calibration, solver_for
 from diffusers_dpm.commands.main import main as cli
