@@ -11,6 +11,7 @@
   the features of `evaluate`, for the fitted rows and the nearest of ours and of diffusers'.
 - Guided: digits recognised as the asked class by an independent classifier, for rows fitted with and without
   guidance.
+- Refinement: the distances of the report's 48 images before and after all rows were refined together.
 - Cost: network calls and seconds of the calibration, against one sampling of as many images.
 
 Every measurement is kept: an interrupted call continues where it stopped.
@@ -100,7 +101,7 @@ class Benchmark(Model):
         path = self.folder / f"{name}.json"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tqdm(total=network_calls(steps, 48, 200, 60), unit="call", desc=f"calibration {name}") as bar:
+            with tqdm(total=network_calls(steps, *self.fit.values()), unit="call", desc=f"calibration {name}") as bar:
                 start = time.process_time()
                 fitted = calibrate(
                     *(self.pipe.unet, scheduler, steps),
@@ -113,7 +114,12 @@ class Benchmark(Model):
                 seconds = time.process_time() - start
                 self.results.row("cost", {"name": name}, lambda: {"calls": bar.n, "cpu_seconds": seconds})
             fitted.save(path)
-        return Calibration.load(path)
+        loaded = Calibration.load(path)
+        kept = ("unrefined_error", "unrefined_mean_error", "error", "mean_error", "solver_error", "solver_mean_error")
+        for fit in loaded.tables:
+            key = {"name": name, "n": len(fit["timesteps"])}
+            self.results.row("refinement", key, lambda fit=fit: {of: fit[of] for of in kept})
+        return loaded
 
     # Distance ----------------------------------------------------------------------------------------------------
 
@@ -242,6 +248,19 @@ class Benchmark(Model):
         return [f"Guided, scale {SCALE:g}, {rows[0]['num_images']} images:", table(head, lines)]
 
     @staticmethod
+    def refinement_table(rows: list[dict[str, Any]]) -> list[str]:
+        def both(row: dict[str, Any], name: str) -> str:
+            return f"{row[name + 'error']:.4f} ({row[name + 'mean_error']:.4f})"
+
+        kinds = ("unrefined_", "", "solver_")
+        lines = []
+        for row in rows:
+            ratio = f"{row['mean_error'] / row['unrefined_mean_error']:.2f}"
+            lines.append([row["name"], str(row["n"]), *(both(row, kind) for kind in kinds), ratio])
+        head = ["calibration", "calls", "rows one by one", "refined together", "best DPM-Solver++", "ratio of means"]
+        return ["RMS distance to the teacher's images (mean over images), images of the report:", table(head, lines)]
+
+    @staticmethod
     def cost_table(rows: list[dict[str, Any]]) -> list[str]:
         lines = [
             [row["name"], f"{row['calls']:,}", f"{row['calls'] / 10:,.0f}", f"{row['cpu_seconds']:.0f}"]
@@ -255,6 +274,7 @@ class Benchmark(Model):
             "distances": self.distance_table,
             "images": self.image_table,
             "guided": self.guided_table,
+            "refinement": self.refinement_table,
             "cost": self.cost_table,
         }
         values = self.results.values
@@ -283,6 +303,9 @@ def measured(
         "images": (1797, "for the Fréchet distances"),
         "guided_images": (500, "of each guided cell"),
         "batch_size": (256, "images in a network call"),
+        "fit_images": (48, "to fit to, and as many to search by and to report on"),
+        "teacher_steps": (200, "of the solver that rows are fitted to"),
+        "max_walks": (60, "of the search for timesteps"),
     }
     run = "folder of a pipeline; for images and guided one trained on the digits"
     parser = make_parser(doc, results, run, **numbers)
@@ -290,8 +313,13 @@ def measured(
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="images: after distances")
     parser.add_argument("--calls", type=int, nargs="+", default=COUNTS, help="numbers of network calls")
     arguments = parse(parser)
-    fit = {"num_images": 4, "teacher_steps": 20, "max_walks": 1} if arguments.smallest else {}
+    fit = {
+        "num_images": arguments.fit_images,
+        "teacher_steps": arguments.teacher_steps,
+        "max_walks": arguments.max_walks,
+    }
     if arguments.smallest:
+        fit = {"num_images": 4, "teacher_steps": 20, "max_walks": 1}
         arguments.calls, arguments.noises, arguments.images, arguments.guided_images = [4], 4, 20, 20
     benchmark = kind(
         *(arguments.run, arguments.output, arguments.batch_size, tuple(arguments.calls), arguments.features), **fit

@@ -5,7 +5,8 @@ The rows of other solvers come from a Taylor expansion, which holds for small st
     x_s = sample * x_t + sum_j x0[j] * x0_j        (j = 0 is the newest prediction)
 
 is the least-squares fit to where the ODE takes a few dozen noises, with the same network, the same timesteps and the
-same history as in sampling: `diffusers_dpm.calibrate`, or the command `diffusers-dpm calibrate`.
+same history as in sampling, and then all rows are refined for where they end together: `diffusers_dpm.calibrate`, or
+the command `diffusers-dpm calibrate`.
 
 A derived row lands on the level s where every prediction is the true x_0: `Update.defect` vanishes. A fitted one
 misses it, and should. A prediction is the mean of all x_0 that x_t leaves open, which has less variance than x_0, and

@@ -10,7 +10,8 @@ from diffusers import StableDiffusionPipeline
 
 from diffusers_dpm.calibration.fit import USUAL, network_calls, placed, teacher_for
 from diffusers_dpm.calibration.inputs import Network, arguments_for, guidance_for
-from diffusers_dpm.calibration.pipelines import PipelineNetwork, calibrate_pipeline, check_loop, stride_for
+from diffusers_dpm.calibration.one_step import PipelineNetwork, check_loop
+from diffusers_dpm.calibration.pipelines import calibrate_pipeline, stride_for, walk_bytes
 from diffusers_dpm.calibration.student import Student
 from diffusers_dpm.calibration.tables import Calibration, solver_for
 from diffusers_dpm.commands.main import main as cli
@@ -222,7 +223,7 @@ def test_an_interrupted_call_goes_on(tmp_path):
     [
         {"calls": {"callback_on_step_end_tensor_inputs": ["latents"]}},
         {"seed": 1},
-        {"max_bytes": 12 * 16 * 8 * 11 + 4 * 16 * (2 * 2 * 2 * 2 * 8 + 48)},
+        {"max_bytes": 12 * 16 * 8 * 11 + walk_bytes(torch.zeros(12, 1, 4, 4, dtype=torch.float64), 2, 6)},
     ],
 )
 def test_a_folder_of_other_settings_is_refused(change, tmp_path):
@@ -237,6 +238,7 @@ def test_what_is_kept_stays_within_a_limit():
     """Each state of 12 images of 16 float64 values takes 1536 bytes."""
     noise = torch.zeros(12, 1, 4, 4)
     walks = 4 * 16 * (2 * 3 * 2 * 2 * 4 + 6 * 8)  # x and x_0 of 3 steps of 8 images twice, and a fit of 6 terms
+    walks += 16 * 15 * (5 * 4 + 8)  # tangents of 15 factors: of x and 4 predictions, and one in float64
     for states, stride in ((21, 1), (20, 2), (11, 2), (10, 3), (8, 3)):
         assert stride_for(noise, torch.float64, 20, [1, 3], 1536 * states + walks) == stride
         assert stride_for(noise, torch.bfloat16, 20, [1, 3], 1536 * states // 4 + walks) == stride
@@ -247,7 +249,7 @@ def test_what_is_kept_stays_within_a_limit():
     grid = teacher_for(mixture().scheduler)
     grid.set_timesteps(20)
     calibration = calibrate_pipeline(
-        mixture(), {}, [3], **QUICK, max_bytes=1536 * 8 + 4 * 16 * (2 * 3 * 2 * 2 * 8 + 6 * 8)
+        mixture(), {}, [3], **QUICK, max_bytes=1536 * 8 + walk_bytes(noise.double(), 3, 6)
     )
     (table,) = calibration.tables
     assert {*table["timesteps"]} <= {*grid.timesteps.tolist()[::3]}

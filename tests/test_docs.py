@@ -1,12 +1,13 @@
 """The documentation is true: its code runs as it stands, its options exist, its links lead somewhere.
 
 Each page runs by itself, in a directory of its own: its blocks in order, Python blocks in one namespace. A line
-`expression  # literal` must have that value. `path/to/images` holds a few digits, `path/to/clip` a tiny CLIP,
-`runs/mine` is a small run, and the Hub is one on 127.0.0.1, with random networks under the names of the checkpoints
-that the pages load.
+`expression  # literal` must have that value. A notebook is a page whose blocks are its cells of code. `path/to/images`
+holds a few digits, `path/to/clip` a tiny CLIP, `runs/mine` is a small run, and the Hub is one on 127.0.0.1, with
+random networks under the names of the checkpoints that the pages load.
 """
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -43,7 +44,8 @@ else:
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
-PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "README.md"]
+NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
+PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *NOTEBOOKS, ROOT / "benchmarks" / "README.md"]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 REPOSITORY, SITE = PROJECT["urls"]["Source"], PROJECT["urls"]["Documentation"]
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
@@ -53,7 +55,7 @@ BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 SMALL = {
     "train": "--max-train-steps 2 --batch-size 16 --learning-rate 1e-3 --lr-warmup-steps 0 "
     "--sample-every 0 --log-with none",
-    "train runs/mine": "--max-train-steps 40 --ema-snapshot-every 20",
+    "train runs/mine": "--max-train-steps 40 --ema-snapshot-every 20 --log-with tensorboard",
     "ema": "",
     "train --resume": "--max-train-steps 41",
     "train-classifier": "--max-train-steps 2 --log-with none",
@@ -80,9 +82,24 @@ def page_name(page):
     return page.relative_to(ROOT).with_suffix("").as_posix()
 
 
+def read(page):
+    """The text of a page; of a notebook, as a page would have it."""
+    text = page.read_text(encoding="utf-8")
+    return "\n\n".join(map(cell_text, json.loads(text)["cells"])) if page in NOTEBOOKS else text
+
+
+def cell_text(cell):
+    source = "".join(cell["source"])
+    if cell["cell_type"] == "markdown":
+        return source
+    if source[0] in "!%":  # commands, all of them: !diffusers-dpm ... or %pip install ...
+        return f"```bash\n{re.sub('^[!%]', '', source, flags=re.MULTILINE)}\n```"
+    return f"```python\n{source}\n```"
+
+
 def blocks(page):
     """(language, code, line number of its first line) of each block that runs."""
-    text = page.read_text(encoding="utf-8")
+    text = read(page)
     return [(match[1], match[2], text[: match.start(2)].count("\n") + 1) for match in BLOCK.finditer(text)]
 
 
@@ -228,7 +245,7 @@ def hub_with_checkpoint(hub, tmp_path, monkeypatch):  # noqa: F811
 
 def publish_tiny_pipelines(hub, page, folder, monkeypatch):  # noqa: F811
     """Those that the page names, which load without tokenizers and text encoders: they have none."""
-    text = page.read_text(encoding="utf-8")
+    text = read(page)
     for repo_id, name in TINY.items():
         if repo_id in text:
             owner = repo_id.split("/")[0]
@@ -245,7 +262,7 @@ def publish_tiny_pipelines(hub, page, folder, monkeypatch):  # noqa: F811
 def page_parameters():
     for page in PAGES:
         if blocks(page):
-            needs_run = "runs/" in page.read_text(encoding="utf-8")
+            needs_run = "runs/" in read(page)
             yield pytest.param(page, id=page_name(page), marks=[pytest.mark.slow] if needs_run else [])
 
 
@@ -254,7 +271,7 @@ def page_parameters():
 def test_page(page, request, tmp_path, monkeypatch, hub):  # noqa: F811
     publish_tiny_pipelines(hub, page, tmp_path / "tiny", monkeypatch)
     folder = tmp_path / "page"
-    if "runs/" in page.read_text(encoding="utf-8"):
+    if "runs/" in read(page):
         shutil.copytree(request.getfixturevalue("workspace"), folder, symlinks=True)
         called = {arguments[0] for arguments in commands(page) if "runs/labelled" not in arguments}
         for command, result in (("train-classifier", "runs/mine/classifier"), ("train", "runs/mine")):
@@ -287,7 +304,7 @@ def test_options_exist(name, capsys):
 
 def anchors(page):
     """The ids that the site and GitHub give to the headings of a page, which are in ASCII."""
-    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", page.read_text(encoding="utf-8")), re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", read(page)), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
@@ -296,19 +313,20 @@ LINKED = [*PAGES, *sorted((ROOT / "docs" / "api").glob("*.md")), ROOT / "CONTRIB
 
 @pytest.mark.parametrize("page", LINKED, ids=page_name)
 def test_links_lead_somewhere(page):
-    """Also those of the README, which are absolute because PyPI shows it, too."""
-    text = page.read_text(encoding="utf-8")
+    """Those of the README and of notebooks are absolute, because PyPI and Colab show them, too."""
+    text = read(page)
     for address in re.findall(r"\]\(([^)\s]+)\)", BLOCK.sub("", text)):
         path, _, anchor = address.partition("#")
         raw = REPOSITORY.replace("github.com", "raw.githubusercontent.com")
+        colab = REPOSITORY.replace("github.com", "colab.research.google.com/github")
         if path.startswith(SITE):
             target = ROOT / "docs" / ((path.removeprefix(SITE).strip("/") or "index") + ".md")
-        elif match := re.match(rf"(?:{REPOSITORY}/blob|{raw})/main/(.*)", path):
+        elif match := re.match(rf"(?:{REPOSITORY}/blob|{raw}|{colab}/blob)/main/(.*)", path):
             target = ROOT / match[1]
         elif re.match("https?://", path):
             continue
         else:
-            assert page != README, f"{address} does not work on PyPI"
+            assert page not in (README, *NOTEBOOKS), f"{address} does not work on PyPI and Colab"
             target = page.parent / path if path else page
         assert target.is_file(), address
         assert not anchor or "." in anchor or anchor in anchors(target), address  # those with a dot mkdocs checks
@@ -324,6 +342,14 @@ def test_readme_is_short():
 def test_code_fits_the_width_of_a_page(page):
     """Without scrolling at 1,280 pixels."""
     assert not [line for _, code, _ in blocks(page) for line in code.splitlines() if len(line) > 95]
+
+
+@pytest.mark.parametrize("page", NOTEBOOKS, ids=page_name)
+def test_notebook_is_listed_and_as_it_was_before_it_ran(page):
+    """Outputs would be large, and tell of the machine that made them."""
+    cells = [cell for cell in json.loads(page.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+    assert f"blob/main/docs/notebooks/{page.name}" in read(ROOT / "docs" / "notebooks.md")
 
 
 def test_every_difference_is_listed_with_its_test():

@@ -100,7 +100,7 @@ class Trainer(ABC):
             self.accelerator = Accelerator(
                 cpu=options.cpu,
                 mixed_precision=options.mixed_precision,
-                log_with=trackers,
+                log_with=trackers or None,
                 project_dir=self.files.logs,
             )
         self.options = dataclasses.replace(options, mixed_precision=self.accelerator.mixed_precision)

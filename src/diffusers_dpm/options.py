@@ -14,7 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 
@@ -23,6 +23,18 @@ from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 
 # To draw the images of noise again, do not clip.
 ENCODING_SCHEDULER = "dpm-solver,algorithm_type=dpmsolver,timestep_spacing=logsnr,clip_sample=false"
+
+
+@dataclasses.dataclass(kw_only=True)
+class CallOptions:
+    """calls of a pipeline"""
+
+    prompts: str | None = None
+    """file with a prompt, or a JSON object of arguments, on each line (default: one call without a prompt)"""
+    call: list[str] | None = None
+    """KEY=VALUE for arguments of all calls, such as guidance_scale=5, height=512, class_labels=[1,2]"""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """of the networks"""
 
 
 @dataclasses.dataclass(kw_only=True)

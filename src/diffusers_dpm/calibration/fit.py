@@ -13,7 +13,8 @@ student of n steps walks from the same noise down n of them. At each step
 is fitted, by least squares over all pixels of the fitting images, to the teacher's state at s, where x_t and the
 predictions x0_j are the student's own: later rows make up for errors of earlier ones. A row has at most five unknowns,
 so a few dozen images determine it. Ridge regression draws it towards the row of DPM-Solver++ for the same timesteps,
-and leaves it unchanged in directions that the images do not determine.
+and leaves it unchanged in directions that the images do not determine. In the end all rows are refined together
+(`refine.py`).
 
 The timesteps are found by coordinate search, from the best of the usual spacings, on images that the rows are not
 fitted to. A third set of images serves for nothing but the errors that are reported. The distance that is minimised is
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from diffusers_dpm.calibration import inputs
 from diffusers_dpm.calibration.inputs import BatchedNetwork, Network
+from diffusers_dpm.calibration.refine import refine, refinement_calls
 from diffusers_dpm.calibration.student import MAX_HISTORY, NO_TENSORS, RIDGE, Student
 from diffusers_dpm.calibration.tables import Calibration, Table, conditions_of, solver_for
 from diffusers_dpm.errors import DiffusersDPMError, check_at_least
@@ -63,8 +65,8 @@ CHOICES = tuple(product((1, 2, 3, MAX_HISTORY), (RIDGE, 1e-4, 1e-2)))  # (predic
 
 def network_calls(steps: Iterable[int], num_images: int, teacher_steps: int, max_walks: int) -> int:
     """Upper bound of the images that `calibrate` calls the network for."""
-    walks = 2 * (len(STARTS) + 1 + max_walks + len(CHOICES)) + 3 + len(SOLVERS) + len(USUAL_SOLVERS)
-    return num_images * (3 * teacher_steps + walks * sum(steps))
+    walks = 2 * (len(STARTS) + 1 + max_walks + len(CHOICES)) + 3 + 1 + len(SOLVERS) + len(USUAL_SOLVERS)
+    return num_images * (3 * teacher_steps + sum(walks * n + refinement_calls(n) for n in steps))
 
 
 @torch.no_grad()
@@ -230,14 +232,16 @@ def best_table(student: Student, solvers: Solvers, num_steps: int, max_walks: in
     choices = [(student.searched(student.fit(places, *choice)), *choice) for choice in CHOICES]
     _, history, ridge = min(choices)
     walk = student.fit(places, history, ridge, num_images=3 * student.num_images)
+    rows, report = refine(student, walk), 2 * student.num_images
     timesteps = [student.timesteps[place] for place in places]
     options, distances = best_solver(student, solvers, timesteps)
     return {
         "timesteps": timesteps,
-        "rows": [[row.sample, *row.x0] for row in walk.rows],
-        "history": history,
+        "rows": [[row.sample, *row.x0] for row in rows],
+        "history": max(len(row.x0) for row in rows),
         "ridge": ridge,
-        **errors("error", "mean_error", walk.distances[2 * student.num_images :]),
+        **errors("error", "mean_error", student.follow(places, rows, report)),
+        **errors("unrefined_error", "unrefined_mean_error", walk.distances[report:]),
         **errors("solver_error", "solver_mean_error", distances),
         "solver": options,
     }
@@ -253,7 +257,7 @@ def best_solver(student: Student, solvers: Solvers, timesteps: list[float]) -> t
         spacing, order = options["timestep_spacing"], options["solver_order"]
         solver = placed(student, solvers, len(timesteps), spacing, order, timesteps)
         if solver is not None:
-            tried.append((options, student.follow(solver)))
+            tried.append((options, student.follow_solver(solver)))
     return min(tried, key=lambda pair: pair[1].mean().item())
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusers_dpm.calibration.inputs import BatchedNetwork
-from diffusers_dpm.schedulers import DPMSolverScheduler, Update
+from diffusers_dpm.schedulers import DPMSolverScheduler, Level, Update
 
 
 Tensors = tuple[Tensor, ...]
@@ -101,12 +101,26 @@ class Student:
             x = rows[-1].apply(x, x0s)
         return Walk(list(places), rows, states, self.distances(x))
 
-    def follow(self, solver: DPMSolverScheduler) -> Tensor:
+    def follow(self, places: list[int], rows: list[Update], first: int = 0) -> Tensor:
+        """Distances under these rows of the fitting and searching images, or of the images from `first` on."""
+        timesteps, levels = [self.timesteps[place] for place in places], [self.levels[place] for place in places]
+        return self._follow(rows, timesteps, levels, first, None if first else 2 * self.num_images)
+
+    def follow_solver(self, solver: DPMSolverScheduler) -> Tensor:
         """Distances of the images for the report under a multistep solver in x_0 form whose timesteps are set."""
-        first = 2 * self.num_images
-        x, x0s = self.noise(first), NO_TENSORS
-        for row, t, level in zip(solver.updates, solver.timesteps.tolist(), solver.levels, strict=False):
-            x0s = (self.network(x, t, level, first), *x0s)[:3]
+        return self._follow(solver.updates, solver.timesteps.tolist(), solver.levels, 2 * self.num_images)
+
+    def _follow(
+        self,
+        rows: Sequence[Update],
+        timesteps: Sequence[float],
+        levels: Sequence[Level],
+        first: int,
+        end: int | None = None,
+    ) -> Tensor:
+        x, x0s = self.noise(first, end), NO_TENSORS
+        for row, t, level in zip(rows, timesteps, levels, strict=False):
+            x0s = (self.network(x, t, level, first), *x0s)[:MAX_HISTORY]
             x = row.apply(x, x0s)
         return self.distances(x, first)
 

@@ -6,10 +6,10 @@ what is fitted is its own sampling.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.options import check_ranges, values_of
+from diffusers_dpm.options import CallOptions, check_ranges, values_of
 
 
 @dataclass(kw_only=True)
@@ -38,21 +38,15 @@ class FitOptions:
 
 
 @dataclass(kw_only=True)
-class CallOptions:
-    """calls of a pipeline"""
+class MemoryOptions:
+    """memory"""
 
-    prompts: str | None = None
-    """file with a prompt, or a JSON object of arguments, on each line (default: one call without a prompt)"""
-    call: list[str] | None = None
-    """KEY=VALUE for arguments of all calls, such as height=512"""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """of the networks"""
     max_gigabytes: float = 4.0
-    """of the reference solver's states in memory and on the disk; what would need more is thinned out"""
+    """of a pipeline's reference states in memory and on the disk; what would need more is thinned out"""
 
 
 @dataclass(kw_only=True)
-class CalibrateOptions(FitOptions, CallOptions):
+class CalibrateOptions(FitOptions, CallOptions, MemoryOptions):
     """Options of `diffusers-dpm calibrate`, described by its `--help`.
 
     Raises:

@@ -5,9 +5,8 @@ Tables, a plot and a grid of pictures go to the folder of the results. After an 
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
-from diffusers_dpm.options import check_ranges
+from diffusers_dpm.options import CallOptions, check_ranges
 
 
 @dataclass(kw_only=True)
@@ -25,17 +24,11 @@ class SamplerOptions:
 
 
 @dataclass(kw_only=True)
-class CallOptions:
-    """calls of the pipeline"""
+class NoiseOptions:
+    """noise"""
 
-    prompts: str | None = None
-    """file with a prompt, or a JSON object of arguments, on each line (default: one call without a prompt)"""
     seeds: list[str] = field(default_factory=lambda: ["0-3"])
-    """seeds of the noise, for each prompt: numbers and ranges"""
-    call: list[str] | None = None
-    """KEY=VALUE for arguments of all calls, such as guidance_scale=5, height=512, class_labels=[1,2]"""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """of the networks"""
+    """seeds, for each prompt: numbers and ranges"""
     cpu: bool = False
     """use the CPU even if there is an accelerator"""
 
@@ -54,7 +47,7 @@ class MeasurementOptions:
 
 
 @dataclass(kw_only=True)
-class EvaluatePipelineOptions(SamplerOptions, CallOptions, MeasurementOptions):
+class EvaluatePipelineOptions(SamplerOptions, CallOptions, NoiseOptions, MeasurementOptions):
     """Options of `diffusers-dpm evaluate-pipeline`, described by its `--help`.
 
     Raises:

@@ -111,8 +111,9 @@ class Evaluation:
             pipeline.register_modules(classifier=load_guide(self.model, pipeline.unet))
             if self.class_labels is None and not is_conditional(pipeline.unet):
                 raise DiffusersDPMError("--guidance-scale needs --class-labels, such as 0 1 2")
-        with user_error("--class-labels"):
-            self.class_labels = pipeline.get_label_ids(self.class_labels)
+        if self.class_labels is not None:
+            with user_error("--class-labels"):
+                self.class_labels = pipeline.get_label_ids(self.class_labels)
         return pipeline
 
     def _load_data(self) -> tuple[Reference, ImageDataset | None]:
