@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from diffusers import UNet2DModel
+from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from diffusers_dpm.calibration.fit import calibrate, network_calls
@@ -52,7 +53,9 @@ def tables(folder):
 def test_end_to_end(run, capsys):
     assert cli(["calibrate", *command(run)]) == 0
     folder = run / "calibrated"
-    assert sorted(path.name for path in folder.iterdir()) == ["calibration.json", "scheduler_config.json"]
+    names = ["calibration.json", "calibration.png", "scheduler_config.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert len(Image.open(folder / "calibration.png").convert("RGB").getcolors(10**6)) > 10  # lines, not a blank page
     calibration = Calibration.load(folder / "calibration.json")
     pipeline = DPMPipeline.from_pretrained(run)
     expected = calibrate(pipeline.unet, pipeline.scheduler, [3, 4], **FEW)

@@ -412,6 +412,7 @@ def written(
     if fitted.tables:
         save_scheduler(calibration.scheduler(scheduler), folder)
         calibration.save(folder / "calibration.json")
+        calibration.plot(folder / "calibration.png")
     shutil.rmtree(folder / "partial")
     if not fitted.tables:
         raise DiffusersDPMError(

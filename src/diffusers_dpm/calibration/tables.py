@@ -4,10 +4,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from inspect import signature
+from pathlib import Path
 from typing import Any, ClassVar, TypedDict
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.networks import whole_config
+from diffusers_dpm.plots import plot_file
 from diffusers_dpm.records import Record, check_types
 from diffusers_dpm.schedulers import CalibratedScheduler, DPMSolverScheduler
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
@@ -91,6 +93,24 @@ class Calibration(Record):
         calibrated = CalibratedScheduler.from_config(whole_config(scheduler), **options)
         calibrated.set_calibration(self)
         return calibrated
+
+    def plot(self, path: str | Path) -> None:
+        """The errors that the tables report by their numbers of steps, a line for each scale, as a picture."""
+        lines = {"mean_error": ("fitted rows", "-"), "solver_mean_error": ("best DPM-Solver++", "--")}
+        scales = dict.fromkeys(table["guidance_scale"] for table in self.tables)
+        with plot_file(Path(path), (6.5, 4)) as (_, ((panel,),)):
+            for i, scale in enumerate(scales):
+                tables = [table for table in self.tables if table["guidance_scale"] == scale]
+                steps, guided = (
+                    [len(table["timesteps"]) for table in tables],
+                    "" if scale is None else f", scale {scale:g}",
+                )
+                for key, (name, style) in lines.items():
+                    values = [table[key] for table in tables]
+                    panel.plot(steps, values, marker="o", ms=4, color=f"C{i}", linestyle=style, label=name + guided)
+            panel.set(xlabel="steps", ylabel="mean RMS distance to the teacher's images", yscale="log")
+            panel.set_xticks(sorted({len(table["timesteps"]) for table in self.tables}))
+            panel.legend(fontsize="small")
 
     def with_tables_of(self, other: "Calibration") -> "Calibration":
         """Both tables; where both have one for the same steps and guidance, that of `other`.
