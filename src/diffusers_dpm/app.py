@@ -137,9 +137,7 @@ class Studio:
         self.pipe.scheduler = self.own
         scale = self._arguments(settings).get("guidance_scale")
         self.pipe.scheduler = build_scheduler(name, options, self.pipe, self.model, scale)
-        order = getattr(
-            self.pipe.scheduler, "order", 1
-        )  # diffusers' of second order make two in each step but the last
+        order = getattr(self.pipe.scheduler, "order", 1)  # of 2, a step makes two calls, but for the last
         return max(1, (settings.calls + order - 1) // order)
 
     def _sampler(self, sampler: str, settings: Settings, source: Source | None = None) -> Sampler:

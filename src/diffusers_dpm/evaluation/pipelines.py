@@ -43,13 +43,8 @@ FEATURES, SCORE = "relative distance in features", "CLIP score"
 REFERENCE = "dpm-solver,timestep_spacing=quadratic"
 PICTURE = 256  # pixels of the longer side, in the grid
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")  # names of what predicts in a step
-REFUSALS = (
-    AttributeError,
-    IndexError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-)  # of diffusers, beside ValueError
+# What diffusers raises, beside ValueError, where a scheduler does not suit.
+REFUSALS = (AttributeError, IndexError, NotImplementedError, RuntimeError, TypeError)
 
 
 # Pipelines and calls -------------------------------------------------------------------------------------------------
