@@ -6,7 +6,7 @@ from io import BytesIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.nn.functional import interpolate
 
 from diffusers_dpm.errors import DiffusersDPMError, first_line
@@ -76,7 +76,8 @@ def decode(file: str | BytesIO, name: str, channels: int | None, notes: set[str]
     except DataError:
         raise
     except (*DAMAGE, Image.DecompressionBombError) as error:
-        raise BrokenImageError(f"broken image {name}: {first_line(error)}") from error
+        hint = " (if it is whole, save it as .npy)" if isinstance(error, UnidentifiedImageError) else ""
+        raise BrokenImageError(f"broken image {name}: {first_line(error)}{hint}") from error
 
 
 def check_whole(image: Image.Image, name: str) -> None:

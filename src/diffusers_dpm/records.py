@@ -333,7 +333,7 @@ class ResultStore:
         process: rank of this process; None if one process saves.
         replace: results of other settings are ignored, and replaced by the next save; False refuses them.
         what: the results, in messages.
-        save_every: seconds after which `is_due`, or 20 times as long as the last save took, if that is more.
+        save_every: seconds after which `is_due`, or 20 times the length of the last save, if that is more; 0: always.
     """
 
     def __init__(
@@ -416,7 +416,7 @@ class ResultStore:
 
     def is_due(self) -> bool:
         """Whether the last save is long ago."""
-        wait = max(self.save_every, 20 * self.save_seconds)
+        wait = max(self.save_every, 20 * self.save_seconds) if self.save_every else 0.0
         return self.enabled and time.monotonic() - self.last_save > wait
 
     def measure_rows(self, count: int, block: int, measure: Callable[[range], Tensors]) -> Tensors:
