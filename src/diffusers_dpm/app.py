@@ -39,6 +39,8 @@ MAX_IMAGES, MAX_SAMPLERS, COLUMNS = 16, 6, 8
 GRID_OF_ROWS = {**GRID, "min_width": 96}
 SIDE = 256  # pixels of the editor, at least
 DRAWS, MASKS = "draws into the picture", "marks what is drawn anew"
+# One after the other: all share the pipeline.
+SERVE: dict[str, Any] = {"concurrency_id": "pipeline", "concurrency_limit": 1}
 HEADERS = ["sampler", "network calls", "RMS error", "seconds per image"]
 
 
@@ -312,89 +314,85 @@ def build_app(model: str, cpu: bool = False) -> gr.Blocks:
         DiffusersDPMError: as `Studio`.
     """
     studio = Studio(model, cpu)
-    names, first = studio.samplers, [name for name in FIRST if name in studio.samplers]
-    best = "dpm-solver" if "dpm-solver" in names else None
-    # one after the other: all share the pipeline
-    serve: dict[str, Any] = {"concurrency_id": "pipeline", "concurrency_limit": 1}
     with gr.Blocks(title="diffusers-dpm", analytics_enabled=False) as page:
         gr.Markdown(about(studio))
         with gr.Row():
             calls = gr.Slider(1, 100, 10, step=1, label="network calls")
             seeds = gr.Textbox("0-3", label="seeds", info="one image for each: numbers and ranges")
             scale = gr.Slider(0, 10, 1, step=0.1, label="guidance scale", visible=studio.is_guided)
-            eta = gr.Slider(0, 1, 0, step=0.05, label="eta of ddim", visible="ddim" in names)
+            eta = gr.Slider(0, 1, 0, step=0.05, label="eta of ddim", visible="ddim" in studio.samplers)
         choices = [ANY, *studio.labels]
         choose: Any = gr.Radio if len(choices) <= 21 else gr.Dropdown
         label = choose(choices, value=ANY, label="class", visible=bool(studio.labels))
         prompt = gr.Textbox("", label="prompt, or a JSON object of arguments", visible=not studio.is_pixel)
         settings = [calls, seeds, label, scale, eta, prompt]
-
-        with gr.Tab("Race"):
-            chosen = gr.Dropdown(
-                names,
-                value=first,
-                multiselect=True,
-                max_choices=MAX_SAMPLERS,
-                allow_custom_value=True,
-                label="samplers",
-            )
-            steps = gr.Slider(20, 1000, 200, step=10, label="steps of the converged run")
-            start = gr.Button("Race", variant="primary")
-            grid = gr.Image(label="samplers by seeds", format="png", interactive=False)
-            table = gr.Dataframe(headers=HEADERS, label="errors", interactive=False)
-            start.click(
-                handler(studio.race),
-                [chosen, steps, *settings],
-                [grid, table],
-                api_name="race",
-                show_progress_on=grid,
-                **serve,
-            )
-        if not studio.is_pixel:
-            return page
-
-        def sampler_of(tab: str) -> gr.Dropdown:
-            return gr.Dropdown(names, value=best, allow_custom_value=True, label=f"sampler of {tab}")
-
-        with gr.Tab("Trajectory"):
-            walker = sampler_of("the trajectory")
-            start = gr.Button("Draw", variant="primary")
-            animation = gr.Image(label="x_0 as it is predicted, step by step", type="filepath", interactive=False)
-            start.click(handler(studio.animate), [walker, *settings], animation, api_name="animate", **serve)
-
-        with gr.Tab("Edit"):
-            with gr.Row():
-                with gr.Column():
-                    _, height, width = image_shape(studio.pipe.unet)
-                    blank = np.zeros((SIDE, round(SIDE * width / height), 3), np.uint8)
-                    picture = gr.ImageEditor(
-                        {"background": blank, "layers": [], "composite": blank},
-                        type="numpy",
-                        image_mode="RGBA",
-                        label="picture",
-                        brush=gr.Brush(default_size=24, colors=["#ffffff", "#000000", "#808080"]),
-                        layers=False,
-                        canvas_size=blank.shape[1::-1],
-                    )
-                    take = gr.Button("Take the image of the first seed")
-                with gr.Column():
-                    brush = gr.Radio([DRAWS, MASKS], value=DRAWS, label="the brush")
-                    strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="strength")
-                    editor = sampler_of("the edit")
-                    start = gr.Button("Edit", variant="primary")
-                    trip = gr.Button("Encode, and draw again")
-            result = gr.Image(label="result", format="png", interactive=False)
-            note = gr.Markdown()
-            take.click(handler(studio.example), [editor, *settings], picture, api_name="example", **serve)
-            inputs = [picture, brush, strength, editor, *settings]
-            start.click(handler(studio.edit), inputs, result, api_name="edit", **serve)
-            outputs = [result, note]
-            trip.click(
-                handler(studio.round_trip),
-                [picture, brush, *settings],
-                outputs,
-                api_name="encode",
-                show_progress_on=result,
-                **serve,
-            )
+        race_tab(studio, settings)
+        if studio.is_pixel:
+            trajectory_tab(studio, settings)
+            edit_tab(studio, settings)
     return page
+
+
+def sampler_of(studio: Studio, tab: str) -> gr.Dropdown:
+    names = studio.samplers
+    best = "dpm-solver" if "dpm-solver" in names else None
+    return gr.Dropdown(names, value=best, allow_custom_value=True, label=f"sampler of {tab}")
+
+
+def race_tab(studio: Studio, settings: list[Any]) -> None:
+    names = studio.samplers
+    with gr.Tab("Race"):
+        chosen = gr.Dropdown(
+            names,
+            value=[name for name in FIRST if name in names],
+            multiselect=True,
+            max_choices=MAX_SAMPLERS,
+            allow_custom_value=True,
+            label="samplers",
+        )
+        steps = gr.Slider(20, 1000, 200, step=10, label="steps of the converged run")
+        start = gr.Button("Race", variant="primary")
+        grid = gr.Image(label="samplers by seeds", format="png", interactive=False)
+        table = gr.Dataframe(headers=HEADERS, label="errors", interactive=False)
+        inputs = [chosen, steps, *settings]
+        start.click(handler(studio.race), inputs, [grid, table], api_name="race", show_progress_on=grid, **SERVE)
+
+
+def trajectory_tab(studio: Studio, settings: list[Any]) -> None:
+    with gr.Tab("Trajectory"):
+        walker = sampler_of(studio, "the trajectory")
+        start = gr.Button("Draw", variant="primary")
+        animation = gr.Image(label="x_0 as it is predicted, step by step", type="filepath", interactive=False)
+        start.click(handler(studio.animate), [walker, *settings], animation, api_name="animate", **SERVE)
+
+
+def edit_tab(studio: Studio, settings: list[Any]) -> None:
+    _, height, width = image_shape(studio.pipe.unet)
+    blank = np.zeros((SIDE, round(SIDE * width / height), 3), np.uint8)
+    with gr.Tab("Edit"):
+        with gr.Row():
+            with gr.Column():
+                picture = gr.ImageEditor(
+                    {"background": blank, "layers": [], "composite": blank},
+                    type="numpy",
+                    image_mode="RGBA",
+                    label="picture",
+                    brush=gr.Brush(default_size=24, colors=["#ffffff", "#000000", "#808080"]),
+                    layers=False,
+                    canvas_size=blank.shape[1::-1],
+                )
+                take = gr.Button("Take the image of the first seed")
+            with gr.Column():
+                brush = gr.Radio([DRAWS, MASKS], value=DRAWS, label="the brush")
+                strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="strength")
+                editor = sampler_of(studio, "the edit")
+                start = gr.Button("Edit", variant="primary")
+                trip = gr.Button("Encode, and draw again")
+        result = gr.Image(label="result", format="png", interactive=False)
+        note = gr.Markdown()
+        take.click(handler(studio.example), [editor, *settings], picture, api_name="example", **SERVE)
+        inputs = [picture, brush, strength, editor, *settings]
+        start.click(handler(studio.edit), inputs, result, api_name="edit", **SERVE)
+        inputs = [picture, brush, *settings]
+        work = handler(studio.round_trip)
+        trip.click(work, inputs, [result, note], api_name="encode", show_progress_on=result, **SERVE)
