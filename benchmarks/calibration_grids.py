@@ -39,9 +39,8 @@ def student_of(
     teacher.set_timesteps(teacher_steps)
     network = Network(unet, teacher, {}, None, batch_size)
     noise = initial_noise(unet, None, 3 * num_images, seed=0)
-    return Student(
-        network, teacher, teacher_states(network, teacher, noise, ResultStore(None, {})), num_images
-    ), scheduler
+    states = teacher_states(network, teacher, noise, ResultStore(None, {}), stride=1, dtype=noise.dtype)
+    return Student(network, teacher, states, num_images), scheduler
 
 
 def pair_costs(student: Student) -> torch.Tensor:

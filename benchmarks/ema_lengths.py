@@ -84,7 +84,7 @@ def main() -> None:
         axes.annotate(row["length"], (at[-1], row["frechet"]), ha="right", va="bottom", color=colour)
     axes.set(xlabel="length of the average, in parts of the training", ylabel=FRECHET, ylim=(0, None))
     text = f"{num_images} images of {facts['run']}, {STEPS} steps of DPM-Solver++. {about(judge.facts)}\n\n"
-    show(arguments.output, text + table(head, lines) + "\n", figure)
+    show(arguments, text + table(head, lines) + "\n", figure)
 
 
 if __name__ == "__main__":

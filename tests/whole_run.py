@@ -43,24 +43,13 @@ def commands(root):
     features = ["train-features", *train, "--output-dir", root / "features", "--num-features", 8]
     drawn = ["--schedulers", "ddim", "--steps", 1, "--num-images", 20, "--num-resamples", 0]
     measured = [*data, "--num-images", 2, "--split", "train"]
+    few = ["--teacher-steps", 8, "--max-walks", 0]
     return {
         "train": ["train", *train, *process, "--output-dir", run, "--unet-config", root / "unet.json"],
         "train-classifier": ["train-classifier", run, *train, "--init-from-unet", "--eval-data", root / "data"],
         "train-features": features,
         "statistics": ["statistics", run, *data, "--num-samples", 4, "--timesteps", 3, "--cpu"],
-        "calibrate": [
-            "calibrate",
-            run,
-            "--steps",
-            2,
-            "--num-images",
-            2,
-            "--teacher-steps",
-            4,
-            "--max-walks",
-            0,
-            "--cpu",
-        ],
+        "calibrate": ["calibrate", run, "--steps", 2, "--num-images", 4, *few, "--cpu"],
         "evaluate": ["evaluate", run, *data, *drawn, "--features", root / "features", "--cpu"],
         "likelihood": ["likelihood", run, *measured, "--num-inference-steps", 2, "--device", "cpu"],
     }

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.inception import InceptionScore
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.features import FeatureExtractor, InceptionFeatures, Reference, extract
@@ -75,6 +73,8 @@ def frechet_distance(features: Tensor, reference: Tensor, num_resamples: int = 5
         reference: (M, d); the error leaves out that it is a sample, too.
         num_resamples: of the bootstrap.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance  # of the extra `train`
+
     network = PrecomputedFeatures(features.shape[1])
     metric = FrechetInceptionDistance(network, reset_real_features=False, **ALONE)
     metric.update(reference.double(), real=True)
@@ -209,6 +209,8 @@ def inception_score(logits: Tensor, seed: int = 0) -> Score:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", UserWarning)
         torch.manual_seed(seed)
+        from torchmetrics.image.inception import InceptionScore  # of the extra `train`
+
         metric = InceptionScore(feature=PrecomputedFeatures(logits.shape[1]), splits=INCEPTION_SPLITS, **ALONE)
         metric.update(logits)
         mean, std = metric.compute()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchmetrics.image.fid import NoTrainInceptionV3
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.networks import load_part
@@ -68,6 +67,8 @@ class InceptionFeatures(nn.Module):
     name = "InceptionV3 of torch-fidelity"
 
     def __init__(self, weights: str | Path | None = None):
+        from torchmetrics.image.fid import NoTrainInceptionV3  # of the extra `train`
+
         super().__init__()
         if find_spec("torch_fidelity") is None:
             raise DiffusersDPMError('InceptionV3 needs torch-fidelity: pip install "diffusers-dpm[inception]"')
