@@ -26,6 +26,18 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def snapshot_file(run: Path, step: int) -> Path:
+    """Where the averages of a step are kept, from which `post_hoc_ema` makes others."""
+    return RunFolder(run).ema_snapshots / f"step-{step:08d}.safetensors"
+
+
+def list_snapshots(run: Path) -> dict[int, Path]:
+    """Step -> file, in the order of the steps."""
+    paths = RunFolder(run).ema_snapshots.glob("step-*.safetensors")
+    found = {int(match[1]): path for path in paths if (match := re.fullmatch(r"step-(\d{8,})", path.stem))}
+    return dict(sorted(found.items()))
+
+
 def last_checkpoint(run: Path) -> Path | None:
     return next(reversed(list_checkpoints(run)), None)
 

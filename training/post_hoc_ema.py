@@ -1,19 +1,18 @@
 """Pipelines of a finished run with other averages of its weights: what `diffusers-dpm ema` does."""
 
 import math
-import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from accelerate.utils import tqdm
 
 from diffusers_dpm.errors import DiffusersDPMError
-from diffusers_dpm.networks import NoProgress, Progress
 from diffusers_dpm.records import atomic_folder, open_tensors, read_tensors, write_tensors
 from diffusers_dpm.run_folder import RunFolder
-from diffusers_dpm.training.checkpoints import TRAINER_STATE, last_checkpoint
+from diffusers_dpm.training.checkpoints import TRAINER_STATE, last_checkpoint, list_snapshots
 from diffusers_dpm.training.moving_average import SIGMA_RELS, combination, gamma_of
 
 
@@ -35,7 +34,6 @@ def average_run(
     raw: bool = False,
     step: int | None = None,
     output_dir: str | Path | None = None,
-    progress: Progress | None = None,
 ) -> list[Average]:
     """Write a pipeline for each length of the moving average, from the snapshots of one training.
 
@@ -48,12 +46,11 @@ def average_run(
         raw: write the weights of the last step, without an average, too.
         step: the step to average up to; default: the last snapshot's.
         output_dir: gets a folder for each; default: `ema` in the run folder.
-        progress: gets `update(1)` for each snapshot that is read.
 
     Raises:
         DiffusersDPMError: no run, no snapshots or checkpoint, a length out of range.
     """
-    run, progress = RunFolder(model), progress or NoProgress()
+    run = RunFolder(model)
     if not run.index.is_file():
         raise DiffusersDPMError(f"{model} is not a finished run: it has no {run.index.name}")
     if not (sigma_rels or raw):
@@ -69,46 +66,35 @@ def average_run(
         weights = read_tensors(checkpoint / TRAINER_STATE / "model.safetensors")[1]
         written.append(Average(_write(run, target / "raw", weights), 0.0))
     if sigma_rels:
-        snapshots = _snapshots(run, step)
-        averages = [(updates, gamma_of(sigma)) for _, updates in snapshots for sigma in SIGMA_RELS]
-        wanted = [combination(averages, (snapshots[-1][1], gamma_of(sigma))) for sigma in sigma_rels]
+        paths, updates = _snapshots(run, step)
+        averages = [(count, gamma_of(sigma)) for count in updates for sigma in SIGMA_RELS]
+        wanted = [combination(averages, (updates[-1], gamma_of(sigma))) for sigma in sigma_rels]
         sums: list[dict[str, torch.Tensor]] = [{} for _ in sigma_rels]
-        for number, (path, _) in enumerate(snapshots):
-            for name, value in read_tensors(path)[1].items():
-                own, parameter = name.split("/", 1)
-                place = len(SIGMA_RELS) * number + [str(sigma) for sigma in SIGMA_RELS].index(own)
+        for number, path in enumerate(tqdm(paths, unit="snapshot")):
+            weights = read_tensors(path)[1]
+            for place, sigma in enumerate(SIGMA_RELS, len(SIGMA_RELS) * number):
+                own = {name.split("/", 1)[1]: x for name, x in weights.items() if name.startswith(f"{sigma}/")}
                 for (factors, _), total in zip(wanted, sums, strict=True):
-                    total[parameter] = total.get(parameter, 0.0) + factors[place] * value.double()
-            progress.update(1)
+                    for name, value in own.items():
+                        total[name] = total.get(name, 0.0) + factors[place] * value.double()
         for sigma, (_, defect), total in zip(sigma_rels, wanted, sums, strict=True):
             weights = {name: value.float() for name, value in total.items()}
             written.append(Average(_write(run, target / f"sigma_rel-{sigma:g}", weights), defect))
     return written
 
 
-def num_snapshots(model: str | Path, step: int | None = None) -> int:
-    """How often `average_run` calls `progress`, if it has lengths."""
-    return len(_snapshots(RunFolder(model), step))
-
-
-def _snapshots(run: RunFolder, step: int | None) -> list[tuple[Path, int]]:
-    """(file, number of updates of its averages) up to a step, in order."""
-    found = {}
-    for path in run.ema_snapshots.glob("step-*.safetensors"):
-        if match := re.fullmatch(r"step-(\d{8,})", path.stem):
-            found[int(match[1])] = path
+def _snapshots(run: RunFolder, step: int | None) -> tuple[list[Path], list[int]]:
+    """Files up to a step in order, and of each the number of updates of its averages."""
+    found = list_snapshots(run.path)
     if not found:
         raise DiffusersDPMError(f"{run.path} has no snapshots: train with --ema-snapshot-every STEPS")
     if step is not None and step not in found:
-        raise DiffusersDPMError(
-            f"--step {step} has no snapshot: there are those of {', '.join(map(str, sorted(found)))}"
-        )
-    paths = [found[at] for at in sorted(found) if step is None or at <= step]
-    with_updates = []
+        raise DiffusersDPMError(f"--step {step} has no snapshot: there are those of {', '.join(map(str, found))}")
+    paths, updates = [path for at, path in found.items() if step is None or at <= step], []
     for path in paths:
         with open_tensors(path) as file:
-            with_updates.append((path, int((file.metadata() or {})["num_updates"])))
-    return with_updates
+            updates.append(int((file.metadata() or {})["num_updates"]))
+    return paths, updates
 
 
 def _write(run: RunFolder, folder: Path, weights: dict[str, torch.Tensor]) -> Path:

@@ -25,6 +25,7 @@ from diffusers_dpm.records import TEMPORARY, atomic_file, atomic_folder, move_ch
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
 from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule
+from diffusers_dpm.training.checkpoints import snapshot_file
 from diffusers_dpm.training.loss import DenoisingLoss
 from diffusers_dpm.training.options import LossOptions, NoiseScheduleOptions, TrainingOptions
 from diffusers_dpm.training.trained_paths import (
@@ -163,7 +164,7 @@ class DiffusionTrainer(Trainer):
         if every and (is_due(step, every) or step == self.options.max_train_steps):
             if self.accelerator.is_main_process:
                 self.files.ema_snapshots.mkdir(exist_ok=True)
-                self.state.save_power_averages(self.files.ema_snapshots / f"step-{step:08d}.safetensors")
+                self.state.save_power_averages(snapshot_file(self.run_folder, step))
             self.accelerator.wait_for_everyone()
 
     def _sample(self) -> None:

@@ -302,8 +302,8 @@ class Trainer(ABC):
                 remove_folder(path)
             write_json(self.files.options, saved_options(self.options))
             drop_rows_after(self.files.logs / METRICS_LOG, self.state.step)
-            for path in self.files.ema_snapshots.glob("step-*.safetensors"):
-                if int(path.stem.removeprefix("step-")) > self.state.step:  # of another course of the run
+            for step, path in checkpoints.list_snapshots(self.run_folder).items():
+                if step > self.state.step:  # of another course of the run
                     path.unlink()
         self.accelerator.wait_for_everyone()
         config = {name: str(value) for name, value in saved_options(self.options).items()}
@@ -424,14 +424,12 @@ def thread_errors_hidden() -> Iterator[None]:
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row to a table of comma-separated values; the first one brings the header, which the others follow."""
-    with writing(path):
-        header = path.read_text(encoding="utf-8").partition("\n")[0] if path.is_file() else ""
+    with writing(path), path.open("a+", encoding="utf-8") as file:
+        file.seek(0)
+        header = file.readline().rstrip("\n")
         names = header.split(",") if header else [*row]
-        lines = [] if header else [names]
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(
-                ",".join(map(str, line)) + "\n" for line in [*lines, [row.get(x, math.nan) for x in names]]
-            )
+        lines = [[row.get(name, math.nan) for name in names]]
+        file.writelines(",".join(map(str, line)) + "\n" for line in (lines if header else [names, *lines]))
 
 
 def drop_rows_after(path: Path, step: int) -> None:

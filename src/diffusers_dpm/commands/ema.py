@@ -22,16 +22,9 @@ class EMALengthOptions:
 
 
 def run(model: str, options: EMALengthOptions) -> None:
-    from accelerate.utils import tqdm
+    from diffusers_dpm.training.post_hoc_ema import average_run
 
-    from diffusers_dpm.training.post_hoc_ema import average_run, num_snapshots
-
-    lengths = options.sigma_rel
-    total = num_snapshots(model, options.step) if lengths else 0
-    with tqdm(total=total, unit="snapshot", disable=not lengths) as bar:
-        made = average_run(
-            model, lengths, raw=options.raw, step=options.step, output_dir=options.output_dir, progress=bar
-        )
+    made = average_run(model, options.sigma_rel, raw=options.raw, step=options.step, output_dir=options.output_dir)
     for average in made:
         print(f"{average.folder}" + (f": {average.defect:.1%} of the profile missed" if average.defect else ""))
     if any(average.defect > 0.1 for average in made):
