@@ -374,7 +374,7 @@ def calibrate_pipeline_run(
     saved = folder / "calibration.json"
     earlier = Calibration.load(saved) if saved.is_file() else None
     pipe = load_any_pipeline(model, dtype)
-    if earlier is not None:
+    if earlier is not None:  # rows of another process are refused before the fit
         join(earlier, Calibration([], **conditions_of(solver_for(pipe.scheduler)), weights=earlier.weights), folder)
     accelerator = Accelerator(cpu=cpu)
     pipe.to(accelerator.device)

@@ -53,7 +53,10 @@ class Recorder(CalibratedScheduler):
         **others: Any,
     ) -> None:
         self.asked = {"num_inference_steps": num_inference_steps, "timesteps": timesteps, "sigmas": sigmas, "mu": mu}
-        super().set_timesteps(num_inference_steps, device, timesteps, sigmas, mu, **others)
+        self._visit(device, **self.asked, **others)
+
+    def _visit(self, device: Any, **asked: Any) -> None:
+        super().set_timesteps(device=device, **asked)
 
     def _step(self, output: Tensor, timestep: Any, sample: Tensor, *others: Any) -> Any:
         result = super()._step(output, timestep, sample, *others)
@@ -68,15 +71,7 @@ class OneStep(Recorder):
     place: tuple[float, Level]
     scales_noise = False  # whether the pipeline draws x_T, which it multiplies
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        timesteps: Any = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-        **others: Any,
-    ) -> None:
+    def _visit(self, device: Any, **asked: Any) -> None:
         timestep, level = self.place
         self._walk([timestep], [level], device)
 

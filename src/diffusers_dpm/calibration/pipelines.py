@@ -122,13 +122,7 @@ def calibrate_pipeline(
             "arguments": plain(checked),
             "calls": len(checked),
         }
-        tensors, described = parted(as_tensors(checked))
-        identity = {
-            "weights": hash_of({key: modules[key] for key in denoisers}),
-            "others": hash_of({key: part for key, part in modules.items() if key not in denoisers}),
-            "inputs": fingerprint([noise, *tensors]),
-            "call_arguments": described,
-        }
+        identity = hashes_of(modules, denoisers, checked, noise)
         if folder is not None and None in (identity["weights"], identity["others"]):
             raise DiffusersDPMError("folder needs weights in memory: offloaded ones (meta tensors) identify nothing.")
         with network.remembering():
@@ -214,6 +208,19 @@ def plain(calls: Sequence[Call]) -> dict[str, Any]:
         key: value
         for key, value in calls[0].items()
         if isinstance(value, (bool, int, float)) and all(call.get(key) == value for call in calls)
+    }
+
+
+def hashes_of(
+    modules: Mapping[str, torch.nn.Module], denoisers: Sequence[str], calls: Sequence[Call], noise: Tensor
+) -> dict[str, str | None]:
+    """What identifies a pipeline's networks, and all that they are given."""
+    tensors, described = parted(as_tensors(calls))
+    return {
+        "weights": hash_of({key: modules[key] for key in denoisers}),
+        "others": hash_of({key: part for key, part in modules.items() if key not in denoisers}),
+        "inputs": fingerprint([noise, *tensors]),
+        "call_arguments": described,
     }
 
 

@@ -21,7 +21,7 @@ from diffusers_dpm.hub.remote_code import write_code
 from diffusers_dpm.hub.staging import check_empty, copy_config, without_paths
 from diffusers_dpm.hub.upload import PublishError
 from diffusers_dpm.networks import load_part
-from diffusers_dpm.run_folder import RunFolder
+from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.schedulers import CalibratedScheduler
 
 
@@ -43,8 +43,7 @@ def stage_calibration(
     Raises:
         DiffusersDPMError: no fitted rows, damaged ones, or no known base model.
     """
-    source, folder = Path(source), Path(folder)
-    source = source.parent if source.is_file() else source
+    source, folder = folder_of(source), Path(folder)
     check_empty(folder)
     scheduler, calibration = load_calibration(source)
     if license is not None:
@@ -60,6 +59,12 @@ def stage_calibration(
     copy_config(source / scheduler.config_name, folder / scheduler.config_name)
     card = render_calibration(calibration, scheduler, repo_id, base_model, license)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def folder_of(source: str | Path) -> Path:
+    """The folder that is named, or that of the file."""
+    source = Path(source)
+    return source.parent if source.is_file() else source
 
 
 def load_calibration(folder: Path) -> tuple[CalibratedScheduler, Calibration]:
@@ -89,7 +94,7 @@ def render_calibration(
         license=license,
         library_name="diffusers",
         base_model=base_model,
-        tags=["diffusers-dpm", RunFolder.__dict__["calibrated"].extra.tag],
+        tags=["diffusers-dpm", EXTRAS[RunFolder.calibrated.name].tag],
     )
     card = ModelCard.from_template(
         data,
@@ -117,31 +122,27 @@ def check_calibration(source: str | Path, folder: str | Path) -> None:
     Raises:
         PublishError: names the way of loading that failed.
     """
-    source, folder = Path(source), Path(folder)
-    calibration = load_calibration(source.parent if source.is_file() else source)[1]
-    pairs = [(table["guidance_scale"], len(table["timesteps"])) for table in calibration.tables]
-    scheduler = load_calibration(folder)[0]
-    shapes = [table.get("sample_shape") or [1, 4, 4] for table in calibration.tables]
-    task: dict[str, Any] = {
-        "threads": torch.get_num_threads(),
-        "tables": [[*p, s] for p, s in zip(pairs, shapes, strict=True)],
-    }
+    source, folder = folder_of(source), Path(folder)
+    load_calibration(folder)
+    tables = [
+        (table["guidance_scale"], len(table["timesteps"]), table.get("sample_shape") or [1, 4, 4])
+        for table in load_calibration(source)[1].tables
+    ]
     results = {}
-    for i, ((scale, steps), shape) in enumerate(zip(pairs, shapes, strict=True)):
-        own = CalibratedScheduler.from_pretrained(source.parent if source.is_file() else source, guidance_scale=scale)
-        results[str(i)] = walk(own, steps, shape)
-        if not np.array_equal(
-            results[str(i)], walk(type(scheduler).from_pretrained(folder, guidance_scale=scale), steps, shape)
-        ):
+    for i, (scale, steps, shape) in enumerate(tables):
+        loops = (CalibratedScheduler.from_pretrained(place, guidance_scale=scale) for place in (source, folder))
+        results[str(i)], staged = (walk(loop, steps, shape) for loop in loops)
+        if not np.array_equal(results[str(i)], staged):
             raise PublishError(
                 f"{steps} steps of the staged folder differ from those of {source}; nothing was published"
             )
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    snippets = re.findall(r"```python\n(.*?)```", card, re.S)
+    snippets = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.S)
     repo_id = re.search(r'from_pretrained\("(.*?)"', snippets[0])
     assert repo_id is not None
-    where = folder.resolve().as_posix()
-    task["snippets"] = [
-        s.replace(repo_id[1], where) for s in snippets if "DiffusionPipeline" not in s and "pipe." not in s
-    ]
+    alone = [code for code in snippets if "DiffusionPipeline" not in code and "pipe." not in code]
+    task: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "tables": tables,
+        "snippets": [code.replace(repo_id[1], folder.resolve().as_posix()) for code in alone],
+    }
     run_without_package(str(inspect.getfile(calibration_without_package)), folder, results, task)
