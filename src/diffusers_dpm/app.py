@@ -15,12 +15,12 @@ from PIL import Image
 
 from diffusers_dpm.editing import Source, fitted
 from diffusers_dpm.errors import DiffusersDPMError, user_error
-from diffusers_dpm.evaluation.pipelines import REFERENCE, REFUSALS, Drawn, check_call, draw, rms
+from diffusers_dpm.evaluation.pipelines import REFUSALS, Drawn, check_call, draw, rms
 from diffusers_dpm.image_values import convert_channels
 from diffusers_dpm.images import GRID, image_grid, titled_rows, to_pil, to_uint8
 from diffusers_dpm.named_schedulers import SCHEDULERS, STOCK, build_scheduler, parse_scheduler
 from diffusers_dpm.networks import Progress, load_guide, process_of
-from diffusers_dpm.options import ENCODING_SCHEDULER
+from diffusers_dpm.options import ENCODING_SCHEDULER, REFERENCE_SCHEDULER
 from diffusers_dpm.pipeline_calls import load_any_pipeline, parse_call
 from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
 from diffusers_dpm.pipelines.networks import class_names, null_class_of, num_classes_of
@@ -174,7 +174,7 @@ class Studio:
             steps = self._set_scheduler(name, settings)
             drawn[name] = self._draw(name, call, numbers, steps, bar)
         if known is None:
-            self._set_scheduler(REFERENCE, settings)
+            self._set_scheduler(REFERENCE_SCHEDULER, settings)
             known = self._draw("the converged run", call, numbers, reference_steps, bar)
             self.converged = key, known
         errors = {name: rms(one.latents - known.latents).mean().item() for name, one in drawn.items()}

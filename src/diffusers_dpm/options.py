@@ -21,6 +21,7 @@ import tyro
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
 
 
+REFERENCE_SCHEDULER = "dpm-solver,timestep_spacing=quadratic"  # of the converged run of any pipeline
 # To draw the images of noise again, do not clip.
 ENCODING_SCHEDULER = "dpm-solver,algorithm_type=dpmsolver,timestep_spacing=logsnr,clip_sample=false"
 

@@ -6,7 +6,7 @@ Tables, a plot and a grid of pictures go to the folder of the results. After an 
 
 from dataclasses import dataclass, field
 
-from diffusers_dpm.options import CallOptions, check_ranges
+from diffusers_dpm.options import REFERENCE_SCHEDULER, CallOptions, check_ranges
 
 
 @dataclass(kw_only=True)
@@ -17,7 +17,7 @@ class SamplerOptions:
     """ddpm, ddim, dpm-solver, edm, score-sde, ... or diffusers:CLASS, with options: dpm-solver,solver_order=3"""
     steps: list[int]
     """numbers of steps, for each scheduler"""
-    reference: str = "dpm-solver,timestep_spacing=quadratic"
+    reference: str = REFERENCE_SCHEDULER
     """scheduler of the converged run, which must not add noise"""
     reference_steps: int = 200
     """its number of steps"""

@@ -31,6 +31,7 @@ from diffusers_dpm.evaluation.results import Results, Row, by_column, format_val
 from diffusers_dpm.images import GRID, image_grid, titled_rows, to_pil, to_uint8
 from diffusers_dpm.named_schedulers import build_scheduler, parse_scheduler
 from diffusers_dpm.networks import Progress
+from diffusers_dpm.options import REFERENCE_SCHEDULER
 from diffusers_dpm.pipelines.editing import generator_of
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import ResultStore, atomic_file, fingerprint, read_tensors, weights_hash, write_tensors
@@ -40,7 +41,6 @@ from diffusers_dpm.sampling import carried_hash, scheduler_name
 
 LATENTS, PIXELS = "RMS distance in latents", "RMS distance in pixels"
 FEATURES, SCORE = "relative distance in features", "CLIP score"
-REFERENCE = "dpm-solver,timestep_spacing=quadratic"
 PICTURE = 256  # pixels of the longer side, in the grid
 DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder")  # names of what predicts in a step
 # What diffusers raises, beside ValueError, where a scheduler does not suit.
@@ -452,7 +452,7 @@ def evaluate_pipeline(
     *,
     folder: str | Path,
     seeds: Sequence[int] = (0,),
-    reference: str = REFERENCE,
+    reference: str = REFERENCE_SCHEDULER,
     reference_steps: int = 200,
     clip: str | None = None,
     features: str | None = None,
