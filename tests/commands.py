@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import re
 from contextlib import contextmanager
 
@@ -39,6 +40,18 @@ SHORT_RUN = {
     "lr_warmup_steps": 2,
     "log_with": "none",
 }
+
+
+class Counter:
+    """A progress bar that stops the program after so many images."""
+
+    def __init__(self, stop_after=math.inf):
+        self.total, self.stop_after = 0, stop_after
+
+    def update(self, n):
+        self.total += n
+        if self.total > self.stop_after:
+            raise KeyboardInterrupt
 
 
 @contextmanager

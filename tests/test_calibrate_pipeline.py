@@ -1,6 +1,5 @@
 """Rows fitted to the sampling of pipelines: ours, whose network can be called by itself, and diffusers' own."""
 
-import math
 import shutil
 from functools import partial
 
@@ -21,7 +20,7 @@ from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.random_streams import Stream, torch_generator
 from diffusers_dpm.schedulers import CalibratedScheduler, DDIMScheduler, DPMSolverScheduler
-from tests.commands import error_of
+from tests.commands import Counter, error_of
 from tests.models import MixtureNetwork, tiny_unet
 from tests.pipelines.tiny_diffusion_pipelines import save_stable_diffusion
 from tests.pipelines.tiny_pipelines import PIPELINES
@@ -38,18 +37,6 @@ def mixture():
     pipe = DPMPipeline(unet, DDIMScheduler(clip_sample=False))
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-class Counter:
-    """A progress bar that stops the program after so many images."""
-
-    def __init__(self, stop_after=math.inf):
-        self.total, self.stop_after = 0, stop_after
-
-    def update(self, n):
-        self.total += n
-        if self.total > self.stop_after:
-            raise KeyboardInterrupt
 
 
 def rms(x):

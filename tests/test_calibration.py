@@ -28,6 +28,7 @@ from diffusers_dpm.schedulers import (
     DDIMScheduler,
     DPMSolverScheduler,
 )
+from tests.commands import Counter
 from tests.models import LinearClassifier, MixtureNetwork, tiny_conditional_unet, tiny_unet
 from tests.schedulers.helpers import Gaussian
 from tests.schedulers.problems import MIXTURE
@@ -39,18 +40,6 @@ ExactNetwork = partial(MixtureNetwork, (-1.0, 0.6), (0.4, 0.25), (0.35, 0.65))  
 
 def gaussian(mean, deviation, **config):
     return MixtureNetwork((mean,), (deviation,), **config)
-
-
-class Counter:
-    """A progress bar that stops the program after so many images."""
-
-    def __init__(self, stop_after=math.inf):
-        self.total, self.stop_after = 0, stop_after
-
-    def update(self, n):
-        self.total += n
-        if self.total > self.stop_after:
-            raise KeyboardInterrupt
 
 
 SCHEDULER = DDIMScheduler(clip_sample=False)

@@ -13,18 +13,12 @@ from diffusers_dpm.calibration.refine import moved, normal_equations, refine, re
 from diffusers_dpm.calibration.student import MAX_HISTORY, RIDGE, Student
 from diffusers_dpm.calibration.tables import solver_for
 from diffusers_dpm.schedulers import DDIMScheduler
+from tests.commands import Counter
 from tests.models import MixtureNetwork
 from tests.schedulers.problems import MIXTURE
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-class Counter:
-    total = 0
-
-    def update(self, n):
-        self.total += n
 
 
 def student_of(num_images=8, copies=1, batch_size=64):
