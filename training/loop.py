@@ -433,7 +433,7 @@ def seconds_of_step(
     def passes(images: int) -> None:
         drawn = draws[:images]
         x0, labels = prepare(data[[i % len(data) for i in range(images)]], drawn, data, options, conditional)
-        with accelerator.no_sync(state.uncompiled):  # which would be compiled for each number of images
+        with accelerator.no_sync(state.uncompiled):  # the other would be compiled anew for each number of images
             losses = loss(state.uncompiled, x0, drawn.timesteps, drawn.noise, labels)
             accelerator.backward(losses.mean())
         state.optimizer.zero_grad()
