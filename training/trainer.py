@@ -424,12 +424,15 @@ def thread_errors_hidden() -> Iterator[None]:
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row to a table of comma-separated values; the first one brings the header, which the others follow."""
-    with writing(path), path.open("a+", encoding="utf-8") as file:
-        file.seek(0)
-        header = file.readline().rstrip("\n")
+    with writing(path):
+        header = ""
+        if path.is_file():  # a device may have no end of a line
+            with path.open(encoding="utf-8") as file:
+                header = file.readline().rstrip("\n")
         names = header.split(",") if header else [*row]
         lines = [[row.get(name, math.nan) for name in names]]
-        file.writelines(",".join(map(str, line)) + "\n" for line in (lines if header else [names, *lines]))
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(",".join(map(str, line)) + "\n" for line in (lines if header else [names, *lines]))
 
 
 def drop_rows_after(path: Path, step: int) -> None:
