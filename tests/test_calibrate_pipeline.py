@@ -14,6 +14,7 @@ from diffusers_dpm.calibration.pipelines import calibrate_pipeline, stride_for, 
 from diffusers_dpm.calibration.student import Student
 from diffusers_dpm.calibration.tables import Calibration, solver_for
 from diffusers_dpm.commands.main import main as cli
+from diffusers_dpm.evaluation.results import read_metrics
 from diffusers_dpm.networks import NoProgress
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
@@ -352,8 +353,23 @@ def test_the_command(tmp_path, capsys):
     with_rescale = {"guidance_scale": 2.0, "call": {"guidance_rescale": 0.1}}
     expected = calibrate_pipeline(pipe, calls, [2], num_images=1, teacher_steps=8, max_walks=0, **with_rescale)
     assert scheduler.calibration["tables"][0] == expected.tables[0]
-    (tmp_path / "empty.txt").write_text("\n")
     model = str(tmp_path / "model")
+    (tmp_path / "model" / "calibrated").rename(tmp_path / "rows")
+    words = [model, f"--prompts={tmp_path / 'prompts.txt'}", "--reference-steps=8", "--cpu", "--steps", "3", "4"]
+    rows = ["--schedulers", f"calibrated:{tmp_path / 'rows'}", f"--output-dir={tmp_path / 'out'}"]
+    assert cli(["evaluate-pipeline", *words, *rows, "--call", "guidance_scale=2", "guidance_rescale=0.1"]) == 0
+    assert "no rows for 4 steps: the calibration has rows for 2, 3 steps" in capsys.readouterr().out
+    assert {(row["scheduler"], row["calls"]) for row in read_metrics(tmp_path / "out" / "metrics.json")} == {
+        ("CalibratedScheduler", 3)
+    }
+    pipe.unet.conv_out.bias.data += 1
+    pipe.save_pretrained(tmp_path / "other")
+    (tmp_path / "rows").rename(tmp_path / "other" / "calibrated")
+    rows = ["--schedulers", "calibrated", f"--output-dir={tmp_path / 'others'}"]
+    assert "fitted to other weights" in error_of(
+        "evaluate-pipeline", capsys, str(tmp_path / "other"), *words[1:], *rows
+    )
+    (tmp_path / "empty.txt").write_text("\n")
     assert "has no prompt" in error_of("calibrate", capsys, model, f"--prompts={tmp_path / 'empty.txt'}")
     assert "key=value, got 'height'" in error_of("calibrate", capsys, model, "--call", "height")
 

@@ -4,6 +4,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,17 @@ from diffusers import SchedulerMixin
 
 from diffusers_dpm.calibration.tables import Calibration, FittedTable, fitted_weights
 from diffusers_dpm.errors import DiffusersDPMError, nearest, user_error
-from diffusers_dpm.networks import PROCESSES, check_config, check_weights, load_extra, process_of
+from diffusers_dpm.networks import PROCESSES, check_config, check_weights, load_extra, load_part, process_of
 from diffusers_dpm.pipelines import DPMPipeline, UNetWithVariance
 from diffusers_dpm.posterior_statistics import PosteriorStatistics
-from diffusers_dpm.records import (
-    check_types,
-    weights_hash,
-)
+from diffusers_dpm.records import check_types, networks_hash, weights_hash
 from diffusers_dpm.run_folder import EXTRAS, RunFolder
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import HEADS
 
 
 STOCK = "diffusers:"
+ROWS = "calibrated:"  # before the folder or Hub id of rows that lie apart from the model
 
 
 def command_name(scheduler_class: type) -> str:
@@ -38,7 +37,7 @@ SCHEDULERS = {command_name(scheduler_class): scheduler_class for scheduler_class
 
 
 def find_scheduler(name: str) -> type[SchedulerMixin]:
-    """The class of one of our schedulers ("dpm-solver"), or of one of diffusers' ("diffusers:DDIMScheduler").
+    """The class of a name: ours ("dpm-solver", "calibrated:ROWS"), or one of diffusers' ("diffusers:DDIMScheduler").
 
     Raises:
         ValueError: there is none of that name.
@@ -50,6 +49,8 @@ def find_scheduler(name: str) -> type[SchedulerMixin]:
         raise DiffusersDPMError(
             f"diffusers has no scheduler {name.removeprefix(STOCK)!r}, or it needs a package that is missing"
         )
+    if name.startswith(ROWS):
+        return CalibratedScheduler
     if name not in SCHEDULERS:
         raise DiffusersDPMError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)} or {STOCK}CLASS")
     return SCHEDULERS[name]
@@ -112,7 +113,7 @@ def build_scheduler(
     """The scheduler for a model, from the config of the model's own.
 
     Args:
-        name: as `find_scheduler`. A class of `EXTRAS` is loaded from the model's folder.
+        name: as `find_scheduler`. A class of `EXTRAS` is loaded from the model's folder, or the one that is named.
         options: keys of its config that replace the model's.
         pipeline: the model's `DPMPipeline`, or any other of diffusers' with a scheduler, for which there is no extra.
         model: run folder or Hub id.
@@ -124,9 +125,15 @@ def build_scheduler(
     """
     scheduler_class = find_scheduler(name)
     check_options(name, scheduler_class, options)
+    run = RunFolder(model)
+    if name == command_name(CalibratedScheduler) and not isinstance(pipeline, DPMPipeline) and run.calibrated.is_dir():
+        name = f"{ROWS}{run.calibrated}"
+    if name.startswith(ROWS):
+        scheduler = load_rows(name.removeprefix(ROWS), options, pipeline)
+        check_process(name, scheduler, pipeline.scheduler)
+        return scheduler
     config = pipeline.scheduler.config
     subfolder = next((key for key, extra in EXTRAS.items() if extra.cls is scheduler_class), None)
-    run = RunFolder(model)
     if options.get("reverse_variance") in HEADS and run.path.is_dir() and not run.analytic_dpm.is_dir():
         subfolder = None  # a head needs no statistics
     if subfolder is not None and not (model and isinstance(pipeline, DPMPipeline)):
@@ -147,6 +154,25 @@ def build_scheduler(
     ):  # diffusers raises all
         scheduler = scheduler_class.from_config(config, **options)
     check_process(name, scheduler, pipeline.scheduler)
+    return scheduler
+
+
+def load_rows(where: str, options: dict[str, Any], pipeline: Any) -> CalibratedScheduler:
+    """The fitted rows in a folder or Hub repository of their own.
+
+    Raises:
+        DiffusersDPMError: there are none, damaged ones, or none that were fitted to networks of the pipeline.
+    """
+    calibration: Any = load_part(CalibratedScheduler, where).calibration or {}
+    with user_error(where):
+        scheduler = CalibratedScheduler.from_pretrained(where, **options)
+        Calibration.from_dict(calibration)
+    modules = {key: part for key, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    groups = (group for size in (1, 2) for group in combinations(modules, size))  # two as of Wan's transformers
+    hashes = (networks_hash({key: modules[key] for key in group}) for group in groups)
+    fitted_to = fitted_weights(calibration)
+    if fitted_to is not None and fitted_to not in hashes:
+        raise DiffusersDPMError(f"{where} has rows fitted to other weights than this pipeline's: calibrate it")
     return scheduler
 
 

@@ -65,6 +65,14 @@ def short_hash(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def networks_hash(networks: Mapping[str, torch.nn.Module]) -> str | None:
+    """Of the weights of some networks, for one its `weights_hash`; None where some are not in memory."""
+    if any(weight.is_meta for network in networks.values() for weight in network.state_dict().values()):
+        return None
+    hashes = {key: weights_hash(networks[key]) for key in sorted(networks)}
+    return next(iter(hashes.values())) if len(hashes) == 1 else short_hash(hashes)
+
+
 def versions(*more: str) -> dict[str, str]:
     """Installed versions of the packages that results depend on, and of `more`."""
     return {name: version(name) for name in ("diffusers-dpm", "diffusers", "torch", *more)}

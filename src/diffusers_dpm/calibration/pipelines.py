@@ -33,7 +33,7 @@ from diffusers_dpm.networks import NoProgress, Progress
 from diffusers_dpm.pipeline_calls import Call, Calls, pipeline_calls
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.processes import Processes
-from diffusers_dpm.records import fingerprint, short_hash, weights_hash
+from diffusers_dpm.records import fingerprint, networks_hash
 
 
 PIPELINE = "pipeline"  # in the place of a classifier: guided by the pipeline itself
@@ -217,16 +217,8 @@ def hashes_of(
     """What identifies a pipeline's networks, and all that they are given."""
     tensors, described = parted(as_tensors(calls))
     return {
-        "weights": hash_of({key: modules[key] for key in denoisers}),
-        "others": hash_of({key: part for key, part in modules.items() if key not in denoisers}),
+        "weights": networks_hash({key: modules[key] for key in denoisers}),
+        "others": networks_hash({key: part for key, part in modules.items() if key not in denoisers}),
         "inputs": fingerprint([noise, *tensors]),
         "call_arguments": described,
     }
-
-
-def hash_of(modules: Mapping[str, torch.nn.Module]) -> str | None:
-    """Of the weights, for one module its `weights_hash`; None where some are not in memory."""
-    if any(weight.is_meta for module in modules.values() for weight in module.state_dict().values()):
-        return None
-    hashes = {key: weights_hash(modules[key]) for key in sorted(modules)}
-    return next(iter(hashes.values())) if len(hashes) == 1 else short_hash(hashes)

@@ -14,7 +14,8 @@ class SamplerOptions:
     """sampler"""
 
     schedulers: list[str]
-    """ddpm, ddim, dpm-solver, edm, score-sde, ... or diffusers:CLASS, with options: dpm-solver,solver_order=3"""
+    """ddpm, ddim, dpm-solver, edm, score-sde, calibrated (or calibrated:ROWS, a folder or Hub id of fitted rows) or
+    diffusers:CLASS, with options: dpm-solver,solver_order=3"""
     steps: list[int]
     """numbers of steps, for each scheduler"""
     reference: str = REFERENCE_SCHEDULER
