@@ -72,6 +72,7 @@ SMALL = {
     "encode": "--num-images 2",
     "evaluate": "--num-images 20 --num-resamples 2",
     "evaluate-pipeline": "--seeds 0 --steps 2 3 --reference-steps 4 --cpu",
+    "evaluate-pipeline --call": "--call height=8 width=8 guidance_scale=6",
     "compare": "",
     "publish": "",
     "convert": "--resolution 16 --attention-head-dim 32",
@@ -198,7 +199,8 @@ def workspace(tmp_path_factory):
     save_checkpoints(folder)
     save_clip(folder / "path/to/clip")
     save_stable_diffusion(folder / "path/to/pipeline")
-    (folder / "prompts.txt").write_text("a fox\na hen\n")
+    for name in ("prompts.txt", "others.txt"):
+        (folder / name).write_text("a fox\na hen\n")
     with pytest.MonkeyPatch.context() as context:
         context.chdir(folder)
         context.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
