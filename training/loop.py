@@ -116,6 +116,8 @@ class TrainingState:
         self.accelerator = accelerator
         self.step = 0
         self.model = model.to(accelerator.device)
+        if accelerator.device.type == "cpu":  # elsewhere group norm has no such kernels, and would copy to and fro
+            model.to(memory_format=torch.channels_last)  # the averages and AdamW's moments follow
         self.parameters: list[torch.Tensor] = list(model.parameters())
         self.ema = MovingAverage(model, warmed_up_decay(options)) if options.ema else None
         powers = map(gamma_of, SIGMA_RELS if options.ema_snapshot_every else ())
@@ -177,7 +179,7 @@ class TrainingState:
         names = [name for name, _ in self.model.named_parameters()]
         optimizer = self.optimizer.state_dict()
         rows = [(names[i], row) for i, row in optimizer["state"].items()]
-        moments = {f"{name}/{key}": value.contiguous() for name, row in rows for key, value in row.items()}
+        moments = {f"{name}/{key}": value for name, row in rows for key, value in row.items()}
         write_tensors(folder / "model.safetensors", self.model.state_dict())
         write_tensors(folder / "optimizer.safetensors", moments)
         if self.loss_history is not None:
@@ -208,7 +210,10 @@ class TrainingState:
         names = {name: i for i, (name, _) in enumerate(self.model.named_parameters())}
         for name, value in read_tensors(folder / "optimizer.safetensors")[1].items():
             parameter, key = name.rsplit("/", 1)
-            moments.setdefault(names[parameter], {})[key] = value
+            index = names[parameter]
+            if value.shape == self.parameters[index].shape:  # the fused AdamW takes both to be laid out alike
+                value = torch.empty_like(self.parameters[index], dtype=value.dtype).copy_(value)
+            moments.setdefault(index, {})[key] = value
         self.optimizer.load_state_dict({"state": moments, "param_groups": numbers["param_groups"]})
         rate, schedule = self.lr_scheduler.base_lrs[0], numbers["lr_scheduler"]  # the options' rate may have changed
         now = rate * self.lr_scheduler.lr_lambdas[0](schedule["last_epoch"])

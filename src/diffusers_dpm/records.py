@@ -178,9 +178,9 @@ def write_json(path: Path, values: Mapping[str, Any], **options: Any) -> None:
 
 
 def write_tensors(path: Path, tensors: Tensors, metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file."""
+    """A safetensors file, which knows one layout of a tensor."""
     with atomic_file(path) as temporary:
-        save_file(tensors, temporary, metadata=metadata)
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary, metadata=metadata)
 
 
 @contextmanager

@@ -259,7 +259,7 @@ class PipelineEvaluation:
             drawn = self._converged(number, self.reference_steps, bar)
             path.parent.mkdir(exist_ok=True)
             images = {} if drawn.images is None else {"images": drawn.images}
-            write_tensors(path, {"latents": drawn.latents.contiguous(), **images})
+            write_tensors(path, {"latents": drawn.latents, **images})
         tensors = read_tensors(path)[1]
         return Drawn(tensors["latents"], tensors.get("images"))
 
