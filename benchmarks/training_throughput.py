@@ -1,20 +1,31 @@
-"""How fast is our training loop beside the inner loop of diffusers' train_unconditional.py?
+"""How fast is our training loop beside diffusers' train_unconditional.py and lucidrains' trainer?
 
-    python benchmarks/training_throughput.py            # adds to results/training_throughput.json
+    python benchmarks/training_throughput.py            # adds to results/training_throughput.{json,md}
 
 Same network, images, batch size and precision, in one process, in alternating blocks of steps; the result is the ratio
-of the median times per step. The other loop is written anew after examples/unconditional_image_generation of diffusers
-0.42: every image decoded and transformed by PIL when it is needed, inputs cast to the network's precision before the
-noise is added, one log entry with a read-back of the loss per step, AdamW and EMAModel with their defaults.
+of the times per step. "contiguous" is our loop without channels_last, "compile" is it with `--compile`.
+
+The loop of diffusers is written anew after examples/unconditional_image_generation of 0.42: every image decoded and
+transformed by PIL when it is needed, inputs cast to the network's precision before the noise is added, one log entry
+with a read-back of the loss per step, AdamW and EMAModel with their defaults.
+
+That of lucidrains' denoising-diffusion-pytorch is written anew after `GaussianDiffusion.forward` and `Trainer.train`
+of 2.3.4, whose import needs torchvision: every image read from its own file, by a worker for each core, velocity as
+the target, a read-back of the loss per step, Adam, and ema_pytorch's EMA as it calls it, which moves at every tenth
+step. It needs `pip install --no-deps ema-pytorch`, and is left out without.
 """
 
 import argparse
+import dataclasses
 import json
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +34,7 @@ import diffusers
 import numpy as np
 import torch
 from accelerate import Accelerator
-from common import make_parser, parse, save, versions
+from common import make_parser, parse, save, show, table, versions
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -71,15 +82,30 @@ class Stopwatch:
             setattr(owner, method, called)
 
 
+PARTS = ("data", "noise", "forward", "backward", "clip", "optimizer", "ema", "log", "rest")
+
+
 class OurLoop:
     """`training_steps`, with the log entries that the command makes."""
 
-    def __init__(self, images: np.ndarray, levels: int, unet: torch.nn.Module, options: TrainingOptions, folder: str):
-        self.options = options
+    def __init__(
+        self,
+        images: np.ndarray,
+        levels: int,
+        unet: torch.nn.Module,
+        options: TrainingOptions,
+        folder: str,
+        compiled: bool = False,
+        memory_format: torch.memory_format | None = None,
+    ):
+        self.options = options = dataclasses.replace(options, compile=compiled)
         self.accelerator = make_accelerator(options, folder)
         self.data = ImageDataset(ImageSource(len(images), images.__getitem__, value_range=(0, levels)))
         self.loss = DenoisingLoss(DDPMScheduler().schedule)
         self.state = TrainingState(unet, options, self.accelerator)
+        if memory_format is not None:
+            for network in (self.state.model, self.state.ema.network):
+                network.to(memory_format=memory_format)
 
     def steps(self) -> Iterator[None]:
         recent = []
@@ -177,6 +203,103 @@ class DiffusersLoop:
         stopwatch.watch(self.accelerator, "log", "log")
 
 
+class ImageFiles(torch.utils.data.Dataset):
+    """Images as PNG files, read and scaled to [0, 1] one by one when needed."""
+
+    def __init__(self, images: np.ndarray, levels: int, folder: Path):
+        folder.mkdir(parents=True)
+        self.paths = [folder / f"{i}.png" for i in range(len(images))]
+        for path, picture in zip(self.paths, as_pictures(images, levels), strict=True):
+            picture.save(path)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        with Image.open(self.paths[index]) as image:
+            array = np.array(image).reshape(image.height, image.width, -1)
+        return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div(255)
+
+
+class LucidrainsLoop:
+    """`Trainer.train` around `GaussianDiffusion.forward`, in their order of operations.
+
+    Raises:
+        ImportError: ema_pytorch is missing.
+    """
+
+    def __init__(self, images: np.ndarray, levels: int, unet: torch.nn.Module, options: TrainingOptions, folder: str):
+        from ema_pytorch import EMA
+
+        self.accelerator = make_accelerator(options, folder)
+        self.data = torch.utils.data.DataLoader(
+            ImageFiles(images, levels, Path(folder, "images")),
+            batch_size=options.batch_size,
+            shuffle=True,
+            drop_last=True,  # theirs does not, but equal work per step
+            pin_memory=self.accelerator.device.type == "cuda",
+            num_workers=os.cpu_count() or 1,
+        )
+        self.data = self.accelerator.prepare(self.data)
+        optimizer = torch.optim.Adam(unet.parameters(), lr=options.learning_rate, betas=(0.9, 0.99))
+        self.ema = EMA(unet, beta=0.995, update_every=10).to(self.accelerator.device)
+        self.network, self.optimizer = self.accelerator.prepare(unet, optimizer)
+        alphas_cumprod = DDPMScheduler().alphas_cumprod.to(self.accelerator.device)
+        self.alpha, self.sigma = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+    def batches(self) -> Iterator[torch.Tensor]:
+        while True:
+            yield from self.data
+
+    def mix(self, images: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The noised images, and v."""
+        alpha, sigma = (values.gather(-1, t).reshape(-1, 1, 1, 1) for values in (self.alpha, self.sigma))
+        return alpha * images + sigma * noise, alpha * noise - sigma * images
+
+    def steps(self) -> Iterator[None]:
+        self.incoming = self.batches()
+        while True:
+            self.network.train()
+            data = self.next_batch()
+            with self.accelerator.autocast():
+                timesteps = torch.randint(0, 1000, (len(data),), device=data.device).long()
+                images = data * 2 - 1
+                noisy, target = self.mix(images, torch.randn_like(images), timesteps)
+                output = self.network(noisy, timesteps).sample
+                losses = torch.nn.functional.mse_loss(output, target, reduction="none").mean(dim=(1, 2, 3))
+                loss = losses.mean()
+                loss.item()
+            self.accelerator.backward(loss)
+            self.accelerator.clip_grad_norm_(self.network.parameters(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.ema.update()
+            yield
+
+    def next_batch(self) -> torch.Tensor:
+        return next(self.incoming).to(self.accelerator.device)
+
+    def watch(self, stopwatch: Stopwatch) -> None:
+        stopwatch.watch(self, "next_batch", "data")
+        stopwatch.watch(torch, "randint", "noise")
+        stopwatch.watch(torch, "randn_like", "noise")
+        stopwatch.watch(self, "mix", "noise")
+        stopwatch.watch(self.network, "forward", "forward")
+        stopwatch.watch(self.accelerator, "backward", "backward")
+        stopwatch.watch(self.accelerator, "clip_grad_norm_", "clip")
+        stopwatch.watch(self.optimizer, "step", "optimizer")
+        stopwatch.watch(self.ema, "update", "ema")
+
+
+LOOPS: dict[str, Callable[..., Any]] = {
+    "ours": OurLoop,
+    "contiguous": partial(OurLoop, memory_format=torch.contiguous_format),
+    "compile": partial(OurLoop, compiled=True),
+    "diffusers": DiffusersLoop,
+    "lucidrains": LucidrainsLoop,
+}
+
+
 def make_accelerator(options: TrainingOptions, folder: str) -> Accelerator:
     accelerator = Accelerator(
         cpu=options.cpu, mixed_precision=options.mixed_precision, log_with="tensorboard", project_dir=folder
@@ -185,10 +308,14 @@ def make_accelerator(options: TrainingOptions, folder: str) -> Accelerator:
     return accelerator
 
 
+def as_pictures(images: np.ndarray, levels: int) -> list[Image.Image]:
+    values = (images.astype(np.float32) * (255 / levels)).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    return [Image.fromarray(value.squeeze()) for value in values]
+
+
 def example_dataset(images: np.ndarray, levels: int, resolution: list[int]) -> datasets.Dataset:
     """The images as PNG files in a `datasets` table, decoded, resized, cropped and scaled one by one when needed."""
-    pictures = (images.astype(np.float32) * (255 / levels)).round().astype(np.uint8).transpose(0, 2, 3, 1)
-    mode = "L" if pictures.shape[3] == 1 else "RGB"
+    mode = "L" if images.shape[1] == 1 else "RGB"
     size = resolution[0]
 
     def transform(image: Image.Image) -> torch.Tensor:
@@ -198,7 +325,7 @@ def example_dataset(images: np.ndarray, levels: int, resolution: list[int]) -> d
         array = np.array(image).reshape(size, size, -1)
         return torch.from_numpy(array).permute(2, 0, 1).contiguous().float().div(255).sub_(0.5).div_(0.5)
 
-    rows = {"image": [Image.fromarray(picture.squeeze()) for picture in pictures]}
+    rows = {"image": as_pictures(images, levels)}
     dataset = datasets.Dataset.from_dict(rows, features=datasets.Features({"image": datasets.Image()}))
     dataset.set_transform(lambda examples: {"input": [transform(image) for image in examples["image"]]})
     return dataset
@@ -256,25 +383,31 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     loops = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, kind in {"ours": OurLoop, "diffusers": DiffusersLoop}.items():
+        for name, kind in LOOPS.items():
+            if name == "compile" and arguments.smallest:  # a minute
+                continue
             torch.manual_seed(0)
             unet = build_unet(config, images.shape[1:])
-            loops[name] = kind(images, levels, unet, options, f"{folder}/{name}")
+            try:
+                loops[name] = kind(images, levels, unet, options, f"{folder}/{name}")
+            except ImportError as error:
+                print(f"{name} is left out: {error}", file=sys.stderr)
         device = loops["ours"].accelerator.device
         times = measure(loops, arguments.blocks, arguments.block, device)
         breakdown = {name: parts(loop, arguments.block, device) for name, loop in loops.items()}
         for loop in loops.values():
             loop.accelerator.end_training()
     medians = {name: statistics.median(values) for name, values in times.items()}
-    ratios = sorted(b / a for a, b in zip(times["ours"], times["diffusers"], strict=True))
+    ratios = {name: [b / a for a, b in zip(values, times["diffusers"], strict=True)] for name, values in times.items()}
     return {
+        "command": arguments.command,
         "preset": arguments.preset,
         "batch_size": arguments.batch_size,
         "mixed_precision": arguments.mixed_precision,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "blocks": f"{arguments.blocks} x {arguments.block} steps",
-        "ratio": round(medians["diffusers"] / medians["ours"], 3),
-        "ratio_of_blocks": [round(ratios[0], 3), round(ratios[-1], 3)],
+        "ratio": {name: round(statistics.median(values), 3) for name, values in ratios.items()},
+        "ratio_of_blocks": {name: [round(min(row), 3), round(max(row), 3)] for name, row in ratios.items()},
         "ms_per_step": {name: round(value, 2) for name, value in medians.items()},
         "images_per_second": {name: round(1000 * arguments.batch_size / value, 1) for name, value in medians.items()},
         "ms_by_part": breakdown,
@@ -282,12 +415,36 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def add(result: dict[str, Any], path: Path) -> None:
-    """Replace the result of the same setting in the file, or add to it."""
+def add(result: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """All results, after replacing that of the same setting in the file, or adding to it."""
     setting = ("preset", "batch_size", "mixed_precision", "device")
     results = json.loads(path.read_text()) if path.exists() else []
-    results = [other for other in results if any(other[key] != result[key] for key in setting)]
-    save(path, [*results, result])
+    results = [*(other for other in results if any(other[key] != result[key] for key in setting)), result]
+    save(path, results)
+    return results
+
+
+def report(results: list[dict[str, Any]]) -> str:
+    """The tables of all settings: what a step takes, and where its time goes."""
+    text = [
+        "# Speed of training",
+        "Times per step in ms, by loop, and of its parts; those are measured afterwards, with a wait for the device "
+        "after each. The ratio is that of diffusers' time to the loop's own: the median over blocks of steps, which "
+        "were run in turn, with the least and the largest.",
+    ]
+    for result in results:
+        precision = {"no": "float32"}.get(result["mixed_precision"], result["mixed_precision"])
+        text.append(f"## {result['preset']}, batch {result['batch_size']}, {precision}")
+        text.append(f"{result['device']}, {result['blocks']}, torch {result['versions']['torch']}")
+        rows = []
+        for name, time_of in result["ms_per_step"].items():
+            low, high = result["ratio_of_blocks"][name]
+            parts_of = result["ms_by_part"][name]
+            row = [name, f"{time_of:.1f}", f"{result['images_per_second'][name]:.1f}"]
+            row += [f"{result['ratio'][name]:.2f} ({low:.2f} .. {high:.2f})"]
+            rows.append([*row, *(f"{parts_of.get(part, 0.0):.1f}" for part in PARTS)])
+        text.append(table(["loop", "step", "images/s", "ratio", *PARTS], rows))
+    return "\n\n".join(text) + "\n"
 
 
 def main() -> None:
@@ -303,9 +460,9 @@ def main() -> None:
     arguments = parse(parser)
     if arguments.smallest:
         arguments.batch_size, arguments.blocks, arguments.block = 4, 1, 1
-    result = compare(arguments)
-    add(result, arguments.output)
-    print(json.dumps(result, indent=2))
+    results = add(compare(arguments), arguments.output)
+    arguments.command = " && ".join(result["command"] for result in results)
+    show(arguments, report(results))
 
 
 if __name__ == "__main__":

@@ -124,8 +124,7 @@ def test_script_runs(script, folders, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [script, *arguments, "--smallest", f"--output={output}"])
     as_main(script, monkeypatch)
     written = {path.suffix for path in tmp_path.iterdir() if path.is_file()}
-    assert written >= ({".md"} if script == "calibration_grids" else {".json"})
-    assert (".md" in written) == (script != "training_throughput")
+    assert written >= ({".md"} if script == "calibration_grids" else {".json", ".md"})
 
 
 def test_every_script_is_listed():
