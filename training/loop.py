@@ -30,6 +30,7 @@ from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule
 from diffusers_dpm.training.augmentation import random_crop, random_flip, random_shift
 from diffusers_dpm.training.loss_history import LossHistory
 from diffusers_dpm.training.moving_average import SIGMA_RELS, MovingAverage, gamma_of, power_decay, warmed_up_decay
+from diffusers_dpm.training.optimizers import moments_of, new_optimizer, state_of
 from diffusers_dpm.training.timestep_sampling import Quantile, timestep_quantile
 
 
@@ -116,22 +117,18 @@ class TrainingState:
         self.accelerator = accelerator
         self.step = 0
         self.model = model.to(accelerator.device)
-        if accelerator.device.type == "cpu":  # elsewhere group norm has no such kernels, and would copy to and fro
-            model.to(memory_format=torch.channels_last)  # the averages and AdamW's moments follow
+        network: Any = model
+        # Elsewhere group norm has no kernels for channels_last and would copy to and fro; bitsandbytes undoes it.
+        if accelerator.device.type == "cpu" and options.optimizer == "adamw":
+            network.to(memory_format=torch.channels_last)  # the averages and AdamW's moments follow
         self.parameters: list[torch.Tensor] = list(model.parameters())
         self.ema = MovingAverage(model, warmed_up_decay(options)) if options.ema else None
         powers = map(gamma_of, SIGMA_RELS if options.ema_snapshot_every else ())
         self.power_averages = [MovingAverage(model, power_decay(gamma)) for gamma in powers]
         self.loss_history = LossHistory(num_timesteps) if options.timestep_sampling == "loss-second-moment" else None
-        optimizer = torch.optim.AdamW(
-            self.parameters,
-            lr=options.learning_rate,
-            betas=(options.adam_beta1, options.adam_beta2),
-            eps=options.adam_epsilon,
-            weight_decay=options.adam_weight_decay,
-            # Fused is fastest, but accelerate cannot tell whether a gradient scaler made it skip a step.
-            fused=accelerator.device.type in ("cpu", "cuda") and accelerator.mixed_precision != "fp16",
-        )
+        # Fused is fastest, but accelerate cannot tell whether a gradient scaler made it skip a step.
+        fused = accelerator.device.type in ("cpu", "cuda") and accelerator.mixed_precision != "fp16"
+        optimizer = new_optimizer(self.parameters, options, fused)
         # Not prepared: accelerate would step it once per process, or per accumulation step.
         self.lr_scheduler = get_scheduler(
             {"constant": "constant_with_warmup"}.get(options.lr_scheduler, options.lr_scheduler),
@@ -140,7 +137,6 @@ class TrainingState:
             num_training_steps=options.max_train_steps,
         )
         if options.gradient_checkpointing:
-            network: Any = model
             with user_error("--gradient-checkpointing", AttributeError):
                 network.enable_gradient_checkpointing()
         self.uncompiled, self.optimizer = accelerator.prepare(model, optimizer)
@@ -176,12 +172,8 @@ class TrainingState:
     def save(self, folder: Path) -> None:
         """Write everything but the averaged weights, which are the model itself, as safetensors and JSON."""
         folder.mkdir()
-        names = [name for name, _ in self.model.named_parameters()]
-        optimizer = self.optimizer.state_dict()
-        rows = [(names[i], row) for i, row in optimizer["state"].items()]
-        moments = {f"{name}/{key}": value for name, row in rows for key, value in row.items()}
         write_tensors(folder / "model.safetensors", self.model.state_dict())
-        write_tensors(folder / "optimizer.safetensors", moments)
+        write_tensors(folder / "optimizer.safetensors", moments_of(self.optimizer, self.model))
         if self.loss_history is not None:
             write_tensors(folder / "loss_history.safetensors", self.loss_history.state_dict())
         if self.power_averages:
@@ -190,7 +182,7 @@ class TrainingState:
         numbers = {
             "step": self.step,
             "ema_step": self.ema and self.ema.num_updates,
-            "param_groups": optimizer["param_groups"],
+            "param_groups": self.optimizer.state_dict()["param_groups"],
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": scaler and scaler.state_dict(),
         }
@@ -206,14 +198,7 @@ class TrainingState:
         """Restore what `save` wrote, and the averaged weights from the model's own safetensors file."""
         numbers = read_json(folder / "state.json")
         self.model.load_state_dict(read_tensors(folder / "model.safetensors")[1])
-        moments: dict[int, dict[str, torch.Tensor]] = {}
-        names = {name: i for i, (name, _) in enumerate(self.model.named_parameters())}
-        for name, value in read_tensors(folder / "optimizer.safetensors")[1].items():
-            parameter, key = name.rsplit("/", 1)
-            index = names[parameter]
-            if value.shape == self.parameters[index].shape:  # the fused AdamW takes both to be laid out alike
-                value = torch.empty_like(self.parameters[index], dtype=value.dtype).copy_(value)
-            moments.setdefault(index, {})[key] = value
+        moments = state_of(read_tensors(folder / "optimizer.safetensors")[1], self.model)
         self.optimizer.load_state_dict({"state": moments, "param_groups": numbers["param_groups"]})
         rate, schedule = self.lr_scheduler.base_lrs[0], numbers["lr_scheduler"]  # the options' rate may have changed
         now = rate * self.lr_scheduler.lr_lambdas[0](schedule["last_epoch"])

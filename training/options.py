@@ -160,7 +160,7 @@ class LossOptions:
     expectation (networks of epsilon or the score); vlb: the variational bound in bits per dimension, of the
     --variance-type; hybrid: l2 + 0.001 vlb for the variance alone"""
     num_levels: int | None = None
-    """number of values of a pixel, for vlb, hybrid and --eval-split (default: from the bit depth of the files)"""
+    """number of values of a pixel, for vlb, hybrid and bits per dimension (default: from the depth of the files)"""
     huber_delta: float = 1.0
     """where huber turns linear"""
     weighting: Weighting = "none"
@@ -190,6 +190,8 @@ class OptimizationOptions:
     """after the warm-up: constant, or decay to 0"""
     lr_warmup_steps: int = 500
     """optimiser steps of linear warm-up"""
+    optimizer: Literal["adamw", "adamw-8bit"] = "adamw"
+    """adamw-8bit: with moments of 8 bits, a quarter of the memory; needs bitsandbytes"""
     adam_beta1: float = 0.9
     """AdamW's beta 1"""
     adam_beta2: float = 0.999
@@ -342,12 +344,12 @@ class EvaluationOptions:
 
 @dataclass(kw_only=True)
 class ValidationOptions(EvaluationOptions):
-    """bits per dimension"""
+    """held-out loss"""
 
     eval_draws: int = 4
     """timesteps per image, at most 256 images"""
     eval_every: int = 1000
-    """optimiser steps between estimates, which stand in the log entries; 0: none"""
+    """optimiser steps between measurements, which stand in the log entries; 0: none"""
 
 
 @dataclass(kw_only=True)

@@ -79,7 +79,7 @@ class Trainer(ABC):
 
     Attributes:
         data, loss, state: what is trained on, towards, and trained.
-        eval_data: what accuracy, or bits per dimension, is measured on; None if the options name nothing.
+        eval_data: what accuracy, or the held-out loss, is measured on; None if the options name nothing.
 
     Raises:
         DiffusersDPMError: options that contradict each other, the data, the run folder or the checkpoint to resume.
@@ -178,8 +178,8 @@ class Trainer(ABC):
         names = ", ".join(data.class_names or ())
         classes = f", {data.num_classes} classes" + (f": {names}" if names else "") if data.num_classes else ""
         done = f"{self.images_seen:,} images in {self.state.step:,} steps, then " if self.state.step else ""
-        # float32: the model, and in a checkpoint also the raw weights and AdamW's two moments
-        model, checkpoint = 4 * parameters / 1e6, 16 * parameters / 1e6
+        # float32: the model, and in a checkpoint also the raw weights and AdamW's two moments, unless of 8 bits
+        model, checkpoint = 4 * parameters / 1e6, (16 if options.optimizer == "adamw" else 10) * parameters / 1e6
         num = 1 + (options.max_train_steps - 1) // options.checkpoint_every if options.checkpoint_every else 1
         num = min(num, options.checkpoints_total_limit or num)
         snapshots = -(-options.max_train_steps // options.ema_snapshot_every) if options.ema_snapshot_every else 0

@@ -77,6 +77,27 @@ def test_two_halves_equal_the_whole(tmp_path, options, changes):
     assert_same_run(whole, halves)
 
 
+def test_moments_of_8_bits_are_resumed(tmp_path, options):
+    pytest.importorskip("bitsandbytes")
+    common = {"optimizer": "adamw-8bit"}
+    whole, halves = tmp_path / "whole", tmp_path / "halves"
+    train(options(output_dir=str(whole), **common))
+    train(options(output_dir=str(halves), max_train_steps=3, **common))
+    train(options(output_dir=str(halves), resume="latest", **common))
+    first, second = (checkpoint_folder(run, 6) for run in (whole, halves))
+    assert_same(first, second)
+    moments = load_file(first / "trainer_state" / "optimizer.safetensors")
+    assert {x.dtype for name, x in moments.items() if name.endswith("/state1")} == {torch.uint8, torch.float32}
+    with pytest.raises(ValueError, match=r"--optimizer was adamw-8bit and now is adamw"):
+        train(options(output_dir=str(halves), resume="latest"))
+
+
+def test_missing_bitsandbytes_is_named(options, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ValueError, match="--optimizer adamw-8bit needs bitsandbytes: pip install bitsandbytes"):
+        DiffusionTrainer(options(optimizer="adamw-8bit"))
+
+
 def test_resume_from_a_path_into_another_folder(tmp_path, options):
     """The middle of a cosine schedule, whose length may not change."""
     common = {"sample_every": 6, "sample_steps": 3, "num_samples": 4, "lr_scheduler": "cosine", "checkpoint_every": 3}
