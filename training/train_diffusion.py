@@ -24,10 +24,10 @@ from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.records import TEMPORARY, atomic_file, atomic_folder, move_children
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
-from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule
 from diffusers_dpm.training.checkpoints import snapshot_file
 from diffusers_dpm.training.loss import DenoisingLoss
 from diffusers_dpm.training.options import LossOptions, NoiseScheduleOptions, TrainingOptions
+from diffusers_dpm.training.timestep_sampling import timestep_quantile
 from diffusers_dpm.training.trained_paths import (
     TRAINED_PATHS,
     options_of,
@@ -36,7 +36,7 @@ from diffusers_dpm.training.trained_paths import (
 )
 from diffusers_dpm.training.trainer import Trainer, is_due
 from diffusers_dpm.training.unet_presets import PRESETS, build_unet, default_unet, load_weights, read_config
-from diffusers_dpm.training.validation import BitsPerDim
+from diffusers_dpm.training.validation import BitsPerDim, HeldOutLoss
 
 
 class DiffusionTrainer(Trainer):
@@ -107,34 +107,38 @@ class DiffusionTrainer(Trainer):
         chosen = {**values_of(options, LossOptions), "num_levels": None, "variance_type": options.variance_type}
         if options.loss_type in ("hybrid", "vlb"):
             chosen["num_levels"] = find_num_levels(self.data, options.num_levels)
-        self.bits_per_dim = None if self.eval_data is None else self._validation(schedule, self.eval_data)
-        return unet, DenoisingLoss(schedule, options.prediction_type, **chosen)
+        loss = DenoisingLoss(schedule, options.prediction_type, **chosen)
+        self.held_out = {} if self.eval_data is None else self._validation(loss, self.eval_data)
+        return unet, loss
 
-    def _validation(self, schedule: NoiseSchedule, data: ImageDataset) -> BitsPerDim:
-        options = self.options
-        if options.process != "vp":
-            raise DiffusersDPMError(f"--eval-split estimates a bound of DDPM's process, not of {options.process}")
+    def _validation(self, loss: DenoisingLoss, data: ImageDataset) -> dict[str, HeldOutLoss]:
+        """What is measured on held-out images, by its name in the log."""
+        options, schedule = self.options, loss.schedule
         if data.shape != self.data.shape:
             shapes = f"{describe(data.shape)}, those to train on {describe(self.data.shape)}"
             raise DiffusersDPMError(f"the held-out images are {shapes}: see --resolution and --channels")
         if self.conditional:
             check_classes(data, self.data.num_classes, self.data.class_names)
-        assert options.prediction_type is not None
-        num_levels = find_num_levels(data, options.num_levels)
-        about = {"variance_type": options.variance_type, "num_levels": num_levels}
-        loss = DenoisingLoss(schedule, options.prediction_type, "vlb", **about)
-        assert loss.variational is not None
-        loss.variational.clip_x0 = self.scheduler.clip_x0
-        return BitsPerDim(data, loss, options.eval_draws, options.seed, self.conditional, options.batch_size)
+        how = (options.eval_draws, options.seed, self.conditional, options.batch_size)
+        found = {"held_out_loss": HeldOutLoss(data, loss, *how, timestep_quantile(schedule, options))}
+        if options.process == "vp":
+            assert options.prediction_type is not None
+            num_levels = find_num_levels(data, options.num_levels)
+            about = {"variance_type": options.variance_type, "num_levels": num_levels}
+            bound = DenoisingLoss(schedule, options.prediction_type, "vlb", **about)
+            assert bound.variational is not None
+            bound.variational.clip_x0 = self.scheduler.clip_x0
+            found["bits_per_dim"] = BitsPerDim(data, bound, *how)
+        return found
 
     def _held_out_figures(self, first: int, step: int) -> dict[str, float]:
-        every, value = self.options.eval_every, math.nan
-        is_last = step == self.options.max_train_steps
-        if self.bits_per_dim is not None and every and ((first - 1) // every != step // every or is_last):
+        every, is_last = self.options.eval_every, step == self.options.max_train_steps
+        figures = dict.fromkeys(("held_out_loss", "bits_per_dim"), math.nan)
+        if self.held_out and every and ((first - 1) // every != step // every or is_last):
             if self.accelerator.is_main_process:
-                value = self.bits_per_dim(self.model)
+                figures |= {name: measure(self.model) for name, measure in self.held_out.items()}
             self.accelerator.wait_for_everyone()
-        return {"bits_per_dim": value}
+        return figures
 
     def _origin(self, source: str) -> DPMPipeline:
         """What `--init-from` names; a resumed run does not need it, it has the same in any whole checkpoint."""

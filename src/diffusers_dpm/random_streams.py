@@ -30,7 +30,7 @@ class Stream(IntEnum):
     BOUND = 6  # noise of the variational bound; index: image, timestep
     DEQUANTIZATION = 7  # index: image, pass
     PROBES = 8  # of a divergence; index: image, pass, probe
-    VALIDATION = 9  # bits per dimension; index: 0 for the choice of images, 1 for the timesteps; noise: image, draw
+    VALIDATION = 9  # held-out loss; index: 0 for images, 1 for timesteps, 2 + batch for probes; noise: image, draw
 
 
 def seed_sequence(seed: int, stream: Stream, *index: int) -> np.random.SeedSequence:

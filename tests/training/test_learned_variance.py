@@ -133,12 +133,40 @@ def test_vlb_by_importance_goes_on_bit_for_bit(learned):
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-@pytest.mark.parametrize("changes", [{}, {"variance_type": "fixed_small"}, {"class_conditional": True}])
-def test_bits_per_dim_are_logged(learned, changes):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"variance_type": "fixed_small"},
+        {"class_conditional": True},
+        {"process": "flow", "variance_type": "fixed_small"},
+        {"process": "edm", "variance_type": "fixed_small", "ema": False},
+        {"process": "subvp", "variance_type": "fixed_small", "loss_type": "sliced"},
+    ],
+)
+def test_held_out_figures_are_logged(learned, changes):
     run = train(learned(**{**EVALUATED, **changes}, max_train_steps=5))
     rows = list(csv.DictReader((run / "logs" / "metrics.csv").open()))
-    measured = [row["step"] for row in rows if row["bits_per_dim"] != "nan"]
-    assert measured == ["2", "4", "5"]
+    measured = [[row["step"] for row in rows if row[name] != "nan"] for name in ("held_out_loss", "bits_per_dim")]
+    assert measured == [["2", "4", "5"], [] if "process" in changes else ["2", "4", "5"]]
+
+
+@pytest.mark.parametrize("process", ["vp", "flow"])
+def test_held_out_loss_is_that_of_training(learned, process):
+    """That of a network that returns 0 is the mean square of its target: epsilon, or epsilon - x_0."""
+    trainer = DiffusionTrainer(learned(**EVALUATED, process=process, variance_type="fixed_small", eval_draws=64))
+    images = trainer.eval_data[list(range(len(trainer.eval_data)))]["images"]
+    expected = 1 + (images.square().mean().item() if process == "flow" else 0)
+    assert trainer.held_out["held_out_loss"](trainer.model) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("changes", [{}, {"process": "subvp", "variance_type": "fixed_small", "loss_type": "sliced"}])
+def test_held_out_loss_has_the_same_draws(learned, changes):
+    measure = DiffusionTrainer(learned(**EVALUATED, init="torch", **changes)).held_out["held_out_loss"]
+    unet = tiny_unet(3, out_channels=3 if changes else 6)
+    first = measure(unet)
+    torch.manual_seed(9)
+    assert measure(unet) == first
 
 
 def test_a_resumed_log_keeps_its_columns(learned):
@@ -249,7 +277,6 @@ def test_going_on_from_a_fixed_variance(learned):
         ({"loss_type": "vlb", "weighting": "min_snr"}, "vlb has weights of its own"),
         ({"process": "flow"}, "--variance-type learned_range has no meaning with --process flow"),
         ({"process": "flow", "variance_type": "fixed_small", "loss_type": "vlb"}, "DDPM's process"),
-        ({"process": "flow", "variance_type": "fixed_small", **EVALUATED}, "--eval-split"),
         ({"eval_every": -1}, "--eval-every must not be negative"),
     ],
 )
