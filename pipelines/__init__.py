@@ -22,7 +22,15 @@ from diffusers_dpm.pipelines.measurements import (
 from diffusers_dpm.pipelines.modeling_adm import ADMUNet2DModel
 from diffusers_dpm.pipelines.modeling_noisy_classifier import NoisyClassifier, NoisyClassifierOutput
 from diffusers_dpm.pipelines.modeling_variance_head import UNetWithVariance, VarianceHead
-from diffusers_dpm.pipelines.networks import evaluation_mode, image_shape, image_size, is_conditional
+from diffusers_dpm.pipelines.networks import (
+    cropped,
+    evaluation_mode,
+    image_shape,
+    image_size,
+    is_conditional,
+    padded,
+    picture_shape,
+)
 from diffusers_dpm.pipelines.pipeline_dpm import DPMPipeline, DPMPipelineOutput, DPMTrajectory
 from diffusers_dpm.pipelines.text_guidance import TextGuidance
 
@@ -52,9 +60,12 @@ __all__ = [
     "TextGuidance",
     "UNetWithVariance",
     "VarianceHead",
+    "cropped",
     "evaluation_mode",
     "guided_scheduler",
     "image_shape",
     "image_size",
     "is_conditional",
+    "padded",
+    "picture_shape",
 ]

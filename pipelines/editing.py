@@ -18,7 +18,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from .networks import evaluation_mode, image_shape, is_conditional, null_class_of
+from .networks import evaluation_mode, image_shape, is_conditional, null_class_of, padded
 from .scheduler_adapter import SchedulerAdapter, adapt
 
 
@@ -63,7 +63,7 @@ class Edit:
 
     @classmethod
     def of(
-        cls, channels: int, image: Pictures | None, mask: Pictures | None, strength: float | None, resampling: int
+        cls, unet: Any, image: Pictures | None, mask: Pictures | None, strength: float | None, resampling: int
     ) -> "Edit | None":
         """From the arguments of `DPMPipeline`; None without an image. `strength` is by default as in diffusers."""
         if image is None:
@@ -75,10 +75,10 @@ class Edit:
             raise ValueError(f"strength must lie in 0 (left out) .. 1, got {strength}")
         if not resampling >= 1 or int(resampling) != resampling or (resampling > 1 and mask is None):
             raise ValueError(f"resampling must be a whole number, at least 1, and 1 without a mask; got {resampling}")
-        resampling, pixels = int(resampling), to_batch(image, channels, "image") * 2 - 1
+        resampling, pixels = int(resampling), padded(to_batch(image, unet.config.in_channels, "image") * 2 - 1, unet)
         if mask is None:
             return cls(pixels, None, strength, resampling)
-        white = to_batch(mask, 1, "mask") >= 0.5
+        white = padded(to_batch(mask, 1, "mask"), unet) >= 0.5
         if white.shape[2:] != pixels.shape[2:]:
             raise ValueError(f"the mask is {size_of(white)}, the image {size_of(pixels)}: they must be of one size")
         return cls(pixels, white, strength, resampling)
@@ -261,7 +261,7 @@ class EditingMixin:
             ValueError: a scheduler that cannot encode, such as one that adds noise; an image that is none of the
                 network's; labels that are missing.
         """
-        pixels = to_batch(image, self.unet.config.in_channels, "image") * 2 - 1
+        pixels = padded(to_batch(image, self.unet.config.in_channels, "image") * 2 - 1, self.unet)
         check_size(pixels, image_shape(self.unet, pixels.shape[2:]))
         x = pixels.to(self._execution_device, torch.promote_types(self.unet.dtype, torch.float32))
         if class_labels is None and is_conditional(self.unet):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DModel
+from torch import Tensor
 
 
 def image_size(sample_size: int | Sequence[int]) -> tuple[int, int]:
@@ -29,6 +30,31 @@ def image_shape(unet: Any, default: Sequence[int] | None = None) -> tuple[int, i
     if size is None:
         raise ValueError("the network's config has no sample_size: give the images' shape, or noise to start from")
     return config["in_channels"], *image_size(size)
+
+
+def picture_shape(unet: Any, default: Sequence[int] | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the pictures of a network whose images are these, `padded`; of any other its `image_shape`.
+
+    `_image_size` in its config says so: plain diffusers does not read it, and draws the padded images.
+    """
+    channels, *size = image_shape(unet, default)
+    return channels, *(getattr(unet, "config", {}).get("_image_size") or size)
+
+
+def padded(pictures: Tensor, unet: Any) -> Tensor:
+    """(B, C, H, W) of a network's pictures as its images: the last row and column are repeated. Others are kept."""
+    size = pictures.shape[2:]
+    if size != picture_shape(unet, size)[1:]:
+        return pictures
+    _, height, width = image_shape(unet, size)
+    return torch.nn.functional.pad(pictures, (0, width - size[1], 0, height - size[0]), mode="replicate")
+
+
+def cropped(images: Tensor, unet: Any) -> Tensor:
+    """The pictures in (..., H, W) of a network's images: the inverse of `padded`."""
+    size = images.shape[-2:]
+    _, height, width = picture_shape(unet, size)
+    return images[..., :height, :width] if size == image_shape(unet, size)[1:] else images
 
 
 def is_conditional(unet: Any) -> bool:

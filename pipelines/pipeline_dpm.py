@@ -40,6 +40,7 @@ from .modeling_adm import ADMUNet2DModel
 from .networks import (
     check_network,
     class_names,
+    cropped,
     evaluation_mode,
     image_shape,
     is_conditional,
@@ -209,7 +210,7 @@ class DPMPipeline(EditingMixin, DiffusionPipeline):
         guides = choose_guidance(guidance, self.classifier is None and bool(num_classes_of(self.unet)), **shortcuts)
         generator = make_generators(generator, seeds)
         labels = None if class_labels is None else torch.as_tensor(self.get_label_ids(class_labels))
-        edit = Edit.of(self.unet.config.in_channels, image, mask, strength, resampling)
+        edit = Edit.of(self.unet, image, mask, strength, resampling)
         sizes = {"class_labels": labels, "latents": latents, **({} if edit is None else edit.batches())}
         sizes |= {f"guidance_scale{i or ''}": torch.as_tensor(guide.scale) for i, guide in enumerate(guides)}
         batch_size = common_batch_size(batch_size, generator, **sizes)
@@ -385,7 +386,7 @@ class DPMPipeline(EditingMixin, DiffusionPipeline):
             )
         if output_type == "latent":
             return latents
-        images = (latents / 2 + 0.5).clamp(0, 1)
+        images = cropped(latents / 2 + 0.5, self.unet).clamp(0, 1)
         if output_type == "pt":
             return images
         array = images.permute(0, 2, 3, 1).cpu().numpy()

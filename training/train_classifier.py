@@ -56,7 +56,7 @@ class ClassifierTrainer(Trainer):
         data, unet = self.data, self.pipeline.unet
         self.num_classes = self.options.num_classes or data.num_classes
         for images in (data, self.eval_data or data):
-            shape = image_shape(unet, images.shape[1:])
+            shape = image_shape(unet, images.pad_for(unet).shape[1:])
             if images.shape != shape:
                 raise DiffusersDPMError(
                     f"the pipeline's U-Net is for {describe(shape)}, the data is {describe(images.shape)}; "

@@ -35,7 +35,14 @@ from diffusers_dpm.training.trained_paths import (
     with_own_values,
 )
 from diffusers_dpm.training.trainer import Trainer, is_due
-from diffusers_dpm.training.unet_presets import PRESETS, build_unet, default_unet, load_weights, read_config
+from diffusers_dpm.training.unet_presets import (
+    PRESETS,
+    build_unet,
+    default_unet,
+    load_weights,
+    padded_size,
+    read_config,
+)
 from diffusers_dpm.training.validation import BitsPerDim, HeldOutLoss
 
 
@@ -108,7 +115,7 @@ class DiffusionTrainer(Trainer):
         if options.loss_type in ("hybrid", "vlb"):
             chosen["num_levels"] = find_num_levels(self.data, options.num_levels)
         loss = DenoisingLoss(schedule, options.prediction_type, **chosen)
-        self.held_out = {} if self.eval_data is None else self._validation(loss, self.eval_data)
+        self.held_out = {} if self.eval_data is None else self._validation(loss, self.eval_data.pad_for(unet))
         return unet, loss
 
     def _validation(self, loss: DenoisingLoss, data: ImageDataset) -> dict[str, HeldOutLoss]:
@@ -121,7 +128,7 @@ class DiffusionTrainer(Trainer):
             check_classes(data, self.data.num_classes, self.data.class_names)
         how = (options.eval_draws, options.seed, self.conditional, options.batch_size)
         found = {"held_out_loss": HeldOutLoss(data, loss, *how, timestep_quantile(schedule, options))}
-        if options.process == "vp":
+        if options.process == "vp" and data.shape == data.picture_shape:
             assert options.prediction_type is not None
             num_levels = find_num_levels(data, options.num_levels)
             about = {"variance_type": options.variance_type, "num_levels": num_levels}
@@ -235,6 +242,7 @@ def build_network(data: ImageDataset, options: TrainingOptions, trained: Any = N
         ways = "see --class-conditional and --class-dropout-prob"
         raise DiffusersDPMError(f"{options.init_from} has num_class_embeds {theirs}, this run {num_classes}: {ways}")
     paper_init = options.init == "papers"
+    data.pad_to(*padded_size(config, *data.picture_shape[1:]))
     unet = build_unet(
         config,
         data.shape,
@@ -245,9 +253,12 @@ def build_network(data: ImageDataset, options: TrainingOptions, trained: Any = N
     )
     if trained is not None:
         load_weights(unet, trained)
+    # The underscores: plain diffusers ignores these keys without a warning.
+    if data.shape != data.picture_shape:
+        unet.register_to_config(_image_size=data.picture_shape[1:])
     if options.class_dropout_prob:
         unet.register_to_config(_has_null_class=True)
-    if options.class_conditional and data.class_names:  # the underscore: plain diffusers ignores it without a warning
+    if options.class_conditional and data.class_names:
         unet.register_to_config(_id2label=data.id2label)
     return unet
 

@@ -113,6 +113,7 @@ class VarianceTrainer(Trainer):
 
     def _build(self) -> tuple[VarianceHead, VarianceLoss]:
         unet, scheduler, target = self.pipeline.unet, self.pipeline.scheduler, self.options.target
+        self.data.pad_for(unet)
         checked_labels(unet, self.data[[0]]["images"], self.data.labels if self.conditional else None)
         schedule = noise_schedule_of(scheduler)
         unet.to(self.accelerator.device).eval().requires_grad_(False)

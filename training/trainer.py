@@ -190,8 +190,9 @@ class Trainer(ABC):
         if self.steps_left:
             each, whole = map(duration, (self.seconds_a_step, self.seconds_a_step * self.steps_left))
             time = f"about {each} a step, {whole} in all, measured here"
+        padded = "" if data.shape == data.picture_shape else f", padded to {data.shape[1]}x{data.shape[2]}"
         lines = {
-            "data": f"{len(data):,} images, {describe(data.shape)}{classes}",
+            "data": f"{len(data):,} images, {describe(data.picture_shape)}{padded}{classes}",
             "network": f"{parameters:,} parameters",
             "training": f"{done}{self.steps_left:,} steps x {options.batch_size} images = "
             f"{self.images_in_all:,} images, {self.images_in_all / len(data):,.1f} epochs",

@@ -1,6 +1,7 @@
 """U-Nets for the usual image sizes and for any other, and the initialisation of the papers."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,15 +47,20 @@ def default_unet(height: int, width: int) -> dict[str, Any]:
     """The config for images of this size: of the first preset that is made for it, or derived from the size.
 
     A derived one halves the sides while both are even and one is above 8, has attention up to 16x16, and channels as
-    the presets of the size next to it.
+    the presets of the size next to it. Where they cannot be halved often enough, it is that of padded images, whose
+    sides are multiples of a power of 2, so that the last level is 16x16 or less.
 
     Raises:
-        DiffusersDPMError: no number of levels fits; the message names the nearest size for which one does.
+        DiffusersDPMError: that would be more padding than image; the message names the nearest size that fits.
     """
     if name := preset_for(height, width):
         return PRESETS[name][1]
     sides = halved_sides(height, width)
     if not is_coarse(sides):
+        multiple = 2 ** max(1, math.ceil(math.log2(max(height, width) / 16)))
+        rows, columns = (side + -side % multiple for side in (height, width))
+        if is_coarse(halved_sides(rows, columns)) and rows * columns < 2 * height * width:
+            return default_unet(rows, columns)
         near = itertools.product(*(range(max(1, side - 16), side + 17) for side in (height, width)))
         fits = (size for size in near if is_coarse(halved_sides(*size)))
         best = min(fits, key=lambda size: max(abs(size[0] - height), abs(size[1] - width)), default=(64, 64))
@@ -77,6 +83,12 @@ def halved_sides(height: int, width: int) -> list[tuple[int, int]]:
 def is_coarse(sides: Sequence[tuple[int, int]]) -> bool:
     """Whether the network sees whole images: attention over its last level is cheap, or they are tiny as they are."""
     return sides[-1][0] * sides[-1][1] <= (24 * 24 if len(sides) > 1 else 9 * 9)
+
+
+def padded_size(config: dict[str, Any], height: int, width: int) -> tuple[int, int]:
+    """The least size, at least that of the images, that a network of this config can halve from level to level."""
+    multiple = 2 ** (len(config.get("block_out_channels", range(4))) - 1)  # by default `UNet2DModel` has four levels
+    return height + -height % multiple, width + -width % multiple
 
 
 def read_config(path: str | Path, class_name: str) -> dict[str, Any]:

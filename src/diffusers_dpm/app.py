@@ -22,7 +22,7 @@ from diffusers_dpm.named_schedulers import SCHEDULERS, STOCK, build_scheduler, p
 from diffusers_dpm.networks import Progress, load_guide, process_of
 from diffusers_dpm.options import ENCODING_SCHEDULER, REFERENCE_SCHEDULER
 from diffusers_dpm.pipeline_calls import load_any_pipeline, parse_call
-from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
+from diffusers_dpm.pipelines import DPMPipeline, is_conditional, picture_shape
 from diffusers_dpm.pipelines.networks import class_names, null_class_of, num_classes_of
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.runs import save_animation
@@ -226,7 +226,7 @@ class Studio:
         """
         numbers, given = settings.numbers(), {"image": self._picture(edited, brush)[None], "strength": strength}
         if brush == MASKS:
-            given["mask"] = fitted(marked(edited), image_shape(self.pipe.unet)[1:])[None]
+            given["mask"] = fitted(marked(edited), picture_shape(self.pipe.unet)[1:])[None]
         made = self._sampler(sampler, settings, Source(given))
         images, _, _ = made.draw(numbers, Bar(made.num_steps() * len(numbers), "edit"))
         marks = [f"seed {seed}" for seed in numbers]
@@ -264,7 +264,7 @@ class Studio:
             raise DiffusersDPMError("there is no picture: upload or draw one, or take that of the first seed")
         pixels = np.asarray(found)
         rgb = pixels[..., :3] * (pixels[..., 3:] / 255) if pixels.shape[-1] == 4 else pixels  # on black
-        channels, *size = image_shape(self.pipe.unet)
+        channels, *size = picture_shape(self.pipe.unet)
         values = convert_channels(rgb.round().astype(np.uint8).transpose(2, 0, 1), channels, "the picture")
         return fitted(values, size)
 
@@ -299,7 +299,7 @@ def about(studio: Studio) -> str:
     title, process = Path(studio.model).name if Path(studio.model).is_dir() else studio.model, process_of(studio.own)
     if not studio.is_pixel:
         return f"# {title}\n{type(studio.pipe).__name__}, {process}"
-    channels, height, width = image_shape(studio.pipe.unet)
+    channels, height, width = picture_shape(studio.pipe.unet)
     size = sum(weight.numel() for weight in studio.pipe.unet.parameters())
     return f"# {title}\n{channels} x {height} x {width} pixels, {process}, {size / 1e6:.3g} million weights"
 
@@ -367,7 +367,7 @@ def trajectory_tab(studio: Studio, settings: list[Any]) -> None:
 
 
 def edit_tab(studio: Studio, settings: list[Any]) -> None:
-    _, height, width = image_shape(studio.pipe.unet)
+    _, height, width = picture_shape(studio.pipe.unet)
     blank = np.zeros((SIDE, round(SIDE * width / height), 3), np.uint8)
     with gr.Tab("Edit"):
         with gr.Row():

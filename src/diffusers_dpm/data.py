@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from diffusers_dpm.image_sources import ImageSource, Request, open_source
@@ -27,6 +28,7 @@ from diffusers_dpm.image_values import (
     crop_and_resize,
     to_unit_range,
 )
+from diffusers_dpm.pipelines import image_shape, picture_shape
 
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,7 @@ class ImageDataset(Dataset):
     What was left out or changed is said in a warning of `logging`.
 
     Attributes:
-        shape: (C, H, W).
+        picture_shape: (C, H, W) as the data has it, or `resolution` asks for it.
         labels: int64 tensor (N,), -1 where there are none.
         num_classes: number of classes, 0 if there are no labels.
         class_names: by class index, None if unknown.
@@ -76,7 +78,8 @@ class ImageDataset(Dataset):
         if self.value_range is None:
             check_convention(self.source)
         first = self._convert(0)
-        self.shape: tuple[int, int, int] = first.shape
+        self.picture_shape: tuple[int, int, int] = first.shape
+        self.margin = 0, 0
         labels = [UNLABELLED] * len(self) if self.source.labels is None else self.source.labels
         self.labels = torch.as_tensor(labels, dtype=torch.int64)
         self.class_names = self.source.class_names
@@ -90,6 +93,22 @@ class ImageDataset(Dataset):
 
     def __len__(self) -> int:
         return self.source.num_images
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what is returned."""
+        channels, height, width = self.picture_shape
+        return channels, height + self.margin[0], width + self.margin[1]
+
+    def pad_to(self, height: int, width: int) -> None:
+        """Repeat the last row and column of every image, up to this size."""
+        self.margin = height - self.picture_shape[1], width - self.picture_shape[2]
+
+    def pad_for(self, unet: Any) -> "ImageDataset":
+        """The same, with images as the network was trained on them, if these are its pictures."""
+        if self.picture_shape == picture_shape(unet, self.picture_shape[1:]):
+            self.pad_to(*image_shape(unet, self.picture_shape[1:])[1:])
+        return self
 
     @property
     def id2label(self) -> dict[str, str] | None:
@@ -108,15 +127,19 @@ class ImageDataset(Dataset):
         pixels = stacked([self._read(i) for i in index]) if self._pixels is None else self._pixels[index]
         if pixels.dtype == torch.uint8:
             pixels = pixels.float().div_(127.5).sub_(1)
+        if any(self.margin):
+            pixels = pad(pixels, (0, self.margin[1], 0, self.margin[0]), mode="replicate")
         return {"images": pixels, "labels": self.labels[index]}
 
     def _read(self, index: int) -> np.ndarray:
         """`_convert`, in the shape that all images share."""
         image = self._convert(index)
         names = f"({self.source.name(0)})", f"({self.source.name(index)})"
-        if image.shape != self.shape:
-            what = ("channels", "--channels N") if len(image) != self.shape[0] else ("sizes", "--resolution H W")
-            first, other = describe(self.shape), describe(image.shape)
+        if image.shape != self.picture_shape:
+            what = (
+                ("channels", "--channels N") if len(image) != self.picture_shape[0] else ("sizes", "--resolution H W")
+            )
+            first, other = describe(self.picture_shape), describe(image.shape)
             raise DataError(f"images of mixed {what[0]}: {first} {names[0]}, {other} {names[1]}; pass {what[1]}")
         return image
 

@@ -11,7 +11,7 @@ import torch
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.image_values import convert_channels, crop_and_resize, decode, to_unit_range
-from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
+from diffusers_dpm.pipelines import DPMPipeline, is_conditional, picture_shape
 from diffusers_dpm.pipelines.editing import Edit
 from diffusers_dpm.pipelines.scheduler_adapter import SchedulerAdapter
 from diffusers_dpm.records import digest, read_tensors
@@ -60,7 +60,7 @@ class Source:
             DiffusersDPMError: a file that cannot be read, or is for other networks; an image and a mask of different
                 shapes, which would not lie over each other; arguments that contradict each other.
         """
-        channels, *size = image_shape(unet)
+        channels, *size = picture_shape(unet)
         files = {"image": (image, channels), "mask": (mask, 1)}
         read = {name: read_picture(path, number) for name, (path, number) in files.items() if path is not None}
         if len(read) == 2:
@@ -69,7 +69,7 @@ class Source:
         edit |= {} if strength is None else {"strength": strength}
         edit |= {} if resampling == 1 else {"resampling": resampling}
         with user_error("--image"):
-            Edit.of(channels, edit.get("image"), edit.get("mask"), strength, resampling)
+            Edit.of(unet, edit.get("image"), edit.get("mask"), strength, resampling)
         tensor, labels = (None, None) if latents is None else read_latents(Path(latents), channels)
         labels = labels if is_conditional(unet) else None
         return cls(edit, tensor, labels, None if interpolate is None else (interpolate[0], interpolate[1]), frames)
@@ -82,10 +82,10 @@ class Source:
         ends = {} if self.ends is None else {"interpolate": [*self.ends], "frames": self.frames}
         return {**numbers, **{key: digest({key: value}) for key, value in tensors.items()}, **ends}
 
-    def num_steps(self, scheduler: SchedulerAdapter, channels: int) -> int:
+    def num_steps(self, scheduler: SchedulerAdapter, unet: Any) -> int:
         """The steps of an image, of a scheduler whose timesteps are set."""
         arguments = {"image": None, "mask": None, "strength": None, "resampling": 1, **self.edit}
-        edit, num = Edit.of(channels, **arguments), len(scheduler.scheduler.timesteps)
+        edit, num = Edit.of(unet, **arguments), len(scheduler.scheduler.timesteps)
         return num if edit is None else (num - scheduler.first_step(edit.strength)) * edit.resampling
 
     def draw(self, pipeline: DPMPipeline, seeds: Sequence[int], **arguments: Any) -> Any:

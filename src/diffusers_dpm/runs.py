@@ -25,7 +25,7 @@ from diffusers_dpm.images import GRID, image_grid, save_gif, to_uint8
 from diffusers_dpm.named_schedulers import build_scheduler, network_for
 from diffusers_dpm.networks import guided_calls, load_extra, load_guide, load_pipeline, noise_schedule_of, report_cost
 from diffusers_dpm.pipeline_calls import load_any_pipeline, read_calls
-from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
+from diffusers_dpm.pipelines import DPMPipeline, cropped, is_conditional, picture_shape
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import LOCK, ResultStore, atomic_file, digest, weights_hash, write_tensors, write_text
@@ -117,6 +117,7 @@ def save_animation(sampler: Sampler, seeds: Sequence[int], output: Path, columns
     states = (
         way.latents if way.pred_original_sample is None else torch.cat([way.pred_original_sample, way.latents[-1:]])
     )
+    states = cropped(states, sampler.pipeline.unet)
     pixels = to_uint8((states / 2 + 0.5).clamp(0, 1).movedim(2, -1).numpy())
     with atomic_file(output) as temporary, temporary.open("wb") as file:
         save_gif(file, [image_grid(frame, columns, **GRID) for frame in pixels])
@@ -158,7 +159,7 @@ def encode_run(
         raise DiffusersDPMError(f"{output} exists already")
     pipeline = load_pipeline(model, any_process=True)
     pipeline.scheduler = build_scheduler(scheduler, scheduler_options or {}, pipeline, model)
-    _, *size = image_shape(pipeline.unet)
+    _, *size = picture_shape(pipeline.unet)
     dataset = load_images(data, **{**images, "resolution": images.get("resolution") or size})
     labelled = is_conditional(pipeline.unet) and bool(dataset.num_classes)
     sampler = Sampler(pipeline, num_inference_steps)
@@ -229,7 +230,7 @@ def estimate_run(
         raise DiffusersDPMError(f"--timesteps {timesteps} is more than the model's {num}")
     accelerator = Accelerator(cpu=cpu)
     with accelerator.main_process_first():  # which fills the cache of `datasets`
-        dataset = load_images(data, require_labels=is_conditional(unet), **images)
+        dataset = load_images(data, require_labels=is_conditional(unet), **images).pad_for(unet)
     places = [round(t) for t in even(Grid(schedule, timesteps or num, num))]
     num_pairs = min(num_samples, len(dataset)) * len(places)
     report_cost(unet.to(accelerator.device), num_pairs, batch_size, accelerator)

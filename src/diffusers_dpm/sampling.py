@@ -110,7 +110,7 @@ class Sampler:
         with user_error(scheduler_name(self.pipeline.scheduler)):
             scheduler = adapt(self.pipeline.scheduler)
             scheduler.set_timesteps(self.num_inference_steps)
-            return self.source.num_steps(scheduler, self.pipeline.unet.config.in_channels)
+            return self.source.num_steps(scheduler, self.pipeline.unet)
 
     def _guidance(self, seeds: Sequence[int]) -> dict[str, Any]:
         """The pipeline's arguments that guide the images of these seeds."""

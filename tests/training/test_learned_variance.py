@@ -248,7 +248,7 @@ def test_prior_is_the_divergence_from_where_samples_start(bytes_of):
     images, schedule = data[list(range(4))]["images"].double(), scheduler.schedule
     q, p = Normal(schedule.alpha[-1] * images, schedule.sigma[-1]), Normal(torch.zeros(()).double(), 1.0)
     expected = kl_divergence(q, p).flatten(1).mean(dim=1).sum().item() / math.log(2)
-    found = BitsPerDim(data, DenoisingLoss(schedule, loss_type="vlb"), 1, 0, False, 64).prior(images.float())
+    found = BitsPerDim(data, DenoisingLoss(schedule, loss_type="vlb"), 1, 0, False, 64).offset(images.float())
     assert found == pytest.approx(expected, rel=1e-6)
     assert found > 1
 

@@ -332,7 +332,7 @@ def test_resume_with_and_without_a_path():
         (["nowhere.yaml"], "cannot read options from nowhere.yaml"),
         ([], "--data is missing"),
         (["--data", "digits"], "--output-dir is missing"),
-        ([*RUN, "--resolution", "33"], "33x33, which cannot be halved often enough: pass --resolution 32 32"),
+        ([*RUN, "--resolution", "3", "1000"], "3x1000, which cannot be halved often enough: pass --resolution 64 64"),
         ([*RUN, "--preset", "64x64", "--unet-config", "y"], "only one of --preset, --unet-config"),
         ([*RUN, "--seed", str(2**64)], "--seed must be below 2^64"),
         ([*RUN, "--init-from", "./nowhere"], "cannot load ./nowhere"),

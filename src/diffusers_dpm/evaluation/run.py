@@ -21,7 +21,7 @@ from diffusers_dpm.evaluation.results import Results, sampler_name
 from diffusers_dpm.likelihood.bound import evidence_lower_bound, why_unbounded
 from diffusers_dpm.networks import guided_calls, load_guide, load_pipeline, report_cost
 from diffusers_dpm.options import DataSourceOptions
-from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional
+from diffusers_dpm.pipelines import DPMPipeline, is_conditional, picture_shape
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import read_json, short_hash, weights_hash
 from diffusers_dpm.run_folder import RunFolder
@@ -257,7 +257,7 @@ class Evaluation:
 
 def check_shape(data: ImageDataset, pipeline: DPMPipeline) -> None:
     """Raise DiffusersDPMError for images of another number of channels or size than the model draws."""
-    drawn = image_shape(pipeline.unet, data.shape[1:])
+    drawn = picture_shape(pipeline.unet, data.shape[1:])
     if data.shape != drawn:
         sizes = f"the model draws images (C, H, W) of {drawn}, the data has {data.shape}"
         raise DiffusersDPMError(f"{sizes}; see --resolution")

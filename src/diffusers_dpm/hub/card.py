@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from diffusers_dpm.data import describe_data
 from diffusers_dpm.errors import DiffusersDPMError, nearest
 from diffusers_dpm.evaluation.results import Row, metric_tables, sampler_name
-from diffusers_dpm.pipelines import ADMUNet2DModel, DPMPipeline, image_shape
+from diffusers_dpm.pipelines import ADMUNet2DModel, DPMPipeline, picture_shape
 from diffusers_dpm.pipelines.networks import null_class_of, num_classes_of
 from diffusers_dpm.run_folder import EXTRAS
 
@@ -100,7 +100,7 @@ def render_card(
         class_names: by index, as far as they are known.
     """
     title = facts.get("title") or repo_id.split("/")[1]
-    channels, height, width = image_shape(pipe.unet)
+    channels, height, width = picture_shape(pipe.unet)
     trained = recipe(facts, options)
     named = {i: name for i, name in (class_names or {}).items() if name != str(i)}
     network = {"parameters": f"{pipe.unet.num_parameters():,}", "num_classes": num_classes_of(pipe.unet)}
