@@ -5,32 +5,35 @@ and augmentation are drawn for the global batch and shared out to processes and 
 and goes on equals one that did not, and the same global batch gives the same update on any number of processes.
 """
 
+import copy
 import itertools
 import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from torch.utils.data import DataLoader, Sampler
 
 from diffusers_dpm.data import ImageDataset
 from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, user_error
 from diffusers_dpm.networks import measured_seconds
+from diffusers_dpm.processes import Processes
 from diffusers_dpm.random_streams import Stream, torch_generator, torch_seed
-from diffusers_dpm.records import read_json, read_tensors, write_json, write_tensors
+from diffusers_dpm.records import open_tensors, read_json, read_tensors, write_json, write_tensors
 from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule
 from diffusers_dpm.training.augmentation import random_crop, random_flip, random_shift
 from diffusers_dpm.training.loss_history import LossHistory
 from diffusers_dpm.training.moving_average import SIGMA_RELS, MovingAverage, gamma_of, power_decay, warmed_up_decay
 from diffusers_dpm.training.optimizers import moments_of, new_optimizer, state_of
+from diffusers_dpm.training.sharding import gathered, is_sharded, read_folder, shard, write_parts
 from diffusers_dpm.training.timestep_sampling import Quantile, timestep_quantile
 
 
@@ -105,22 +108,28 @@ class TrainingState:
         network: `model` as wrapped by accelerate, and compiled if the options say so, for training.
         uncompiled: the same, but never compiled.
         loss_history: what timesteps are drawn by; None unless `timestep_sampling` is "loss-second-moment".
+        is_sharded: each process holds a part of weights, averages and moments (FSDP): all call a network together.
 
     Raises:
-        ValueError: accelerate is configured for sharded weights (FSDP, DeepSpeed, ...), which this loop cannot save.
+        ValueError: accelerate is configured for what training does not go with, see `sharding.is_sharded`.
     """
 
     def __init__(self, model: torch.nn.Module, options: Any, accelerator: Accelerator, num_timesteps: int = 1000):
-        kind = accelerator.distributed_type
-        if kind is not DistributedType.NO and not kind.value.startswith("MULTI_"):
-            raise DiffusersDPMError(f"training runs on one device or data-parallel ones, not under {kind.value}")
-        self.accelerator = accelerator
+        self.accelerator, self.is_sharded = accelerator, is_sharded(accelerator)
+        if self.is_sharded and options.compile:
+            raise DiffusersDPMError("--compile does not go with FSDP: it would compile a network that has hooks")
+        if self.is_sharded and options.optimizer != "adamw":
+            raise DiffusersDPMError(f"--optimizer {options.optimizer} does not go with FSDP: it takes whole weights")
         self.step = 0
-        self.model = model.to(accelerator.device)
         network: Any = model
-        # Elsewhere group norm has no kernels for channels_last and would copy to and fro; bitsandbytes undoes it.
-        if accelerator.device.type == "cpu" and options.optimizer == "adamw":
-            network.to(memory_format=torch.channels_last)  # the averages and AdamW's moments follow
+        if self.is_sharded:
+            self.empty = copy.deepcopy(model).to("meta")  # what whole networks are made from
+        else:
+            network.to(accelerator.device)
+            # Elsewhere group norm has no kernels for channels_last and would copy to and fro; bitsandbytes undoes it.
+            if accelerator.device.type == "cpu" and options.optimizer == "adamw":
+                network.to(memory_format=torch.channels_last)  # the averages and AdamW's moments follow
+        self.model = model
         self.parameters: list[torch.Tensor] = list(model.parameters())
         self.ema = MovingAverage(model, warmed_up_decay(options)) if options.ema else None
         powers = map(gamma_of, SIGMA_RELS if options.ema_snapshot_every else ())
@@ -139,7 +148,16 @@ class TrainingState:
         if options.gradient_checkpointing:
             with user_error("--gradient-checkpointing", AttributeError):
                 network.enable_gradient_checkpointing()
-        self.uncompiled, self.optimizer = accelerator.prepare(model, optimizer)
+        if self.is_sharded:
+            # As accelerate does without FSDP. FSDP's own mixed precision rounds what a network is told and what it
+            # returns, and keeps frozen weights such as the frequencies of an embedding in half precision, too.
+            model.forward = accelerator.autocast()(model.forward)
+            self.uncompiled, self.optimizer = model, shard(accelerator, model, optimizer)
+            self.parameters = list(model.parameters())  # which FSDP has replaced
+            for average in self.averages:
+                shard(accelerator, average.network)
+        else:
+            self.uncompiled, self.optimizer = accelerator.prepare(model, optimizer)
         self.network: Any = torch.compile(self.uncompiled) if options.compile else self.uncompiled
 
     @property
@@ -147,15 +165,23 @@ class TrainingState:
         """The network that holds the average, in evaluation mode; None without EMA."""
         return None if self.ema is None else self.ema.network
 
+    @property
+    def averages(self) -> list[MovingAverage]:
+        return [average for average in (self.ema, *self.power_averages) if average is not None]
+
+    def accumulating(self, network: Any) -> AbstractContextManager[None]:
+        """Inside, each process adds up its gradients by itself; not so under FSDP, where none has room for them."""
+        return nullcontext() if self.is_sharded else self.accelerator.no_sync(network)
+
     def update(self, max_grad_norm: float) -> torch.Tensor:
         """One optimiser step from the gradients at hand; returns their norm before clipping."""
-        norm = self.accelerator.clip_grad_norm_(self.parameters, max_grad_norm or math.inf)
+        norm: Any = self.accelerator.clip_grad_norm_(self.parameters, max_grad_norm or math.inf)
+        norm = norm.full_tensor() if self.is_sharded else norm
         self.optimizer.step()
         if not self.optimizer.step_was_skipped:
             self.lr_scheduler.step()
-            for average in (self.ema, *self.power_averages):
-                if average is not None:
-                    average.update(self.parameters)
+            for average in self.averages:
+                average.update(self.parameters)
         self.optimizer.zero_grad()
         self.step += 1
         return norm
@@ -169,15 +195,45 @@ class TrainingState:
         self.network = self.uncompiled = self.model
         self.accelerator.free_memory()
 
+    def whole(self, network: Any) -> Any:
+        """A network of ours to save: itself, or put together of its parts, on the CPU of the main process.
+
+        All processes must call this; what the others get has no weights.
+        """
+        if not self.is_sharded:
+            return network
+        weights, network = gathered(self.accelerator, network.state_dict()), copy.deepcopy(self.empty).eval()
+        if weights:
+            network.load_state_dict(weights, assign=True)
+        return network
+
+    def end_sharding(self) -> None:
+        """Training is over: what remains is the whole model, and its average, on the CPU of the main process."""
+        self.network = self.uncompiled = self.model = self.whole(self.model)
+        if self.ema is not None:
+            self.ema.network = self.whole(self.ema.network)
+        self.is_sharded = False
+
     def save(self, folder: Path) -> None:
-        """Write everything but the averaged weights, which are the model itself, as safetensors and JSON."""
-        folder.mkdir()
-        write_tensors(folder / "model.safetensors", self.model.state_dict())
-        write_tensors(folder / "optimizer.safetensors", moments_of(self.optimizer, self.model))
-        if self.loss_history is not None:
-            write_tensors(folder / "loss_history.safetensors", self.loss_history.state_dict())
+        """Write everything but the averaged weights, which are the model itself, as safetensors and JSON.
+
+        Called by all processes: under FSDP each writes its part, else the main one writes.
+        """
+        is_main = self.accelerator.is_main_process
+        if is_main:
+            folder.mkdir(exist_ok=True)
+        moments = moments_of(self.optimizer, self.model)
+        if self.is_sharded:
+            write_parts(folder, {**self.model.state_dict(), **moments})
+        elif is_main:
+            write_tensors(folder / "model.safetensors", self.model.state_dict())
+            write_tensors(folder / "optimizer.safetensors", moments)
         if self.power_averages:
             self.save_power_averages(folder / "power_averages.safetensors")
+        if not is_main:
+            return
+        if self.loss_history is not None:
+            write_tensors(folder / "loss_history.safetensors", self.loss_history.state_dict())
         scaler = self.accelerator.scaler
         numbers = {
             "step": self.step,
@@ -189,16 +245,22 @@ class TrainingState:
         write_json(folder / "state.json", numbers)
 
     def save_power_averages(self, path: Path) -> None:
-        """Write them as one safetensors file, each name after the `SIGMA_RELS` of its average: also a snapshot."""
+        """Write them as one safetensors file, each name after the `SIGMA_RELS` of its average: also a snapshot.
+
+        Called by all processes; the main one writes.
+        """
         averages = zip(SIGMA_RELS, self.power_averages, strict=True)
         weights = {f"{sigma}/{name}": x for sigma, own in averages for name, x in own.network.state_dict().items()}
-        write_tensors(path, weights, {"num_updates": str(self.power_averages[0].num_updates)})
+        weights = gathered(self.accelerator, weights)
+        if weights:
+            write_tensors(path, weights, {"num_updates": str(self.power_averages[0].num_updates)})
 
     def load(self, folder: Path, ema_weights: Path) -> None:
-        """Restore what `save` wrote, and the averaged weights from the model's own safetensors file."""
-        numbers = read_json(folder / "state.json")
-        self.model.load_state_dict(read_tensors(folder / "model.safetensors")[1])
-        moments = state_of(read_tensors(folder / "optimizer.safetensors")[1], self.model)
+        """Restore what `save` wrote, on any number of processes, and the averaged weights from the model's file."""
+        numbers, weights = read_json(folder / "state.json"), self.model.state_dict()
+        tensors = read_folder(folder, weights)
+        self.model.load_state_dict({name: tensors[name] for name in weights})
+        moments = state_of(tensors, self.model)
         self.optimizer.load_state_dict({"state": moments, "param_groups": numbers["param_groups"]})
         rate, schedule = self.lr_scheduler.base_lrs[0], numbers["lr_scheduler"]  # the options' rate may have changed
         now = rate * self.lr_scheduler.lr_lambdas[0](schedule["last_epoch"])
@@ -210,14 +272,14 @@ class TrainingState:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
         if self.ema is not None:
-            self.ema.network.load_state_dict(read_tensors(ema_weights)[1])
+            self.ema.network.load_state_dict(read_folder(ema_weights.parent, self.ema.network.state_dict()))
             self.ema.num_updates = numbers["ema_step"]
         if self.power_averages:
-            metadata, weights = read_tensors(folder / "power_averages.safetensors")
+            with open_tensors(folder / "power_averages.safetensors") as file:
+                num_updates = int(file.metadata()["num_updates"])
             for sigma_rel, average in zip(SIGMA_RELS, self.power_averages, strict=True):
-                own = {name: weights[f"{sigma_rel}/{name}"] for name in average.network.state_dict()}
-                average.network.load_state_dict(own)
-                average.num_updates = int(metadata["num_updates"])
+                average.network.load_state_dict({name: tensors[f"{sigma_rel}/{name}"] for name in weights})
+                average.num_updates = num_updates
         self.step = numbers["step"]
 
 
@@ -381,7 +443,7 @@ def training_steps(
             drawn = draws[share]
             x0, labels = prepare(next(batches), drawn, data, options, conditional)
             torch.manual_seed(torch_seed(options.seed, Stream.DROPOUT, state.step, accelerator.process_index, part))
-            with nullcontext() if part == len(shares) - 1 else accelerator.no_sync(state.network):
+            with nullcontext() if part == len(shares) - 1 else state.accumulating(state.network):
                 losses = loss(state.network, x0, drawn.timesteps, drawn.noise, labels)
                 accelerator.backward((losses * drawn.weights).mean() / len(shares))
             part_losses.append(losses.detach())
@@ -423,14 +485,16 @@ def seconds_of_step(
     def passes(images: int) -> None:
         drawn = draws[:images]
         x0, labels = prepare(data[[i % len(data) for i in range(images)]], drawn, data, options, conditional)
-        with accelerator.no_sync(state.uncompiled):  # the other would be compiled anew for each number of images
+        with state.accumulating(state.uncompiled):  # the other would be compiled anew for each number of images
             losses = loss(state.uncompiled, x0, drawn.timesteps, drawn.noise, labels)
             accelerator.backward(losses.mean())
         state.optimizer.zero_grad()
         losses.sum().item()  # waits for the device
 
     state.network.train()
-    return measured_seconds(passes, len(draws.timesteps)) * len(shares)
+    # Of all processes the first one's clock counts: under FSDP they must agree on what to do next.
+    clock = lambda seconds: Processes(accelerator).first([seconds])[0]  # noqa: E731
+    return measured_seconds(passes, len(draws.timesteps), clock) * len(shares)
 
 
 def ignore_signals(worker: int) -> None:

@@ -46,11 +46,13 @@ def moments_of(optimizer: Any, model: torch.nn.Module) -> Tensors:
 
 
 def state_of(moments: Tensors, model: torch.nn.Module) -> dict[int, dict[str, Any]]:
-    """The inverse of `moments_of`, as the "state" of an optimiser's `state_dict`."""
+    """The inverse of `moments_of`, as the "state" of an optimiser's `state_dict`; tensors of other names are left out."""
     places = {name: (i, parameter) for i, (name, parameter) in enumerate(model.named_parameters())}
     state: dict[int, dict[str, Any]] = {}
     for name, value in moments.items():
-        parameter, key = name.rsplit("/", 1)
+        parameter, _, key = name.rpartition("/")
+        if parameter not in places:
+            continue
         place, own = places[parameter]
         known: Any = value
         if value.shape == own.shape:  # the kernels go through both in memory: they must lie alike

@@ -142,7 +142,7 @@ class DiffusionTrainer(Trainer):
         every, is_last = self.options.eval_every, step == self.options.max_train_steps
         figures = dict.fromkeys(("held_out_loss", "bits_per_dim"), math.nan)
         if self.held_out and every and ((first - 1) // every != step // every or is_last):
-            if self.accelerator.is_main_process:
+            if self.accelerator.is_main_process or self.state.is_sharded:
                 figures |= {name: measure(self.model) for name, measure in self.held_out.items()}
             self.accelerator.wait_for_everyone()
         return figures
@@ -154,17 +154,17 @@ class DiffusionTrainer(Trainer):
                 return load_pipeline(str(checkpoint), any_process=True)
         return load_pipeline(source, any_process=True)
 
-    def _save_model(self, folder: Path) -> None:
+    def _save_model(self, model: UNet2DModel, folder: Path) -> None:
         if self.options.process == "vp":
-            DPMPipeline(unet=self.model, scheduler=self.scheduler).save_pretrained(folder)
+            DPMPipeline(unet=model, scheduler=self.scheduler).save_pretrained(folder)
         else:
-            save_pipeline(folder, self.model, self.scheduler, self.options.process)
+            save_pipeline(folder, model, self.scheduler, self.options.process)
 
     def _finish(self) -> str:
         """Make the run folder itself the trained pipeline."""
         staged = self.run_folder / f"{TEMPORARY}pipeline"  # which the next start of the run deletes
         with atomic_folder(staged) as temporary:
-            self._save_model(temporary)
+            self._save_model(self.model, temporary)
         move_children(staged, self.run_folder)
         return f"the pipeline is {self.run_folder}"
 
@@ -175,14 +175,15 @@ class DiffusionTrainer(Trainer):
         if every and (is_due(step, every) or step == self.options.max_train_steps):
             if self.accelerator.is_main_process:
                 self.files.ema_snapshots.mkdir(exist_ok=True)
-                self.state.save_power_averages(snapshot_file(self.run_folder, step))
+            self.state.save_power_averages(snapshot_file(self.run_folder, step))
             self.accelerator.wait_for_everyone()
 
     def _sample(self) -> None:
         """Write a grid of samples from raw weights (left) and EMA weights (right), always from the same noise."""
-        if self.accelerator.is_main_process:
+        if self.accelerator.is_main_process or self.state.is_sharded:
             unets = [unet for unet in (self.state.model, self.state.ema_model) if unet is not None]
             grids = [sample_grid(*self._draw(unet)) for unet in unets]
+        if self.accelerator.is_main_process:
             gap = np.full((grids[0].shape[0], 8, grids[0].shape[2]), 255, dtype=np.uint8)
             picture = np.concatenate([grids[0], *(part for grid in grids[1:] for part in (gap, grid))], axis=1)
             folder = self.files.samples

@@ -25,7 +25,6 @@ from diffusers_dpm.options import flag
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import (
     LOCK,
-    atomic_folder,
     fingerprint,
     remove_folder,
     short_hash,
@@ -130,9 +129,9 @@ class Trainer(ABC):
     def _build(self) -> tuple[torch.nn.Module, Loss]:
         """The network for `self.data`, and its loss."""
 
-    def _save_model(self, folder: Path) -> None:
-        """Write the model into `folder`, its averaged weights as `self.weights`."""
-        self.model.save_pretrained((folder / self.weights).parent)
+    def _save_model(self, model: Any, folder: Path) -> None:
+        """Write a model into `folder`, its averaged weights as `self.weights`."""
+        model.save_pretrained((folder / self.weights).parent)
 
     @abstractmethod
     def _finish(self) -> str:
@@ -166,6 +165,7 @@ class Trainer(ABC):
                 self._open_run_folder()
                 self._train(progress or NoProgress())
                 self._checkpoint()
+                self.state.end_sharding()
                 done = self._finish() if self.accelerator.is_main_process else ""
                 self.accelerator.wait_for_everyone()
             self.accelerator.print(f"trained {self.state.step} steps; {done}")
@@ -197,7 +197,8 @@ class Trainer(ABC):
             "training": f"{done}{self.steps_left:,} steps x {options.batch_size} images = "
             f"{self.images_in_all:,} images, {self.images_in_all / len(data):,.1f} epochs",
             "time": time,
-            "device": f"{accelerator.device}, processes {accelerator.num_processes}, accumulation steps "
+            "device": f"{accelerator.device}, processes {accelerator.num_processes}"
+            f"{', each with a part of the network (FSDP)' if self.state.is_sharded else ''}, accumulation steps "
             f"{options.gradient_accumulation_steps}, mixed precision {accelerator.mixed_precision}",
             "disk": f"{model + num * checkpoint + snapshots * snapshot:,.1f} MB: model {model:,.1f} MB, "
             f"{num} x checkpoint {checkpoint:,.1f} MB{averages}; the log and pictures beside",
@@ -391,20 +392,23 @@ class Trainer(ABC):
     def _checkpoint(self) -> None:
         """Save the step's model and trainer state, then delete what is beyond the limit."""
         self._check_folder()
-        step = self.state.step
-        if self.accelerator.is_main_process and step != self.checkpointed_step:
-            with atomic_folder(checkpoints.checkpoint_folder(self.run_folder, step)) as folder:
-                self._save_model(folder)
+        step, processes = self.state.step, Processes(self.accelerator)
+        if step != self.checkpointed_step:
+            with processes.atomic_folder(checkpoints.checkpoint_folder(self.run_folder, step)) as folder:
                 self.state.save(folder / checkpoints.TRAINER_STATE)
-                about = {"options": saved_options(self.options), "images_seen": self.images_seen, **self.facts}
-                checkpoints.seal(folder, about)
-            checkpoints.prune_checkpoints(self.run_folder, self.options.checkpoints_total_limit)
+                model = self.state.whole(self.model)
+                if processes.is_main:
+                    self._save_model(model, folder)
+                    about = {"options": saved_options(self.options), "images_seen": self.images_seen, **self.facts}
+                    checkpoints.seal(folder, about)
+            if processes.is_main:
+                checkpoints.prune_checkpoints(self.run_folder, self.options.checkpoints_total_limit)
         self.checkpointed_step = step
         self.accelerator.wait_for_everyone()
 
     @property
     def model(self) -> Any:
-        """What gets saved, a diffusers model: the averaged network, or the raw one without EMA."""
+        """The averaged network, or the raw one without EMA: a diffusers model, which `TrainingState.whole` saves."""
         return self.state.ema_model or self.state.model
 
 

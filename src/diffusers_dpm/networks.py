@@ -66,13 +66,19 @@ class NoProgress:
 LONG = 2 * 86400  # seconds that nobody wants to wait without having been told
 
 
-def measured_seconds(work: Callable[[int], object], count: int) -> float:
-    """Seconds that `work(count)` takes here, for `count` images; where that is long, scaled up from that for a few."""
+def measured_seconds(work: Callable[[int], object], count: int, agreed: Callable[[float], float] = float) -> float:
+    """Seconds that `work(count)` takes here, for `count` images; where that is long, scaled up from that for a few.
+
+    Args:
+        work: the images' number -> anything.
+        count: how many images.
+        agreed: this process's seconds -> those of all, where several work together.
+    """
 
     def timed(images: int) -> float:
         start = time.perf_counter()
         work(images)
-        return time.perf_counter() - start
+        return agreed(time.perf_counter() - start)
 
     few = min(count, 2)
     first = timed(few)

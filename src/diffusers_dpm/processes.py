@@ -1,7 +1,7 @@
 """The processes of an accelerator that share work, or this one alone, and what keeps other commands out."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from accelerate.utils import broadcast, broadcast_object_list
 from filelock import FileLock, Timeout
 
 from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.records import TEMPORARY, atomic_folder
 
 
 class Processes:
@@ -45,6 +46,16 @@ class Processes:
         if self.count == 1:
             return list(values)
         return broadcast(torch.tensor(values, dtype=torch.float64, device=self.accelerator.device)).tolist()
+
+    @contextmanager
+    def atomic_folder(self, target: Path) -> Iterator[Path]:
+        """As `records.atomic_folder`, for all to write to; the first makes and renames it."""
+        with (
+            atomic_folder(target) if self.is_main else nullcontext(target.with_name(TEMPORARY + target.name)) as folder
+        ):
+            self.wait()
+            yield folder
+            self.wait()
 
     @contextmanager
     def locked(self, path: Path) -> Iterator[None]:
