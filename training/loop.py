@@ -33,7 +33,15 @@ from diffusers_dpm.training.augmentation import random_crop, random_flip, random
 from diffusers_dpm.training.loss_history import LossHistory
 from diffusers_dpm.training.moving_average import SIGMA_RELS, MovingAverage, gamma_of, power_decay, warmed_up_decay
 from diffusers_dpm.training.optimizers import moments_of, new_optimizer, state_of
-from diffusers_dpm.training.sharding import gathered, is_sharded, read_folder, shard, write_parts
+from diffusers_dpm.training.sharding import (
+    divide_again,
+    gathered,
+    is_sharded,
+    read_folder,
+    shard,
+    turn_to_fsdp,
+    write_parts,
+)
 from diffusers_dpm.training.timestep_sampling import Quantile, timestep_quantile
 
 
@@ -115,9 +123,10 @@ class TrainingState:
     """
 
     def __init__(self, model: torch.nn.Module, options: Any, accelerator: Accelerator, num_timesteps: int = 1000):
+        turn_to_fsdp(accelerator)
         self.accelerator, self.is_sharded = accelerator, is_sharded(accelerator)
         if self.is_sharded and options.compile:
-            raise DiffusersDPMError("--compile does not go with FSDP: it would compile a network that has hooks")
+            raise DiffusersDPMError("--compile does not go with FSDP: its hooks would break the graph at every layer")
         if self.is_sharded and options.optimizer != "adamw":
             raise DiffusersDPMError(f"--optimizer {options.optimizer} does not go with FSDP: it takes whole weights")
         self.step = 0
@@ -185,6 +194,12 @@ class TrainingState:
         self.optimizer.zero_grad()
         self.step += 1
         return norm
+
+    def divide_again(self) -> None:
+        """To be called after networks were used outside training."""
+        if self.is_sharded:
+            for network in (self.model, *(average.network for average in self.averages)):
+                divide_again(network)
 
     def release_network(self) -> None:
         """Let go of accelerate's wrapper, before the processes part; training is over.
@@ -464,6 +479,7 @@ def training_steps(
             figures=torch.cat([loss_sums.sum()[None] / options.batch_size, gradient_norm[None], loss_sums / weights]),
         )
         yield record
+        state.divide_again()
     if record is not None:
         record.check_finite()
 

@@ -7,18 +7,23 @@ and reads from any such files, whole or in parts, what this number of processes 
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.records import Tensors, read_tensors
 
 
-OLDEST_TORCH = (2, 9)  # whose checkpoints of several processes are safetensors, without further packages
+def turn_to_fsdp(accelerator: Accelerator) -> None:
+    """Where FSDP was asked for, do on CPUs what accelerate does on GPUs alone: unsaid it would go on data-parallel."""
+    if accelerator.distributed_type is DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -27,23 +32,19 @@ def is_sharded(accelerator: Accelerator) -> bool:
     Raises:
         DiffusersDPMError: accelerate is set up for a way of dividing that training does not know.
     """
-    kind, state = accelerator.distributed_type, accelerator.state
-    if kind is DistributedType.MULTI_CPU and parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        # accelerate would go on without a word, data-parallel: it turns to FSDP on GPUs alone.
-        state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        state.distributed_type = kind = DistributedType.FSDP
+    kind = accelerator.distributed_type
     if kind is DistributedType.NO or kind.value.startswith("MULTI_"):
         return False
     if kind is not DistributedType.FSDP:
         raise DiffusersDPMError(f"training runs on one device, on data-parallel ones or under FSDP, not {kind.value}")
-    plugin = state.fsdp_plugin
+    plugin = accelerator.state.fsdp_plugin
     refused = {
         "--fsdp_version 1: choose 2": plugin.fsdp_version == 1,
         "--fsdp_offload_params: sampling looks for the network on the device": type(plugin.cpu_offload).__name__
         == "CPUOffloadPolicy",
         "--fsdp_activation_checkpointing: choose --gradient-checkpointing of train": plugin.activation_checkpointing,
         "mixed precision fp16: choose bf16": accelerator.mixed_precision == "fp16",
-        f"torch {torch.__version__}: it must be {'.'.join(map(str, OLDEST_TORCH))} or newer": too_old(),
+        f"torch {torch.__version__}, which is too old for checkpoints of divided networks": not has_checkpoints(),
     }
     for what, here in refused.items():
         if here:
@@ -51,8 +52,12 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return True
 
 
-def too_old() -> bool:
-    return tuple(int(part) for part in torch.__version__.split(".")[:2]) < OLDEST_TORCH
+def has_checkpoints() -> bool:
+    """Whether torch writes safetensors from several processes, without further packages."""
+    import torch.distributed.checkpoint as dcp
+
+    writer = getattr(dcp, "HuggingFaceStorageWriter", None)
+    return writer is not None and "save_distributed" in signature(writer).parameters
 
 
 def shard(accelerator: Accelerator, network: Any, optimizer: Any = None) -> Any:
@@ -65,6 +70,15 @@ def shard(accelerator: Accelerator, network: Any, optimizer: Any = None) -> Any:
 
         fsdp2_prepare_model(accelerator, network)
     return None
+
+
+def divide_again(network: torch.nn.Module) -> None:
+    """After calls without a backward pass, which leave some weights whole, and as they were then."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def gathered(accelerator: Accelerator, tensors: Mapping[str, Any]) -> Tensors:
@@ -96,7 +110,7 @@ def read_folder(folder: Path, like: Mapping[str, torch.Tensor]) -> Tensors:
     if not divided and not any(folder.glob("shard-*.safetensors")):
         files = sorted(folder.glob("*.safetensors"))
         return {name: tensor for file in files for name, tensor in read_tensors(file)[1].items()}
-    if too_old():
+    if not has_checkpoints():
         raise DiffusersDPMError(f"{folder} was written under FSDP, which needs a newer torch than {torch.__version__}")
     import torch.distributed.checkpoint as dcp
 
@@ -105,6 +119,7 @@ def read_folder(folder: Path, like: Mapping[str, torch.Tensor]) -> Tensors:
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # of one process
         reader = dcp.HuggingFaceStorageReader(str(folder))
         for name, about in reader.read_metadata().state_dict_metadata.items():
+            assert isinstance(about, dcp.TensorStorageMetadata)  # safetensors hold nothing else
             model = next((like[part] for part in name.split("/") if part in like), None)
             if model is not None and model.shape == about.size:
                 tensors[name] = torch.empty_like(model, dtype=about.properties.dtype, requires_grad=False)
