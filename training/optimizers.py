@@ -46,7 +46,7 @@ def moments_of(optimizer: Any, model: torch.nn.Module) -> Tensors:
 
 
 def state_of(moments: Tensors, model: torch.nn.Module) -> dict[int, dict[str, Any]]:
-    """The inverse of `moments_of`, as the "state" of an optimiser's `state_dict`; tensors of other names are left out."""
+    """The inverse of `moments_of`, as the "state" of an optimiser's `state_dict`; other tensors are left out."""
     places = {name: (i, parameter) for i, (name, parameter) in enumerate(model.named_parameters())}
     state: dict[int, dict[str, Any]] = {}
     for name, value in moments.items():
