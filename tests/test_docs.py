@@ -159,9 +159,14 @@ def run_command(words):
         forget_accelerator()  # of an earlier command, as in a process of its own
         assert diffusers_dpm(small(words[1:])) == 0, words
     elif words[0] == "accelerate":
-        module = words.index("-m")
-        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *words[2 : module + 2]]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        module, environment = words.index("-m"), os.environ | {"OMP_NUM_THREADS": "1"}
+        options = words[2:module]
+        if "--use_fsdp" in options:  # which the launcher refuses on CPUs; what it says to the processes is this
+            options, fsdp = options[:2], options[3:]
+            names = [name.removeprefix("--").upper() for name in fsdp[::2]]
+            environment |= {"ACCELERATE_USE_FSDP": "true", **dict(zip(names, fsdp[1::2], strict=True))}
+            environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] = environment.pop("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP")
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", *options, *words[module : module + 2]]
         subprocess.run([*launch, *small(words[module + 2 :])], env=environment, check=True)
     elif words[:2] == ["pip", "install"]:
         requirement = Requirement(words[2])

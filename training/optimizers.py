@@ -38,7 +38,8 @@ def new_optimizer(parameters: Sequence[torch.Tensor], options: Any, fused: bool)
 def moments_of(optimizer: Any, model: torch.nn.Module) -> Tensors:
     """What an optimiser knows of each parameter of a network, as `NAME/KEY`."""
     moments = {}
-    for name, parameter in model.named_parameters():
+    parameters = optimizer.param_groups[0]["params"]  # which need not be the model's: FSDP makes new ones
+    for (name, _), parameter in zip(model.named_parameters(), parameters, strict=True):
         for key, value in optimizer.state.get(parameter, {}).items():
             # bitsandbytes counts steps in whole numbers, and all parameters share its tables.
             moments[f"{name}/{key}"] = value.clone() if key.startswith("qmap") else torch.as_tensor(value)
