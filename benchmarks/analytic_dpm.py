@@ -36,6 +36,7 @@ from common import (
     add_features,
     digits,
     draw,
+    least_seconds,
     make_parser,
     parse,
     plot_axes,
@@ -81,6 +82,7 @@ REPEATS = range(1, 9)  # seeds; the run with all images has seed 0
 OTHERS = ("small", "large", "residual")  # from which differences of bounds are shown
 STEPS = 25  # whose variances are compared for few images,
 LENGTHS = (25, 100, 1000)  # and for few timesteps
+PARTS = ("bounds", "heads", "samples", "cost")
 
 
 class Benchmark:
@@ -174,20 +176,13 @@ class Benchmark:
     # The heads' cost ---------------------------------------------------------------------------------------------
 
     def measure_heads(self) -> None:
-        """The rows "calls": the least seconds of a network call, which take turns."""
+        """The rows "calls": the least CPU seconds of a network call, which take turns."""
         batch = 8 if self.smallest else self.batch_size
         x, t = torch.randn((batch, *image_shape(self.unet))), torch.zeros(batch, dtype=torch.long)
 
-        @torch.no_grad()
-        def seconds(network: Any) -> float:
-            start = time.perf_counter()
-            network(x, t)
-            return time.perf_counter() - start
-
         def measure(target: str) -> dict[str, Any]:
             networks = (self.unet, self.networks[target])
-            times = [[seconds(network) for network in networks] for _ in range(2 if self.smallest else 20)]
-            plain, both = map(min, zip(*times, strict=True))
+            plain, both = least_seconds([partial(network, x, t) for network in networks], 2 if self.smallest else 20)
             sizes = [sum(map(torch.numel, network.parameters())) for network in networks]
             sizes = {"unet_parameters": sizes[0], "head_parameters": sizes[1] - sizes[0]}
             return {**sizes, "unet_seconds": plain, "seconds": both, "ratio": both / plain}
@@ -269,7 +264,7 @@ class Benchmark:
             return self.statistics.scheduler(self.scheduler, timestep_spacing="even", **options)
         return sampler_class.from_config(self.scheduler.config, **options)
 
-    def measure_samples(self, num_images: int) -> None:
+    def measure_samples(self, num_images: int, samplers: Sequence[str]) -> None:
         """The rows "samples"; the longest come last."""
 
         def measure(name: str, num_steps: int) -> dict[str, Any]:
@@ -279,6 +274,7 @@ class Benchmark:
 
         needed = {name: options.get("reverse_variance") for name, (_, options) in SAMPLERS.items()}
         names = [name for name, variance in needed.items() if variance not in HEADS or variance in self.networks]
+        names = [name for name in names if name.startswith((*samplers,))]
         for num_steps, name in tqdm([*product(self.counts, names)], desc="samples", unit="cell"):
             key = {"sampler": name, "num_inference_steps": num_steps, "num_images": num_images}
             self.results.row("samples", key, partial(measure, name, num_steps))
@@ -342,7 +338,7 @@ def head_table(values: dict[str, Any]) -> list[str]:
     ]
     text = [
         "## The cost of a head",
-        "Seconds of a network call with the head, divided by those without; the least of 20, on one CPU thread.",
+        "CPU seconds of a network call with the head, divided by those without; the least of 20, on one thread.",
         table(["head", "its parameters", "the U-Net's", "seconds"], lines),
     ]
     return text if rows else []
@@ -452,16 +448,24 @@ def main() -> None:
     add_features(parser)
     parser.add_argument("--counts", type=int, nargs="+", default=COUNTS, help="numbers of steps [%(default)s]")
     parser.add_argument("--heads", type=Path, nargs="*", help="folders of 'train-variance' [RUN/variance_head]")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="cost: of the statistics")
+    parser.add_argument("--samplers", nargs="+", default=[""], metavar="WORD", help="only those that begin so")
     arguments = parse(parser)
     run, heads = arguments.run, arguments.heads
     heads = [folder for folder in (run / "variance_head",) if folder.is_dir()] if heads is None else heads
     files = (run, heads, arguments.features, arguments.output)
     benchmark = Benchmark(*files, arguments.counts, arguments.batch_size, arguments.smallest)
+    measurements = {
+        "bounds": partial(benchmark.measure_bounds, arguments.likelihood_images),
+        "heads": benchmark.measure_heads,
+        "samples": partial(
+            benchmark.measure_samples, 20 if arguments.smallest else arguments.images, arguments.samplers
+        ),
+        "cost": benchmark.measure_cost,
+    }
     try:
-        benchmark.measure_bounds(arguments.likelihood_images)
-        benchmark.measure_heads()
-        benchmark.measure_samples(20 if arguments.smallest else arguments.images)
-        benchmark.measure_cost()
+        for part in arguments.parts:
+            measurements[part]()
     finally:
         values = benchmark.results.values
         show(arguments, markdown(values), plot(values))

@@ -5,6 +5,7 @@ import json
 import platform
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -119,6 +120,19 @@ class Results:
 
 def rms(x: torch.Tensor) -> float:
     return x.square().mean().sqrt().item()
+
+
+@torch.no_grad()
+def least_seconds(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """The least CPU seconds of each of the calls, which take turns; what other processes take does not count."""
+    rounds = []
+    for _ in range(repeats):
+        rounds.append([])
+        for call in calls:
+            start = time.process_time()
+            call()
+            rounds[-1].append(time.process_time() - start)
+    return [min(times) for times in zip(*rounds, strict=True)]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
