@@ -64,7 +64,7 @@ from diffusers_dpm.records import fingerprint
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = [f"a handwritten {word}" for word in WORDS]
-CALLS = (10, 20)  # at 20 the second scale of each guidance
+CALLS = (10, 20)
 MIN_CUT = 0.8
 END = "[EOS]"
 PIXELS = {"image_mean": [0.5], "image_std": [0.5]}  # of the CLIP
@@ -88,6 +88,7 @@ METHODS = (
     Method("autoguidance", (1.5, 2, 3, 4)),
     Method("text", (25, 50), without_label=True),
 )
+LINES = [(method, scale) for method in METHODS for scale in method.scales]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -203,9 +204,8 @@ class Benchmark:
 
     def measure_all(self, count: int, smallest: bool) -> None:
         """The rows "samples"."""
-        cells = [(method, scale, CALLS[0]) for method in METHODS for scale in method.scales]
-        cells += [(method, method.scales[1], CALLS[1]) for method in METHODS]
-        for method, scale, calls in tqdm(cells[:-1:4] if smallest else cells, unit="cell"):
+        cells = [(*line, calls) for calls in CALLS for line in LINES]
+        for method, scale, calls in tqdm(cells[::6] if smallest else cells, unit="cell"):
             key = {"guidance": method.name, "num_inference_steps": calls, "num_images": count, "scale": scale}
             self.results.row("samples", key, partial(self.measure, method, scale, calls, count))
 
@@ -220,32 +220,40 @@ class Benchmark:
 
 
 def markdown(values: dict[str, Any]) -> str:
-    rows, order = [], [method.name for method in METHODS]
-    samples = sorted(values.get("samples", []), key=lambda row: order.index(row["guidance"]))
-    for row in sorted(samples, key=lambda row: row["num_inference_steps"]):
+    samples = values.get("samples", [])
+    found = {(row["guidance"], row["scale"], row["num_inference_steps"]): row for row in samples}
+
+    def cells(row: dict[str, Any] | None) -> list[str]:
+        if row is None:
+            return [""] * 4
         error = math.sqrt(row["accuracy"] * (1 - row["accuracy"]) / row["num_images"])
-        rows.append(
-            [
-                row["guidance"],
-                f"{row['scale']:g}",
-                str(row["num_inference_steps"]),
-                f"{row['accuracy']:.1%} ± {error:.1%}",
-                f"{row['frechet']:.2f} ± {row['frechet_error']:.2f}",
-                f"{row['precision']:.2f}",
-                f"{row['recall']:.2f}",
-            ]
-        )
+        return [
+            f"{row['accuracy']:.1%} ± {error:.1%}",
+            f"{row['frechet']:.2f} ± {row['frechet_error']:.2f}",
+            f"{row['precision']:.2f}",
+            f"{row['recall']:.2f}",
+        ]
+
+    rows = []
+    for method, scale in LINES:
+        by_calls = [found.get((method.name, scale, calls)) for calls in CALLS]
+        if any(by_calls):
+            columns = zip(*map(cells, by_calls), strict=True)
+            rows.append([method.name, f"{scale:g}", *(cell for pair in columns for cell in pair)])
+    names = ("accuracy", "distance", "precision", "recall")
+    head = ["guidance", "w", *(f"{name}, {calls} calls" for name in names for calls in CALLS)]
     held_out = values["held_out"]
-    count = next((row["num_images"] for row in values.get("samples", [])), 0)
+    count = next((row["num_images"] for row in samples), 0)
     text = [
         "# Guidance on the digits",
         f"{count} images a line, seeds and labels the same. Accuracy: recognised as the digit that was asked for, "
-        f"by a classifier that has guided nothing; binomial errors. {about(values['judge'])} Bootstrap errors.",
+        f"by a classifier that has guided nothing; binomial errors. Distance: {FRECHET}; bootstrap errors. "
+        f"{about(values['judge'])}",
         "Recall, for diversity: the part of the training digits among the samples; precision: the samples among "
         f"the training digits. The held-out digits have {held_out['precision']:.2f} and {held_out['recall']:.2f}. The "
         f"CLIP of the text recognises {values['clip']:.1%} of them. Classifier and text guide the network without "
         "label; CFG at w = 1 is the network of the class, unguided.",
-        table(["guidance", "w", "calls", "accuracy", FRECHET, "precision", "recall"], rows),
+        table(head, rows),
     ]
     return "\n\n".join(text) + "\n"
 
