@@ -168,7 +168,7 @@ def main() -> None:
     ratios = ", ".join(f"{row['guidance_over_minimum']:.2f} ({row['preset']})" for row in rows)
     save(arguments.output, {"versions": versions(), "threads": arguments.threads, "repeats": repeats, "rows": rows})
     about = f"Medians of {repeats} rounds. The classifier's guidance over its two passes alone: {ratios}."
-    show(arguments, f"{table(head, lines)}\n\n{about}\n")
+    show(arguments, f"# Overhead of guidance\n\n{table(head, lines)}\n\n{about}\n")
 
 
 if __name__ == "__main__":

@@ -193,7 +193,8 @@ def markdown(values: dict[str, Any]) -> str:
         lines.append([row["operator"], row["method"], *found])
     lines.sort(key=lambda line: line[0])
     text = (
-        f"{values['images']} held-out images of {values['data']}, noise of standard deviation {values['noise_std']} "
+        f"# Inverse problems on {values['data']}\n\n"
+        f"{values['images']} held-out images, noise of standard deviation {values['noise_std']} "
         f"in [-1, 1], {values['samples']} samples of each in {values['steps']} steps of DDIM (eta = 1). "
         "PSNR in dB. A calibrated posterior covers 90 %, and its standard deviation is the error of its mean, but for "
         f"a factor of {math.sqrt(values['samples'] / (values['samples'] + 1)):.3f}.\n\n"
