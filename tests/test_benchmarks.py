@@ -29,6 +29,7 @@ ON_A_RUN = (
     "ode_error",
     "quality",
     "score_matching",
+    "variance_head_designs",
 )
 ON_DIGITS = (
     "analytic_dpm",
