@@ -400,41 +400,51 @@ def markdown(values: dict[str, Any]) -> str:
 
 
 def plot(values: dict[str, Any]) -> Figure:
-    """Likelihood and distance over the number of steps, and the error of sigma2 over the number of images."""
-    figure, (left, middle, right) = plot_axes(3)
-    for (spacing, style), (i, variance) in product(zip(SPACINGS, ("-o", ":s"), strict=True), enumerate(VARIANCES)):
-        rows = [row for row in values.get("bounds", []) if (row["spacing"], row["variance"]) == (spacing, variance)]
-        bits = [row["bits_per_dim"] for row in rows]
-        if rows:
-            left.loglog(steps_of(rows), bits, style, color=f"C{i}", markersize=4, label=f"{variance}, {spacing}")
-    left.set(xlabel="steps", ylabel="bits per dimension, upper bound", ylim=(2.5, 25))
-    left.set_yticks((3, 4, 5, 10, 20), labels=(3, 4, 5, 10, 20))
-    for i, name in enumerate(SAMPLERS):
-        rows = [row for row in values.get("samples", []) if row["sampler"] == name]
-        if not rows:
-            continue
-        distances, errors = [row["frechet"] for row in rows], [row["frechet_error"] for row in rows]
-        style = {"residual": "--", "analytic": ":"}.get(name.split()[-1], "-." if "-" in name else "-")
-        middle.errorbar(
-            steps_of(rows), distances, errors, color=f"C{i}", marker="o", markersize=4, ls=style, label=name
-        )
-    middle.axhline(values["judge"]["frechet"], color="grey", linestyle=":", label="held-out digits")
-    middle.set(xscale="log", yscale="log", xlabel="steps", ylabel=FRECHET)
-    for axes in (left, middle):
-        axes.set_xticks(COUNTS, labels=COUNTS)
-    rows = values.get("images", [])
-    counts = [row["num_images"] for row in rows]
-    for (i, name), (what, style) in product(enumerate(ESTIMATES), (("median", "-o"), ("max", ":s"))):
-        errors = [row[f"{name} sigma2"][what] for row in rows]
-        right.loglog(counts, errors, style, color=f"C{i}", markersize=4, label=f"{name}, {what} over steps")
-    right.axhline(0.01, color="grey", linestyle=":")
-    right.set(xlabel="images", ylabel=f"relative error of sigma2 at {STEPS} steps")
-    right.set_xticks(IMAGE_COUNTS, labels=IMAGE_COUNTS)
-    for axes in (left, middle, right):
+    """Likelihood and distance over the number of steps, and the error of sigma2 over the images: what was measured."""
+    panels = {"bounds": plot_bounds, "samples": plot_samples, "images": plot_cost}
+    measured = [draw_panel for part, draw_panel in panels.items() if values.get(part)]
+    figure, all_axes = plot_axes(len(measured))
+    for draw_panel, axes in zip(measured, all_axes, strict=True):
+        draw_panel(values, axes)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     return figure
+
+
+def plot_bounds(values: dict[str, Any], axes: Any) -> None:
+    for (spacing, style), (i, variance) in product(zip(SPACINGS, ("-o", ":s"), strict=True), enumerate(VARIANCES)):
+        rows = [row for row in values["bounds"] if (row["spacing"], row["variance"]) == (spacing, variance)]
+        bits = [row["bits_per_dim"] for row in rows]
+        if rows:
+            axes.loglog(steps_of(rows), bits, style, color=f"C{i}", markersize=4, label=f"{variance}, {spacing}")
+    axes.set(xlabel="steps", ylabel="bits per dimension, upper bound", ylim=(2.5, 25))
+    axes.set_yticks((3, 4, 5, 10, 20), labels=(3, 4, 5, 10, 20))
+    axes.set_xticks(COUNTS, labels=COUNTS)
+
+
+def plot_samples(values: dict[str, Any], axes: Any) -> None:
+    for i, name in enumerate(SAMPLERS):
+        rows = [row for row in values["samples"] if row["sampler"] == name]
+        if not rows:
+            continue
+        distances, errors = [row["frechet"] for row in rows], [row["frechet_error"] for row in rows]
+        style = {"residual": "--", "analytic": ":"}.get(name.split()[-1], "-." if "-" in name else "-")
+        axes.errorbar(steps_of(rows), distances, errors, color=f"C{i}", marker="o", markersize=4, ls=style, label=name)
+    axes.axhline(values["judge"]["frechet"], color="grey", linestyle=":", label="held-out digits")
+    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel=FRECHET)
+    axes.set_xticks(COUNTS, labels=COUNTS)
+
+
+def plot_cost(values: dict[str, Any], axes: Any) -> None:
+    rows = values["images"]
+    counts = [row["num_images"] for row in rows]
+    for (i, name), (what, style) in product(enumerate(ESTIMATES), (("median", "-o"), ("max", ":s"))):
+        errors = [row[f"{name} sigma2"][what] for row in rows]
+        axes.loglog(counts, errors, style, color=f"C{i}", markersize=4, label=f"{name}, {what} over steps")
+    axes.axhline(0.01, color="grey", linestyle=":")
+    axes.set(xlabel="images", ylabel=f"relative error of sigma2 at {STEPS} steps")
+    axes.set_xticks(IMAGE_COUNTS, labels=IMAGE_COUNTS)
 
 
 def steps_of(rows: list[dict]) -> list[int]:

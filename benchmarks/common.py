@@ -215,4 +215,4 @@ def draw(
 
 def plot_axes(columns: int) -> tuple[Figure, Sequence[Any]]:
     figure = Figure(figsize=(5 * columns, 4.5), layout="constrained")
-    return figure, figure.subplots(1, columns)
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
