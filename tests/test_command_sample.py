@@ -392,8 +392,9 @@ def test_calibrated_rows_lie_beside_the_model(run, sample, capsys):
         build_scheduler("calibrated", {}, pipeline, str(run))
     own = weights_hash(pipeline.unet)
     solver = save_tables(run, (None, 3), (2.0, 2), (2.0, 4), weights=own)
-    found = {w: build_scheduler("calibrated", {}, pipeline, str(run), w).available_steps for w in (None, 2.0, 3.0)}
-    assert found == {None: [3], 2.0: [2, 4], 3.0: [3]}
+    for name in ("calibrated", f"calibrated:{run / 'calibrated'}"):
+        found = {w: build_scheduler(name, {}, pipeline, str(run), w).available_steps for w in (None, 2.0, 3.0)}
+        assert found == {None: [3], 2.0: [2, 4], 3.0: [3]}
     assert build_scheduler("calibrated", {"guidance_scale": 2.0}, pipeline, str(run)).available_steps == [2, 4]
 
     folder = sample("--seeds=0-2", scheduler="calibrated", steps=3)
@@ -497,6 +498,15 @@ def test_command_is_listed_and_has_help(capsys):
     assert "--guidance-scale" in help_of("sample", capsys)
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [("", "calibrated: needs the folder or Hub id"), ("{run}", "such as RUN/calibrated"), ("{run}/no", "cannot load")],
+)
+def test_rows_that_are_not_there_are_told_in_one_line(run, sample, capsys, rows, message):
+    sample("--seeds=0", scheduler=f"calibrated:{rows.format(run=run)}", steps=3, code=2)
+    assert message in last_line(capsys)
+
+
 def test_guidance_takes_the_rows_of_its_scale(run, sample, capsys):
     tiny_classifier(std=0).save_pretrained(run / "classifier")
     save_tables(run, (None, 3), (2.0, 3))
@@ -507,6 +517,8 @@ def test_guidance_takes_the_rows_of_its_scale(run, sample, capsys):
     save_tables(run, (None, 3), (2.0, 3), classifier="0" * 64)
     guided = ["--seeds=0-1", "--guidance-scale=2", "--class-labels=1"]
     sample(*guided, scheduler="calibrated", steps=3, output="other", code=2)
+    assert "fitted under guidance by another classifier" in capsys.readouterr().err
+    sample(*guided, scheduler=f"calibrated:{run / 'calibrated'}", steps=3, output="other", code=2)
     assert "fitted under guidance by another classifier" in capsys.readouterr().err
     sample("--seeds=0-1", scheduler="calibrated", steps=3, output="unguided")
     (run / "calibrated" / "scheduler_config.json").write_text("{")

@@ -121,8 +121,8 @@ class DiffusionTrainer(Trainer):
     def _validation(self, loss: DenoisingLoss, data: ImageDataset) -> dict[str, HeldOutLoss]:
         """What is measured on held-out images, by its name in the log."""
         options, schedule = self.options, loss.schedule
-        if data.shape != self.data.shape:
-            shapes = f"{describe(data.shape)}, those to train on {describe(self.data.shape)}"
+        if data.picture_shape != self.data.picture_shape:
+            shapes = f"{describe(data.picture_shape)}, those to train on {describe(self.data.picture_shape)}"
             raise DiffusersDPMError(f"the held-out images are {shapes}: see --resolution and --channels")
         if self.conditional:
             check_classes(data, self.data.num_classes, self.data.class_names)

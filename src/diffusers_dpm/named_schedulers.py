@@ -49,6 +49,8 @@ def find_scheduler(name: str) -> type[SchedulerMixin]:
         raise DiffusersDPMError(
             f"diffusers has no scheduler {name.removeprefix(STOCK)!r}, or it needs a package that is missing"
         )
+    if name == ROWS:
+        raise DiffusersDPMError(f"{ROWS} needs the folder or Hub id of the rows: {ROWS}ROWS")
     if name.startswith(ROWS):
         return CalibratedScheduler
     if name not in SCHEDULERS:
@@ -117,7 +119,7 @@ def build_scheduler(
         options: keys of its config that replace the model's.
         pipeline: the model's `DPMPipeline`, or any other of diffusers' with a scheduler, for which there is no extra.
         model: run folder or Hub id.
-        guidance_scale: that of sampling; "calibrated" takes the rows fitted under it, if there are any.
+        guidance_scale: that of sampling; fitted rows of a run are those fitted under it, if there are any.
 
     Raises:
         DiffusersDPMError: no such scheduler, option or value; a scheduler of `EXTRAS` that the model does not have, or
@@ -128,27 +130,27 @@ def build_scheduler(
     run = RunFolder(model)
     if name == command_name(CalibratedScheduler) and not isinstance(pipeline, DPMPipeline) and run.calibrated.is_dir():
         name = f"{ROWS}{run.calibrated}"
-    if name.startswith(ROWS):
-        scheduler = load_rows(name.removeprefix(ROWS), options, pipeline)
+    apart = name.removeprefix(ROWS) if name.startswith(ROWS) else None
+    if apart and not isinstance(pipeline, DPMPipeline):
+        scheduler = load_rows(apart, options, pipeline)
         check_process(name, scheduler, pipeline.scheduler)
         return scheduler
-    config = pipeline.scheduler.config
+    origin, config = f"{model}/{RunFolder.scheduler}", pipeline.scheduler.config
     subfolder = next((key for key, extra in EXTRAS.items() if extra.cls is scheduler_class), None)
     if options.get("reverse_variance") in HEADS and run.path.is_dir() and not run.analytic_dpm.is_dir():
         subfolder = None  # a head needs no statistics
     if subfolder is not None and not (model and isinstance(pipeline, DPMPipeline)):
         raise DiffusersDPMError(f"{name} is for run folders: it needs what was fitted to their model")
     if subfolder is not None:
-        saved = load_extra(model, subfolder)
-        config = saved.config
+        saved = load_calibrated(apart) if apart else load_extra(model, subfolder)
+        origin, config = apart or f"{model}/{subfolder}", saved.config
         if scheduler_class is AnalyticDPMScheduler:
-            check_statistics(saved, pipeline.unet, f"{model}/{subfolder}")
+            check_statistics(saved, pipeline.unet, origin)
         if scheduler_class is CalibratedScheduler:
-            steps = fitted_steps(saved, pipeline.unet, f"{model}/{subfolder}", pipeline.classifier)
+            steps = fitted_steps(saved, pipeline.unet, origin, pipeline.classifier)
             options = {"guidance_scale": guidance_scale, **options} if guidance_scale in steps else options
-        with user_error(f"{model}/{subfolder}"):  # what it carries may not be of its own config
+        with user_error(origin):  # what it carries may not be of its own config
             saved.set_timesteps(min(getattr(saved, "available_steps", [1])))
-    origin = f"{model}/{subfolder or RunFolder.scheduler}"
     with user_error(
         f"{name} of {origin}", AttributeError, NotImplementedError, RuntimeError, TypeError
     ):  # diffusers raises all
@@ -157,13 +159,21 @@ def build_scheduler(
     return scheduler
 
 
+def load_calibrated(where: str) -> CalibratedScheduler:
+    """The fitted rows in a folder or Hub repository of their own. Raises DiffusersDPMError if there are none."""
+    if Path(where).is_dir() and not (Path(where) / CalibratedScheduler.config_name).exists():
+        rows = f"{ROWS}ROWS names the folder that 'diffusers-dpm calibrate' wrote, such as RUN/calibrated"
+        raise DiffusersDPMError(f"{where} has no {CalibratedScheduler.config_name}: {rows}")
+    return load_part(CalibratedScheduler, where)
+
+
 def load_rows(where: str, options: dict[str, Any], pipeline: Any) -> CalibratedScheduler:
-    """The fitted rows in a folder or Hub repository of their own.
+    """The same, for a pipeline of diffusers.
 
     Raises:
         DiffusersDPMError: there are none, damaged ones, or none that were fitted to networks of the pipeline.
     """
-    calibration: Any = load_part(CalibratedScheduler, where).calibration or {}
+    calibration: Any = load_calibrated(where).calibration or {}
     with user_error(where):
         scheduler = CalibratedScheduler.from_pretrained(where, **options)
         Calibration.from_dict(calibration)

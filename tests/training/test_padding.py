@@ -79,6 +79,14 @@ def test_plan_and_held_out_figures(options, pictures, capsys):
     assert (row["held_out_loss"] != "nan", row["bits_per_dim"]) == (True, "nan")
 
 
+def test_held_out_images_of_the_padded_size_are_refused(options, pictures, tmp_path):
+    (tmp_path / "others").mkdir()
+    for i in range(2):
+        np.save(tmp_path / "others" / f"{i}.npy", np.zeros((8, 10), np.uint8))
+    with pytest.raises(ValueError, match="held-out images are 8x10 with 1 channel, those to train on 7x9"):
+        DiffusionTrainer(options(data=pictures, eval_data=str(tmp_path / "others")))
+
+
 def test_saved_pipeline(run):
     """Plain diffusers draws the padded images, of which ours are the part; each by its own generators."""
     plain, ours = DiffusionPipeline.from_pretrained(run), DPMPipeline.from_pretrained(run)
@@ -113,6 +121,9 @@ def test_commands_on_a_padded_run(run, pictures, capsys, tmp_path):
     assert DPMPipeline.from_pretrained(run).unet.config["_image_size"] == [7, 9]
     capsys.readouterr()
     assert "pads its images" in error_of("likelihood", capsys, folder, *data, "--split=train")
+    words = [*data, "--schedulers=ddpm", "--steps=2", "--num-images=20", "--likelihood-images=2", "--features=none"]
+    splits = ["--split=train[:60%]", "--held-out-split=train[60%:]"]
+    assert "pads its images" in error_of("evaluate", capsys, folder, *words, *splits)
 
 
 def test_training_goes_on_from_a_padded_run(run, options, pictures, tmp_path):

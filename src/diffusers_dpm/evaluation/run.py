@@ -19,6 +19,7 @@ from diffusers_dpm.evaluation.features import Reference, load_features, to_bytes
 from diffusers_dpm.evaluation.report import write_report
 from diffusers_dpm.evaluation.results import Results, sampler_name
 from diffusers_dpm.likelihood.bound import evidence_lower_bound, why_unbounded
+from diffusers_dpm.likelihood.problem import check_not_padded
 from diffusers_dpm.networks import guided_calls, load_guide, load_pipeline, report_cost
 from diffusers_dpm.options import DataSourceOptions
 from diffusers_dpm.pipelines import DPMPipeline, is_conditional, picture_shape
@@ -107,6 +108,8 @@ class Evaluation:
 
     def _load_pipeline(self) -> DPMPipeline:
         pipeline = load_pipeline(self.model, any_process=True)
+        if self.likelihood_images:
+            check_not_padded(self.model, pipeline.unet)
         if self.guidance_scale is not None:
             pipeline.register_modules(classifier=load_guide(self.model, pipeline.unet))
             if self.class_labels is None and not is_conditional(pipeline.unet):

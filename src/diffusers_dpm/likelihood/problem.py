@@ -8,6 +8,7 @@ import torch
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.networks import noise_schedule_of, whole_config
+from diffusers_dpm.pipelines import image_shape, picture_shape
 from diffusers_dpm.random_streams import Stream
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMScheduler
 
@@ -25,6 +26,13 @@ def as_analytic_dpm(scheduler: Any, **options: Any) -> AnalyticDPMScheduler:
         return scheduler
     noise_schedule_of(scheduler)  # checks it
     return AnalyticDPMScheduler.from_config(whole_config(scheduler), timestep_spacing="even", **options)
+
+
+def check_not_padded(model: str, unet: Any) -> None:
+    """Raise DiffusersDPMError for a model of padded images."""
+    shape = picture_shape(unet)
+    if shape != image_shape(unet):
+        raise DiffusersDPMError(f"{model} pads its images: it has no likelihood of the {shape[1]}x{shape[2]} alone")
 
 
 class Examples:

@@ -16,12 +16,12 @@ from diffusers_dpm.data import ImageDataset, describe, find_num_levels, load_dat
 from diffusers_dpm.errors import DiffusersDPMError, user_error
 from diffusers_dpm.likelihood import bound as elbo
 from diffusers_dpm.likelihood.ode import ODELikelihood, ode_log_likelihood
-from diffusers_dpm.likelihood.problem import as_analytic_dpm
+from diffusers_dpm.likelihood.problem import as_analytic_dpm, check_not_padded
 from diffusers_dpm.likelihood.reverse_steps import has_learned_range
 from diffusers_dpm.named_schedulers import check_statistics, network_for
 from diffusers_dpm.networks import checked_labels, load_extra, load_part, load_pipeline, report_cost
 from diffusers_dpm.options import DataSourceOptions
-from diffusers_dpm.pipelines import DPMPipeline, image_shape, is_conditional, picture_shape
+from diffusers_dpm.pipelines import DPMPipeline, is_conditional
 from diffusers_dpm.plots import plot_file
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import ResultStore, Tensors, atomic_file, read_json, short_hash, weights_hash, write_json
@@ -139,8 +139,7 @@ def open_task(model: str, options: Any) -> Task:
     pipeline = load_pipeline(model)
     data = load_data(options, require_labels=is_conditional(pipeline.unet), default_split="test")
     options = dataclasses.replace(options, split=data.source.split)
-    if data.shape == picture_shape(pipeline.unet, data.shape[1:]) != image_shape(pipeline.unet, data.shape[1:]):
-        raise DiffusersDPMError(f"{model} pads its images: it has no likelihood of the {describe(data.shape)} alone")
+    check_not_padded(model, pipeline.unet)
     checked_labels(pipeline.unet, data[[0]]["images"], data.labels)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
