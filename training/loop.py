@@ -507,10 +507,12 @@ def seconds_of_step(
         state.optimizer.zero_grad()
         losses.sum().item()  # waits for the device
 
+    def agreed(seconds: float) -> float:
+        """Those of the first process: under FSDP all must go on in the same way."""
+        return Processes(accelerator).first([seconds])[0]
+
     state.network.train()
-    # Of all processes the first one's clock counts: under FSDP they must agree on what to do next.
-    clock = lambda seconds: Processes(accelerator).first([seconds])[0]  # noqa: E731
-    return measured_seconds(passes, len(draws.timesteps), clock) * len(shares)
+    return measured_seconds(passes, len(draws.timesteps), agreed) * len(shares)
 
 
 def ignore_signals(worker: int) -> None:
