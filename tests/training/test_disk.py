@@ -27,7 +27,10 @@ def error_lines(capsys):
     return [line for line in lines if line and not re.search(r"\d+/\d+ \[", line)]
 
 
-@pytest.mark.parametrize(("size", "file"), [(500, "training_options.json"), (40_000, "checkpoints/step-00000003")])
+@pytest.mark.parametrize(
+    ("size", "file"),
+    [(500, "training_options.json"), (40_000, "checkpoints/step-00000003/trainer_state/model.safetensors")],
+)
 def test_a_full_disk_is_one_line_with_the_file(tmp_path, arguments, small_disk, capsys, size, file):
     words = arguments(checkpoint_every=3)
     small_disk(size)
