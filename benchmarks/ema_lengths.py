@@ -75,7 +75,7 @@ def main() -> None:
     lines = [
         [row["length"], f"{row['frechet']:.3f} ± {row['frechet_error']:.3f}", f"{row['defect']:.1%}"] for row in rows
     ]
-    figure, axes = plot_axes(1)
+    figure, (axes,) = plot_axes(1)
     fitted = [row for row in rows if row["length"][0].isdigit()]
     at = [float(row["length"]) for row in fitted]
     axes.errorbar(at, [row["frechet"] for row in fitted], [row["frechet_error"] for row in fitted], marker="o")
