@@ -117,7 +117,7 @@ def build_scheduler(
     Args:
         name: as `find_scheduler`. A class of `EXTRAS` is loaded from the model's folder, or the one that is named.
         options: keys of its config that replace the model's.
-        pipeline: the model's `DPMPipeline`, or any other of diffusers' with a scheduler, for which there is no extra.
+        pipeline: the `DPMPipeline` of the model, or any other of diffusers' with a scheduler, which has rows alone.
         model: run folder or Hub id.
         guidance_scale: that of sampling; fitted rows of a run are those fitted under it, if there are any.
 
@@ -128,11 +128,10 @@ def build_scheduler(
     scheduler_class = find_scheduler(name)
     check_options(name, scheduler_class, options)
     run = RunFolder(model)
-    if name == command_name(CalibratedScheduler) and not isinstance(pipeline, DPMPipeline) and run.calibrated.is_dir():
-        name = f"{ROWS}{run.calibrated}"
     apart = name.removeprefix(ROWS) if name.startswith(ROWS) else None
-    if apart and not isinstance(pipeline, DPMPipeline):
-        scheduler = load_rows(apart, options, pipeline)
+    rows = apart or (str(run.calibrated) if model and run.calibrated.is_dir() else None)
+    if rows and scheduler_class is CalibratedScheduler and not isinstance(pipeline, DPMPipeline):
+        scheduler = load_rows(rows, options, pipeline)
         check_process(name, scheduler, pipeline.scheduler)
         return scheduler
     origin, config = f"{model}/{RunFolder.scheduler}", pipeline.scheduler.config
@@ -168,14 +167,15 @@ def load_calibrated(where: str) -> CalibratedScheduler:
 
 
 def load_rows(where: str, options: dict[str, Any], pipeline: Any) -> CalibratedScheduler:
-    """The same, for a pipeline of diffusers.
+    """`load_calibrated`, with options, for a pipeline of diffusers whatever its networks.
 
     Raises:
-        DiffusersDPMError: there are none, damaged ones, or none that were fitted to networks of the pipeline.
+        DiffusersDPMError: there are no rows, damaged ones, or none that were fitted to networks of the pipeline.
     """
-    calibration: Any = load_calibrated(where).calibration or {}
+    saved = load_calibrated(where)
+    calibration: Any = saved.calibration or {}
     with user_error(where):
-        scheduler = CalibratedScheduler.from_pretrained(where, **options)
+        scheduler = CalibratedScheduler.from_config(saved.config, **options)
         Calibration.from_dict(calibration)
     modules = {key: part for key, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     groups = (group for size in (1, 2) for group in combinations(modules, size))  # two as of Wan's transformers
