@@ -3,7 +3,7 @@
     python benchmarks/training_throughput.py            # adds to results/training_throughput.{json,md}
 
 Same network, images, batch size and precision, in one process, in alternating blocks of steps; the result is the ratio
-of the times per step. "contiguous" is our loop without channels_last, "compile" is it with `--compile`.
+of the times per step. "compile" is our loop with `--compile`.
 
 The loop of diffusers is written anew after examples/unconditional_image_generation of 0.42: every image decoded and
 transformed by PIL when it is needed, inputs cast to the network's precision before the noise is added, one log entry
@@ -96,16 +96,12 @@ class OurLoop:
         options: TrainingOptions,
         folder: str,
         compiled: bool = False,
-        memory_format: torch.memory_format | None = None,
     ):
         self.options = options = dataclasses.replace(options, compile=compiled)
         self.accelerator = make_accelerator(options, folder)
         self.data = ImageDataset(ImageSource(len(images), images.__getitem__, value_range=(0, levels)))
         self.loss = DenoisingLoss(DDPMScheduler().schedule)
         self.state = TrainingState(unet, options, self.accelerator)
-        if memory_format is not None:
-            for network in (self.state.model, self.state.ema.network):
-                network.to(memory_format=memory_format)
 
     def steps(self) -> Iterator[None]:
         recent = []
@@ -293,7 +289,6 @@ class LucidrainsLoop:
 
 LOOPS: dict[str, Callable[..., Any]] = {
     "ours": OurLoop,
-    "contiguous": partial(OurLoop, memory_format=torch.contiguous_format),
     "compile": partial(OurLoop, compiled=True),
     "diffusers": DiffusersLoop,
     "lucidrains": LucidrainsLoop,

@@ -135,9 +135,6 @@ class TrainingState:
             self.empty = copy.deepcopy(model).to("meta")  # what whole networks are made from
         else:
             network.to(accelerator.device)
-            # Elsewhere group norm has no kernels for channels_last and would copy to and fro; bitsandbytes undoes it.
-            if accelerator.device.type == "cpu" and options.optimizer == "adamw":
-                network.to(memory_format=torch.channels_last)  # the averages and AdamW's moments follow
         self.model = model
         self.parameters: list[torch.Tensor] = list(model.parameters())
         self.ema = MovingAverage(model, warmed_up_decay(options)) if options.ema else None

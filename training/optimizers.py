@@ -48,17 +48,10 @@ def moments_of(optimizer: Any, model: torch.nn.Module) -> Tensors:
 
 def state_of(moments: Tensors, model: torch.nn.Module) -> dict[int, dict[str, Any]]:
     """The inverse of `moments_of`, as the "state" of an optimiser's `state_dict`; other tensors are left out."""
-    places = {name: (i, parameter) for i, (name, parameter) in enumerate(model.named_parameters())}
+    places = {name: i for i, (name, _) in enumerate(model.named_parameters())}
     state: dict[int, dict[str, Any]] = {}
     for name, value in moments.items():
         parameter, _, key = name.rpartition("/")
-        if parameter not in places:
-            continue
-        place, own = places[parameter]
-        known: Any = value
-        if value.shape == own.shape:  # the kernels go through both in memory: they must lie alike
-            known = torch.empty_like(own, dtype=value.dtype).copy_(value)
-        elif value.dtype == torch.int64:
-            known = value.item()
-        state.setdefault(place, {})[key] = known
+        if parameter in places:
+            state.setdefault(places[parameter], {})[key] = value.item() if value.dtype == torch.int64 else value
     return state

@@ -129,17 +129,6 @@ def test_checkpoints_are_pipelines_with_the_average(tmp_path, trainer):
     assert not torch.equal(raw["conv_in.weight"], run.state.ema_model.conv_in.weight)
 
 
-def test_what_belongs_to_a_weight_lies_as_it_does(options):
-    """Fused AdamW goes through memory, whatever the strides."""
-    train(options(max_train_steps=3, checkpoint_every=3))
-    state = DiffusionTrainer(options(resume="latest")).state
-    for weight, average in zip(state.parameters, state.ema.network.parameters(), strict=True):
-        moments = state.optimizer.state[weight]
-        own = {x.stride() for x in (weight, average, moments["exp_avg"], moments["exp_avg_sq"])}
-        assert len(own) == 1
-        assert weight.dim() < 4 or weight.is_contiguous(memory_format=torch.channels_last)
-
-
 def test_no_pickles(options):
     run = train(options())
     suffixes = {path.suffix for path in run.rglob("*") if path.is_file()}
