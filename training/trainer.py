@@ -34,7 +34,8 @@ from diffusers_dpm.records import (
 )
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.training import checkpoints
-from diffusers_dpm.training.loop import Loss, StepRecord, TrainingState, batch_shares, seconds_of_step, training_steps
+from diffusers_dpm.training.loop import Loss, StepRecord, batch_shares, seconds_of_step, training_steps
+from diffusers_dpm.training.state import TrainingState
 from diffusers_dpm.training.timestep_sampling import timestep_quantile
 
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.training.checkpoints import checkpoint_folder, snapshot_file
-from diffusers_dpm.training.loop import TrainingState
 from diffusers_dpm.training.sharding import is_sharded, read_folder
+from diffusers_dpm.training.state import TrainingState
 from diffusers_dpm.training.train_diffusion import train
 
 
