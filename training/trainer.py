@@ -23,15 +23,7 @@ from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, deferred
 from diffusers_dpm.networks import LONG, NoProgress, Progress, check_finite, duration
 from diffusers_dpm.options import flag
 from diffusers_dpm.processes import Processes
-from diffusers_dpm.records import (
-    LOCK,
-    fingerprint,
-    remove_folder,
-    short_hash,
-    write_json,
-    write_text,
-    writing,
-)
+from diffusers_dpm.records import LOCK, fingerprint, remove_folder, short_hash, write_json, write_text, writing
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.training import checkpoints
 from diffusers_dpm.training.loop import Loss, StepRecord, batch_shares, seconds_of_step, training_steps
@@ -41,15 +33,10 @@ from diffusers_dpm.training.timestep_sampling import timestep_quantile
 
 MANY_EPOCHS = 4000  # twice those of the DDPM paper on CIFAR-10
 METRICS_LOG = "metrics.csv"  # beside the events of TensorBoard
-
-
 # Options of the invocation, not of the run; not saved.
 CALL_OPTIONS = frozenset({"resume", "overwrite", "dry_run", "push_to_hub", "hub_private"})
-
-
 # What a resumed run may change of its further course; the log says from which step on.
 LOGGED_CHANGES = ("learning_rate", "batch_size", "max_train_steps")
-
 
 # What else it may change: nothing that its weights depend on, beyond rounding.
 MAY_CHANGE = frozenset(
@@ -62,7 +49,6 @@ MAY_CHANGE = frozenset(
         *LOGGED_CHANGES,
     }
 )
-
 
 NUM_COMPARED = 64  # images by which the data of a resumed run is known again
 
@@ -164,7 +150,7 @@ class Trainer(ABC):
             lock = Processes(self.accelerator).locked(self.run_folder / LOCK)
             with lock, thread_errors_hidden(), self._log_open():
                 self._open_run_folder()
-                self._train(progress or NoProgress())
+                self._train(NoProgress() if progress is None else progress)
                 self._checkpoint()
                 self.state.end_sharding()
                 done = self._finish() if self.accelerator.is_main_process else ""
