@@ -346,14 +346,14 @@ def load_guide(model: str, unet: Any) -> Any:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence diffusers' warnings about unknown config keys."""
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
+def quiet(library: Any = diffusers_logging) -> Iterator[None]:
+    """Silence the warnings of a library, by its `utils.logging`: diffusers' are about unknown config keys."""
+    verbosity = library.get_verbosity()
+    library.set_verbosity_error()
     try:
         yield
     finally:
-        diffusers_logging.set_verbosity(verbosity)
+        library.set_verbosity(verbosity)
 
 
 # Images and classes --------------------------------------------------------------------------------------------------
@@ -455,11 +455,7 @@ def prediction_type_of(scheduler: Any) -> str:
 
 
 def network_output(
-    unet: Any,
-    x: torch.Tensor,
-    timesteps: torch.Tensor,
-    class_labels: torch.Tensor | None,
-    with_variance: bool = False,
+    unet: Any, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None, with_variance: bool = False
 ) -> torch.Tensor:
     """The prediction, without the variance half of 2C channels: computed in the network's dtype, returned as float64.
 
