@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import tqdm
 
 from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.networks import WEIGHTS
 from diffusers_dpm.records import atomic_folder, open_tensors, read_tensors, write_tensors
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.training.checkpoints import TRAINER_STATE, last_checkpoint, list_snapshots
@@ -18,7 +19,6 @@ from diffusers_dpm.training.sharding import read_folder
 
 
 LONGEST = math.sqrt(1 / 12)  # the standard deviation of even weights over the run
-WEIGHTS = RunFolder.unet / "diffusion_pytorch_model.safetensors"
 
 
 class Average(NamedTuple):
@@ -106,5 +106,5 @@ def _write(run: RunFolder, folder: Path, weights: dict[str, torch.Tensor]) -> Pa
             source, copy = run.path / part, temporary / part
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(source, copy) if source.is_dir() else shutil.copyfile(source, copy)
-        write_tensors(temporary / WEIGHTS, weights, {"format": "pt"})
+        write_tensors(temporary / RunFolder.unet / WEIGHTS, weights, {"format": "pt"})
     return folder

@@ -194,8 +194,8 @@ class TrainingState:
         if weights:
             write_tensors(path, weights, {"num_updates": str(self.power_averages[0].num_updates)})
 
-    def load(self, folder: Path, ema_weights: Path) -> None:
-        """Restore what `save` wrote, on any number of processes, and the averaged weights from the model's file."""
+    def load(self, folder: Path, model: Path) -> None:
+        """Restore what `save` wrote, on any number of processes, and the averaged weights from the model's folder."""
         numbers, weights = read_json(folder / "state.json"), self.model.state_dict()
         tensors = read_folder(folder, weights)
         self.model.load_state_dict({name: tensors[name] for name in weights})
@@ -211,7 +211,7 @@ class TrainingState:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(numbers["scaler"])
         if self.ema is not None:
-            self.ema.network.load_state_dict(read_folder(ema_weights.parent, self.ema.network.state_dict()))
+            self.ema.network.load_state_dict(read_folder(model, self.ema.network.state_dict()))
             self.ema.num_updates = numbers["ema_step"]
         if self.power_averages:
             with open_tensors(folder / "power_averages.safetensors") as file:

@@ -51,7 +51,7 @@ class DiffusionTrainer(Trainer):
         DiffusersDPMError: as `Trainer`.
     """
 
-    weights = "unet/diffusion_pytorch_model.safetensors"
+    component = RunFolder.unet
     command = "train"
 
     def __init__(self, options: TrainingOptions):

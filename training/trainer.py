@@ -72,7 +72,7 @@ class Trainer(ABC):
     """
 
     conditional: bool = True  # whether the loss gets the labels
-    weights: ClassVar[str] = "classifier/diffusion_pytorch_model.safetensors"  # the averaged ones, in a checkpoint
+    component: ClassVar[Path] = RunFolder.classifier  # what is trained; in a checkpoint, with the averaged weights
     command: str  # that starts such a run: subcommand and operands
 
     def __init__(self, options: Any, run_folder: Path, result: Path):
@@ -117,8 +117,8 @@ class Trainer(ABC):
         """The network for `self.data`, and its loss."""
 
     def _save_model(self, model: Any, folder: Path) -> None:
-        """Write a model into `folder`, its averaged weights as `self.weights`."""
-        model.save_pretrained((folder / self.weights).parent)
+        """Write a model into `folder`, as its part `self.component`."""
+        model.save_pretrained(folder / self.component)
 
     @abstractmethod
     def _finish(self) -> str:
@@ -236,7 +236,7 @@ class Trainer(ABC):
 
     def _load(self, checkpoint: Path) -> None:
         """Take over a checkpoint, after checking that it is of the same run."""
-        model = (checkpoint / self.weights).parent
+        model = checkpoint / self.component
         if self.options.resume != "latest" and not model.is_dir():
             raise DiffusersDPMError(
                 f"{checkpoint} has no {model.name}: 'diffusers-dpm {self.command}' did not write it"
@@ -258,7 +258,7 @@ class Trainer(ABC):
             if saved.get(name, value) != value:
                 raise DiffusersDPMError(f"{checkpoint} was trained with the {name} {saved.get(name)}, now {value}")
         with checkpoints.reading(checkpoint):
-            self.state.load(folder, checkpoint / self.weights)
+            self.state.load(folder, model)
             for network in (self.state.model, self.model):
                 check_finite(network, str(checkpoint))
         self.checkpointed_step = self.state.step

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import diffusers
 import torch
 from diffusers import SchedulerMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils import logging as diffusers_logging
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
@@ -28,7 +29,7 @@ from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, NoiseSchedule, 
 from diffusers_dpm.schedulers.timestep_grids import STOCK_SPACINGS
 
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = SAFETENSORS_WEIGHTS_NAME
 OWN = {cls.__name__: cls for cls in (*ALL_SCHEDULERS, ADMUNet2DModel, *(extra.cls for extra in EXTRAS.values()))}
 DEFAULTS = {"sample_size": 1, "trained_betas": [0.0]}  # for what their classes have None
 MAX_PARAMETERS = 10**11
