@@ -95,7 +95,7 @@ def read_config(path: str | Path, cls: type[UNet2DModel | NoisyClassifier]) -> d
     """The config of a model from its JSON file, its folder or its pipeline's, without diffusers' private keys.
 
     Raises:
-        DiffusersDPMError: no such file, or not the config of a `cls`.
+        DiffusersDPMError: no such file, or not the config of such a network.
     """
     path = Path(path)
     part = path / ("unet" if cls is UNet2DModel else "classifier")

@@ -40,8 +40,8 @@ class Texts:
         from transformers.image_processing_utils import BaseImageProcessor
         from transformers.utils import logging
 
-        none = f"{where} is not a CLIP model of transformers, here or online"
-        with user_error(none, OSError, ImportError, KeyError), quiet(logging):
+        refusal = f"{where} is not a CLIP model of transformers, here or online"
+        with user_error(refusal, OSError, ImportError, KeyError), quiet(logging):
             model, tokenizer = AutoModel.from_pretrained(where).eval(), AutoTokenizer.from_pretrained(where)
         if not hasattr(model, "get_text_features") or not hasattr(model.config, "vision_config"):
             raise DiffusersDPMError(

@@ -118,8 +118,8 @@ class TransformerFeatures(nn.Module):
         from transformers import AutoImageProcessor, AutoModel  # slow to import
         from transformers.utils import logging
 
-        none = f"{where} is not an image model of transformers, here or online"
-        with user_error(none, OSError, ImportError), quiet(logging):  # what it would warn of is handled below
+        refusal = f"{where} is not an image model of transformers, here or online"
+        with user_error(refusal, OSError, ImportError), quiet(logging):  # what it would warn of is handled below
             # not torchvision's way to resize, which gives other features and may not be there
             self.process = AutoImageProcessor.from_pretrained(where, use_fast=False)
             model, loaded = AutoModel.from_pretrained(where, output_loading_info=True)
