@@ -165,7 +165,8 @@ def encode_run(
     labelled = is_conditional(pipeline.unet) and bool(dataset.num_classes)
     sampler = Sampler(pipeline, num_inference_steps)
     ends = digest(dataset[[0, len(dataset) - 1]])
-    settings = {**sampler.settings(), "data": [data, repr(images), len(dataset), ends]}
+    read_as = {name: value for name, value in images.items() if name != "cache_bytes"}
+    settings = {**sampler.settings(), "data": [data, repr(read_as), len(dataset), ends]}
     pipeline.to(Accelerator(cpu=cpu).device)
     pipeline.set_progress_bar_config(disable=True)
     count = min(num_images or len(dataset), len(dataset))
