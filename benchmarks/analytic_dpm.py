@@ -72,8 +72,6 @@ SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     "DDIM": (DDIMScheduler, {"timestep_spacing": "linspace"}),
     "Analytic-DDIM residual": (AnalyticDPMScheduler, {"forward_process": "ddim", "reverse_variance": "residual"}),
     "Analytic-DDIM analytic": (AnalyticDPMScheduler, {"forward_process": "ddim", "reverse_variance": "analytic"}),
-}
-SAMPLERS |= {
     "NPR-DDIM": (AnalyticDPMScheduler, {"forward_process": "ddim", "reverse_variance": "npr"}),
     "SN-DDIM": (AnalyticDPMScheduler, {"forward_process": "ddim", "reverse_variance": "sn"}),
 }

@@ -163,10 +163,7 @@ class Benchmark(Model):
     # Images ------------------------------------------------------------------------------------------------------
 
     def measure_images(self, num_images: int) -> None:
-        samplers = {
-            "solution": self.solver(timestep_spacing=self.finest),
-            **self.samplers(),
-        }
+        samplers = {"solution": self.solver(timestep_spacing=self.finest), **self.samplers()}
         x = self.noise(num_images).double()  # as the walk keeps it
 
         @cache

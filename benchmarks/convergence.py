@@ -28,8 +28,6 @@ FINE = (192, 384, 768, 1536)
 # Of x at both ends, for GAUSS.
 START_VARIANCE, VARIANCE = (0.25 * s.alpha**2 + s.sigma**2 for s in map(at_lambda, (NOISIEST, CLEANEST)))
 Walk = Callable[[int, Callable, np.ndarray, np.ndarray | None], np.ndarray]  # (n, network, x, noises) -> x at the end
-
-
 FINEST = 6144  # steps on the Brownian path
 
 

@@ -29,31 +29,21 @@ from tqdm.auto import tqdm
 from diffusers_dpm import DDIMScheduler, estimate_statistics
 from diffusers_dpm.data import load_images
 from diffusers_dpm.networks import load_pipeline
-from diffusers_dpm.pipelines import (
-    Blur,
-    Colorization,
-    CompressedSensing,
-    Fourier,
-    Inpainting,
-    LinearOperator,
-    MeasurementGuidance,
-    SuperResolution,
-)
-from diffusers_dpm.pipelines.measurements import unit_variance
+from diffusers_dpm.pipelines import measurements
 from diffusers_dpm.records import weights_hash
 
 
 NOISE, SAMPLES = 0.05, 19  # of 20 exchangeable numbers, two are the ends
 METHODS: dict[str, dict[str, Any]] = {
     "PiGDM, r² of Analytic-DPM": {"method": "pigdm"},
-    "PiGDM, r² of N(0, I)": {"method": "pigdm", "posterior_variance": unit_variance},
+    "PiGDM, r² of N(0, I)": {"method": "pigdm", "posterior_variance": measurements.unit_variance},
     "DiffPIR, r² of Analytic-DPM": {"method": "diffpir"},
     "DPS": {"method": "dps"},
     "MMPS, 3 iterations": {"method": "mmps", "iterations": 3},
 }
 
 
-def operators(channels: int, height: int, width: int) -> dict[str, LinearOperator]:
+def operators(channels: int, height: int, width: int) -> dict[str, measurements.LinearOperator]:
     """What is measured, for images of that shape."""
     draws = torch.Generator().manual_seed(0)
     box, lines = torch.ones(height, width, dtype=torch.bool), torch.rand(height, generator=draws) < 0.3
@@ -61,14 +51,14 @@ def operators(channels: int, height: int, width: int) -> dict[str, LinearOperato
     frequency = torch.fft.fftfreq(height).abs() * height
     lines |= frequency <= max(1, height // 16)
     some = {
-        "inpainting, box": Inpainting(box),
-        "inpainting, 30 % of pixels": Inpainting(torch.rand(height, width, generator=draws) < 0.3),
-        "super-resolution, 2": SuperResolution(2),
-        "blur, Gaussian": Blur.gaussian(height / 16 + 0.5, height // 8 * 2 + 3 if height > 8 else 5),
-        "compressed sensing, 30 %": CompressedSensing((height, width), round(0.3 * height * width)),
-        f"Fourier, {lines.float().mean():.0%} of lines": Fourier(lines[:, None].expand(height, width)),
+        "inpainting, box": measurements.Inpainting(box),
+        "inpainting, 30 % of pixels": measurements.Inpainting(torch.rand(height, width, generator=draws) < 0.3),
+        "super-resolution, 2": measurements.SuperResolution(2),
+        "blur, Gaussian": measurements.Blur.gaussian(height / 16 + 0.5, height // 8 * 2 + 3 if height > 8 else 5),
+        "compressed sensing, 30 %": measurements.CompressedSensing((height, width), round(0.3 * height * width)),
+        f"Fourier, {lines.float().mean():.0%} of lines": measurements.Fourier(lines[:, None].expand(height, width)),
     }
-    return {**some, "colorization": Colorization()} if channels == 3 else some
+    return {**some, "colorization": measurements.Colorization()} if channels == 3 else some
 
 
 def psnr(images: torch.Tensor, truth: torch.Tensor) -> float:
@@ -128,7 +118,7 @@ class Benchmark:
         self.pipe.scheduler, parts = self.scheduler, []
         for start in range(0, len(y), size):
             part = slice(start, start + size)
-            guidance = MeasurementGuidance(self.operators[operator], y[part], NOISE, **METHODS[method])
+            guidance = measurements.MeasurementGuidance(self.operators[operator], y[part], NOISE, **METHODS[method])
             options = {"num_inference_steps": self.arguments.steps, "output_type": "latent", "guidance": guidance}
             draws = torch.Generator().manual_seed(start)
             parts.append(self.pipe(latents=noise[part], generator=draws, **options).images)

@@ -145,10 +145,7 @@ class DiffusersLoop:
             example_dataset(images, levels, options.resolution), batch_size=options.batch_size, shuffle=True
         )
         lr_scheduler = get_scheduler(
-            "cosine",
-            optimizer,
-            num_warmup_steps=options.lr_warmup_steps,
-            num_training_steps=options.max_train_steps,
+            "cosine", optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=options.max_train_steps
         )
         self.network, self.optimizer, self.loader, self.lr_scheduler = self.accelerator.prepare(
             unet, optimizer, loader, lr_scheduler

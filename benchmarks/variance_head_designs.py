@@ -32,8 +32,9 @@ from diffusers_dpm.networks import load_pipeline, noise_schedule_of, prediction_
 from diffusers_dpm.pipelines import UNetWithVariance, image_shape
 from diffusers_dpm.pipelines.modeling_variance_head import with_features
 from diffusers_dpm.records import weights_hash
-from diffusers_dpm.training.loop import TrainingState, training_steps
+from diffusers_dpm.training.loop import training_steps
 from diffusers_dpm.training.options import VarianceTrainingOptions
+from diffusers_dpm.training.state import TrainingState
 from diffusers_dpm.training.train_variance import VarianceLoss, knots_of
 
 

@@ -7,6 +7,7 @@ from collections import Counter
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -326,6 +327,7 @@ def test_names_of_local_data_have_no_path(tmp_path):
         (["--steps=0"], "--steps must be at least 1"),
         (["--schedulers", "ddim,eta"], "written key=value, got 'eta'"),
         (["--likelihood-images=5"], "--likelihood-images needs --held-out-split"),
+        (["--likelihood-images=298", "--held-out-split=test"], "--likelihood-images 298 is more than the 297"),
         (["--random-flip"], "unknown option --random-flip"),
         (["--features=inception", "--inception-weights=none.pth"], "diffusers-dpm[inception]"),
         (["--guidance-scale=1"], "train-classifier"),
@@ -340,6 +342,13 @@ def test_what_cannot_be_used_is_said_in_one_line(evaluate, run, capsys, argument
     assert error.startswith("error: ")
     assert message in error
     assert not (run / "metrics.json").exists()
+
+
+def test_no_bound_of_values_whose_number_is_unknown(evaluate, tmp_path, capsys):
+    np.save(tmp_path / "floats.npy", np.linspace(-1, 1, 60 * 64, dtype=np.float32).reshape(60, 1, 8, 8))
+    splits = ("--split=train[:50%]", "--held-out-split=train[50%:]", "--likelihood-images=2")
+    evaluate(f"--data={tmp_path / 'floats.npy'}", *splits, code=2)
+    assert capsys.readouterr().err.strip().split("\n")[-1].startswith("error: the images are stored as float32")
 
 
 @pytest.mark.slow

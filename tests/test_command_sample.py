@@ -374,7 +374,7 @@ def test_texts_guide_the_seeds_in_turn(run, sample, tmp_path, capsys):
     sample("--seeds=0", "--prompt=", "--guidance-scale=1", clip, code=2, output="other")
     assert "--prompt must not be empty" in last_line(capsys)
     sample("--seeds=0", "--prompt=dark", "--guidance-scale=1", f"--clip={run}", code=2, output="other")
-    assert "no CLIP model of transformers" in last_line(capsys)
+    assert "not a CLIP model of transformers" in last_line(capsys)
 
 
 def save_tables(run, *tables, spacing="linspace", **hashes):

@@ -388,7 +388,7 @@ def test_a_model_of_ours_takes_labels_and_fitted_rows(run, tmp_path, capsys):
         (["--prompts=nowhere.txt"], "cannot read nowhere.txt"),
         (["--call", "guidence_scale=3"], "takes no 'guidence_scale'; did you mean guidance_scale?"),
         (["--call", "guidance_scale"], "call arguments are written key=value"),
-        (["--call", "num_inference_steps=3"], "num_inference_steps is no argument of a call here"),
+        (["--call", "num_inference_steps=3"], "leave num_inference_steps out of the calls"),
         (["--schedulers", "dmp"], "unknown scheduler 'dmp'"),
         (["--reference=euler"], "unknown scheduler 'euler'"),
         (["--reference=diffusers:FlowMatchEulerDiscreteScheduler"], "the reference cannot be drawn"),

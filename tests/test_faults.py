@@ -7,6 +7,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -140,7 +141,7 @@ def test_a_config_of_a_huge_network(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**tiny_unet().config, "block_out_channels": [2**20, 2**20]}))
     with pytest.raises(DiffusersDPMError, match=r"config\.json describes a network of .* parameters"):
-        read_config(path, "UNet2DModel")
+        read_config(path, UNet2DModel)
 
 
 @pytest.mark.parametrize(("name", "key"), [("analytic_dpm", "beta_end"), ("calibrated", "clip_sample")])

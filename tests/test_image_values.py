@@ -298,5 +298,5 @@ def test_a_grey_array_gets_no_other_channels(tmp_path, channels):
 def test_npy_without_numbers(tmp_path, content):
     path = tmp_path / "x.npy"
     path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
-    with pytest.raises(DataError, match=r"cannot read .*x\.npy: it is no whole \.npy file of numbers"):
+    with pytest.raises(DataError, match=r"cannot read .*x\.npy: it is not a complete \.npy file of numbers"):
         load_images(path)

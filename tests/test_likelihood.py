@@ -1,6 +1,7 @@
 """Likelihoods against closed forms: Gaussian data, golden numbers, diffusers' own steps, the cube."""
 
 import dataclasses
+import io
 import math
 from itertools import pairwise
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
+from tqdm import tqdm
 
 from diffusers_dpm import random_streams
 from diffusers_dpm.likelihood.bound import (
@@ -602,6 +604,12 @@ def test_bad_arguments(options, message):
     arguments = {"images": grey_images(2), "timesteps": [0, 999], **options}
     with pytest.raises(ValueError, match=message):
         measure_errors(Contrived(), DDPMScheduler(), **arguments)
+
+
+def test_progress_may_be_a_bar_without_a_total():
+    with tqdm(file=io.StringIO()) as bar:
+        measure_errors(Contrived(), DDPMScheduler(), grey_images(2), [0, 999], progress=bar)
+        assert bar.n == 4
 
 
 def test_a_scheduler_of_another_process():

@@ -18,7 +18,7 @@ from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule
 from diffusers_dpm.training.timestep_sampling import Quantile
 
 
-CALIBRATION_BINS = 15
+CALIBRATION_BINS, NUM_RANGES = 15, 10
 TITLES = {"accuracy": "accuracy", "cross_entropy": "cross-entropy (nats)", "calibration_error": "calibration error"}
 
 
@@ -29,7 +29,6 @@ def accuracy_by_noise_level(
     schedule: NoiseSchedule,
     *,
     quantile: Quantile | None = None,
-    num_ranges: int = 10,
     draws: int = 4,
     batch_size: int = 128,
     seed: int = 0,
@@ -43,7 +42,6 @@ def accuracy_by_noise_level(
         data: held-out images with labels.
         schedule: the forward process, of T timesteps.
         quantile: of the timesteps of a continuous process, see `timestep_quantile`; the ranges are of equal weight.
-        num_ranges: number of ranges; no more than T are made.
         draws: pairs of timestep and noise for each image in each range.
         batch_size: images per call of the classifier.
         seed: of the timesteps and the noise.
@@ -54,7 +52,7 @@ def accuracy_by_noise_level(
         equal bins of confidence)}. Clean images are passed with the cleanest timestep, which is 0 in a discrete
         process; "all" is over all ranges.
     """
-    ranges = equal_ranges(len(schedule), num_ranges)
+    ranges = equal_ranges(len(schedule), NUM_RANGES)
     names = [range_name(low, high, len(schedule), quantile) for low, high in ranges]
     cleanest = schedule.cleanest
     device = next(classifier.parameters()).device

@@ -4,6 +4,9 @@ import numpy as np
 import torch
 
 
+UNIFORM = 0.001  # the part of the uniform distribution
+
+
 class LossHistory:
     """The last losses of every timestep, and the probabilities to draw timesteps with.
 
@@ -13,11 +16,9 @@ class LossHistory:
     Args:
         num_timesteps: T.
         size: losses kept for each timestep.
-        uniform_prob: part of the uniform distribution.
     """
 
-    def __init__(self, num_timesteps: int, size: int = 10, uniform_prob: float = 0.001):
-        self.uniform_prob = uniform_prob
+    def __init__(self, num_timesteps: int, size: int = 10):
         self.losses = np.zeros((num_timesteps, size))  # rings; on the host, for one batch may hold a timestep twice
         self.counts = np.zeros(num_timesteps, dtype=np.int64)
 
@@ -29,9 +30,7 @@ class LossHistory:
         expected = np.sqrt(np.square(self.losses).mean(axis=1))
         if not expected.any():
             return None
-        return torch.from_numpy(
-            (1 - self.uniform_prob) * expected / expected.sum() + self.uniform_prob / num_timesteps
-        )
+        return torch.from_numpy((1 - UNIFORM) * expected / expected.sum() + UNIFORM / num_timesteps)
 
     def update(self, timesteps: torch.Tensor, losses: torch.Tensor) -> None:
         """Take over one batch of unweighted losses (B,), in the order of the batch. Waits for the device."""

@@ -20,7 +20,6 @@ Tracker = Literal[
 ]
 Weighting = Literal["none", "simple", "min_snr", "p2", "likelihood"]
 
-
 # `--resume` alone means the latest checkpoint.
 PathOrLatest = Annotated[
     str | None,

@@ -10,14 +10,15 @@ import torch
 from accelerate.utils import tqdm
 
 from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.networks import WEIGHTS
 from diffusers_dpm.records import atomic_folder, open_tensors, read_tensors, write_tensors
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.training.checkpoints import TRAINER_STATE, last_checkpoint, list_snapshots
 from diffusers_dpm.training.moving_average import SIGMA_RELS, combination, gamma_of
+from diffusers_dpm.training.sharding import read_folder
 
 
 LONGEST = math.sqrt(1 / 12)  # the standard deviation of even weights over the run
-WEIGHTS = RunFolder.unet / "diffusion_pytorch_model.safetensors"
 
 
 class Average(NamedTuple):
@@ -63,7 +64,8 @@ def average_run(
         checkpoint = last_checkpoint(run.path)
         if checkpoint is None:
             raise DiffusersDPMError(f"--raw needs a checkpoint, and {run.checkpoints} has none")
-        weights = read_tensors(checkpoint / TRAINER_STATE / "model.safetensors")[1]
+        state = read_folder(checkpoint / TRAINER_STATE, {})  # under FSDP the weights lie in parts, beside the moments
+        weights = {name: value for name, value in state.items() if "/" not in name}
         written.append(Average(_write(run, target / "raw", weights), 0.0))
     if sigma_rels:
         paths, updates = _snapshots(run, step)
@@ -104,5 +106,5 @@ def _write(run: RunFolder, folder: Path, weights: dict[str, torch.Tensor]) -> Pa
             source, copy = run.path / part, temporary / part
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(source, copy) if source.is_dir() else shutil.copyfile(source, copy)
-        write_tensors(temporary / WEIGHTS, weights, {"format": "pt"})
+        write_tensors(temporary / RunFolder.unet / WEIGHTS, weights, {"format": "pt"})
     return folder

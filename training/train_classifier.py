@@ -139,7 +139,7 @@ def build_network(
     if options.init_from_unet:
         config = unet
     elif options.classifier_config:
-        config = read_config(options.classifier_config, "NoisyClassifier")
+        config = read_config(options.classifier_config, NoisyClassifier)
     else:
         config = CLASSIFIER_PRESETS[options.preset] if options.preset else default_classifier(*data.shape[1:])
     return build_classifier(

@@ -28,12 +28,7 @@ from diffusers_dpm.training.checkpoints import snapshot_file
 from diffusers_dpm.training.loss import DenoisingLoss
 from diffusers_dpm.training.options import LossOptions, NoiseScheduleOptions, TrainingOptions
 from diffusers_dpm.training.timestep_sampling import timestep_quantile
-from diffusers_dpm.training.trained_paths import (
-    TRAINED_PATHS,
-    options_of,
-    save_pipeline,
-    with_own_values,
-)
+from diffusers_dpm.training.trained_paths import TRAINED_PATHS, options_of, save_pipeline, with_own_values
 from diffusers_dpm.training.trainer import Trainer, is_due
 from diffusers_dpm.training.unet_presets import (
     PRESETS,
@@ -56,7 +51,7 @@ class DiffusionTrainer(Trainer):
         DiffusersDPMError: as `Trainer`.
     """
 
-    weights = "unet/diffusion_pytorch_model.safetensors"
+    component = RunFolder.unet
     command = "train"
 
     def __init__(self, options: TrainingOptions):
@@ -228,7 +223,7 @@ def build_network(data: ImageDataset, options: TrainingOptions, trained: Any = N
     if trained is not None:
         config = {key: value for key, value in trained.config.items() if not key.startswith("_")}
     elif options.unet_config:
-        config = read_config(options.unet_config, "UNet2DModel")
+        config = read_config(options.unet_config, UNet2DModel)
     else:
         config = PRESETS[options.preset][1] if options.preset else default_unet(*data.shape[1:])
         if embedding != "positional":
@@ -242,14 +237,13 @@ def build_network(data: ImageDataset, options: TrainingOptions, trained: Any = N
     if trained is not None and (theirs := config.get("num_class_embeds")) != num_classes:
         ways = "see --class-conditional and --class-dropout-prob"
         raise DiffusersDPMError(f"{options.init_from} has num_class_embeds {theirs}, this run {num_classes}: {ways}")
-    paper_init = options.init == "papers"
     data.pad_to(*padded_size(config, *data.picture_shape[1:]))
     unet = build_unet(
         config,
         data.shape,
         num_class_embeds=num_classes,
         dropout=options.dropout,
-        paper_init=paper_init,
+        paper_init=options.init == "papers",
         learned_variance=options.variance_type == "learned_range",
     )
     if trained is not None:

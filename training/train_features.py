@@ -17,6 +17,7 @@ from diffusers_dpm.data import check_classes
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.evaluation.features import FEATURES_FILE
 from diffusers_dpm.image_values import NoLabelsError
+from diffusers_dpm.networks import WEIGHTS
 from diffusers_dpm.pipelines import NoisyClassifier
 from diffusers_dpm.records import atomic_folder, move_children, remove, weights_hash, write_json
 from diffusers_dpm.schedulers import VPNoiseSchedule
@@ -83,7 +84,7 @@ class FeatureTrainer(Trainer):
 
     def _delete(self) -> None:
         super()._delete()
-        for name in ("config.json", "diffusion_pytorch_model.safetensors", FEATURES_FILE):
+        for name in (NoisyClassifier.config_name, WEIGHTS, FEATURES_FILE):
             remove(self.folder / name)
 
 

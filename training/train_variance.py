@@ -96,7 +96,7 @@ class VarianceTrainer(Trainer):
         DiffusersDPMError: as `Trainer`; no pipeline in the folder; images or labels that do not fit.
     """
 
-    weights = "variance_head/diffusion_pytorch_model.safetensors"
+    component = RunFolder.variance_head
 
     def __init__(self, pipeline_folder: str | Path, options: VarianceTrainingOptions):
         self.folder = Path(pipeline_folder)

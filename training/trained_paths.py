@@ -160,7 +160,7 @@ def options_of(scheduler: Any, source: str) -> dict[str, Any]:
     """The options of the process of a trained model's scheduler, by name, but for those of DDPM's noise schedule.
 
     Raises:
-        DiffusersDPMError: the process is none that is trained here.
+        DiffusersDPMError: a process that is not trained here.
     """
     kind = kind_of(scheduler, source, ("vp", *TRAINED_PATHS))
     if kind == "vp":
@@ -174,7 +174,7 @@ def options_of(scheduler: Any, source: str) -> dict[str, Any]:
 
 
 def kind_of(scheduler: Any, source: str, kinds: Any) -> str:
-    """The kind of process of a scheduler. Raises DiffusersDPMError, naming the source, if it is none of `kinds`."""
+    """The kind of process of a scheduler. Raises DiffusersDPMError, naming the source, if it is not one of `kinds`."""
     name = process_of(scheduler)
     with user_error(f"noise schedule of {source}", TypeError, NotImplementedError):
         process = DDIMScheduler.from_config(scheduler.config).config.process or {"kind": "vp"}

@@ -23,32 +23,20 @@ from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, deferred
 from diffusers_dpm.networks import LONG, NoProgress, Progress, check_finite, duration
 from diffusers_dpm.options import flag
 from diffusers_dpm.processes import Processes
-from diffusers_dpm.records import (
-    LOCK,
-    fingerprint,
-    remove_folder,
-    short_hash,
-    write_json,
-    write_text,
-    writing,
-)
+from diffusers_dpm.records import LOCK, fingerprint, remove_folder, short_hash, write_json, write_text, writing
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.training import checkpoints
-from diffusers_dpm.training.loop import Loss, StepRecord, TrainingState, batch_shares, seconds_of_step, training_steps
+from diffusers_dpm.training.loop import Loss, StepRecord, batch_shares, seconds_of_step, training_steps
+from diffusers_dpm.training.state import TrainingState
 from diffusers_dpm.training.timestep_sampling import timestep_quantile
 
 
 MANY_EPOCHS = 4000  # twice those of the DDPM paper on CIFAR-10
 METRICS_LOG = "metrics.csv"  # beside the events of TensorBoard
-
-
 # Options of the invocation, not of the run; not saved.
 CALL_OPTIONS = frozenset({"resume", "overwrite", "dry_run", "push_to_hub", "hub_private"})
-
-
 # What a resumed run may change of its further course; the log says from which step on.
 LOGGED_CHANGES = ("learning_rate", "batch_size", "max_train_steps")
-
 
 # What else it may change: nothing that its weights depend on, beyond rounding.
 MAY_CHANGE = frozenset(
@@ -61,7 +49,6 @@ MAY_CHANGE = frozenset(
         *LOGGED_CHANGES,
     }
 )
-
 
 NUM_COMPARED = 64  # images by which the data of a resumed run is known again
 
@@ -85,7 +72,7 @@ class Trainer(ABC):
     """
 
     conditional: bool = True  # whether the loss gets the labels
-    weights: ClassVar[str] = "classifier/diffusion_pytorch_model.safetensors"  # the averaged ones, in a checkpoint
+    component: ClassVar[Path] = RunFolder.classifier  # what is trained; in a checkpoint, with the averaged weights
     command: str  # that starts such a run: subcommand and operands
 
     def __init__(self, options: Any, run_folder: Path, result: Path):
@@ -130,8 +117,8 @@ class Trainer(ABC):
         """The network for `self.data`, and its loss."""
 
     def _save_model(self, model: Any, folder: Path) -> None:
-        """Write a model into `folder`, its averaged weights as `self.weights`."""
-        model.save_pretrained((folder / self.weights).parent)
+        """Write a model into `folder`, as its part `self.component`."""
+        model.save_pretrained(folder / self.component)
 
     @abstractmethod
     def _finish(self) -> str:
@@ -163,7 +150,7 @@ class Trainer(ABC):
             lock = Processes(self.accelerator).locked(self.run_folder / LOCK)
             with lock, thread_errors_hidden(), self._log_open():
                 self._open_run_folder()
-                self._train(progress or NoProgress())
+                self._train(NoProgress() if progress is None else progress)
                 self._checkpoint()
                 self.state.end_sharding()
                 done = self._finish() if self.accelerator.is_main_process else ""
@@ -249,7 +236,7 @@ class Trainer(ABC):
 
     def _load(self, checkpoint: Path) -> None:
         """Take over a checkpoint, after checking that it is of the same run."""
-        model = (checkpoint / self.weights).parent
+        model = checkpoint / self.component
         if self.options.resume != "latest" and not model.is_dir():
             raise DiffusersDPMError(
                 f"{checkpoint} has no {model.name}: 'diffusers-dpm {self.command}' did not write it"
@@ -271,7 +258,7 @@ class Trainer(ABC):
             if saved.get(name, value) != value:
                 raise DiffusersDPMError(f"{checkpoint} was trained with the {name} {saved.get(name)}, now {value}")
         with checkpoints.reading(checkpoint):
-            self.state.load(folder, checkpoint / self.weights)
+            self.state.load(folder, model)
             for network in (self.state.model, self.model):
                 check_finite(network, str(checkpoint))
         self.checkpointed_step = self.state.step

@@ -91,20 +91,19 @@ def padded_size(config: dict[str, Any], height: int, width: int) -> tuple[int, i
     return height + -height % multiple, width + -width % multiple
 
 
-def read_config(path: str | Path, class_name: str) -> dict[str, Any]:
+def read_config(path: str | Path, cls: type[UNet2DModel | NoisyClassifier]) -> dict[str, Any]:
     """The config of a model from its JSON file, its folder or its pipeline's, without diffusers' private keys.
 
     Raises:
-        ValueError: no such file, or not the config of a `class_name`.
+        DiffusersDPMError: no such file, or not the config of such a network.
     """
     path = Path(path)
-    part = path / {"UNet2DModel": "unet"}.get(class_name, "classifier")
+    part = path / ("unet" if cls is UNet2DModel else "classifier")
     folder = part if part.is_dir() else path
     path = folder / "config.json" if folder.is_dir() else path
     config = read_json(path)
-    if config.get("_class_name", class_name) != class_name:
-        raise DiffusersDPMError(f"{path} is not the config of a {class_name}")
-    cls = {"UNet2DModel": UNet2DModel}.get(class_name, NoisyClassifier)
+    if config.get("_class_name", cls.__name__) != cls.__name__:
+        raise DiffusersDPMError(f"{path} is not the config of a {cls.__name__}")
     check_config(path, cls, config)
     build_without_memory(path, cls, {"num_classes": 2, **config})
     return {key: value for key, value in config.items() if not key.startswith("_")}

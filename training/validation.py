@@ -59,7 +59,7 @@ class HeldOutLoss:
 
     @torch.no_grad()
     def __call__(self, unet: Any) -> float:
-        """The mean, by the network as it is now. It seeds torch's global generator, of which sliced losses draw."""
+        """The mean, by the network as it is now. It seeds torch's global generator, from which sliced losses draw."""
         total = 0.0
         with evaluation_mode(unet):
             for start in range(0, len(self.pairs), self.batch_size):

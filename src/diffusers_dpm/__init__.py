@@ -46,6 +46,4 @@ if TYPE_CHECKING:
 
 
 __version__ = version("diffusers-dpm")
-
-
 __getattr__, __dir__, __all__ = lazy_names(__name__, __file__)

@@ -31,8 +31,8 @@ from diffusers_dpm.sampling import Sampler, parse_seeds
 
 STOCK_SCHEDULERS = (
     "DDIM DPMSolverMultistep UniPCMultistep DEISMultistep HeunDiscrete EulerDiscrete EulerAncestralDiscrete "
+    "FlowMatchEulerDiscrete FlowMatchHeunDiscrete"
 )
-STOCK_SCHEDULERS += "FlowMatchEulerDiscrete FlowMatchHeunDiscrete"
 FIRST = ("ddim", "dpm-solver", "edm", "ddpm")  # chosen when the page opens, as far as the model can use them
 ANY = "any class"
 MAX_IMAGES, MAX_SAMPLERS, COLUMNS = 16, 6, 8

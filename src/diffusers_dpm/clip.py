@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch.nn.functional import interpolate
 
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, user_error
+from diffusers_dpm.networks import quiet
 from diffusers_dpm.pipelines import TextGuidance
 from diffusers_dpm.pipelines.text_guidance import embedding
 from diffusers_dpm.records import weights_hash
@@ -39,15 +40,9 @@ class Texts:
         from transformers.image_processing_utils import BaseImageProcessor
         from transformers.utils import logging
 
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # an error is raised below
-        try:
+        refusal = f"{where} is not a CLIP model of transformers, here or online"
+        with user_error(refusal, OSError, ImportError, KeyError), quiet(logging):
             model, tokenizer = AutoModel.from_pretrained(where).eval(), AutoTokenizer.from_pretrained(where)
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise DiffusersDPMError(f"{where} is no CLIP model of transformers, here or online: {reason}") from error
-        finally:
-            logging.set_verbosity(verbosity)
         if not hasattr(model, "get_text_features") or not hasattr(model.config, "vision_config"):
             raise DiffusersDPMError(
                 f"{where} is a {type(model).__name__}, not a model of images and text such as CLIP"

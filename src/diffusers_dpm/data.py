@@ -271,7 +271,8 @@ def find_num_levels(data: ImageDataset, num_levels: int | None) -> int | None:
         return num_levels
     dtype = data.source.read(0).dtype
     if dtype.kind == "f":
-        raise DataError(f"the images are stored as {dtype}: pass the number of values of a pixel as --num-levels")
+        what = f"the images are stored as {dtype}, which does not say how many values a pixel can have"
+        raise DataError(f"{what}: store them as uint8 or uint16, or pass --num-levels where the command has it")
     low, high = data.value_range or RANGES[dtype.name]
     return int(high - low) + 1
 

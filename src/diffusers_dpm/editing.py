@@ -138,7 +138,7 @@ def read_latents(path: Path, channels: int) -> tuple[torch.Tensor, list[int] | N
     """(N, C, H, W) and N labels, if it has any, of a file of `diffusers-dpm encode`.
 
     Raises:
-        DiffusersDPMError: it is none for such networks.
+        DiffusersDPMError: it holds no latents of so many channels.
     """
     tensors = read_tensors(path)[1]
     latents, labels = tensors.get(LATENTS), tensors.get(LABELS)

@@ -210,7 +210,7 @@ def read_folder(path: Path, request: Request) -> ImageSource:
 
 
 def kind_of(file: Path) -> str:
-    """IMAGES, ARRAYS, TABLES or OTHERS; "" for what is no data, such as a caption."""
+    """IMAGES, ARRAYS, TABLES or OTHERS; "" for what is not data, such as a caption."""
     suffix, guess = file.suffix.lower(), mimetypes.guess_type(file.name)[0] or ""
     if suffix == ".npy" or (suffix in (".parquet", ".arrow") and file.name not in METADATA):
         return ARRAYS if suffix == ".npy" else TABLES
@@ -327,7 +327,7 @@ def load_npy(path: str | Path) -> np.ndarray:
     try:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is no whole .npy file of numbers"
+        why = error.strerror if isinstance(error, OSError) else "it is not a complete .npy file of numbers"
         raise BrokenImageError(f"cannot read {path}: {why}") from error
 
 

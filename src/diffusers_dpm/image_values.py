@@ -158,7 +158,7 @@ def to_unit_range(image: np.ndarray, value_range: tuple[float, float] | None, na
         DataError: another type, unless its range is given; values beyond the range, or that are not finite.
     """
     if image.dtype.kind not in "biuf":
-        raise DataError(f"{name} holds {image.dtype}, which are no pixels: save real numbers")
+        raise DataError(f"{name} holds {image.dtype}, which are not pixels: save real numbers")
     low, high = value_range or RANGES.get(image.dtype.name, (0.0, 0.0))
     if low == high:
         raise DataError(f"{name} holds {image.dtype}; {RANGE_HINT}")

@@ -81,8 +81,8 @@ def to_pil(image: np.ndarray) -> Image.Image:
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
-def save_gif(file: IO[bytes], frames: Sequence[np.ndarray], milliseconds: int = 80) -> None:
+def save_gif(file: IO[bytes], frames: Sequence[np.ndarray]) -> None:
     """An animation that repeats, of uint8 (H, W, C) with 1 or 3 channels; the last frame stays for a second."""
     first, *others = map(to_pil, frames)
-    durations = [milliseconds] * len(others) + [1000]
+    durations = [80] * len(others) + [1000]  # milliseconds
     first.save(file, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)

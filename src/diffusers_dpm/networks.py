@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import diffusers
 import torch
 from diffusers import SchedulerMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils import logging as diffusers_logging
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
@@ -28,7 +29,7 @@ from diffusers_dpm.schedulers.noise_schedule import PREDICTIONS, NoiseSchedule, 
 from diffusers_dpm.schedulers.timestep_grids import STOCK_SPACINGS
 
 
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS = SAFETENSORS_WEIGHTS_NAME
 OWN = {cls.__name__: cls for cls in (*ALL_SCHEDULERS, ADMUNet2DModel, *(extra.cls for extra in EXTRAS.values()))}
 DEFAULTS = {"sample_size": 1, "trained_betas": [0.0]}  # for what their classes have None
 MAX_PARAMETERS = 10**11
@@ -346,14 +347,14 @@ def load_guide(model: str, unet: Any) -> Any:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Silence diffusers' warnings about unknown config keys."""
-    verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
+def quiet(library: Any = diffusers_logging) -> Iterator[None]:
+    """Silence the warnings of a library, by its `utils.logging`: diffusers' are about unknown config keys."""
+    verbosity = library.get_verbosity()
+    library.set_verbosity_error()
     try:
         yield
     finally:
-        diffusers_logging.set_verbosity(verbosity)
+        library.set_verbosity(verbosity)
 
 
 # Images and classes --------------------------------------------------------------------------------------------------
@@ -455,11 +456,7 @@ def prediction_type_of(scheduler: Any) -> str:
 
 
 def network_output(
-    unet: Any,
-    x: torch.Tensor,
-    timesteps: torch.Tensor,
-    class_labels: torch.Tensor | None,
-    with_variance: bool = False,
+    unet: Any, x: torch.Tensor, timesteps: torch.Tensor, class_labels: torch.Tensor | None, with_variance: bool = False
 ) -> torch.Tensor:
     """The prediction, without the variance half of 2C channels: computed in the network's dtype, returned as float64.
 

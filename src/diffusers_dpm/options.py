@@ -108,14 +108,9 @@ RULES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ),
 )
 
-
 RECORD = "training_options.json"  # of a run, in its folder
-
-
 # By type, in `--help`.
 VALUE_NAMES = {str: "NAME", int: "N", float: "X", list[str]: "NAME ...", list[int]: "N ...", list[float]: "X ..."}
-
-
 Options = TypeVar("Options")
 
 

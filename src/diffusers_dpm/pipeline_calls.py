@@ -54,7 +54,7 @@ def pipeline_calls(calls: Calls, arguments: Mapping[str, Any] | None = None) -> 
 
 
 def parse_call(text: str) -> Call:
-    """A prompt, or a JSON object with any arguments. Raises ValueError for what begins with { and is none."""
+    """A prompt, or a JSON object with any arguments. Raises ValueError for what begins with { and is not JSON."""
     return json.loads(text) if text.startswith("{") else {"prompt": text}
 
 
@@ -66,8 +66,8 @@ def read_calls(path: str | Path | None, assignments: Sequence[str] | None = None
         assignments: key=value, arguments of all calls; those of a call itself win.
 
     Raises:
-        DiffusersDPMError: the file cannot be read, or has no line; a line that begins with { is no JSON object; an
-            assignment is none.
+        DiffusersDPMError: the file cannot be read, or has no line; a line that begins with { is not JSON; a text
+            that is not key=value.
     """
     arguments = parse_assignments(assignments or (), "call argument")
     if path is None:

@@ -421,7 +421,7 @@ def read_vector(path: Path, allow_pickle: bool) -> np.ndarray:
     }
     if path.suffix not in readers and not allow_pickle:
         raise DiffusersDPMError(
-            f"{path} is none of {', '.join(readers)}; for a torch.save file that you trust pass allow_pickle=True."
+            f"{path} is not one of {', '.join(readers)}; for a torch.save file that you trust pass allow_pickle=True."
         )
     try:
         values = readers.get(path.suffix, read_pickle)(path)

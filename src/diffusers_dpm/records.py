@@ -276,7 +276,7 @@ def fits(value: Any, annotation: Any) -> bool:
 def check_types(cls: type, values: Mapping[str, Any], where: str | Path = "") -> None:
     """Raise DiffusersDPMError for a value that is not of the type of the class's field of its name."""
     if not isinstance(values, Mapping):
-        raise DiffusersDPMError(f"{where}{where and ': '}{str(values)[:60]} is no object")
+        raise DiffusersDPMError(f"{where}{where and ': '}{str(values)[:60]} is not an object")
     for name, annotation in get_type_hints(cls).items():
         if name in values and not fits(values[name], annotation):
             wanted = getattr(annotation, "__name__", annotation)

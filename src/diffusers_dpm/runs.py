@@ -6,7 +6,8 @@ same call resumes.
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from diffusers_dpm.images import GRID, image_grid, save_gif, to_uint8
 from diffusers_dpm.named_schedulers import build_scheduler, network_for
 from diffusers_dpm.networks import guided_calls, load_extra, load_guide, load_pipeline, noise_schedule_of, report_cost
 from diffusers_dpm.pipeline_calls import load_any_pipeline, read_calls
-from diffusers_dpm.pipelines import DPMPipeline, cropped, is_conditional, picture_shape
+from diffusers_dpm.pipelines import cropped, is_conditional, picture_shape
 from diffusers_dpm.posterior_statistics import PosteriorStatistics, estimate_statistics
 from diffusers_dpm.processes import Processes
 from diffusers_dpm.records import LOCK, ResultStore, atomic_file, digest, weights_hash, write_tensors, write_text
@@ -96,14 +97,15 @@ def sample_run(
     calls = guided_calls(len(seeds) * sampler.num_steps(), own_scale, by_classifier)
     pipeline.to(accelerator.device)
     report_cost(pipeline.unet, calls, batch_size, accelerator, pipeline.classifier)
+    others: list[Path] = []
     if not animate:
         others = save_images(sampler, seeds, output, batch_size, accelerator, columns)
     elif accelerator.is_main_process:
-        others = save_animation(sampler, seeds, Path(output), columns)
+        save_animation(sampler, seeds, Path(output), columns)
     return (len(seeds), others) if accelerator.is_main_process else None
 
 
-def save_animation(sampler: Sampler, seeds: Sequence[int], output: Path, columns: int | None = None) -> list[Path]:
+def save_animation(sampler: Sampler, seeds: Sequence[int], output: Path, columns: int | None = None) -> None:
     """Draw the images of the seeds, and write x_0 as it is predicted on the way: a .gif file of at most 100 frames.
 
     Raises:
@@ -121,7 +123,6 @@ def save_animation(sampler: Sampler, seeds: Sequence[int], output: Path, columns
     pixels = to_uint8((states / 2 + 0.5).clamp(0, 1).movedim(2, -1).numpy())
     with atomic_file(output) as temporary, temporary.open("wb") as file:
         save_gif(file, [image_grid(frame, columns, **GRID) for frame in pixels])
-    return []
 
 
 def encode_run(
@@ -164,7 +165,8 @@ def encode_run(
     labelled = is_conditional(pipeline.unet) and bool(dataset.num_classes)
     sampler = Sampler(pipeline, num_inference_steps)
     ends = digest(dataset[[0, len(dataset) - 1]])
-    settings = {**sampler.settings(), "data": [data, repr(images), len(dataset), ends]}
+    read_as = {name: value for name, value in images.items() if name != "cache_bytes"}
+    settings = {**sampler.settings(), "data": [data, repr(read_as), len(dataset), ends]}
     pipeline.to(Accelerator(cpu=cpu).device)
     pipeline.set_progress_bar_config(disable=True)
     count = min(num_images or len(dataset), len(dataset))
@@ -191,6 +193,18 @@ def result_folder(model: str, output_dir: str | Path | None, name: str) -> Path:
     if output_dir is None and not Path(model).is_dir():
         raise DiffusersDPMError(f"{model} is not a local folder: pass --output-dir for the result")
     return Path(output_dir or Path(model) / name)
+
+
+@contextmanager
+def resumable(folder: Path, accelerator: Accelerator, total: int) -> Iterator[dict[str, Any]]:
+    """Inside, the folder is this job's, and a bar counts network calls for single images.
+
+    Yields the arguments that estimating and fitting share; what they keep in `partial` is the caller's to delete.
+    """
+    lock = Processes(accelerator).locked(folder / LOCK)
+    with lock, tqdm(total=total, unit="call", desc="images x timesteps") as bar:
+        yield {"accelerator": accelerator, "folder": folder / "partial", "keep": True, "progress": bar}
+        bar.update(total - bar.n)  # a search that finds nothing better ends early
 
 
 def estimate_run(
@@ -234,20 +248,9 @@ def estimate_run(
     places = [round(t) for t in even(Grid(schedule, timesteps or num, num))]
     num_pairs = min(num_samples, len(dataset)) * len(places)
     report_cost(unet.to(accelerator.device), num_pairs, batch_size, accelerator)
-    lock = Processes(accelerator).locked(folder / LOCK)
-    with lock, tqdm(total=num_pairs, unit="call", desc="images x timesteps") as bar:
+    with resumable(folder, accelerator, num_pairs) as shared:
         statistics = estimate_statistics(
-            unet,
-            scheduler,
-            dataset,
-            num_samples,
-            timesteps=places,
-            batch_size=batch_size,
-            seed=seed,
-            accelerator=accelerator,
-            folder=folder / "partial",
-            keep=True,
-            progress=bar,
+            unet, scheduler, dataset, num_samples, timesteps=places, batch_size=batch_size, seed=seed, **shared
         )
         if not accelerator.is_main_process:
             return None
@@ -307,7 +310,7 @@ def calibrate_run(
     folder = result_folder(model, output_dir, RunFolder.calibrated.name)
     steps = list(steps or STEPS)
     pipeline = load_pipeline(model)
-    earlier = earlier_calibration(folder, pipeline)
+    earlier = earlier_calibration(folder, pipeline.scheduler, pipeline.unet)
     classifier = None if guidance_scale is None else load_guide(model, pipeline.unet)
     accelerator = Accelerator(cpu=cpu)
     teacher_steps = limited(teacher_steps, pipeline.scheduler)
@@ -317,22 +320,9 @@ def calibrate_run(
     classifier = classifier and classifier.to(accelerator.device)
     calls = guided_calls(total, guidance_scale, classifier)
     report_cost(pipeline.unet, calls, options.get("batch_size", 64), accelerator, classifier)
-    lock = Processes(accelerator).locked(folder / LOCK)
-    with lock, tqdm(total=total, unit="call", desc="images x timesteps") as bar:
-        fitted = calibrate(
-            pipeline.unet,
-            pipeline.scheduler,
-            steps,
-            classifier=classifier,
-            guidance_scale=guidance_scale,
-            accelerator=accelerator,
-            folder=folder / "partial",
-            keep=True,
-            progress=bar,
-            **numbers,
-            **options,
-        )
-        bar.update(total - bar.n)  # a search that finds nothing better ends early
+    guidance: dict[str, Any] = {"classifier": classifier, "guidance_scale": guidance_scale}
+    with resumable(folder, accelerator, total) as shared:
+        fitted = calibrate(pipeline.unet, pipeline.scheduler, steps, **guidance, **numbers, **options, **shared)
         return written(fitted, earlier, pipeline.scheduler, steps, folder) if accelerator.is_main_process else None
 
 
@@ -372,31 +362,15 @@ def calibrate_pipeline_run(
     """
     folder, steps = Path(output_dir), list(steps or STEPS)
     calls = read_calls(prompts, call)
-    saved = folder / "calibration.json"
-    earlier = Calibration.load(saved) if saved.is_file() else None
     pipe = load_any_pipeline(model, dtype)
-    if earlier is not None:  # rows of another process are refused before the fit
-        join(earlier, Calibration([], **conditions_of(solver_for(pipe.scheduler)), weights=earlier.weights), folder)
+    earlier = earlier_calibration(folder, pipe.scheduler)
     accelerator = Accelerator(cpu=cpu)
     pipe.to(accelerator.device)
     numbers: dict[str, Any] = {"num_images": num_images, "max_walks": max_walks}
     numbers["teacher_steps"] = limited(teacher_steps, pipe.scheduler)
     total = network_calls({*steps}, **numbers)
-    lock = Processes(accelerator).locked(folder / LOCK)
-    with lock, tqdm(total=total, unit="call", desc="images x timesteps") as bar:
-        fitted = calibrate_pipeline(
-            pipe,
-            calls,
-            steps,
-            guidance_scale=guidance_scale,
-            accelerator=accelerator,
-            folder=folder / "partial",
-            keep=True,
-            progress=bar,
-            **numbers,
-            **options,
-        )
-        bar.update(total - bar.n)
+    with resumable(folder, accelerator, total) as shared:
+        fitted = calibrate_pipeline(pipe, calls, steps, guidance_scale=guidance_scale, **numbers, **options, **shared)
         return written(fitted, earlier, pipe.scheduler, steps, folder) if accelerator.is_main_process else None
 
 
@@ -423,17 +397,21 @@ def written(
     return Fit(calibration, scheduler, left_out, folder)
 
 
-def earlier_calibration(folder: Path, pipeline: DPMPipeline) -> Calibration | None:
-    """The rows that the folder holds from an earlier call, or None.
+def earlier_calibration(folder: Path, scheduler: Any, unet: Any = None) -> Calibration | None:
+    """The rows that the folder holds from an earlier call, or None; what they cannot be joined with is refused here.
+
+    Args:
+        unet: the network that rows are to be fitted to, where it is known before the fit.
 
     Raises:
         DiffusersDPMError: rows for another network or noise schedule, or a damaged file.
     """
-    if not (folder / "calibration.json").is_file():
+    path = folder / "calibration.json"
+    if not path.is_file():
         return None
-    earlier = Calibration.load(folder / "calibration.json")
-    conditions = conditions_of(solver_for(pipeline.scheduler))
-    join(earlier, Calibration([], **conditions, weights=weights_hash(pipeline.unet)), folder)
+    earlier = Calibration.load(path)
+    weights = earlier.weights if unet is None else weights_hash(unet)
+    join(earlier, Calibration([], **conditions_of(solver_for(scheduler)), weights=weights), folder)
     return earlier
 
 

@@ -25,15 +25,7 @@ from diffusers_dpm.pipelines import ClassifierFreeGuidance, ClassifierGuidance, 
 from diffusers_dpm.pipelines.networks import class_names
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.processes import Processes
-from diffusers_dpm.records import (
-    LOCK,
-    ResultStore,
-    atomic_file,
-    is_empty,
-    short_hash,
-    weights_hash,
-    writing,
-)
+from diffusers_dpm.records import LOCK, ResultStore, atomic_file, is_empty, short_hash, weights_hash, writing
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_analytic_dpm import STATISTICS
 from diffusers_dpm.schedulers.scheduling_calibrated import CALIBRATION

@@ -97,7 +97,7 @@ def test_what_cannot_be_published_is_told_in_one_line(source, tmp_path, capsys):
     assert "holds no scheduler_config.json" in error_of(command, capsys, str(tmp_path / "empty"), *dry)
     base = f"--base-model={BASE}"
     assert "names no owner" in error_of(command, capsys, str(source), "rows", base, "--dry-run")
-    assert "takes no license 'mine'" in error_of(command, capsys, str(source), *dry, base, "--license=mine")
+    assert "knows no license 'mine'" in error_of(command, capsys, str(source), *dry, base, "--license=mine")
     CalibratedScheduler.from_config(STOCK.config).save_pretrained(tmp_path / "unfitted")
     assert "unfitted has no fitted rows" in error_of(command, capsys, str(tmp_path / "unfitted"), *dry, base)
 

@@ -15,8 +15,9 @@ from safetensors.torch import load_file
 
 from diffusers_dpm.errors import DiffusersDPMError
 from diffusers_dpm.training.checkpoints import checkpoint_folder, snapshot_file
-from diffusers_dpm.training.loop import TrainingState
+from diffusers_dpm.training.post_hoc_ema import average_run
 from diffusers_dpm.training.sharding import is_sharded, read_folder
+from diffusers_dpm.training.state import TrainingState
 from diffusers_dpm.training.train_diffusion import train
 
 
@@ -77,6 +78,10 @@ def test_two_processes_equal_one(tmp_path, options, arguments, under_fsdp, unet_
     assert [len(part["conv_in.weight"]) for part in parts] == [len(state_of(at("two", 6))["conv_in.weight"]) / 2] * 2
     assert_equal(state_of(at("one", 6)), state_of(at("two", 6)))
     assert_equal(*(load_file(snapshot_file(tmp_path / name, 6)) for name in ("one", "two")))
+    (raw,) = average_run(tmp_path / "two", raw=True)
+    state = state_of(at("two", 6))
+    for name, value in load_file(raw.folder / "unet" / "diffusion_pytorch_model.safetensors").items():
+        assert torch.equal(value, state[name])
     pictures = [
         np.asarray(Image.open(tmp_path / name / "samples" / "step-00000006.png"), float) for name in ("one", "two")
     ]

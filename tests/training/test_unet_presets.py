@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 
 from diffusers_dpm.training.unet_presets import PRESETS, build_unet, ddpm_unet, default_unet, read_config
 
@@ -133,15 +134,15 @@ def test_networks_that_do_not_fit_are_refused(config, shape, message):
 def test_config_file_of_a_saved_model(tmp_path):
     unet = build_unet(TINY, (1, 8, 8), paper_init=False)
     unet.save_pretrained(tmp_path / "run" / "unet")
-    config = read_config(tmp_path / "run", "UNet2DModel")
-    assert config == read_config(tmp_path / "run" / "unet", "UNet2DModel")
+    config = read_config(tmp_path / "run", UNet2DModel)
+    assert config == read_config(tmp_path / "run" / "unet", UNet2DModel)
     again = build_unet(config, (1, 8, 8))
     again.load_state_dict(unet.state_dict())
     x = torch.randn(2, 1, 8, 8)
     torch.testing.assert_close(again.eval()(x, 3).sample, unet.eval()(x, 3).sample)
     assert again.config.dropout == TINY["dropout"]
     with pytest.raises(ValueError, match="nowhere"):
-        read_config(tmp_path / "nowhere.json", "UNet2DModel")
+        read_config(tmp_path / "nowhere.json", UNet2DModel)
     (tmp_path / "other.json").write_text(json.dumps({"_class_name": "DDPMScheduler"}))
     with pytest.raises(ValueError, match="UNet2DModel"):
-        read_config(tmp_path / "other.json", "UNet2DModel")
+        read_config(tmp_path / "other.json", UNet2DModel)

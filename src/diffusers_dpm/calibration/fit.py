@@ -140,7 +140,7 @@ def calibrate(
     network = Network(unet, teacher, arguments, guidance, batch_size, processes, progress, inputs.placement(unet)[1])
     by_null_class = scale is not None and classifier is None
     guide = {"guidance_scale": scale, "classifier": NULL_CLASS if by_null_class else inputs.weights_of(classifier)}
-    facts = {**guide, "seed": seed, "dtype": str(network.dtype).removeprefix("torch.")}
+    facts = {**guide, "seed": seed}
     identity = inputs.fingerprints(unet, noise, labels, arguments)
     with evaluation_mode(*(part for part in (unet, classifier) if isinstance(part, torch.nn.Module))):
         return fit_network(network, teacher, noise, steps, max_walks, facts, identity, folder, keep)
@@ -170,7 +170,7 @@ def fit_network(
         dtype: in which the teacher's states are kept; by default that of `noise`.
     """
     processes, num_images = network.processes, len(noise) // 3
-    conditions = conditions_of(teacher)
+    facts, conditions = {**facts, "dtype": str(network.dtype).removeprefix("torch.")}, conditions_of(teacher)
     numbers = {"num_images": num_images, "teacher_steps": len(teacher.timesteps), "max_walks": max_walks}
     numbers |= {} if stride == 1 else {"stride": stride}
     ends = {} if teacher.schedule.is_discrete else {"ends": [teacher.schedule.cleanest, teacher.schedule.noisiest]}

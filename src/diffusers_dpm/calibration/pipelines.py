@@ -104,8 +104,7 @@ def calibrate_pipeline(
     teacher.set_timesteps(teacher_steps)
     processes, progress = Processes(accelerator), NoProgress() if progress is None else progress
     modules = {key: part for key, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    default = taken["guidance_scale"].default if "guidance_scale" in taken else None
-    scale = checked[0].get("guidance_scale", default)
+    scale = checked[0].get("guidance_scale", getattr(taken.get("guidance_scale"), "default", None))
     scale = float(scale) if isinstance(scale, (int, float)) else None
     with evaluation_mode(*modules.values()), quiet_bars(pipe):
         network = PipelineNetwork(pipe, checked, teacher, batch_size, seed, processes, progress, scale)
@@ -116,7 +115,6 @@ def calibrate_pipeline(
             "guidance_scale": scale,
             "classifier": None if scale is None else PIPELINE,
             "seed": seed,
-            "dtype": str(network.dtype).removeprefix("torch."),
             "pipeline": name,
             "model": model_id(pipe),
             "arguments": plain(checked),
@@ -197,7 +195,7 @@ def walk_bytes(noise: Tensor, num_steps: int, batch_size: int = 1) -> int:
 
 
 def model_id(pipe: Any) -> str | None:
-    """The name that the pipeline was loaded by, if it is no path of this machine."""
+    """The name that the pipeline was loaded by, if it is not a path on this machine."""
     name = pipe.config.get("_name_or_path") or None
     return None if name is None or Path(name).exists() else name
 

@@ -101,10 +101,8 @@ class Calibration(Record):
         with plot_file(Path(path), (6.5, 4)) as (_, ((panel,),)):
             for i, scale in enumerate(scales):
                 tables = [table for table in self.tables if table["guidance_scale"] == scale]
-                steps, guided = (
-                    [len(table["timesteps"]) for table in tables],
-                    "" if scale is None else f", scale {scale:g}",
-                )
+                steps = [len(table["timesteps"]) for table in tables]
+                guided = "" if scale is None else f", scale {scale:g}"
                 for key, (name, style) in lines.items():
                     values = [table[key] for table in tables]
                     panel.plot(steps, values, marker="o", ms=4, color=f"C{i}", linestyle=style, label=name + guided)

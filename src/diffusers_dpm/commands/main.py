@@ -6,7 +6,6 @@ its name: its docstring is the description in `--help`, `run(*operands, options)
 """
 
 import argparse
-import difflib
 import importlib
 import inspect
 import signal
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import NamedTuple
 
-from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, handling, interrupt
+from diffusers_dpm.errors import DiffusersDPMError, NonFiniteLossError, handling, interrupt, nearest
 from diffusers_dpm.options import parse_options
 
 
@@ -30,7 +29,6 @@ class Command(NamedTuple):
 
 FLAG = "; --resume continues from the last checkpoint"
 AGAIN = "; the same command resumes"
-
 
 COMMANDS = {
     "train": Command("train a diffusion U-Net", (), FLAG),
@@ -55,14 +53,11 @@ COMMANDS = {
     "demo": Command("train, sample and reload on scikit-learn's digits"),
 }
 
-
 # Modules that the extra `train` installs, or the base installation, which it repairs; gradio is of the extra `app`.
 PACKAGES = """
     gradio datasets filelock matplotlib sklearn tensorboard torchdiffeq torchmetrics transformers
     PIL accelerate diffusers huggingface_hub numpy packaging safetensors torch tyro yaml
 """
-
-
 SHOWN = (DiffusersDPMError, OSError, NonFiniteLossError, ModuleNotFoundError, KeyboardInterrupt)
 
 
@@ -105,9 +100,8 @@ def explain(name: str, error: BaseException) -> tuple[str, int]:
 def run(name: str, arguments: Sequence[str]) -> None:
     """Parse the command line of a command and do its work."""
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(COMMANDS)}"
-        raise DiffusersDPMError(f"unknown command {name!r}; {hint}")
+        hint = nearest(name, COMMANDS) or f"; the commands are {', '.join(COMMANDS)}"
+        raise DiffusersDPMError(f"unknown command {name!r}{hint}")
     module = importlib.import_module(f"diffusers_dpm.commands.{name.replace('-', '_')}")
     operands, options = parse_options(
         inspect.signature(module.run).parameters["options"].annotation,

@@ -94,7 +94,7 @@ def read_weights(path: Path) -> Weights:
             weights, or tensors larger than itself.
     """
     if not path.is_file():
-        raise DiffusersDPMError(f"{path} is no file")
+        raise DiffusersDPMError(f"{path} is not a file")
     if path.suffix == ".safetensors":
         found: Any = read_tensors(path)[1]
     else:

@@ -130,7 +130,8 @@ def openai_config(shapes: Shapes) -> dict[str, Any]:
 
 def openai_keys(shapes: Shapes, encoder: Encoder) -> dict[str, Any]:
     """The keys that U-Nets and classifiers share."""
-    first, sines, embedding = size(shapes, "input_blocks.0.0.weight"), *time_widths(shapes)
+    first = size(shapes, "input_blocks.0.0.weight")
+    sines, embedding = size(shapes, "time_embed.0.weight", 1), size(shapes, "time_embed.0.weight")  # of the time
     scale_shift = size(shapes, "input_blocks.1.0.emb_layers.1.weight") == 2 * encoder.widths[0]
     config = adm_unet(
         encoder.widths,
@@ -145,11 +146,6 @@ def openai_keys(shapes: Shapes, encoder: Encoder) -> dict[str, Any]:
     return config | (
         {} if (sines, embedding) == (first, 4 * first) else {"time_proj_dim": sines, "time_embedding_dim": embedding}
     )
-
-
-def time_widths(shapes: Shapes) -> tuple[int, int]:
-    """(number of sines and cosines of the time, channels of its embedding)."""
-    return size(shapes, "time_embed.0.weight", 1), size(shapes, "time_embed.0.weight")
 
 
 def openai_classifier_config(shapes: Shapes) -> dict[str, Any]:

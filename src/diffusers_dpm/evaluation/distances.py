@@ -17,14 +17,8 @@ from diffusers_dpm.evaluation.features import FeatureExtractor, InceptionFeature
 
 
 FULL_FID = 50_000  # images that an FID is of
-
-
 NUM_PROJECTIONS = 512
-
-
 INCEPTION_SPLITS = 10
-
-
 ALONE: dict[str, Any] = {"sync_on_compute": False}  # one process measures; torchmetrics would wait for the others
 
 
@@ -225,21 +219,21 @@ def frechet_name(extractor: FeatureExtractor, num_images: int) -> str:
 
 
 def quality(
-    images: Tensor, reference: Reference, extractor: FeatureExtractor, num_resamples: int = 50, seed: int = 0
+    images: Tensor, reference: Reference, extractor: FeatureExtractor, num_resamples: int = 50
 ) -> list[dict[str, Any]]:
     """Rows {"metric", "value", "error", "num_images", "feature_extractor"} about uint8 images (N, C, H, W)."""
     features = extract(extractor, images)
     pixels, theirs = (part.float() / 127.5 - 1 for part in (images, reference.images))
     inception = extractor if isinstance(extractor, InceptionFeatures) else None
     scores = {
-        frechet_name(extractor, len(images)): frechet_distance(features, reference.features, num_resamples, seed),
+        frechet_name(extractor, len(images)): frechet_distance(features, reference.features, num_resamples),
         "KID" if inception else "kernel distance": kernel_distance(features, reference.features),
     }
     if inception:
-        scores["Inception Score"] = inception_score(inception.logits(features), seed)
+        scores["Inception Score"] = inception_score(inception.logits(features))
     num, compared = len(images), min(len(images), len(theirs))
-    precision, recall = precision_and_recall(features, reference.features, seed=seed)
-    distance = sliced_wasserstein_distance(pixels, theirs, num_resamples, seed)
+    precision, recall = precision_and_recall(features, reference.features)
+    distance = sliced_wasserstein_distance(pixels, theirs, num_resamples)
     return [
         *(score_row(metric, score, num, extractor.name) for metric, score in scores.items()),
         score_row("precision", precision, compared, extractor.name),

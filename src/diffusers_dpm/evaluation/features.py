@@ -9,14 +9,12 @@ import torch
 from torch import nn
 
 from diffusers_dpm.errors import DiffusersDPMError, user_error
-from diffusers_dpm.networks import load_part
+from diffusers_dpm.networks import load_part, quiet
 from diffusers_dpm.pipelines import NoisyClassifier
-from diffusers_dpm.records import fingerprint, read_json, read_tensors, write_tensors
+from diffusers_dpm.records import fingerprint, read_json, read_tensors, weights_hash, write_tensors
 
 
 FEATURES_FILE = "features.json"
-
-
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
@@ -34,7 +32,7 @@ class ClassifierFeatures(nn.Module):
         self.classifier = classifier.eval()
         head: Any = classifier.head
         self.num_features = head.out.in_features
-        self.name = f"clean classifier {fingerprint(classifier.state_dict().values())[:12]}"
+        self.name = f"clean classifier {weights_hash(classifier)[:12]}"
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -120,17 +118,11 @@ class TransformerFeatures(nn.Module):
         from transformers import AutoImageProcessor, AutoModel  # slow to import
         from transformers.utils import logging
 
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # its warnings are handled below
-        try:
+        refusal = f"{where} is not an image model of transformers, here or online"
+        with user_error(refusal, OSError, ImportError), quiet(logging):  # what it would warn of is handled below
             # not torchvision's way to resize, which gives other features and may not be there
             self.process = AutoImageProcessor.from_pretrained(where, use_fast=False)
             model, loaded = AutoModel.from_pretrained(where, output_loading_info=True)
-        except (OSError, ValueError, ImportError) as error:
-            reason = " ".join(str(error).split())
-            raise DiffusersDPMError(f"{where} is no image model of transformers, here or online: {reason}") from error
-        finally:
-            logging.set_verbosity(verbosity)
         missing = sorted(loaded["missing_keys"])
         if others := [key for key in missing if "pooler" not in key]:
             raise DiffusersDPMError(f"{where} lacks weights: {', '.join(others[:3])}")

@@ -57,7 +57,7 @@ def check_call(pipe: Any, call: Mapping[str, Any]) -> None:
         raise DiffusersDPMError(f"{name} takes no {missing[0]}: it cannot be evaluated")
     for key in call:
         if key in ("generator", "num_inference_steps", "return_dict"):
-            raise DiffusersDPMError(f"{key} is no argument of a call here: seeds and steps say it")
+            raise DiffusersDPMError(f"leave {key} out of the calls: seeds and steps set it")
         if key not in taken:
             raise DiffusersDPMError(f"{name} takes no {key!r}{nearest(key, taken)}")
 
@@ -220,7 +220,7 @@ class PipelineEvaluation:
         """Measure what is not in the results yet, and write the tables and pictures."""
         texts, steps = dict.fromkeys(schedulers), sorted({*steps})
         for text in (self.reference, *texts):
-            parse_scheduler(text)  # what is no scheduler anywhere is refused before all work
+            parse_scheduler(text)  # what is not a scheduler at all is refused before any work
         total = len(self.runs) * (self.reference_steps + sum(steps) * len(texts)) + self.reference_steps // 2
         bar = tqdm(total=total, unit="step")
         try:

@@ -22,6 +22,7 @@ from diffusers_dpm.records import write_text
 from diffusers_dpm.schedulers import CalibratedScheduler
 
 
+MOST_LINES = 8  # with their names beside them; those that come lowest are kept
 FRACTIONS = ("precision", "recall")  # metrics in [0, 1], of which the highest is the best
 Table = dict[str, dict[int, Row]]  # label of a line -> column -> row
 
@@ -166,18 +167,15 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         figure.legend([*lines.values()], [*lines], loc="outside lower left", ncols=2, fontsize="x-small")
 
 
-def plot_labelled(
-    rows: Sequence[Row], path: Path, metric: str, floor: tuple[str, float] | None = None, most: int = 8
-) -> None:
+def plot_labelled(rows: Sequence[Row], path: Path, metric: str, floor: tuple[str, float] | None = None) -> None:
     """One metric against network calls, both logarithmic, each line with its name beside it, one colour for a class.
 
     Args:
         rows: with calls; zeros are left out.
         floor: a name, and the value below which a difference says nothing.
-        most: of the lines; those that come lowest are kept.
     """
     table = by_calls(row for row in rows if row["metric"] == metric and row["value"] > 0)
-    lowest = sorted(table, key=lambda name: min(row["value"] for row in table[name].values()))[:most]
+    lowest = sorted(table, key=lambda name: min(row["value"] for row in table[name].values()))[:MOST_LINES]
     if not lowest:
         return
     lines = {name: [row for _, row in sorted(table[name].items())] for name in table if name in lowest}
@@ -192,13 +190,8 @@ def plot_labelled(
                 axis.errorbar(calls, values, errors, marker="o", ms=4, color=f"C{i}", linestyle=style, label=name)
         if floor:
             axis.axhline(floor[1], color="grey", lw=1, linestyle=":")
-            place: dict[str, Any] = {
-                "xycoords": axis.get_yaxis_transform(),
-                "va": "bottom",
-                "color": "grey",
-                "fontsize": "small",
-            }
-            axis.annotate(floor[0], (0.01, floor[1]), **place)
+            where = {"xycoords": axis.get_yaxis_transform(), "va": "bottom"}
+            axis.annotate(floor[0], (0.01, floor[1]), **where, color="grey", fontsize="small")
         axis.set(xlabel="network calls", ylabel=metric)
         for scale in (axis.xaxis, axis.yaxis):
             logarithmic(scale)
@@ -292,14 +285,13 @@ def compare(a: Iterable[Row], b: Iterable[Row]) -> list[Difference]:
     Raises:
         DiffusersDPMError: the two have no measurement in common.
     """
-
     same = ("steps", "metric", "num_images", "feature_extractor", "reference", "reference_sha256")
 
     def key(row: Row) -> tuple[Any, ...]:
         return sampler_name(row), *(row.get(name) for name in same)
 
     first, second = ({key(row): row for row in rows} for rows in (a, b))
-    pairs = [(row, second[same]) for same, row in first.items() if same in second]
+    pairs = [(row, second[what]) for what, row in first.items() if what in second]
     if not pairs:
         raise DiffusersDPMError(f"no rows of the two have the same sampler, {', '.join(same)}")
     differences = []
@@ -327,9 +319,9 @@ def plot_comparison(differences: Sequence[Difference], path: Path, a: str = "A",
             panel.set_title(metric, loc="left", fontsize="medium")
 
 
-def comparison(differences: Iterable[Difference], a: str = "A", b: str = "B") -> str:
+def comparison(differences: Iterable[Difference]) -> str:
     """The differences in Markdown; the last column is the difference in units of its error."""
-    lines = [f"| sampler | steps | metric | {a} | {b} | difference | in errors |", "|---" * 7 + "|"]
+    lines = ["| sampler | steps | metric | A | B | difference | in errors |", "|---" * 7 + "|"]
     for item in differences:
         error = "" if item.error is None else f" \u00b1 {item.error:.2g}"
         ratio = f"{item.value / item.error:+.1f}" if item.error else ""

@@ -57,7 +57,7 @@ def check_rows(path: Path, name: str, rows: Any) -> list[dict[str, Any]]:
         raise DiffusersDPMError(f'{path} must hold {{"{name}": [...]}}')
     for i, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise DiffusersDPMError(f"{path}: row {i} of {name} is no object")
+            raise DiffusersDPMError(f"{path}: row {i} of {name} is not an object")
         kinds = METRIC_KEYS | {key: kind for key, kind in OPTIONAL_KEYS.items() if key in row}
         for key, kind in kinds.items():
             value = row.get(key)

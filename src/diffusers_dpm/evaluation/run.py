@@ -125,6 +125,9 @@ class Evaluation:
         if self.held_out_split is not None:
             held_out = load_data(self.source, require_labels=False, split=self.held_out_split)
             check_disjoint(data, held_out)
+            if (count := self.likelihood_images) > (num := len(held_out)):
+                raise DiffusersDPMError(f"--likelihood-images {count} is more than the {num} held-out images")
+            self.num_levels = find_num_levels(held_out, None) if count else None
         name = self._data_name(data.source.split)
         return Reference.of(name, all_bytes(data), self.extractor, RunFolder(self.folder).evaluation), held_out
 
@@ -236,9 +239,8 @@ class Evaluation:
         order = torch.randperm(len(self.held_out), generator=torch.Generator().manual_seed(self.seed))
         examples = self.held_out[indices := order[:count].tolist()]
         unet = cell.sampler.pipeline.unet.to(self.accelerator.device)
-        num_levels = find_num_levels(self.held_out, None)
         labels = examples["labels"] if is_conditional(unet) else None
-        options: dict[str, Any] = {"num_levels": num_levels, "seed": self.seed, "batch_size": self.batch_size}
+        options: dict[str, Any] = {"num_levels": self.num_levels, "seed": self.seed, "batch_size": self.batch_size}
         images = {"images": examples["images"], "class_labels": labels, "indices": indices}
         bound = evidence_lower_bound(unet, scheduler, **images, **options)
         score = score_row(BOUND, Score(bound.bits_per_dim, bound.standard_error), count, None)
@@ -263,7 +265,7 @@ def check_shape(data: ImageDataset, pipeline: DPMPipeline) -> None:
     drawn = picture_shape(pipeline.unet, data.shape[1:])
     if data.shape != drawn:
         sizes = f"the model draws images (C, H, W) of {drawn}, the data has {data.shape}"
-        raise DiffusersDPMError(f"{sizes}; see --resolution")
+        raise DiffusersDPMError(f"{sizes}; see --resolution and --channels")
 
 
 def all_bytes(data: ImageDataset, block: int = 1024) -> torch.Tensor:

@@ -145,4 +145,4 @@ def check_calibration(source: str | Path, folder: str | Path) -> None:
         "tables": tables,
         "snippets": [code.replace(repo_id[1], folder.resolve().as_posix()) for code in alone],
     }
-    run_without_package(str(inspect.getfile(calibration_without_package)), folder, results, task)
+    run_without_package(inspect.getfile(calibration_without_package), folder, results, task)

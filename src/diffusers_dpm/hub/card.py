@@ -21,10 +21,7 @@ from diffusers_dpm.run_folder import EXTRAS
 
 
 FACTS = {"name", "title", "license", "description", "data", "training", "hardware", "limits"}
-
-
 DATA_FACTS = {"name", "source", "license", "images", "shape", "note", "hub_id", "citation"}
-
 
 # Options of the training command that make the recipe, in the order of its --help.
 RECIPE = (
@@ -62,7 +59,7 @@ def check_license(name: Any) -> None:
     known = (files("diffusers_dpm.model_cards") / "licenses.txt").read_text(encoding="utf-8").split()
     if name not in known:
         near = nearest(str(name).lower(), known)
-        raise DiffusersDPMError(f"the Hub takes no license {name!r}, but such as mit, cc-by-4.0 or other{near}")
+        raise DiffusersDPMError(f"the Hub knows no license {name!r}: choose one such as mit, cc-by-4.0 or other{near}")
 
 
 def check_recipe(facts: Mapping[str, Any], options: Mapping[str, Any]) -> None:

@@ -116,7 +116,7 @@ def check_without_package(staged: Loaded, results: Mapping[str, np.ndarray]) -> 
         "snippets": card_snippets(staged),
         "variants": [name for name in VARIANTS if (unet / WEIGHTS.replace(".", f".{name}.")).is_file()],
     }
-    run_without_package(str(inspect.getfile(without_package)), staged.folder, results, task)
+    run_without_package(inspect.getfile(without_package), staged.folder, results, task)
 
 
 def run_without_package(script: str, folder: Path, results: Mapping[str, np.ndarray], task: Mapping[str, Any]) -> None:

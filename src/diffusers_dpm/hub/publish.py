@@ -65,21 +65,13 @@ def publish(
 
 
 def publish_calibration(
-    source: str | Path,
-    repo_id: str,
-    *,
-    base_model: str | None = None,
-    license: str | None = None,
-    dry_run: bool = False,
-    staging_dir: str | Path | None = None,
-    report: Callable[[str], object] = lambda line: None,
-    **options: Any,
+    source: str | Path, repo_id: str, *, base_model: str | None = None, license: str | None = None, **options: Any
 ) -> str | None:
     """Stage, check and upload fitted rows, for `CalibratedScheduler.from_pretrained(repo_id)`; returns the address.
 
     Args:
         source, repo_id, base_model, license: as `stage_calibration`.
-        dry_run, staging_dir, report, options: as `publish`.
+        options: as `publish`, but for `facts` and `variant`.
 
     Raises:
         DiffusersDPMError: the rows or the arguments cannot be used.
@@ -93,7 +85,7 @@ def publish_calibration(
         check_calibration(source, folder)
         return "this package and the code in the repository step as the rows that were fitted"
 
-    return deliver(repo_id, write, checked, dry_run=dry_run, staging_dir=staging_dir, report=report, **options)
+    return deliver(repo_id, write, checked, **options)
 
 
 def publish_space(repo_id: str, *, staging_dir: str | Path | None = None, **options: Any) -> str | None:
@@ -107,11 +99,8 @@ def publish_space(repo_id: str, *, staging_dir: str | Path | None = None, **opti
     Raises:
         DiffusersDPMError, PublishError: as `publish`.
     """
-    place = staging_dir and f"{staging_dir}-space"
-    options = {"dry_run": False, "report": lambda line: None, **options, "repo_type": "space"}
-    return deliver(
-        f"{repo_id}-space", lambda folder: stage_space(folder, repo_id), check_space, staging_dir=place, **options
-    )
+    options |= {"staging_dir": staging_dir and f"{staging_dir}-space", "repo_type": "space"}
+    return deliver(f"{repo_id}-space", lambda folder: stage_space(folder, repo_id), check_space, **options)
 
 
 def deliver(
@@ -119,9 +108,9 @@ def deliver(
     write: Callable[[Path], object],
     checked: Callable[[Path], str],
     *,
-    dry_run: bool,
-    staging_dir: str | Path | None,
-    report: Callable[[str], object],
+    dry_run: bool = False,
+    staging_dir: str | Path | None = None,
+    report: Callable[[str], object] = lambda line: None,
     **options: Any,
 ) -> str | None:
     """Write a folder, check it and upload it: see `publish`.
@@ -162,6 +151,6 @@ def check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise DiffusersDPMError(f"{repo_id!r} is no name for a Hub repository: {first_line(error)}") from error
+        raise DiffusersDPMError(f"{repo_id!r} is not a name for a Hub repository: {first_line(error)}") from error
     if "/" not in repo_id:
         raise DiffusersDPMError(f"{repo_id!r} names no owner; write organisation/{repo_id}")

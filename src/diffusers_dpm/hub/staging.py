@@ -27,20 +27,11 @@ from diffusers_dpm.schedulers import DDIMScheduler
 
 
 EXTRAS_NEED = "0.38"  # diffusers, the first that loads code from a folder inside a repository
-
-
 VARIANTS = {"fp16": torch.float16}
-
-
 SEEDS = range(16)
-
-
 DRAWING_STEPS = 50
-
-
 # What is read of a run; `EXTRAS` beside.
 READ = [RunFolder.index, RunFolder.unet, RunFolder.scheduler, RunFolder.options, RunFolder.metrics, RunFolder.samples]
-
 
 # With the spaces before a further slash; URLs are none, but for those with a user's name.
 ABSOLUTE_PATH = re.compile(
@@ -48,7 +39,6 @@ ABSOLUTE_PATH = re.compile(
     r"(?:[^\s,;\"'>]| (?=[^,;\"'>]*[\\/]))+",
     re.IGNORECASE,
 )
-
 
 TRAINING_GRID = re.compile(r"step-\d+\.png")  # the trainer's own pictures, of raw beside averaged weights
 
@@ -79,15 +69,15 @@ def stage(
         report: gets a line where something of `run` is left out.
 
     Raises:
-        DiffusersDPMError: `run` is no pipeline, one of its parts cannot be used or is a link out of it, or the facts
-            contradict the run.
+        DiffusersDPMError: `run` is not a pipeline, one of its parts cannot be used or is a link out of it, or the
+            facts contradict the run.
     """
     run, folder = Path(run), Path(folder)
     check_empty(folder)
     if variant is not None and variant not in VARIANTS:
         raise DiffusersDPMError(f"variant={variant!r} is not known; choose one of {', '.join(VARIANTS)}")
     if not run.is_dir():
-        raise DiffusersDPMError(f"{run} is no folder")
+        raise DiffusersDPMError(f"{run} is not a folder")
     check_links(run)
     about = without_paths(load_facts(Path(facts))) if facts else {}
     if license is not None:
@@ -131,8 +121,7 @@ def stage(
 
 def components_of_others(run: Path) -> list[str]:
     """Folders with the config of a component that is none of a run's, such as the autoencoder of another pipeline."""
-    known = {*(part.name for part in PARTS), *EXTRAS}
-    return sorted({path.parent.name for path in run.glob("[!.]*/*config.json")} - known)
+    return sorted({path.parent.name for path in run.glob("[!.]*/*config.json")} - {part.name for part in PARTS})
 
 
 def check_links(run: Path) -> None:
@@ -210,7 +199,7 @@ def stage_metrics(
 ) -> tuple[list[dict], list[dict]]:
     """The rows and the baselines of metrics.json, without rows that are marked as measured on other weights.
 
-    `diffusers-dpm evaluate` keeps those of a model that was then trained further; they are no figures of this one.
+    `diffusers-dpm evaluate` keeps those of a model that was then trained further; they are not figures of this one.
     """
     if not source.is_file():
         return [], []
@@ -241,7 +230,7 @@ def stage_pictures(
                 picture.info = {key: picture.info[key] for key in {"transparency"} & {*picture.info}}
                 picture.save(target / path.name, format="PNG")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-            report(f"left out: {path}, which is no picture that can be read")
+            report(f"left out: {path}, which cannot be read as a picture")
     if not any(target.iterdir()):
         steps = min(DRAWING_STEPS, pipe.scheduler.config.num_train_timesteps)
         draw_grid(pipe, steps).save(target / f"DDIM-{steps}-steps-seeds-{SEEDS[0]}-to-{SEEDS[-1]}.png")

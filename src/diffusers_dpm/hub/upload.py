@@ -22,21 +22,12 @@ class PublishError(DiffusersDPMError):
     """Nothing was published, or not as it was meant; the message says why and what to do."""
 
 
-def log_in(api: HfApi) -> str:
-    """The name of the user whose token is used. Raises PublishError if there is none."""
-    with explained("cannot log in"):
-        return within(ANSWER_SECONDS, "cannot log in", lambda: api.whoami()["name"])
-
-
 # The Hub client's own errors are OSErrors, as are those of requests; newer clients use httpx, whose base is HTTPError.
 # A failed transfer of weights is a RuntimeError.
 CLIENT_ERRORS: tuple[Any, ...] = (OSError, RuntimeError, errors.HTTPError)
-
-
 # The client waits for ever for an answer that does not come.
 ANSWER_SECONDS = 60.0
 LEAST_SECONDS, LEAST_SPEED = 600.0, 50_000  # of an upload; bytes a second, there and back
-
 
 STATUS_HELP: dict[Any, str] = {
     401: "the token is not valid: run `hf auth login` again",
@@ -67,6 +58,12 @@ def within(seconds: float, what: str, work: Callable[[], Any]) -> Any:
             return pool.apply_async(work).get(seconds)
         except TimeoutError as error:
             raise PublishError(f"{what}: no end after {seconds:.0f} seconds; run the command again later") from error
+
+
+def log_in(api: HfApi) -> str:
+    """The name of the user whose token is used. Raises PublishError if there is none."""
+    with explained("cannot log in"):
+        return within(ANSWER_SECONDS, "cannot log in", lambda: api.whoami()["name"])
 
 
 def upload(

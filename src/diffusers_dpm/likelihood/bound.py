@@ -35,7 +35,7 @@ from diffusers_dpm.likelihood.reverse_steps import (
     learned_steps,
     prior_divergence,
 )
-from diffusers_dpm.networks import NoProgress, Progress, network_output
+from diffusers_dpm.networks import Progress, network_output
 from diffusers_dpm.pipelines.networks import evaluation_mode
 from diffusers_dpm.pipelines.scheduler_adapter import adapt
 from diffusers_dpm.random_streams import Stream, normal
@@ -122,10 +122,7 @@ def measure_errors(
     """
     process = as_analytic_dpm(scheduler)
     schedule, prediction_type = process.schedule, process.config.prediction_type
-    grid = sorted({*as_told(schedule, timesteps)})
-    if not grid or not all(map(schedule.has, grid)):
-        ends = f"{schedule.cleanest:g} .. {schedule.noisiest:g}"
-        raise DiffusersDPMError(f"timesteps must lie in {ends}, got {grid[:4]} .. {grid[-4:]}.")
+    grid = told_timesteps(schedule, timesteps)
     examples = Examples(unet, images, class_labels, indices, seed, batch_size)
     check_levels(images, num_levels)
     variances = decoder_variances(schedule, grid, decoder_variance)
@@ -156,7 +153,8 @@ def measure_errors(
         for start in range(0, num_pairs, batch_size):
             batch = range(start, min(start + batch_size, num_pairs))
             parts.append(evaluate([divmod(pair, len(grid)) for pair in batch]))
-            (progress or NoProgress()).update(len(batch))
+            if progress is not None:
+                progress.update(len(batch))
     values = torch.cat(parts).unflatten(0, (len(images), len(grid)))
     if len(bad := (~values.isfinite()).nonzero()):
         raise DiffusersDPMError(f"the network's predictions are not finite at timestep {grid[bad[0, 1]]}.")
@@ -166,10 +164,18 @@ def measure_errors(
     return PredictionErrors(tuple(grid), *measured, schedule.hash, terms)
 
 
-def as_told(schedule: NoiseSchedule, timesteps: Iterable[float]) -> list[Any]:
-    """Timesteps as the network is told them: whole ones in DDPM's process, float32 in continuous time."""
+def told_timesteps(schedule: NoiseSchedule, timesteps: Iterable[float]) -> list[Any]:
+    """Ascending, each once, as the network is told them: whole ones in DDPM's process, float32 in continuous time.
+
+    Raises:
+        DiffusersDPMError: there is none, or one out of range.
+    """
     values = on_host([*timesteps])
-    return (values.long() if schedule.is_discrete else values.float()).tolist()
+    grid = sorted({*(values.long() if schedule.is_discrete else values.float()).tolist()})
+    if not grid or not all(map(schedule.has, grid)):
+        ends = f"{schedule.cleanest:g} .. {schedule.noisiest:g}"
+        raise DiffusersDPMError(f"timesteps must lie in {ends}, got {grid[:4]} .. {grid[-4:]}.")
+    return grid
 
 
 def noise_key(schedule: NoiseSchedule, t: float) -> int:

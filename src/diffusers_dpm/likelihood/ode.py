@@ -9,7 +9,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, check_at_least
 from diffusers_dpm.likelihood.decoder import check_levels, gaussian_log_density
 from diffusers_dpm.likelihood.problem import NATS_PER_BIT, Estimate, Examples, as_analytic_dpm
 from diffusers_dpm.networks import Progress, first_timestep, network_output
@@ -20,11 +20,7 @@ from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMSchedule
 
 
 DEQUANTIZATIONS = ("centered", "score_sde")
-
-
 DIVERGENCES = ("rademacher", "gaussian", "exact")
-
-
 SOLVERS = ("dopri5", "rk4")
 
 
@@ -138,8 +134,7 @@ def ode_log_likelihood(
     for name, value, values in (("divergence", divergence, DIVERGENCES), ("solver", solver, SOLVERS)):
         if value not in values:
             raise DiffusersDPMError(f"{name}={value!r} must be one of {', '.join(values)}.")
-    if min(num_passes, num_probes, num_steps) < 1:
-        raise DiffusersDPMError("num_passes, num_probes and num_steps must be at least 1.")
+    check_at_least(1, num_passes=num_passes, num_probes=num_probes, num_steps=num_steps)
     process = as_analytic_dpm(scheduler)
     examples = Examples(unet, images, class_labels, indices, seed, batch_size)
     check_levels(images, num_levels)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from diffusers_dpm.errors import DiffusersDPMError
+from diffusers_dpm.errors import DiffusersDPMError, check_at_least
 from diffusers_dpm.networks import noise_schedule_of, whole_config
 from diffusers_dpm.pipelines import image_shape, picture_shape
 from diffusers_dpm.random_streams import Stream
@@ -52,8 +52,8 @@ class Examples:
         for name, values in (("class_labels", class_labels), ("indices", indices)):
             if values is not None and len(values) != len(images):
                 raise DiffusersDPMError(f"{len(values)} {name} for {len(images)} images.")
-        if seed < 0 or batch_size < 1:
-            raise DiffusersDPMError(f"seed={seed} must not be negative, and batch_size={batch_size} at least 1.")
+        check_at_least(0, seed=seed)
+        check_at_least(1, batch_size=batch_size)
         self.unet, self.images, self.class_labels, self.seed = unet, images, class_labels, seed
         self.indices = [*map(int, range(len(images)) if indices is None else indices)]
 

@@ -33,18 +33,10 @@ from diffusers_dpm.schedulers.scheduling_analytic_dpm import ESTIMATES, HEADS, A
 
 # The options that say which images there are, and in which form.
 DATA_OPTIONS = [item.name for item in dataclasses.fields(DataSourceOptions) if item.name != "cache_gigabytes"]
-
-
 CLIPPING = ("clip_sample", "clip_sample_range", "thresholding", "dynamic_thresholding_ratio", "sample_max_value")
-
-
 # The options of the ODE, those of its result.
 ODE_OPTIONS = ("divergence", "num_probes", "num_passes", "dequantization", "solver", "tolerance", "num_steps")
-
-
 LEARNED = "learned_range"  # the reverse variance of a network that chooses it
-
-
 DOPRI5_CALLS = 100  # of an integration, roughly: an adaptive solver finds its steps as it goes
 
 
