@@ -21,6 +21,12 @@ from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
 # Closed forms --------------------------------------------------------------------------------------------------------
 
 
+def path(pipe, **arguments):
+    """All x_t of a walk of a DPMPipeline, (steps + 1, B, C, H, W)."""
+    arguments = {"num_inference_steps": 12, "output_type": "pt", **arguments}
+    return pipe(return_trajectory=True, **arguments).trajectory.latents
+
+
 def prediction(kind, x0, epsilon, alpha, sigma):
     """What a network of a prediction type returns."""
     return {"epsilon": epsilon, "sample": x0, "v_prediction": alpha * epsilon - sigma * x0}[kind]
@@ -337,7 +343,6 @@ def save_run(folder: Path, unet=None, **scheduler):
     """A run folder with a tiny network, or that one, and 20 timesteps; returns its pipeline, which shows no bar."""
     config = {"num_train_timesteps": 20, "beta_end": 0.3, **scheduler}
     pipeline = DPMPipeline(unet or tiny_unet(), DDPMScheduler(**config))
-    pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
     return pipeline
 

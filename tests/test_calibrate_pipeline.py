@@ -35,9 +35,7 @@ FEW = {"num_images": 1, "teacher_steps": 4, "max_walks": 0}
 def mixture():
     """A pipeline whose network is exact."""
     unet = MixtureNetwork((-1.0, 0.6), (0.4, 0.25), (0.35, 0.65))
-    pipe = DPMPipeline(unet, DDIMScheduler(clip_sample=False))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return DPMPipeline(unet, DDIMScheduler(clip_sample=False))
 
 
 def rms(x):
@@ -85,7 +83,6 @@ def test_a_pipeline_predicts_what_its_network_does(batch_size):
     unet = tiny_unet(block_out_channels=(8,), num_class_embeds=3).eval()
     unet.register_to_config(_has_null_class=True)
     pipe = DPMPipeline(unet, DDIMScheduler(clip_sample=True))
-    pipe.set_progress_bar_config(disable=True)
     teacher = teacher_for(pipe.scheduler)
     teacher.set_timesteps(10)  # from a level where rounding of epsilon counts 150-fold in x_0
     calls = [{"class_labels": [label], "guidance_scale": 3.0} for label in (0, 1)]

@@ -80,7 +80,6 @@ def best_solver_of(table, scheduler):
 def sampled(unet, scheduler, noise, n, classifier=None, **options):
     """The final x_0 of our pipeline, not clamped."""
     pipe = DPMPipeline(unet, scheduler, classifier)
-    pipe.set_progress_bar_config(disable=True)
     output = pipe(num_inference_steps=n, latents=noise, output_type="np", return_trajectory=True, **options)
     return output.trajectory.latents[-1]
 

@@ -19,7 +19,7 @@ from diffusers_dpm.schedulers import (
     ScoreSDEScheduler,
     VPNoiseSchedule,
 )
-from tests.models import ImageMixtureClassifier, ImageMixtureNetwork
+from tests.models import ImageMixtureClassifier, ImageMixtureNetwork, path
 from tests.schedulers.helpers import PREDICTION_TYPES, noise, working
 
 
@@ -36,12 +36,6 @@ def guided_pair(make_pipe, scheduler, prediction_type="epsilon"):
 
 def latents(n, seed=0):
     return noise(n, 1, 2, 2, seed=seed)
-
-
-def path(pipe, **arguments):
-    """All x_t, (steps + 1, B, C, H, W)."""
-    arguments = {"num_inference_steps": 12, "output_type": "pt", **arguments}
-    return pipe(return_trajectory=True, **arguments).trajectory.latents
 
 
 # The shift -------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from diffusers_dpm.schedulers.gaussian_paths import PATHS, path_of
 from diffusers_dpm.schedulers.noise_schedule import CLEAN, PREDICTIONS
 
 from .helpers import ONCE, PLANNING, noise, seeded, sources
-from .problems import MIXTURE, STARTS
+from .problems import MIXTURE, STARTS, z
 
 
 FLOW = {"kind": "flow"}
@@ -254,10 +254,6 @@ ANALYTIC = {
     "subvp": (0.673180612389319, 0.702289849813056),
 }
 MIDPOINT = {"flow": 0.260970402009175, "ve": 0.426548385569217, "vp": 0.137641385860428, "subvp": 0.127484834724883}
-
-
-def z(i):
-    return math.cos(1.3 * i + 0.7)
 
 
 def applied(row, level, x):

@@ -40,11 +40,6 @@ VARIANTS = [
 PROMPT = {"prompt_embeds": noise(1, 4, 8).float(), "negative_prompt_embeds": noise(1, 4, 8, seed=1).float()}
 
 
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture(scope="module")
 def unet():
     return tiny_unet(3, block_out_channels=(4, 8), norm_num_groups=2)
@@ -98,7 +93,7 @@ def test_stock_and_own_image_pipelines(scheduler_class, options, n, source, unet
         (DDPMPipeline, {"batch_size": 1, "generator": seeded(), "output_type": "np"}),
         (DPMPipeline, {"batch_size": 1, "generator": seeded(), "output_type": "np"}),
     ):
-        images = quiet(pipeline(unet, scheduler))(num_inference_steps=n, **keywords).images
+        images = pipeline(unet, scheduler)(num_inference_steps=n, **keywords).images
         assert images.shape == (1, 8, 8, 3)
         assert torch.tensor(images).isfinite().all()
 
@@ -106,7 +101,7 @@ def test_stock_and_own_image_pipelines(scheduler_class, options, n, source, unet
 @pytest.mark.parametrize("n", COUNTS)
 def test_ddim_style_calls(n, unet):
     """DDIMPipeline passes eta and use_clipped_model_output to any scheduler: only DDIM takes them."""
-    pipe = quiet(DDIMPipeline(unet, DDIMScheduler()))
+    pipe = DDIMPipeline(unet, DDIMScheduler())
     pipe.scheduler = DDIMScheduler(
         timestep_spacing="trailing", **chain(n)
     )  # the pipeline makes diffusers' of what it is given
@@ -128,7 +123,7 @@ def test_ddim_style_calls(n, unet):
 @pytest.mark.parametrize(("scheduler_class", "options"), VARIANTS)
 def test_stable_diffusion(scheduler_class, options, n, source, latent_parts, tmp_path):
     scheduler = scheduler_of(scheduler_class, options, n, source, tmp_path)
-    pipe = quiet(StableDiffusionPipeline(scheduler=scheduler, **latent_parts))
+    pipe = StableDiffusionPipeline(scheduler=scheduler, **latent_parts)
     latents = pipe(
         num_inference_steps=n,
         height=16,
@@ -148,7 +143,7 @@ def test_stable_diffusion(scheduler_class, options, n, source, latent_parts, tmp
 def test_image_to_image(scheduler_class, options, strength, latent_parts, tmp_path):
     """The pipeline cuts the timesteps and says where it begins; a second call gives the same image."""
     scheduler = scheduler_of(scheduler_class, options, 20, "new", tmp_path)
-    pipe = quiet(StableDiffusionImg2ImgPipeline(scheduler=scheduler, **latent_parts))
+    pipe = StableDiffusionImg2ImgPipeline(scheduler=scheduler, **latent_parts)
     image = noise(1, 3, 16, 16).float().clamp(-1, 1)
     results = [
         pipe(
