@@ -68,7 +68,7 @@ class LinearOperator(torch.nn.Module):
 
 
 class MaskedOperator(LinearOperator):
-    """Which measures where a mask is true."""
+    """A measurement where a mask is true; elsewhere y is ignored."""
 
     mask: Tensor
 
@@ -168,7 +168,7 @@ class CompressedSensing(LinearOperator):
 
 
 class FourierOperator(LinearOperator):
-    """Whose A^T A is diagonal in Fourier space."""
+    """An operator whose A^T A is diagonal in Fourier space."""
 
     def gains(self, x: Tensor) -> Tensor:
         """The eigenvalues of A^T A, which broadcast to the spectrum of x."""

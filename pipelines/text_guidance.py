@@ -165,7 +165,7 @@ class TextGuidance(Guidance):
 
 
 class Descent(ClassifierGuidance):
-    """Whose `log_prob` gets t as a number, of which the cut-outs are made on the host."""
+    """Guidance whose `log_prob` gets t as a number, from which the host makes the cut-outs."""
 
     takes_number = True
 

@@ -1,6 +1,6 @@
 """Schedulers made of rows of coefficients.
 
-Every update of DDPM, DDIM, Analytic-DPM and DPM-Solver is one linear combination
+Every update is one linear combination
 
     x_s = sample * x_t + sum_j x0[j] * x0_j + sum_j epsilon[j] * epsilon_j + noise * z        (j = 0 is the newest)
 
