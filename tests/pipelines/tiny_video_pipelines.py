@@ -70,24 +70,16 @@ def skyreels(name):
 
 def ltx2(name):
     """Sound beside the video, under a copy of the scheduler; guidance on x_0, by the scheduler's sigmas."""
-    transformer = denoiser(
-        "LTX2VideoTransformer3DModel",
-        cross_attention_dim=16,
-        audio_num_attention_heads=2,
-        audio_attention_head_dim=8,
-        audio_in_channels=4,
-        audio_out_channels=4,
-        audio_cross_attention_dim=16,
-        rope_double_precision=False,
-    )
+    both = {"caption_channels": 8, "rope_double_precision": False}
+    video = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 16}
+    video |= {"num_attention_heads": 2, "attention_head_dim": 8}
+    audio = {f"audio_{key}": value for key, value in video.items()}
+    transformer = denoiser("LTX2VideoTransformer3DModel", **both, **video, **audio)
     connector = {"num_attention_heads": 2, "attention_head_dim": 4, "num_layers": 1, "num_learnable_registers": None}
     kinds = ("video_connector", "audio_connector")
-    connectors = import_module(diffusers.LTX2Pipeline.__module__).LTX2TextConnectors(
-        caption_channels=8,
-        text_proj_in_factor=1,
-        **{f"{kind}_{key}": value for kind in kinds for key, value in connector.items()},
-        rope_double_precision=False,
-    )
+    config = {f"{kind}_{key}": value for kind in kinds for key, value in connector.items()}
+    module = import_module(diffusers.LTX2Pipeline.__module__)
+    connectors = module.LTX2TextConnectors(**both, **config, text_proj_in_factor=1)
     channels = dict.fromkeys(("block_out_channels", "decoder_block_out_channels"), (8,))
     layers = {"layers_per_block": (1,), "decoder_layers_per_block": (1, 1), "decoder_inject_noise": (False, False)}
     scaling = dict.fromkeys(("spatio_temporal_scaling", "decoder_spatio_temporal_scaling"), (True,))
@@ -128,33 +120,13 @@ def cosmos_25(name):
 
 def stable_audio_3(name):
     """T is 1: the network is told sigma."""
-    transformer = network(
-        "StableAudio3DiTModel",
-        io_channels=4,
-        embed_dim=16,
-        depth=1,
-        num_heads=2,
-        cond_token_dim=8,
-        global_cond_dim=8,
-        local_add_cond_dim=5,
-        timestep_features_dim=8,
-        ff_mult=1,
-        num_memory_tokens=1,
-        use_differential_attention=False,
-    )
-    vae = network(
-        "AutoencoderSAME",
-        patch_size=2,
-        encoder_channels=8,
-        encoder_c_mults=(2,),
-        encoder_strides=(2,),
-        encoder_transformer_depths=(1,),
-        latent_dim=4,
-        use_differential_attention=False,
-        dim_heads=4,
-        ff_mult=1,
-        sampling_rate=16,
-    )
+    both = {"ff_mult": 1, "use_differential_attention": False}
+    sizes = {"io_channels": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_memory_tokens": 1}
+    conditions = {"cond_token_dim": 8, "global_cond_dim": 8, "local_add_cond_dim": 5, "timestep_features_dim": 8}
+    transformer = network("StableAudio3DiTModel", **both, **sizes, **conditions)
+    encoder = {"channels": 8, "c_mults": (2,), "strides": (2,), "transformer_depths": (1,)}
+    sizes = {"patch_size": 2, "latent_dim": 4, "dim_heads": 4, "sampling_rate": 16}
+    vae = network("AutoencoderSAME", **both, **sizes, **{f"encoder_{key}": value for key, value in encoder.items()})
     module = import_module(diffusers.StableAudio3Pipeline.__module__)
     embedder = module.StableAudio3DurationEmbedder(output_dim=8, fourier_dim=8)
     scheduler = flow(num_train_timesteps=1)
