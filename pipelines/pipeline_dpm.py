@@ -210,7 +210,8 @@ class DPMPipeline(EditingMixin, DiffusionPipeline):
         scheduler = adapt(self.scheduler)
         step_arguments = scheduler.step_arguments(generator, eta)
         scheduler.set_timesteps(num_inference_steps)
-        latents = self._prepare_latents(latents, batch_size, generator, edit and edit.image.shape[2:])
+        size = None if edit is None else edit.image.shape[2:]
+        latents = self._prepare_latents(latents, batch_size, generator, size)
         labels = self._prepare_labels(labels, batch_size, generator, guides)
         bound, scheduler = self._bind_guidance(guides, scheduler, latents, labels)
         walk = Walk(scheduler) if edit is None else EditedWalk(edit, scheduler, latents, generator)

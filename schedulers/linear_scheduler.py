@@ -201,9 +201,9 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
                 are others, which only other schedulers take.
         """
         self._begin(others, mu)
-        self._visit(num_inference_steps, timesteps, sigmas, mu, device)
+        self._plan_walk(num_inference_steps, timesteps, sigmas, mu, device)
 
-    def _visit(
+    def _plan_walk(
         self, num: int | None, timesteps: Timesteps | None, sigmas: Timesteps | None, mu: float | None, device: Device
     ) -> None:
         """Plan the loop that the arguments of `set_timesteps` ask for."""

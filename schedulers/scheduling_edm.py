@@ -151,7 +151,7 @@ class EDMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks 
 
     # The grid ----------------------------------------------------------------------------------------------------
 
-    def _visit(
+    def _plan_walk(
         self, num: int | None, timesteps: Timesteps | None, sigmas: Timesteps | None, mu: float | None, device: Device
     ) -> None:
         grid, levels = self._grid(num, timesteps, sigmas, mu)

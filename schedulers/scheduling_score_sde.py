@@ -102,7 +102,7 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
 
     # The grid ----------------------------------------------------------------------------------------------------
 
-    def _visit(
+    def _plan_walk(
         self, num: int | None, timesteps: Timesteps | None, sigmas: Timesteps | None, mu: float | None, device: Device
     ) -> None:
         top = len(self.schedule) if self.schedule.is_discrete else MOST_STEPS
