@@ -95,10 +95,14 @@ class EditedWalk(Walk):
     After each step the part is replaced by the image at the new level, with fresh noise, and in the end by the image
     itself. With resampling x is noised up again after a step, and the step repeated, so that what is drawn comes to
     fit what is kept (RePaint, whose jumps may be longer; on Gaussian data longer ones are less exact at equal calls).
+
+    Raises:
+        ValueError: an image of another size than the noise; a scheduler that cannot begin in mid-grid.
     """
 
     def __init__(self, edit: Edit, scheduler: SchedulerAdapter, noise: Tensor, generator: Any):
         super().__init__(scheduler)
+        check_size(edit.image, noise.shape[1:])
         self.strength, self.image = edit.strength, edit.image.to(noise)
         self.mask = None if edit.mask is None else edit.mask.to(noise.device)
         self.draw = partial(randn_tensor, noise.shape, generator, noise.device, noise.dtype)
@@ -278,7 +282,7 @@ class EditingMixin:
         arguments = scheduler.step_arguments(None, None)
         with evaluation_mode(self.unet):
             after_step = partial(self._after_step, None, ())
-            x, _ = self._denoise(x, labels, scheduler, None, arguments, Walk(scheduler), after_step, 0)
+            x, _ = self._denoise(x, labels, Walk(scheduler), None, arguments, after_step, 0)
         self.maybe_free_model_hooks()
         return x / getattr(self.scheduler, "init_noise_sigma", 1.0)
 

@@ -67,12 +67,8 @@ class LinearOperator(torch.nn.Module):
         return y + noise_std * self.keep(torch.view_as_complex(noise) if y.is_complex() else noise)
 
 
-class Inpainting(LinearOperator):
-    """The pixels where a mask is true; y is an image, in which the others are ignored.
-
-    Args:
-        mask: true or 1 where pixels are known; (H, W), or any shape that broadcasts to (B, C, H, W).
-    """
+class MaskedOperator(LinearOperator):
+    """A measurement where a mask is true; elsewhere y is ignored."""
 
     mask: Tensor
 
@@ -80,14 +76,22 @@ class Inpainting(LinearOperator):
         super().__init__()
         self.register_buffer("mask", torch.as_tensor(mask).bool())
 
+    def keep(self, y: Tensor) -> Tensor:
+        return torch.where(self.mask, y, 0)
+
+
+class Inpainting(MaskedOperator):
+    """The pixels where a mask is true; y is an image, in which the others are ignored.
+
+    Args:
+        mask: true or 1 where pixels are known; (H, W), or any shape that broadcasts to (B, C, H, W).
+    """
+
     def forward(self, x: Tensor) -> Tensor:
         return self.keep(x)
 
     def adjoint(self, y: Tensor) -> Tensor:
         return self.keep(y)
-
-    def keep(self, y: Tensor) -> Tensor:
-        return torch.where(self.mask, y, 0)
 
 
 class Colorization(LinearOperator):
@@ -164,7 +168,7 @@ class CompressedSensing(LinearOperator):
 
 
 class FourierOperator(LinearOperator):
-    """Whose A^T A is diagonal in Fourier space."""
+    """An operator whose A^T A is diagonal in Fourier space."""
 
     def gains(self, x: Tensor) -> Tensor:
         """The eigenvalues of A^T A, which broadcast to the spectrum of x."""
@@ -224,7 +228,7 @@ class Blur(FourierOperator):
         return from_spectrum(self._spectrum(y).conj() * spectrum_of(y))
 
 
-class Fourier(FourierOperator):
+class Fourier(MaskedOperator, FourierOperator):
     """The unitary Fourier transform of each channel where a mask is true, as magnetic resonance measures it.
 
     y is the complex spectrum (B, C, H, W), in which the others are ignored.
@@ -233,12 +237,6 @@ class Fourier(FourierOperator):
         mask: (H, W), true or 1 at the frequencies that are measured, in the order of `torch.fft.fft2`: the mean of the
             image comes first.
     """
-
-    mask: Tensor
-
-    def __init__(self, mask: Tensor):
-        super().__init__()
-        self.register_buffer("mask", torch.as_tensor(mask).bool())
 
     def gains(self, x: Tensor) -> Tensor:
         # A real image has the same information at k and -k.
@@ -250,9 +248,6 @@ class Fourier(FourierOperator):
 
     def adjoint(self, y: Tensor) -> Tensor:
         return from_spectrum(self.keep(y))
-
-    def keep(self, y: Tensor) -> Tensor:
-        return torch.where(self.mask, y, 0)
 
 
 def spectrum_of(x: Tensor) -> Tensor:

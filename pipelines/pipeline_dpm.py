@@ -30,7 +30,6 @@ from .editing import (
     Generators,
     Pictures,
     Walk,
-    check_size,
     common_batch_size,
     generator_of,
 )
@@ -198,15 +197,9 @@ class DPMPipeline(EditingMixin, DiffusionPipeline):
         tensor_inputs = tuple(callback_on_step_end_tensor_inputs)
         self._check_output(output_type, return_trajectory, tensor_inputs)
         after_step = partial(self._after_step, callback_on_step_end, tensor_inputs)
-        shortcuts = {
-            "cond_fn": cond_fn,
-            "guidance_scale": guidance_scale,
-            "guidance_mode": guidance_mode,
-            "guidance_interval": guidance_interval,
-            "clip_order": clip_order,
-            "max_gradient_norm": max_gradient_norm,
-            "guidance_through_unet": guidance_through_unet,
-        }
+        shortcuts = {"cond_fn": cond_fn, "guidance_scale": guidance_scale, "guidance_mode": guidance_mode}
+        shortcuts |= {"guidance_interval": guidance_interval, "clip_order": clip_order}
+        shortcuts |= {"max_gradient_norm": max_gradient_norm, "guidance_through_unet": guidance_through_unet}
         guides = choose_guidance(guidance, self.classifier is None and bool(num_classes_of(self.unet)), **shortcuts)
         generator = make_generators(generator, seeds)
         labels = None if class_labels is None else torch.as_tensor(self.get_label_ids(class_labels))
@@ -219,14 +212,10 @@ class DPMPipeline(EditingMixin, DiffusionPipeline):
         scheduler.set_timesteps(num_inference_steps)
         size = None if edit is None else edit.image.shape[2:]
         latents = self._prepare_latents(latents, batch_size, generator, size)
-        if edit is not None:
-            check_size(edit.image, latents.shape[1:])
         labels = self._prepare_labels(labels, batch_size, generator, guides)
-        bound = self._bind_guidance(guides, scheduler, latents, labels)
-        if bound is not None and bound.clip_order == "before":
-            scheduler = scheduler.without_clipping()
+        bound, scheduler = self._bind_guidance(guides, scheduler, latents, labels)
         walk = Walk(scheduler) if edit is None else EditedWalk(edit, scheduler, latents, generator)
-        steps = (scheduler, bound, step_arguments, walk, after_step, int(return_trajectory))
+        steps = (walk, bound, step_arguments, after_step, int(return_trajectory))
         with evaluation_mode(self.unet, self.classifier, *(bound.networks if bound else ())):
             latents, trajectory = self._denoise(walk.begin(latents), labels, *steps)
         output = DPMPipelineOutput(self._to_images(latents, output_type), labels, trajectory)
@@ -237,14 +226,14 @@ class DPMPipeline(EditingMixin, DiffusionPipeline):
         self,
         latents: Tensor,
         labels: Tensor | None,
-        scheduler: SchedulerAdapter,
+        walk: Walk,
         guidance: Guides | None,
         step_arguments: dict[str, Any],
-        walk: Walk,
         after_step: Callable[..., Tensor],
         keep_every: int,
     ) -> tuple[Tensor, DPMTrajectory | None]:
         """Run the steps of the walk; returns x_0 and the trajectory (None if `keep_every` is 0)."""
+        scheduler = walk.scheduler
         conditioning: dict[str, Any] = {}
         if labels is not None and is_conditional(self.unet):
             null_class = null_class_of(self.unet)
@@ -346,8 +335,8 @@ class DPMPipeline(EditingMixin, DiffusionPipeline):
 
     def _bind_guidance(
         self, guides: Sequence[Guidance], scheduler: SchedulerAdapter, latents: Tensor, labels: Tensor | None
-    ) -> Guides | None:
-        """The guides for this call, by default the classifier if there are labels; None if nothing guides."""
+    ) -> tuple[Guides | None, SchedulerAdapter]:
+        """(the guides, by default the classifier if there are labels, None if nothing guides; their scheduler)."""
         if not guides and self.classifier is not None and labels is not None:
             guides = [ClassifierGuidance()]
         guidance = Guides(tuple(guides)).bind(self.unet, self.classifier, scheduler, latents, labels)
@@ -357,7 +346,8 @@ class DPMPipeline(EditingMixin, DiffusionPipeline):
                 "the scheduler's rows were fitted %s and fit less well here; 'diffusers-dpm calibrate' fits others",
                 "without guidance" if fitted is None else f"under guidance_scale={fitted:g}",
             )
-        return guidance
+        clips_before = guidance is not None and guidance.clip_order == "before"
+        return guidance, scheduler.without_clipping() if clips_before else scheduler
 
     def _check_output(self, output_type: str, return_trajectory: bool | int, tensor_inputs: tuple[str, ...]) -> None:
         check_network(self.unet)

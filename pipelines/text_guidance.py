@@ -165,7 +165,7 @@ class TextGuidance(Guidance):
 
 
 class Descent(ClassifierGuidance):
-    """Whose `log_prob` gets t as a number, of which the cut-outs are made on the host."""
+    """Guidance whose `log_prob` gets t as a number, from which the host makes the cut-outs."""
 
     takes_number = True
 
@@ -195,10 +195,10 @@ def cutouts(images: Tensor, size: int, count: int, min_cut: float, generator: to
     if (factor := size / min_cut / min(height, width)) < 1:
         images = interpolate(images, scale_factor=factor, mode="bicubic", antialias=True)
         height, width = images.shape[2:]
-    sides = (min_cut + (1 - min_cut) * torch.rand(count, generator=generator)) * min(height, width)
-    extents = torch.tensor([width, height])
+    sides = (min_cut + (1 - min_cut) * torch.rand(count, generator=generator, device="cpu")) * min(height, width)
+    extents = torch.tensor([width, height], device="cpu")
     shares = sides[:, None] / extents  # of width and height, (count, 2)
-    centres = (2 * torch.rand(count, 2, generator=generator) - 1) * (1 - shares)
+    centres = (2 * torch.rand(count, 2, generator=generator, device="cpu") - 1) * (1 - shares)
     theta = torch.cat([torch.diag_embed(shares), centres[:, :, None]], dim=2)
     theta = theta.to(images.device, images.dtype, non_blocking=True)
     grid = affine_grid(theta, [count, images.shape[1], size, size], align_corners=False)

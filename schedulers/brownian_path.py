@@ -9,7 +9,7 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .noise_schedule import Level
+from .noise_schedule import HOST, Level
 
 
 DEPTH = 20  # of the tree: its leaves are less than 1e-4 apart in log(alpha / sigma) from -10 to 10
@@ -33,7 +33,7 @@ class BrownianPath:
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int]):
         self.seeds, self.shape = seeds, shape
-        self._end: tuple[int, Tensor] = (0, torch.zeros(len(seeds), *shape, dtype=torch.float64))  # of the last step
+        self._end: tuple[int, Tensor] = (0, torch.zeros(len(seeds), *shape, **HOST))  # of the last step
 
     @classmethod
     def drawn(cls, x: Tensor, generator: torch.Generator | list[torch.Generator] | None) -> "BrownianPath":
@@ -56,13 +56,13 @@ class BrownianPath:
 
     def value(self, seed: int, place: int) -> Tensor:
         """`values` of one image, float64."""
-        left = torch.zeros(self.shape, dtype=torch.float64)
+        left = torch.zeros(self.shape, **HOST)
         right: Any = math.inf  # no value at clean data, where the clock is infinite
         low, high, draws = 0, 2**DEPTH, torch.Generator()
         while low < place:
             mid = (low + high) // 2
             a, m, b = map(clock, (low, mid, high))
-            z = torch.randn(self.shape, generator=draws.manual_seed(hash_of(seed, low, high)), dtype=torch.float64)
+            z = torch.randn(self.shape, generator=draws.manual_seed(hash_of(seed, low, high)), **HOST)
             if math.isinf(b):
                 middle = left + math.sqrt(m - a) * z
             else:

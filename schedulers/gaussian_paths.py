@@ -129,9 +129,6 @@ class ContinuousSchedule(NoiseSchedule):
         time = self.time_at(t.to(like.device, dtype)).reshape(-1, *(1,) * (like.ndim - 1))
         return self.path(time)
 
-    def __getitem__(self, t: float) -> Level:
-        return self.level(t)
-
     @property
     def parameters(self) -> dict[str, Any]:
         """What the path and the clock depend on."""

@@ -1,7 +1,7 @@
 """From the arguments of `set_timesteps` to the timesteps that are visited, and their levels."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from typing import Any, ClassVar
 
@@ -23,8 +23,9 @@ class GridArguments:
     schedule: Any  # a NoiseSchedule
     custom_timesteps: bool
     may_repeat: bool = False  # whether neighbours among explicit timesteps may be equal
-    # What `timestep_spacing` may be.
+    # What `timestep_spacing` may be, and the config keys that say one in its place.
     spacings: ClassVar[tuple[str, ...]] = (*STOCK_SPACINGS, "quadratic", "quad", "logsnr", "karras", "beta")
+    spacing_flags: ClassVar[Mapping[str, str]] = {}
 
     def _grid(
         self, num: int | None, timesteps: Timesteps | None, sigmas: Timesteps | None, mu: float | None
@@ -71,10 +72,13 @@ class GridArguments:
 
     def _times(self, num: int, sigmas: Any, mu: float | None) -> Tensor:
         """The times to visit, of a process in continuous time."""
-        spacing = self.config.timestep_spacing
-        if spacing in STOCK_SPACINGS or (sigmas is not None and self.schedule.kind != "flow"):
-            return self.schedule.times(num, sigmas, mu)
-        return self.schedule.spaced_times(spacing, num)
+        schedule, spacing = self.schedule, self.config.timestep_spacing
+        if self._flagged and sigmas is None and schedule.kind != "flow":  # whose process has the flag
+            usual = self._flagged == getattr(schedule, "grid", None)  # of which the process may say more
+            return schedule.times(num) if usual else schedule.spaced_times(self._flagged, num)
+        if spacing in STOCK_SPACINGS or (sigmas is not None and schedule.kind != "flow"):
+            return schedule.times(num, sigmas, mu)
+        return schedule.spaced_times(spacing, num)
 
     def _explicit_grid(self, timesteps: Timesteps) -> list[Any]:
         """Timesteps that a caller gives; DDPM's process has whole ones, unless the config allows for others."""
@@ -114,6 +118,11 @@ class GridArguments:
             return grid
         integers = spread([round(t) for t in nodes], ceiling)
         return [float(t) for t in integers] if fractional else integers
+
+    @property
+    def _flagged(self) -> str | None:
+        """The spacing of the flag that is on."""
+        return next((spacing for flag, spacing in self.spacing_flags.items() if self.config[flag]), None)
 
     def _spaced_grid(self, n: int) -> list[Any]:
         config, top = self.config, len(self.schedule)

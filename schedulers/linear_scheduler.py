@@ -1,6 +1,6 @@
 """Schedulers made of rows of coefficients.
 
-Every update of DDPM, DDIM, Analytic-DPM and DPM-Solver is one linear combination
+Every update is one linear combination
 
     x_s = sample * x_t + sum_j x0[j] * x0_j + sum_j epsilon[j] * epsilon_j + noise * z        (j = 0 is the newest)
 
@@ -72,9 +72,7 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
     order = 1
     own_keys: ClassVar[tuple[str, ...]] = ("process",)  # config keys that diffusers' class of the same name lacks
     takes_stochastic: ClassVar[bool] = False  # whether the sampler of `FlowSchedule(stochastic=True)` is this one
-    has_reverse_variance: bool = (
-        True  # whether a row's noise is that of a reverse transition, which guidance may shift
-    )
+    has_reverse_variance: bool = True  # whether a row's noise is a reverse transition's, which guidance may shift
     whole_loops_only: ClassVar[bool] = False  # whether a loop must begin at the first row and leave none out
 
     @abstractmethod
@@ -113,6 +111,8 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
         for key, values in choices.items():
             if config[key] not in [*values]:
                 raise ValueError(unknown(key, config[key], values))
+        if sum(bool(config[flag]) for flag in self.spacing_flags) > 1:
+            raise ValueError(f"only one of {', '.join(self.spacing_flags)} can be used.")
         if config.thresholding and not 0 <= config.dynamic_thresholding_ratio <= 1:
             raise ValueError(f"dynamic_thresholding_ratio={config.dynamic_thresholding_ratio} must lie in [0, 1].")
         if config.thresholding and not config.sample_max_value > 0:
@@ -201,7 +201,13 @@ class LinearScheduler(GridArguments, StockInterface, ABC):
                 are others, which only other schedulers take.
         """
         self._begin(others, mu)
-        self._walk(*self._grid(num_inference_steps, timesteps, sigmas, mu), device)
+        self._plan_walk(num_inference_steps, timesteps, sigmas, mu, device)
+
+    def _plan_walk(
+        self, num: int | None, timesteps: Timesteps | None, sigmas: Timesteps | None, mu: float | None, device: Device
+    ) -> None:
+        """Plan the loop that the arguments of `set_timesteps` ask for."""
+        self._walk(*self._grid(num, timesteps, sigmas, mu), device)
 
     def _begin(self, others: dict[str, Any], mu: float | None) -> None:
         """What every `set_timesteps` does first."""

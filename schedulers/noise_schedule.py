@@ -217,6 +217,10 @@ class NoiseSchedule(ABC):
     def level(self, t: float) -> Level:
         """The level of a timestep. Raises IndexError for one outside the process."""
 
+    def __getitem__(self, t: float) -> Level:
+        """`level`; of training timesteps `CLEAN` is none."""
+        return self.level(t)
+
     def has(self, t: Any) -> bool:
         """Whether this is a timestep of the process, with noise."""
         try:
@@ -359,10 +363,6 @@ class VPNoiseSchedule(NoiseSchedule):
 
     def __len__(self) -> int:
         return len(self._levels)
-
-    def __getitem__(self, t: int) -> Level:
-        """The level of training timestep t in 0 .. T-1; `CLEAN` is not one of them."""
-        return self.level(t)
 
     def trained_timesteps(self) -> torch.Tensor:
         return torch.arange(len(self) - 1, -1, -1, device="cpu")

@@ -15,7 +15,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from .gaussian_paths import ContinuousSchedule
 from .linear_scheduler import LinearScheduler
-from .noise_schedule import Level
+from .noise_schedule import Level, on_host
 from .plan import HeadVariance, Update, ddim_mean, ddpm_mean, forward_step, large_std
 from .timestep_grids import SPACINGS, Grid, spread
 
@@ -289,7 +289,7 @@ class AnalyticDPMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loade
         With the best variance it is log(sigma^2 / lam^2).
         """
         alpha, sigma, lambda_ = self._trained_levels()
-        posterior = torch.tensor(self.posterior_variance(), dtype=torch.float64)[:, None]
+        posterior = on_host(self.posterior_variance())[:, None]
         u = -torch.expm1(2 * (lambda_[:, None] - lambda_))
         eta = 1.0 if self.config.forward_process == "ddpm" else self.config.eta or 1.0
         free = eta**2 * sigma**2 * u

@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 from .dpm_solver_rows import corrected, corrector_factors, multistep_row, singlestep_rows
+from .foreign_configs import FLOW_FLAGS
 from .linear_scheduler import Device, LinearScheduler, Timesteps
 from .noise_schedule import CLEAN, HOST, Level
 from .plan import History, Update
@@ -68,12 +69,6 @@ def last_orders(orders: Sequence[int], num_calls: int) -> list[int]:
     return [order for order in result if order]
 
 
-SIGMA_FLAGS = {
-    "use_karras_sigmas": "karras",
-    "use_exponential_sigmas": "exponential",
-    "use_beta_sigmas": "beta",
-    "use_lu_lambdas": "logsnr",
-}
 # Factors of epsilon grow with exp(h), h the width of a block in lambda. With an exact network for N(0, 1/4) loops
 # above this are wrong by half a standard deviation and more, at least on the cosine schedule (test_dpm_solver.py).
 LARGEST_FACTOR = 50.0
@@ -145,16 +140,10 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
     # Not clip_sample: a scheduler with another default must read it in the file.
     own_keys = (
         *LinearScheduler.own_keys,
-        *(
-            "method",
-            "third_order_rule",
-            "unic",
-            "brownian_path",
-            "denoise_to_zero",
-            "fractional_timesteps",
-            "step_plan",
-        ),
+        *("method", "third_order_rule", "unic", "brownian_path"),
+        *("denoise_to_zero", "fractional_timesteps", "step_plan"),
     )
+    spacing_flags = {**FLOW_FLAGS, "use_lu_lambdas": "logsnr"}  # noqa: RUF012  # never written to
 
     @register_to_config
     def __init__(
@@ -215,8 +204,6 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         algorithm_type, method, is_sde = config.algorithm_type, config.method, self._algorithm.startswith("sde")
         if config.euler_at_final and method != "multistep":
             raise ValueError("euler_at_final=True needs method='multistep': the blocks of the others end as they end.")
-        if sum(map(bool, map(config.get, SIGMA_FLAGS))) > 1:
-            raise ValueError(f"only one of {', '.join(SIGMA_FLAGS)} can be used.")
         if method != "multistep" and is_sde and not config.brownian_path:
             cure = "needs brownian_path=True, for noise of one path"
             raise ValueError(f"{algorithm_type=} adds noise: {method=} {cure}.")
@@ -323,8 +310,7 @@ class DPMSolverScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader 
         `to_zero`: the walk ends at timestep 0, which is none of them.
         """
         config, top = self.config, self._num_levels
-        flagged = (spacing for flag, spacing in SIGMA_FLAGS.items() if config[flag])
-        spacing = next(flagged, config.timestep_spacing)
+        spacing = self._flagged or config.timestep_spacing
         in_lambda = spacing in LAMBDA_SPACINGS
         if config.method == "singlestep_fixed":
             from_pure_noise = self.schedule.alpha[top - 1].item() == 0

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import Tensor
 
 from .foreign_configs import FLOW_FLAGS
 from .linear_scheduler import Device, LinearScheduler, Timesteps
@@ -82,7 +81,9 @@ class EDMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks 
     `num_inference_steps` counts network calls. A step of second order takes two, and the last one, to clean data, is
     Euler's: 2N - 1 calls are N steps, and of an even number the last two steps are Euler's. A step begins at every
     second of the timesteps, or of the given sigmas, that other schedulers visit. Without churn Heun's second call is
-    told the timestep of the next step, so that entries of `timesteps` repeat.
+    told the timestep of the next step, so that entries of `timesteps` repeat. Explicit timesteps are visited as they
+    are, and may repeat: a second call is at the one that follows, and churn, which has led to where a step begins,
+    began at the lower level.
 
     The config has the keys of diffusers' schedulers of DDPM's process, and these:
 
@@ -103,6 +104,7 @@ class EDMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks 
     """
 
     has_reverse_variance = False  # churn leads upward
+    spacing_flags = FLOW_FLAGS
     own_keys = (
         *LinearScheduler.own_keys,
         *("stage_fraction", "s_churn", "s_tmin", "s_tmax", "s_noise", "fractional_timesteps"),
@@ -146,44 +148,21 @@ class EDMScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader looks 
                 raise ValueError(f"{key}={self.config[key]} must be a number that is not negative.")
         if not s_tmax >= s_tmin:
             raise ValueError(f"{s_tmax=} must not be less than {s_tmin=}.")
-        if sum(map(bool, map(self.config.get, FLOW_FLAGS))) > 1:
-            raise ValueError(f"only one of {', '.join(FLOW_FLAGS)} can be used.")
 
     # The grid ----------------------------------------------------------------------------------------------------
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Device = None,
-        timesteps: Timesteps | None = None,
-        sigmas: Timesteps | None = None,
-        mu: float | None = None,
-        **others: Any,
+    def _plan_walk(
+        self, num: int | None, timesteps: Timesteps | None, sigmas: Timesteps | None, mu: float | None, device: Device
     ) -> None:
-        """As `LinearScheduler.set_timesteps`; see the class for where steps begin.
-
-        Explicit timesteps are visited as they are, and may repeat. Then a second call is at the one that follows, and
-        churn, which has led to where a step begins, began at the lower level.
-        """
-        self._begin(others, mu)
-        grid, levels = self._grid(num_inference_steps, timesteps, sigmas, mu)
+        grid, levels = self._grid(num, timesteps, sigmas, mu)
         if timesteps is not None:
             return self._walk(grid, levels, device)
         return self._steps([*zip(grid, levels, strict=True)], device)
-
-    @property
-    def _flagged(self) -> str | None:
-        return next((spacing for flag, spacing in FLOW_FLAGS.items() if self.config[flag]), None)
 
     def _spaced_grid(self, n: int) -> list[Any]:
         spacing, top = self._flagged or self.config.timestep_spacing, len(self.schedule)
         grid = Grid(self.schedule, n, top, steps_offset=self.config.steps_offset)
         return self._distinct(SPACINGS[spacing](grid), top)
-
-    def _times(self, num: int, sigmas: Any, mu: float | None) -> Tensor:
-        if self._flagged and sigmas is None and self.schedule.kind != "flow":  # whose process has the flag
-            return self.schedule.spaced_times(self._flagged, num)
-        return super()._times(num, sigmas, mu)
 
     def _steps(self, points: list[Point], device: Device) -> None:
         """Plan the loop that has as many calls as there are points, and whose steps begin at every second of them."""

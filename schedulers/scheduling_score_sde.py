@@ -49,6 +49,10 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
     - brownian_path: the noise of an image belongs to one Brownian path, as in `DPMSolverScheduler`, whose SDE forms
       lead to the same sample on it as the steps get narrow. Not with a corrector, which adds noise of its own.
 
+    `num_inference_steps` counts network calls. Every level has `correct_steps` + 1 of them, or without a predictor
+    `correct_steps` and one more at the end; the noisiest has what is left over. Explicit timesteps are visited as they
+    are, and one that is repeated is corrected; of explicit sigmas, one for each call, the levels are evenly picked.
+
     The last step predicts x_0, without noise. From pure noise, where the drift is infinite, every predictor is
     ancestral. Clipping is off by default; where it is on, epsilon follows from the clipped x_0.
 
@@ -98,26 +102,10 @@ class ScoreSDEScheduler(LinearScheduler, SchedulerMixin):  # diffusers' loader l
 
     # The grid ----------------------------------------------------------------------------------------------------
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Device = None,
-        timesteps: Timesteps | None = None,
-        sigmas: Timesteps | None = None,
-        mu: float | None = None,
-        **others: Any,
+    def _plan_walk(
+        self, num: int | None, timesteps: Timesteps | None, sigmas: Timesteps | None, mu: float | None, device: Device
     ) -> None:
-        """As `LinearScheduler.set_timesteps`; levels are visited more than once.
-
-        Args:
-            num_inference_steps: number of network calls. Every level has `correct_steps` + 1 of them, or without a
-                predictor `correct_steps` and one more at the end; the noisiest has what is left over.
-            device, mu: as there.
-            timesteps: visited as they are; one that is repeated is corrected.
-            sigmas: one for each call, of which the levels are evenly picked.
-        """
-        self._begin(others, mu)
-        num, top = num_inference_steps, len(self.schedule) if self.schedule.is_discrete else MOST_STEPS
+        top = len(self.schedule) if self.schedule.is_discrete else MOST_STEPS
         if timesteps is not None and sigmas is None:
             return self._walk(*self._grid(num, timesteps, sigmas, mu), device)
         if sigmas is None and num is not None and 1 <= num <= top * self._visits_of_a_level and int(num) == num:

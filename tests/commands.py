@@ -4,9 +4,12 @@ import dataclasses
 import itertools
 import math
 import re
+import shutil
 from contextlib import contextmanager
 
 import pytest
+from diffusers import UNet2DModel
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from diffusers_dpm.commands.main import main
 from diffusers_dpm.options import flag
@@ -67,6 +70,52 @@ def interrupted(owner, name, call):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, counted)
         yield
+
+
+def resumed(arguments, folder, stop, read, capsys):
+    """A command in whole; then as it resumes after call number stop(calls) of the U-Net, in which Ctrl-C stops it.
+
+    What `read` finds in its folder must be equal. Returns (calls in whole, calls after resuming, partial results).
+    """
+    calls, limit = 0, math.inf
+
+    def count(module, _):
+        nonlocal calls
+        if isinstance(module, UNet2DModel):
+            calls += 1
+            if calls == limit:
+                raise KeyboardInterrupt
+
+    hook = register_module_forward_pre_hook(count)
+    try:
+        assert main(arguments) == 0
+        whole, num_calls = read(folder), calls
+        shutil.rmtree(folder)
+        calls, limit = 0, stop(num_calls)
+        assert main(arguments) == 130
+        assert [path.name for path in folder.iterdir()] == ["partial"]
+        num_partial = len([*(folder / "partial").iterdir()])
+        assert "interrupted" in capsys.readouterr().err
+        assert main([*arguments, "--seed=6"]) == 2
+        assert "partial results of other settings" in capsys.readouterr().err
+        calls, limit = 0, math.inf
+        assert main(arguments) == 0
+    finally:
+        hook.remove()
+    assert read(folder) == whole
+    assert not (folder / "partial").exists()
+    return num_calls, calls, num_partial
+
+
+def two_equal_one(in_two_processes, arguments, folder, read):
+    """A command in one process and in two, with equal results in its folder. Returns the two's output."""
+    assert main(arguments) == 0
+    one = read(folder)
+    shutil.rmtree(folder)
+    result = in_two_processes("diffusers_dpm.commands.main", *arguments)
+    assert read(folder) == one
+    assert not (folder / "partial").exists()
+    return result
 
 
 def last_line(capsys):

@@ -11,6 +11,7 @@ import diffusers
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from diffusers import DiffusionPipeline
 from hypothesis import settings
 from packaging.requirements import Requirement
 
@@ -20,6 +21,9 @@ from tests.models import save_run
 settings.register_profile("quick", max_examples=50, deadline=None)
 settings.register_profile("thorough", max_examples=2000, deadline=None)
 settings.load_profile("quick")
+
+
+DiffusionPipeline._progress_bar_config = {"disable": True}  # of every pipeline that says nothing else
 
 
 def pytest_collection_finish():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import ConfigMixin, ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.utils import BaseOutput
@@ -19,6 +19,12 @@ from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
 
 
 # Closed forms --------------------------------------------------------------------------------------------------------
+
+
+def path(pipe, **arguments):
+    """All x_t of a walk of a DPMPipeline, (steps + 1, B, C, H, W)."""
+    arguments = {"num_inference_steps": 12, "output_type": "pt", **arguments}
+    return pipe(return_trajectory=True, **arguments).trajectory.latents
 
 
 def prediction(kind, x0, epsilon, alpha, sigma):
@@ -304,21 +310,6 @@ def tiny_adm_unet(**config):
     return ADMUNet2DModel(**plain, num_attention_heads=4, time_proj_dim=12).eval()
 
 
-def tiny_conditional_unet():
-    """A latent U-Net with cross-attention to embeddings of 8 numbers."""
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(4, 8),
-        layers_per_block=1,
-        norm_num_groups=2,
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    ).eval()
-
-
 def tiny_classifier(num_classes=3, std=1.0, **config):
     """A classifier of 8x8 grey images, the same at every call; with std=0 its last layer is zero, as in a new one."""
     torch.manual_seed(1)
@@ -334,10 +325,9 @@ def tiny_classifier(num_classes=3, std=1.0, **config):
 
 
 def save_run(folder: Path, unet=None, **scheduler):
-    """A run folder with a tiny network, or that one, and 20 timesteps; returns its pipeline, which shows no bar."""
+    """A run folder with a tiny network, or that one, and 20 timesteps; returns its pipeline."""
     config = {"num_train_timesteps": 20, "beta_end": 0.3, **scheduler}
     pipeline = DPMPipeline(unet or tiny_unet(), DDPMScheduler(**config))
-    pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
     return pipeline
 

@@ -301,9 +301,7 @@ def test_walking_a_plan_is_the_adaptive_run(algorithm_type, order, final_sigmas_
 
 @pytest.fixture(scope="module")
 def pipe():
-    pipe = DDPMPipeline(small_unet(), DDPMScheduler(clip_sample=False))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return DDPMPipeline(small_unet(), DDPMScheduler(clip_sample=False))
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +324,6 @@ def test_a_plan_survives_its_file(plan, tmp_path):
 
 def test_a_stock_pipeline_walks_the_plan(pipe, plan, tmp_path):
     planned = DDPMPipeline(pipe.unet, plan.scheduler(pipe.scheduler))
-    planned.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     images = planned(2, generators, num_inference_steps=plan.num_calls, output_type="np").images
     assert planned.scheduler.timesteps.tolist() == plan.timesteps

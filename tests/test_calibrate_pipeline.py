@@ -24,7 +24,7 @@ from diffusers_dpm.schedulers import CalibratedScheduler, DDIMScheduler, DPMSolv
 from tests.commands import Counter, error_of
 from tests.models import MixtureNetwork, tiny_unet
 from tests.pipelines.tiny_diffusion_pipelines import save_stable_diffusion
-from tests.pipelines.tiny_pipelines import PIPELINES
+from tests.pipelines.tiny_pipelines import build
 
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
@@ -35,9 +35,7 @@ FEW = {"num_images": 1, "teacher_steps": 4, "max_walks": 0}
 def mixture():
     """A pipeline whose network is exact."""
     unet = MixtureNetwork((-1.0, 0.6), (0.4, 0.25), (0.35, 0.65))
-    pipe = DPMPipeline(unet, DDIMScheduler(clip_sample=False))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return DPMPipeline(unet, DDIMScheduler(clip_sample=False))
 
 
 def rms(x):
@@ -85,7 +83,6 @@ def test_a_pipeline_predicts_what_its_network_does(batch_size):
     unet = tiny_unet(block_out_channels=(8,), num_class_embeds=3).eval()
     unet.register_to_config(_has_null_class=True)
     pipe = DPMPipeline(unet, DDIMScheduler(clip_sample=True))
-    pipe.set_progress_bar_config(disable=True)
     teacher = teacher_for(pipe.scheduler)
     teacher.set_timesteps(10)  # from a level where rounding of epsilon counts 150-fold in x_0
     calls = [{"class_labels": [label], "guidance_scale": 3.0} for label in (0, 1)]
@@ -106,7 +103,7 @@ def test_a_pipeline_predicts_what_its_network_does(batch_size):
 @pytest.mark.parametrize("name", ["FluxPipeline", "StableDiffusionPipeline"])
 def test_rows_compete_with_the_grid_of_the_pipeline(name):
     """Of Flux its shift depends on the size of the image, of Stable Diffusion it is shifted by one."""
-    pipe, arguments = PIPELINES[name]()
+    pipe, arguments = build(name)
     del arguments["output_type"]
     teacher = teacher_for(pipe.scheduler)
     teacher.set_timesteps(10)
@@ -131,7 +128,7 @@ REAL += ["WanPipeline", "WanPipeline UniPC", "StableDiffusionXLPipeline EDMEuler
 @pytest.mark.parametrize("name", [REAL[0], *(pytest.param(name, marks=pytest.mark.slow) for name in REAL[1:])])
 def test_the_pipeline_itself_has_the_errors_of_the_report(name):
     """Of the report's image, against the pipeline itself under the teacher."""
-    pipe, arguments = PIPELINES[name]()
+    pipe, arguments = build(name)
     del arguments["output_type"]
     pipe.register_to_config(_name_or_path="somebody/theirs")
     stock = pipe.scheduler
@@ -157,7 +154,7 @@ def test_the_pipeline_itself_has_the_errors_of_the_report(name):
 
 @pytest.mark.slow
 def test_half_precision_is_kept_in_half_precision(tmp_path):
-    pipe, arguments = PIPELINES["FluxPipeline"]()
+    pipe, arguments = build("FluxPipeline")
     del arguments["output_type"]
     pipe.to(torch.bfloat16)
     arguments = {
@@ -298,7 +295,7 @@ def test_what_cannot_be_calibrated_is_told_in_one_line(calls, more, message):
     ],
 )
 def test_pipelines_that_cannot_be_driven_say_so(name, message):
-    pipe, arguments = PIPELINES[name]()
+    pipe, arguments = build(name)
     del arguments["output_type"]
     with pytest.raises(ValueError, match=message):
         calibrate_pipeline(pipe, arguments, [2], **FEW)
@@ -320,7 +317,7 @@ def test_latents_that_are_changed_are_noticed():
 
 @pytest.mark.slow
 def test_a_control_that_ends_in_mid_loop_is_refused():
-    pipe, arguments = PIPELINES["StableDiffusionControlNetPipeline"]()
+    pipe, arguments = build("StableDiffusionControlNetPipeline")
     del arguments["output_type"]
     with pytest.raises(ValueError, match="depends on the number of the step"):
         calibrate_pipeline(pipe, {**arguments, "control_guidance_end": 0.5}, [2], **FEW)

@@ -29,7 +29,8 @@ from diffusers_dpm.schedulers import (
     DPMSolverScheduler,
 )
 from tests.commands import Counter
-from tests.models import LinearClassifier, MixtureNetwork, tiny_conditional_unet, tiny_unet
+from tests.models import LinearClassifier, MixtureNetwork, tiny_unet
+from tests.pipelines.tiny_diffusion_pipelines import unet as conditional_unet
 from tests.schedulers.helpers import Gaussian
 from tests.schedulers.problems import MIXTURE
 
@@ -80,7 +81,6 @@ def best_solver_of(table, scheduler):
 def sampled(unet, scheduler, noise, n, classifier=None, **options):
     """The final x_0 of our pipeline, not clamped."""
     pipe = DPMPipeline(unet, scheduler, classifier)
-    pipe.set_progress_bar_config(disable=True)
     output = pipe(num_inference_steps=n, latents=noise, output_type="np", return_trajectory=True, **options)
     return output.trajectory.latents[-1]
 
@@ -462,7 +462,7 @@ def test_precision_of_a_plain_module_is_that_of_its_weights():
 
 
 def test_a_conditional_network_of_latents():
-    unet = tiny_conditional_unet()
+    unet = conditional_unet().eval()
     stock = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
     prompts = torch.randn(12, 5, 8, generator=torch.Generator().manual_seed(1))
     options = {"num_images": 4, "teacher_steps": 30, "max_walks": 0}

@@ -6,9 +6,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import UNet2DModel
 from PIL import Image
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from diffusers_dpm.calibration.fit import calibrate, network_calls
 from diffusers_dpm.calibration.tables import Calibration
@@ -17,7 +15,7 @@ from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
-from tests.commands import error_of, help_of
+from tests.commands import error_of, help_of, resumed, two_equal_one
 from tests.models import save_run, tiny_classifier
 
 
@@ -193,46 +191,18 @@ def test_some_are_left_out(run, capsys, monkeypatch):
 @pytest.mark.slow
 def test_interrupted_and_repeated(run, capsys):
     """KeyboardInterrupt in the walks of the second table, as Ctrl-C raises it; the teacher is not asked again."""
-    counts = {"calls": 0, "limit": None}
-
-    def count(module, arguments):
-        if isinstance(module, UNet2DModel):
-            counts["calls"] += 1
-            if counts["calls"] == counts["limit"]:
-                raise KeyboardInterrupt
-
-    hook = register_module_forward_pre_hook(count)
-    try:
-        assert main(command(run)) == 0
-        whole, num_calls = tables(run / "calibrated"), counts["calls"]
-        shutil.rmtree(run / "calibrated")
-        counts.update(calls=0, limit=num_calls - 5)
-        assert main(command(run)) == 130
-        partial = run / "calibrated" / "partial"
-        assert [path.name for path in run.glob("calibrated/*")] == ["partial"]
-        assert len(list(partial.iterdir())) > 0
-        assert "interrupted" in capsys.readouterr().err
-        assert main(command(run, "--seed=6")) == 2
-        assert "partial results of other settings" in capsys.readouterr().err
-        counts.update(calls=0, limit=None)
-        assert main(command(run)) == 0
-        assert 0 < counts["calls"] < num_calls - 2 * T  # the teacher's, of 9 images in batches of 5
-    finally:
-        hook.remove()
-    assert tables(run / "calibrated") == whole
-    assert not partial.exists()
+    num_calls, again, num_partial = resumed(
+        ["calibrate", *command(run)], run / "calibrated", lambda calls: calls - 5, tables, capsys
+    )
+    assert num_partial > 0
+    assert 0 < again < num_calls - 2 * T  # the teacher's, of 9 images in batches of 5
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(run, in_two_processes):
     """Bit for bit: a batch holds the same images, whoever computes it."""
-    assert main(command(run)) == 0
-    one = tables(run / "calibrated")
-    shutil.rmtree(run / "calibrated")
-    result = in_two_processes("diffusers_dpm.commands.main", "calibrate", *command(run))
-    assert tables(run / "calibrated") == one
+    result = two_equal_one(in_two_processes, ["calibrate", *command(run)], run / "calibrated", tables)
     assert result.stdout.count("distance to the teacher's images") == 1
-    assert not (run / "calibrated" / "partial").exists()
     assert f"{CALLS}/{CALLS}" in result.stderr  # the progress bar, of the first process for both
 
 

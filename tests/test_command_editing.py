@@ -17,12 +17,6 @@ pytestmark = pytest.mark.usefixtures("fresh_process")
 
 
 @pytest.fixture
-def run(tmp_path):
-    save_run(tmp_path / "run")
-    return tmp_path / "run"
-
-
-@pytest.fixture
 def image(tmp_path):
     """An image of the model's size, and a mask of its right half."""
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
@@ -33,7 +27,6 @@ def image(tmp_path):
 
 def pipeline_of(run):
     pipe = DPMPipeline.from_pretrained(run)
-    pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     return pipe
 

@@ -72,7 +72,6 @@ def digits(split):
 
 def drawn(run, seeds, steps):
     pipeline = DPMPipeline.from_pretrained(run)
-    pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     images = pipeline(seeds=seeds, num_inference_steps=steps, output_type="pt").images
     return (images * 255).round().to(torch.uint8)

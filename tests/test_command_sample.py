@@ -49,7 +49,6 @@ def pixels(folder, seeds):
 def expected(run, seeds, **arguments):
     """Straight from the pipeline, one image at a time."""
     pipeline = DPMPipeline.from_pretrained(run)
-    pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     images = [pipeline(seeds=[seed], num_inference_steps=5, **arguments).images[0] for seed in seeds]
     return np.stack([np.asarray(image) for image in images])

@@ -6,9 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from diffusers import UNet2DModel
 from PIL import Image
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.data import load_images
@@ -19,7 +17,7 @@ from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMSchedule
 from diffusers_dpm.training.options import TrainingOptions
 from diffusers_dpm.training.train_diffusion import train
 from diffusers_dpm.training.unet_presets import ddpm_unet
-from tests.commands import error_of, help_of
+from tests.commands import error_of, help_of, resumed, two_equal_one
 
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -107,45 +105,18 @@ def test_a_subset_of_the_timesteps_and_another_folder(run, tmp_path):
 
 def test_interrupted_and_repeated(run, capsys):
     """KeyboardInterrupt in the third network call after the three that are timed, as Ctrl-C raises it."""
-    assert main(command(run)) == 0
-    whole = estimates(run / "analytic_dpm")
-    shutil.rmtree(run / "analytic_dpm")
-    calls = []
-
-    def interrupt(module, arguments):
-        if isinstance(module, UNet2DModel):
-            calls.append(module)
-            if len(calls) == 3 + 3:
-                raise KeyboardInterrupt
-
-    hook = register_module_forward_pre_hook(interrupt)
-    try:
-        assert main(command(run)) == 130
-        partial = run / "analytic_dpm" / "partial"
-        assert len(list(partial.iterdir())) == 1
-        assert "interrupted" in capsys.readouterr().err
-        assert main([*command(run), "--seed=6"]) == 2
-        assert "partial results of other settings" in capsys.readouterr().err
-        calls.clear()
-        calls.extend([None] * 10)
-        assert main(command(run)) == 0
-        assert len(calls) == 10 + 3 + 3  # 240 pairs are four calls, of which the first was read
-    finally:
-        hook.remove()
-    assert estimates(run / "analytic_dpm") == whole
-    assert not partial.exists()
+    _, again, num_partial = resumed(
+        ["statistics", *command(run)], run / "analytic_dpm", lambda calls: 3 + 3, estimates, capsys
+    )
+    assert num_partial == 1
+    assert again == 3 + 3  # 240 pairs are four calls, of which the first was read
 
 
 @pytest.mark.slow
 def test_two_processes_equal_one(run, in_two_processes):
     """Bit for bit: the four batches of 64, 64, 64 and 48 pairs are the same, whoever computes them."""
-    assert main(command(run)) == 0
-    one = estimates(run / "analytic_dpm")
-    shutil.rmtree(run / "analytic_dpm")
-    result = in_two_processes("diffusers_dpm.commands.main", "statistics", *command(run))
-    assert estimates(run / "analytic_dpm") == one
+    result = two_equal_one(in_two_processes, ["statistics", *command(run)], run / "analytic_dpm", estimates)
     assert result.stdout.count("relative Monte-Carlo error") == 1
-    assert not (run / "analytic_dpm" / "partial").exists()
     assert "240/240" in result.stderr  # the progress bar, of the first process for both
 
 

@@ -254,7 +254,6 @@ def test_plain_diffusers_draws_the_original_chain(tmp_path, checkpoints):
     folder, networks = checkpoints
     convert(folder / "ddpm.pt", tmp_path, ConvertOptions(resolution=16))
     pipeline = DDPMPipeline.from_pretrained(tmp_path)
-    pipeline.set_progress_bar_config(disable=True)
     drawn = pipeline(generator=torch.Generator().manual_seed(0), num_inference_steps=4, output_type="np").images
     levels, generator = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000)), torch.Generator().manual_seed(0)
     x = torch.randn((1, 3, 16, 16), generator=generator)

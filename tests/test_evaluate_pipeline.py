@@ -48,9 +48,7 @@ def without_warnings():
 def exact():
     """A pipeline whose network is exact for N(0.2, 0.25^2) in each pixel: the ODE has a solution in closed form."""
     network = ImageMixtureNetwork((MEAN,), (DEVIATION,), sample_size=8).float()
-    pipe = DPMPipeline(network, DDPMScheduler(clip_sample=False))
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return DPMPipeline(network, DDPMScheduler(clip_sample=False))
 
 
 @pytest.fixture

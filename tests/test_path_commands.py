@@ -95,7 +95,6 @@ def test_statistics_and_rows_are_of_the_run_s_own_path(run):
 def test_images_are_those_of_the_pipeline(run, tmp_path):
     command("sample", run, "--scheduler=ddim", "--num-inference-steps=4", "--seeds=0-2", f"--output={tmp_path / 'a'}")
     pipeline = DPMPipeline.from_pretrained(run)
-    pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     images = pipeline(seeds=[0, 1, 2], num_inference_steps=4, output_type="pt").images
     expected = (images[:, 0] * 255).round().to(torch.uint8).numpy().astype(int)

@@ -187,7 +187,6 @@ MIXTURE = {"means": (-1.0, 0.6), "deviations": (0.4, 0.25)}
 
 def sampled(unet, scheduler, noise, n, classifier=None, **options):
     pipe = DPMPipeline(unet, scheduler, classifier)
-    pipe.set_progress_bar_config(disable=True)
     return pipe(num_inference_steps=n, latents=noise, output_type="latent", **options).images
 
 

@@ -59,11 +59,9 @@ def make_unet():
 
 @pytest.fixture
 def make_pipe(make_unet):
-    """Factory of a silent DPMPipeline: `make_pipe(scheduler, **unet_config)` or `make_pipe(scheduler, unet)`."""
+    """Factory of a DPMPipeline: `make_pipe(scheduler, **unet_config)` or `make_pipe(scheduler, unet)`."""
 
     def make(scheduler, unet=None, **config):
-        pipe = DPMPipeline(unet or make_unet(**config), scheduler)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe
+        return DPMPipeline(unet or make_unet(**config), scheduler)
 
     return make

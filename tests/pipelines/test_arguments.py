@@ -8,7 +8,8 @@ from diffusers import UNet1DModel
 
 from diffusers_dpm.pipelines import DPMPipelineOutput
 from diffusers_dpm.schedulers import DDIMScheduler, DDPMScheduler
-from tests.models import tiny_conditional_unet, tiny_unet
+from tests.models import tiny_unet
+from tests.pipelines.tiny_diffusion_pipelines import unet as conditional_unet
 
 
 def sample(pipe, **arguments):
@@ -390,7 +391,7 @@ def test_contradictions_are_named(make_pipe, arguments, message):
     ("unet", "message"),
     [
         (lambda: UNet1DModel(sample_size=512, extra_in_channels=16), "UNet2DModel.*UNet1DModel"),
-        (tiny_conditional_unet, "UNet2DModel.*UNet2DConditionModel"),
+        (conditional_unet, "UNet2DModel.*UNet2DConditionModel"),
         (lambda: tiny_unet(6, out_channels=3), "in_channels=6, out_channels=3"),
         (lambda: tiny_unet(3, out_channels=9), "in_channels=3, out_channels=9"),
     ],

@@ -28,7 +28,7 @@ from tests.models import (
     tiny_classifier,
     tiny_unet,
 )
-from tests.pipelines.test_paths import PATH, PATHS, STOCK, on_path, quiet
+from tests.pipelines.test_paths import PATH, PATHS, STOCK, on_path
 
 
 MEAN, STD, PIXEL = 0.2, 0.25, 0.6  # of exact models; of the image
@@ -43,7 +43,7 @@ def exact(process, kind):
 
 def draw(unet, scheduler, **arguments):
     arguments = {"generator": torch.Generator().manual_seed(0), "output_type": "latent", **arguments}
-    return quiet(DPMPipeline(unet, scheduler))(**arguments).images.double()
+    return DPMPipeline(unet, scheduler)(**arguments).images.double()
 
 
 def noise_of(*shape):
@@ -304,9 +304,9 @@ def test_edits_are_guided():
     scheduler = DPMSolverScheduler()
     for edit in EDITS.values():
         arguments = {**edit, "class_labels": [0, 1], "num_inference_steps": 8, "output_type": "latent"}
-        expected = quiet(DPMPipeline(known, scheduler))(**arguments, seeds=[1, 2]).images
+        expected = DPMPipeline(known, scheduler)(**arguments, seeds=[1, 2]).images
         # a network with classes draws their labels from the same generators
-        guided = quiet(DPMPipeline(unknown, scheduler, classifier))
+        guided = DPMPipeline(unknown, scheduler, classifier)
         start = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
         noise = torch.cat([torch.randn(1, 1, 2, 2, generator=each, dtype=torch.float64) for each in start])
         for each in start:
@@ -317,7 +317,7 @@ def test_edits_are_guided():
 
 def test_the_trajectory_is_that_of_the_walk():
     edit = {"image": IMAGE, "mask": MASK, "strength": 0.4, "resampling": 2}
-    pipe = quiet(DPMPipeline(ImageMixtureNetwork(), DDIMScheduler()))
+    pipe = DPMPipeline(ImageMixtureNetwork(), DDIMScheduler())
     output = pipe(**edit, num_inference_steps=10, return_trajectory=True, output_type="latent")
     assert output.trajectory.timesteps.tolist() == np.repeat(pipe.scheduler.timesteps[6:].numpy(), 2).tolist()
     assert torch.equal(output.trajectory.latents[-1], output.images)
@@ -442,7 +442,7 @@ def test_encoding_is_the_ode_upward(process, kind):
     errors = {}
     for order in (1, 2):
         scheduler = ends_at_the_lowest_level(order, process, kind)
-        pipe = quiet(DPMPipeline(unet, scheduler))
+        pipe = DPMPipeline(unet, scheduler)
         for n in (25, 50):
             noise = pipe.encode(images, n)
             top, bottom = scheduler.levels[-1], scheduler.levels[0]
@@ -467,7 +467,7 @@ def test_encoding_and_decoding_converge(name):
     unet = MixtureNetwork(**data, sample_size=2) if name == "vp" else PathNetwork(process, kind, **data)
     images = torch.rand(4, 1, 2, 2, generator=torch.Generator().manual_seed(3))
     for order in (1, 2):
-        pipe, errors = quiet(DPMPipeline(unet, ends_at_the_lowest_level(order, process, kind))), []
+        pipe, errors = DPMPipeline(unet, ends_at_the_lowest_level(order, process, kind)), []
         for n in (25, 50):
             back = pipe(latents=pipe.encode(images, n), num_inference_steps=n, output_type="latent").images
             errors.append((back - (2 * images.double() - 1)).square().mean().sqrt().item())
@@ -477,7 +477,7 @@ def test_encoding_and_decoding_converge(name):
 
 def test_encoding_takes_labels():
     unet = tiny_unet(num_class_embeds=4)
-    pipe, image = quiet(DPMPipeline(unet, DDIMScheduler())), torch.rand(1, 8, 8)
+    pipe, image = DPMPipeline(unet, DDIMScheduler()), torch.rand(1, 8, 8)
     with pytest.raises(ValueError, match="needs class_labels"):
         pipe.encode(image, 5)
     noise = [pipe.encode(image, 5, class_labels=label) for label in (1, [1], 3)]
@@ -491,13 +491,13 @@ def test_encoding_takes_labels():
 
 def test_encoding_refuses_labels_that_nothing_reads():
     """A classifier does not: encoding is not guided."""
-    pipe = quiet(DPMPipeline(tiny_unet(), DDIMScheduler(), tiny_classifier()))
+    pipe = DPMPipeline(tiny_unet(), DDIMScheduler(), tiny_classifier())
     with pytest.raises(ValueError, match="class_labels were given, but the network is unconditional"):
         pipe.encode(torch.rand(1, 8, 8), 5, class_labels=1)
 
 
 def test_encoding_leaves_the_global_generator_and_the_loop():
-    pipe, image = quiet(DPMPipeline(tiny_unet(), DDIMScheduler())), torch.rand(1, 8, 8)
+    pipe, image = DPMPipeline(tiny_unet(), DDIMScheduler()), torch.rand(1, 8, 8)
     before = pipe(seeds=[0], num_inference_steps=5, output_type="latent").images
     state = torch.get_rng_state()
     pipe.encode(image, 5)
@@ -518,7 +518,7 @@ def test_encoding_leaves_the_global_generator_and_the_loop():
 )
 def test_errors_of_encoding(scheduler, image, message):
     with pytest.raises(ValueError, match=message):
-        quiet(DPMPipeline(ImageMixtureNetwork(), scheduler)).encode(image, 5)
+        DPMPipeline(ImageMixtureNetwork(), scheduler).encode(image, 5)
 
 
 # Between two ---------------------------------------------------------------------------------------------------------
@@ -527,7 +527,7 @@ def test_errors_of_encoding(scheduler, image, message):
 @pytest.mark.parametrize("name", ["flow", "edm", "vp_linear"])
 def test_interpolation_leads_from_seed_to_seed(name):
     unet = PathNetwork(*PATHS[name], (MEAN,), (STD,), sample_size=16).float()
-    pipe = quiet(DPMPipeline(unet, on_path(DPMSolverScheduler, *PATHS[name])))
+    pipe = DPMPipeline(unet, on_path(DPMSolverScheduler, *PATHS[name]))
     arguments = {"num_inference_steps": 10, "output_type": "latent"}
     row = pipe.interpolate(3, 4, 7, **arguments, return_trajectory=True)
     ends = pipe(seeds=[3, 4], **arguments).images
@@ -541,7 +541,7 @@ def test_interpolation_leads_from_seed_to_seed(name):
 
 
 def test_all_else_of_an_interpolation_is_that_of_its_first_seed():
-    pipe = quiet(DPMPipeline(tiny_unet(num_class_embeds=10), DDPMScheduler()))
+    pipe = DPMPipeline(tiny_unet(num_class_embeds=10), DDPMScheduler())
     arguments = {"num_inference_steps": 5, "output_type": "latent"}
     row, first = pipe.interpolate(3, 4, 3, **arguments), pipe(seeds=[3], **arguments)
     torch.testing.assert_close(row.images[:1], first.images, atol=1e-5, rtol=0)
@@ -549,7 +549,7 @@ def test_all_else_of_an_interpolation_is_that_of_its_first_seed():
 
 
 def test_encoded_images_are_interpolated():
-    pipe = quiet(DPMPipeline(tiny_unet().double(), DDIMScheduler()))
+    pipe = DPMPipeline(tiny_unet().double(), DDIMScheduler())
     noise = pipe.encode(torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), 5)
     arguments = {"num_inference_steps": 5, "output_type": "latent"}
     row = pipe.interpolate(noise[:1], noise[1:], 5, **arguments).images
@@ -574,4 +574,4 @@ def test_encoded_images_are_interpolated():
 )
 def test_errors_of_interpolation(ends, arguments, message):
     with pytest.raises(ValueError, match=message):
-        quiet(DPMPipeline(ImageMixtureNetwork(), DDIMScheduler())).interpolate(*ends, **arguments)
+        DPMPipeline(ImageMixtureNetwork(), DDIMScheduler()).interpolate(*ends, **arguments)

@@ -75,7 +75,6 @@ def warnings_of_diffusers(caplog):
 
 
 def sample(pipe, **arguments):
-    pipe.set_progress_bar_config(disable=True)
     return pipe(num_inference_steps=4, output_type="pt", seeds=[0, 1], **arguments).images
 
 

@@ -56,7 +56,6 @@ def test_it_keeps_its_name_its_config_and_its_arguments():
     images = []
     for scheduler in (diffusers.DDIMScheduler(beta_end=0.03), guided, plain):
         pipe = DDPMPipeline(ImageMixtureNetwork().float(), scheduler)
-        pipe.set_progress_bar_config(disable=True)
         drawn = pipe(num_inference_steps=3, output_type="np", generator=torch.Generator().manual_seed(0))
         images.append(drawn.images)
     assert (images[2] == images[0]).all()  # the scheduler that was copied guides nothing

@@ -27,7 +27,7 @@ from diffusers_dpm.schedulers import (
     DPMSolverScheduler,
     EDMScheduler,
 )
-from tests.models import tiny_unet
+from tests.models import path, tiny_unet
 from tests.pipelines.test_measurements import flat, matrix_of
 from tests.schedulers.helpers import noise, seeded
 
@@ -91,12 +91,6 @@ def guidance(operator, y, noise_std=0.1, method="pigdm", **options):
 
 def measured(operator, noise_std=0.1):
     return operator.measure(noise(1, *SHAPE, seed=4), noise_std, seeded(5))
-
-
-def path(pipe, **arguments):
-    """All x_t, (steps + 1, B, C, H, W)."""
-    arguments = {"num_inference_steps": 12, "output_type": "pt", **arguments}
-    return pipe(return_trajectory=True, **arguments).trajectory.latents
 
 
 # Gaussian data -----------------------------------------------------------------------------------------------------

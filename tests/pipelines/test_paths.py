@@ -28,18 +28,13 @@ PATHS = {
 PATH = pytest.mark.parametrize(("process", "kind"), PATHS.values(), ids=PATHS)
 
 
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def on_path(scheduler_class, process, kind, **config):
     return scheduler_class(process=process, prediction_type=kind, clip_sample=False, **config)
 
 
 def draw(pipe, **arguments):
     arguments = {"generator": torch.Generator().manual_seed(0), "output_type": "latent", **arguments}
-    return quiet(pipe)(**arguments).images
+    return pipe(**arguments).images
 
 
 @PATH
@@ -171,18 +166,18 @@ SAVED = {
 
 @pytest.mark.parametrize(("process", "kind", "pipeline"), SAVED.values(), ids=SAVED)
 def test_saved_pipelines_draw_the_same_in_plain_diffusers(tmp_path, process, kind, pipeline):
-    pipe = quiet(DPMPipeline(tiny_unet(), on_path(DDIMScheduler, process, kind)))
+    pipe = DPMPipeline(tiny_unet(), on_path(DDIMScheduler, process, kind))
     pipe.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "model_index.json").read_text())["_class_name"] == pipeline
-    plain = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path))
+    plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert type(plain).__name__ == pipeline
     assert type(plain.scheduler).__module__.startswith("diffusers.")
-    again = quiet(DPMPipeline.from_pretrained(tmp_path))
+    again = DPMPipeline.from_pretrained(tmp_path)
     ours = DDIMScheduler.from_config(again.scheduler.config)
     assert ours.schedule.hash == pipe.scheduler.schedule.hash
     images = [
         each(batch_size=2, generator=torch.Generator().manual_seed(0), num_inference_steps=6, output_type="np").images
-        for each in (pipe, plain, again, quiet(DPMPipeline(pipe.unet, ours)))
+        for each in (pipe, plain, again, DPMPipeline(pipe.unet, ours))
     ]
     for others in images[1:]:
         np.testing.assert_allclose(others, images[0], atol=1e-4)
@@ -191,7 +186,7 @@ def test_saved_pipelines_draw_the_same_in_plain_diffusers(tmp_path, process, kin
 def test_scores_of_ve_are_saved_for_stock_s_own_pipeline(tmp_path):
     process = {"kind": "ve", "sigma_max": 50.0}
     DPMPipeline(tiny_unet(3), on_path(DDIMScheduler, process, "score")).save_pretrained(tmp_path)
-    plain = quiet(diffusers.DiffusionPipeline.from_pretrained(tmp_path))
+    plain = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
     assert type(plain).__name__ == "ScoreSdeVePipeline"
     assert plain(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 3)
     assert DDIMScheduler.from_config(plain.scheduler.config).schedule.ends == (50.0, 0.01)

@@ -27,7 +27,6 @@ class ThirdPartyScheduler(DDIMScheduler):
 
 
 def sample(pipe):
-    pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(0)
     return pipe(batch_size=2, generator=generator, num_inference_steps=5, output_type="np").images
 

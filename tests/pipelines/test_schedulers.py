@@ -106,7 +106,6 @@ def test_analytic_dpm_gives_it_with_few_steps(make_pipe, gaussian_unet, forward_
 def test_equals_stock_ddpm_pipeline(make_pipe, scheduler):
     pipe = make_pipe(scheduler())
     stock = diffusers.DDPMPipeline(pipe.unet, pipe.scheduler)
-    stock.set_progress_bar_config(disable=True)
     expected = stock(batch_size=2, generator=generator(), num_inference_steps=10, output_type="np").images
     images = pipe(batch_size=2, generator=generator(), num_inference_steps=10, output_type="np").images
     assert (images == expected).all()
@@ -116,7 +115,6 @@ def test_equals_stock_ddpm_pipeline(make_pipe, scheduler):
 def test_equals_stock_ddim_pipeline(make_pipe, generators):
     pipe = make_pipe(diffusers.DDIMScheduler())
     stock = diffusers.DDIMPipeline(pipe.unet, pipe.scheduler)
-    stock.set_progress_bar_config(disable=True)
     arguments = {"batch_size": 2, "eta": 0.7, "num_inference_steps": 10, "output_type": "np"}
     expected = stock(generator=generators(), **arguments).images
     assert (pipe(generator=generators(), **arguments).images == expected).all()
@@ -174,7 +172,6 @@ def test_scheduler_that_is_no_diffusers_class(gaussian_unet):
             return SimpleNamespace(prev_sample=torch.zeros_like(sample))
 
     pipe = DPMPipeline(gaussian_unet(), diffusers.DDPMScheduler())
-    pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = JumpToZero()
     assert (pipe(output_type="pt").images == 0.5).all()
 
@@ -241,7 +238,6 @@ def test_learned_variance_is_used_by_ddpm(make_pipe, make_variance_pair, schedul
     unet = make_variance_pair(3)[0]
     learned = make_pipe(scheduler(variance_type=variance_type), unet)
     stock = diffusers.DDPMPipeline(unet, learned.scheduler)
-    stock.set_progress_bar_config(disable=True)
     arguments = {"num_inference_steps": 5, "output_type": "np"}
     images = learned(generator=generator(), **arguments).images
     assert (images == stock(generator=generator(), **arguments).images).all()

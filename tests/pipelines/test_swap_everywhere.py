@@ -58,15 +58,10 @@ SAME = [
     ("KandinskyV22Pipeline", DDPMScheduler, {}),
     ("PixArtSigmaPipeline", DPMSolverScheduler, {"clip_sample": False}),
 ]
-NEEDS = {
-    **dict.fromkeys(("ZImagePipeline", "ZImageImg2ImgPipeline"), ("diffusers>=0.36", "Z-Image")),
-    "Flux2KleinPipeline": ("diffusers>=0.37", "Flux 2 Klein"),
-    "SkyReelsV2DiffusionForcingPipeline": ("diffusers>=0.37", "SkyReels without ftfy"),
-    "HunyuanVideo15Pipeline": ("diffusers>=0.36", "HunyuanVideo 1.5"),
-    "Kandinsky5T2IPipeline": ("diffusers>=0.36", "Kandinsky 5"),
-    "LTX2Pipeline": ("diffusers>=0.37", "LTX 2"),
-    "Cosmos2_5_PredictBasePipeline": ("diffusers>=0.37", "Cosmos 2.5"),
-    "StableAudio3Pipeline": ("diffusers>=0.40", "Stable Audio 3"),
+NEEDS = {  # of SkyReels: it without ftfy
+    "0.36": ("ZImage", "HunyuanVideo15", "Kandinsky5T2I"),
+    "0.37": ("Flux2Klein", "SkyReelsV2DiffusionForcing", "LTX2", "Cosmos2_5_PredictBase"),
+    "0.40": ("StableAudio3",),
 }
 SLOW = {  # whose loops are like others' that are not here
     "FluxControlNetPipeline",
@@ -82,8 +77,8 @@ TOLERANCE = {"IFPipeline": 1e-4, "IFSuperResolutionPipeline": 1e-4}
 
 
 def case(name, *others, slow=False):
-    requirement, reason = NEEDS.get(name, (None, None))
-    marks = [pytest.mark.needs(requirement, reason=reason)] if requirement else []
+    versions = [version for version, names in NEEDS.items() if name.startswith(names)]
+    marks = [pytest.mark.needs(f"diffusers>={version}", reason=name) for version in versions]
     return pytest.param(name, *others, marks=[*marks, pytest.mark.slow] if slow or name in SLOW else marks)
 
 

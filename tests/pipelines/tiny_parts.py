@@ -1,4 +1,4 @@
-"""Components of diffusers' pipelines with tiny random networks, and their arguments: without files or downloads."""
+"""Components of diffusers' pipelines with tiny random networks: without files or downloads."""
 
 import inspect
 from functools import partial
@@ -10,20 +10,40 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-
-def numbers(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+from .tiny_arguments import IMAGE, PROMPT, SIZE_8
 
 
-IMAGE, MASK = numbers(1, 3, 8, 8).clamp(-1, 1), (numbers(1, 1, 8, 8) > 0).float()
-VIDEO = numbers(5, 3, 32, 32).clamp(-1, 1)
-SIZE = {"height": 8, "width": 8, "output_type": "latent"}
-SIZE_8 = {"height": 32, "width": 32, "output_type": "latent"}  # without a VAE, pipelines divide by 8
-PROMPT = {"prompt_embeds": numbers(1, 4, 8), "guidance_scale": 1.0}
-MASKED = {**PROMPT, "prompt_attention_mask": torch.ones(1, 4)}
-POOLED = {**PROMPT, "pooled_prompt_embeds": numbers(1, 8)}
-GUIDED = {"negative_prompt_embeds": numbers(1, 4, 8, seed=1), "guidance_scale": 2.0}
-GUIDED_POOLED = {**GUIDED, "negative_pooled_prompt_embeds": numbers(1, 8, seed=1)}
+# What the arguments of networks are, if nothing else is said, and of a network of latents.
+TINY = {
+    **{"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1, "layers_per_block": 1, "norm_num_groups": 2},
+    **{"num_attention_heads": 2, "attention_head_dim": 8, "axes_dims_rope": (2, 2, 4)},
+    **{"joint_attention_dim": 8, "cross_attention_dim": 8, "pooled_projection_dim": 8, "caption_projection_dim": 16},
+    **{"text_embed_dim": 8, "caption_channels": 8, "cap_feat_dim": 8, "text_dim": 8, "guidance_embeds": True},
+    **{"block_out_channels": (4, 8), "latent_channels": 4, "shift_factor": 0.1},
+}
+LATENT = {"in_channels": 4, "out_channels": 4, "sample_size": 8}
+
+
+def network(name, tiny=TINY, **config):
+    torch.manual_seed(0)
+    kind = getattr(diffusers, name)
+    takes = inspect.signature(kind).parameters
+    return kind(**{key: value for key, value in tiny.items() if key in takes} | config)
+
+
+denoiser = partial(network, tiny=TINY | LATENT)
+
+
+def autoencoder(latent_channels, factor=1, name="AutoencoderKL"):
+    """Latents are as large as the image, or smaller by a factor of 2, 4 or 8."""
+    depth = factor.bit_length()
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * depth, "up_block_types": ("UpDecoderBlock2D",) * depth}
+    return network(name, latent_channels=latent_channels, block_out_channels=(4,) * depth, **blocks)
+
+
+def autoencoder_of_wan():
+    config = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    return network("AutoencoderKLWan", base_dim=2, z_dim=4, **config)
 
 
 def assemble(name, scheduler, **components):
@@ -49,19 +69,6 @@ def enliven(module):
             parameter.normal_(std=0.1, generator=generator)
 
 
-def network(name, **config):
-    torch.manual_seed(0)
-    return getattr(diffusers, name)(**config)
-
-
-def autoencoder(latent_channels, factor=1):
-    """Latents are as large as the image, or smaller by a factor of 2, 4 or 8."""
-    depth = factor.bit_length()
-    config = {"block_out_channels": (4,) * depth, "norm_num_groups": 2, "shift_factor": 0.1}
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * depth, "up_block_types": ("UpDecoderBlock2D",) * depth}
-    return network("AutoencoderKL", latent_channels=latent_channels, **config, **blocks)
-
-
 def flow(shift=1.0, **config):
     return FlowMatchEulerDiscreteScheduler(shift=shift, **config)
 
@@ -73,15 +80,11 @@ def dynamic(shift=3.0, **config):
 
 def cosmos(name, scheduler, components=None, in_channels=4, **arguments):
     """The second generation writes sigma_min, sigma_max and sigma_data of EDM into the scheduler's config."""
-    transformer = network(
+    transformer = denoiser(
         "CosmosTransformer3DModel",
         in_channels=in_channels,
-        out_channels=4,
-        num_attention_heads=2,
         attention_head_dim=16,
-        num_layers=1,
         mlp_ratio=1,
-        text_embed_dim=8,
         adaln_lora_dim=4,
         max_size=(4, 4, 4),
         patch_size=(1, 2, 2),
@@ -99,5 +102,5 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", model_max_length=4)
 
 
-def with_image(build, name, **arguments):
-    return partial(build, name, image=IMAGE, strength=0.75, **arguments)
+def with_image(build, **arguments):
+    return partial(build, image=IMAGE, strength=0.75, **arguments)

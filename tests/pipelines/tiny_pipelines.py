@@ -1,7 +1,7 @@
 """diffusers' own pipelines with tiny random networks: without files or downloads.
 
-`PIPELINES` maps a name, which begins with that of the class, to a builder of `(pipe, arguments)`. The scheduler is the
-stock one, with what the configs of published models say of the path and the grid.
+`PIPELINES` maps a name, which begins with that of the class, to what makes `(pipe, arguments)` of that class. The
+scheduler is the stock one, with what the configs of published models say of the path and the grid.
 """
 
 import inspect
@@ -19,10 +19,12 @@ FLOW = {**IMAGES, **VIDEOS}
 PIPELINES = {**FLOW, **DIFFUSION}
 
 
-@cache
-def built(name):
-    """`(pipe, arguments)`, the same at every call: whoever changes its scheduler puts the old one back."""
-    return PIPELINES[name]()
+def build(name):
+    """`(pipe, arguments)`."""
+    return PIPELINES[name](name.split()[0])
+
+
+built = cache(build)  # the same at every call: whoever changes its scheduler puts the old one back
 
 
 @contextmanager

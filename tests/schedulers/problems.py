@@ -11,6 +11,11 @@ from diffusers_dpm.schedulers import Level
 START, END = 1.0, 1e-3  # times at which the walks begin and end
 
 
+def z(i):
+    """The noise of the i-th step in golden walks."""
+    return math.cos(1.3 * i + 0.7)
+
+
 def at_lambda(lambda_):
     """The variance-preserving level with log(alpha / sigma) = lambda_."""
     return Level(1 / math.sqrt(1 + math.exp(-2 * lambda_)), 1 / math.sqrt(1 + math.exp(2 * lambda_)), lambda_)

@@ -13,17 +13,13 @@ from diffusers_dpm.schedulers.gaussian_paths import path_of
 from diffusers_dpm.schedulers.scheduling_edm import euler, noised, second_call
 
 from .helpers import Gaussian, diffusers_log, network, noise, order, seeded, sources, walk
-from .problems import MIXTURE, STARTS, walk_rows
+from .problems import MIXTURE, STARTS, walk_rows, z
 
 
 VP, FLOW, EDM = None, {"kind": "flow"}, {"kind": "edm"}
 PROCESSES = [VP, FLOW, EDM, {"kind": "ve"}, {"kind": "subvp"}, {"kind": "cosine"}]
 MIDPOINT, RALSTON = {"stage_fraction": 1 / 2}, {"stage_fraction": 2 / 3}
 CHURN = {"s_churn": 4.0, "s_tmin": 0.05, "s_tmax": 50.0}
-
-
-def z(i):
-    return math.cos(1.3 * i + 0.7)
 
 
 def karras(n, high=60.0, low=0.02):

@@ -21,7 +21,7 @@ from diffusers_dpm.schedulers.gaussian_paths import PATHS, path_of
 from diffusers_dpm.schedulers.noise_schedule import CLEAN, PREDICTIONS
 
 from .helpers import ONCE, PLANNING, noise, seeded, sources
-from .problems import MIXTURE, STARTS
+from .problems import MIXTURE, STARTS, z
 
 
 FLOW = {"kind": "flow"}
@@ -256,10 +256,6 @@ ANALYTIC = {
 MIDPOINT = {"flow": 0.260970402009175, "ve": 0.426548385569217, "vp": 0.137641385860428, "subvp": 0.127484834724883}
 
 
-def z(i):
-    return math.cos(1.3 * i + 0.7)
-
-
 def applied(row, level, x):
     epsilon = MIXTURE.epsilon(np.array([x]), level).item()
     x0 = (x - level.sigma * epsilon) / level.alpha
@@ -301,52 +297,49 @@ def test_golden_two_stage_step(name):
     close(stage, [MIDPOINT[name]])
 
 
+@pytest.mark.parametrize("scheduler_class", [DPMSolverScheduler, EDMScheduler])
+def test_flags_choose_the_grid_on_every_path_but_flow(scheduler_class):
+    """As `timestep_spacing`; karras on EDM's own path with the rho of the process."""
+
+    def timesteps(process, **config):
+        scheduler = scheduler_class(process=process, **config)
+        scheduler.set_timesteps(7)
+        return scheduler.timesteps.tolist()
+
+    for flag, spacing in scheduler_class.spacing_flags.items():
+        spaced = timesteps({"kind": "vp_linear"}, timestep_spacing=spacing.replace("exponential", "logsnr"))
+        assert timesteps({"kind": "vp_linear"}, **{flag: True}) == spaced
+    process = EDM | {"rho": 5.0}
+    assert timesteps(process, use_karras_sigmas=True) == timesteps(process) != timesteps(EDM)
+
+
+THIRD = {"solver_order": 3}
+EXACT = {"solver_order": 3, "third_order_rule": "exact"}
+SDE = {"algorithm_type": "sde-dpmsolver++"}
 # (process, scheduler): x at the end for x_T = 0.3 and -1.7 times sigma, ten calls and clean data
 WALKS = [
     (FLOW | {"shift": 3.0}, DDIMScheduler, {}, (0.523080188049677, -1.24391708955146)),
     (FLOW, DDIMScheduler, {}, (0.522873378796995, -1.31699817020826)),
-    (FLOW, DPMSolverScheduler, {"free": True}, (0.572624194413777, -1.67221980932943)),
-    (FLOW | {"shift": 3.0}, DPMSolverScheduler, {"free": True}, (0.907989040590486, -1.8978652835016)),
-    (FLOW, DPMSolverScheduler, {"free": True, "solver_order": 3}, (0.446367414878113, -1.54137323333286)),
-    (
-        FLOW,
-        DPMSolverScheduler,
-        {"free": True, "solver_order": 3, "third_order_rule": "exact"},
-        (0.39663414829536, -1.47603944341061),
-    ),
-    (FLOW, DDPMScheduler, {"noisy": True}, (0.404142054170428, 0.404142054170428)),
-    (
-        FLOW,
-        DPMSolverScheduler,
-        {"free": True, "noisy": True, "algorithm_type": "sde-dpmsolver++"},
-        (0.274181555593249, 0.274181555593249),
-    ),
+    (FLOW, DPMSolverScheduler, {}, (0.572624194413777, -1.67221980932943)),
+    (FLOW | {"shift": 3.0}, DPMSolverScheduler, {}, (0.907989040590486, -1.8978652835016)),
+    (FLOW, DPMSolverScheduler, THIRD, (0.446367414878113, -1.54137323333286)),
+    (FLOW, DPMSolverScheduler, EXACT, (0.39663414829536, -1.47603944341061)),
+    (FLOW, DDPMScheduler, {}, (0.404142054170428, 0.404142054170428)),
+    (FLOW, DPMSolverScheduler, SDE, (0.274181555593249, 0.274181555593249)),
     (EDM, DDIMScheduler, {}, (0.472432409944266, -1.1813123631668)),
-    (EDM, DPMSolverScheduler, {"free": True}, (0.68498391916754, -1.73948902968801)),
-    (EDM, DPMSolverScheduler, {"free": True, "solver_order": 3}, (0.745962428960003, -1.79132224631662)),
-    (
-        EDM,
-        DPMSolverScheduler,
-        {"free": True, "solver_order": 3, "third_order_rule": "exact"},
-        (0.75657610884939, -1.75102704287803),
-    ),
-    (EDM, DDPMScheduler, {"noisy": True}, (0.532031915022419, 0.526868272134304)),
-    (
-        EDM,
-        DPMSolverScheduler,
-        {"free": True, "noisy": True, "algorithm_type": "sde-dpmsolver++"},
-        (0.809746151817117, 0.814684905771077),
-    ),
+    (EDM, DPMSolverScheduler, {}, (0.68498391916754, -1.73948902968801)),
+    (EDM, DPMSolverScheduler, THIRD, (0.745962428960003, -1.79132224631662)),
+    (EDM, DPMSolverScheduler, EXACT, (0.75657610884939, -1.75102704287803)),
+    (EDM, DDPMScheduler, {}, (0.532031915022419, 0.526868272134304)),
+    (EDM, DPMSolverScheduler, SDE, (0.809746151817117, 0.814684905771077)),
 ]
 
 
 @pytest.mark.parametrize(("process", "scheduler_class", "options", "expected"), WALKS, ids=str)
 def test_golden_walks(process, scheduler_class, options, expected, monkeypatch):
-    """Those that the cap of the order would change are walked without it."""
-    options = dict(options)
-    if options.pop("free", False):
-        monkeypatch.setattr("diffusers_dpm.schedulers.scheduling_dpm_solver.LARGEST_RATIO", math.inf)
-    noisy = options.pop("noisy", False)
+    """Without the cap of DPM-Solver's order."""
+    monkeypatch.setattr("diffusers_dpm.schedulers.scheduling_dpm_solver.LARGEST_RATIO", math.inf)
+    noisy = scheduler_class is DDPMScheduler or options is SDE
     prediction_type = "epsilon" if process["kind"] == "edm" else "flow_prediction"
     scheduler = scheduler_class(process=process, prediction_type=prediction_type, **options)
     if "clip_sample" in scheduler.config:

@@ -574,6 +574,7 @@ SETTINGS = [
     (DDPMScheduler, {}),
     (DDIMScheduler, {"timestep_spacing": "logsnr"}),
     (AnalyticDPMScheduler, {}),
+    (AnalyticDPMScheduler, {"timestep_spacing": "optimal"}),
     (CalibratedScheduler, {}),
     (DPMSolverScheduler, {"use_beta_sigmas": True}),
     (DPMSolverScheduler, {"fractional_timesteps": True, "use_karras_sigmas": True}),
@@ -596,7 +597,6 @@ def default(request):
 
 @pytest.mark.parametrize(("scheduler_class", "options"), SETTINGS)
 def test_torchs_defaults_change_nothing(scheduler_class, options, default):
-    default_dtype = default if isinstance(default, torch.dtype) else None
     got = gridded(scheduler_class, **options)
     tables = got.betas, got.alphas_cumprod
     got.timesteps = got.timesteps.clone()
@@ -608,8 +608,17 @@ def test_torchs_defaults_change_nothing(scheduler_class, options, default):
     assert (got.timesteps.dtype, got.timesteps.tolist()) == (expected.timesteps.dtype, expected.timesteps.tolist())
     assert got.updates == expected.updates
     assert torch.equal(got.betas, expected.betas)
-    if default_dtype:
-        torch.set_default_dtype(default_dtype)
+
+
+def test_a_brownian_path_is_drawn_on_the_cpu(default):
+    def walked():
+        scheduler = gridded(DPMSolverScheduler, algorithm_type="sde-dpmsolver++", brownian_path=True)
+        return walk(scheduler, network, torch.ones(SHAPE, dtype=torch.float64, device="cpu"), seeded())[0]
+
+    got = walked()
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+    assert torch.equal(got, walked())
 
 
 class NoFloat64(TorchDispatchMode):

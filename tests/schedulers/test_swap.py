@@ -202,7 +202,7 @@ def test_a_config_of_2022_samples_as_in_diffusers(scheduler_class, name):
 
 @pytest.mark.parametrize("scheduler_class", PLANNING)
 def test_a_config_replaced_after_construction_is_honoured(scheduler_class):
-    """Stable Diffusion pipelines do this to the scheduler that they are given (user_demand.md, T12)."""
+    """Stable Diffusion pipelines do this to the scheduler that they are given."""
     scheduler = working(scheduler_class, steps_offset=0, clip_sample=True)
     scheduler.set_timesteps(10)
     changed = {**scheduler.config, "steps_offset": 1, "clip_sample": False, "timestep_spacing": "leading"}

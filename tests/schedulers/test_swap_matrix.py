@@ -8,18 +8,13 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMPipeline,
-    DDPMPipeline,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionPipeline,
-)
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import DDIMPipeline, DDPMPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
 from diffusers_dpm.pipelines import DPMPipeline
 from diffusers_dpm.schedulers import ALL_SCHEDULERS, AnalyticDPMScheduler, DDIMScheduler, DPMSolverScheduler
-from tests.models import tiny_conditional_unet, tiny_unet
+from tests.models import tiny_unet
+from tests.pipelines.tiny_diffusion_pipelines import stable_diffusion, text_encoder
+from tests.pipelines.tiny_parts import autoencoder
 
 from .helpers import PLANNING, STOCK, network, noise, seeded, walk, with_statistics
 
@@ -29,6 +24,15 @@ CONFIGS = Path(__file__).parent / "configs"
 CHAIN = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
 ALL = 100  # steps, on a chain of as many timesteps
 COUNTS = [1, 2, 10, 20, pytest.param(ALL, marks=pytest.mark.slow)]
+# Numbers of steps, and the file that the config comes from: one of 2022, or one that today's diffusers writes.
+RUNS = [
+    (1, "new"),
+    (2, "old"),
+    (10, "old"),
+    (10, "new"),
+    (20, "new"),
+    pytest.param(ALL, "old", marks=pytest.mark.slow),
+]
 # Ours, with what stock configs do not say.
 VARIANTS = [
     *((c, {}) for c in ALL_SCHEDULERS),
@@ -40,11 +44,6 @@ VARIANTS = [
 PROMPT = {"prompt_embeds": noise(1, 4, 8).float(), "negative_prompt_embeds": noise(1, 4, 8, seed=1).float()}
 
 
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 @pytest.fixture(scope="module")
 def unet():
     return tiny_unet(3, block_out_channels=(4, 8), norm_num_groups=2)
@@ -53,27 +52,10 @@ def unet():
 @pytest.fixture(scope="module")
 def latent_parts():
     """A Stable Diffusion of random weights, without tokenizer: prompts are given as embeddings."""
-    torch.manual_seed(0)
-    text = CLIPTextConfig(
-        hidden_size=8,
-        intermediate_size=8,
-        num_attention_heads=2,
-        num_hidden_layers=1,
-        projection_dim=8,
-        vocab_size=20,
-        bos_token_id=0,
-        eos_token_id=2,
-    )
-    return {
-        "unet": tiny_conditional_unet(),
-        "vae": AutoencoderKL(block_out_channels=(4, 8), norm_num_groups=2, latent_channels=4,
-            down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2).eval(),
-        "text_encoder": CLIPTextModel(text).eval(),
-        "tokenizer": None,
-        "safety_checker": None,
-        "feature_extractor": None,
-        "requires_safety_checker": False,
-    }  # fmt: skip
+    parts = {"vae": autoencoder(4, factor=2), "text_encoder": text_encoder()}
+    components = stable_diffusion("StableDiffusionPipeline", parts)[0].components
+    del components["scheduler"]
+    return components | {"requires_safety_checker": False}
 
 
 def chain(n):
@@ -81,7 +63,7 @@ def chain(n):
 
 
 def scheduler_of(scheduler_class, options, n, source, folder):
-    """For n steps; through a JSON file: one of 2022, or one that today's diffusers writes."""
+    """For n steps; through a JSON file."""
     if source == "old":
         folder = CONFIGS / "stable_diffusion_2022"
     else:
@@ -89,16 +71,12 @@ def scheduler_of(scheduler_class, options, n, source, folder):
     return with_statistics(scheduler_class.from_pretrained(folder, **chain(n), **options), walks=(n,))
 
 
-@pytest.mark.parametrize("source", ["old", "new"])
-@pytest.mark.parametrize("n", COUNTS)
+@pytest.mark.parametrize(("n", "source"), RUNS)
 @pytest.mark.parametrize(("scheduler_class", "options"), VARIANTS)
 def test_stock_and_own_image_pipelines(scheduler_class, options, n, source, unet, tmp_path):
     scheduler = scheduler_of(scheduler_class, options, n, source, tmp_path)
-    for pipeline, keywords in (
-        (DDPMPipeline, {"batch_size": 1, "generator": seeded(), "output_type": "np"}),
-        (DPMPipeline, {"batch_size": 1, "generator": seeded(), "output_type": "np"}),
-    ):
-        images = quiet(pipeline(unet, scheduler))(num_inference_steps=n, **keywords).images
+    for pipeline in (DDPMPipeline, DPMPipeline):
+        images = pipeline(unet, scheduler)(1, seeded(), num_inference_steps=n, output_type="np").images
         assert images.shape == (1, 8, 8, 3)
         assert torch.tensor(images).isfinite().all()
 
@@ -106,7 +84,7 @@ def test_stock_and_own_image_pipelines(scheduler_class, options, n, source, unet
 @pytest.mark.parametrize("n", COUNTS)
 def test_ddim_style_calls(n, unet):
     """DDIMPipeline passes eta and use_clipped_model_output to any scheduler: only DDIM takes them."""
-    pipe = quiet(DDIMPipeline(unet, DDIMScheduler()))
+    pipe = DDIMPipeline(unet, DDIMScheduler())
     pipe.scheduler = DDIMScheduler(
         timestep_spacing="trailing", **chain(n)
     )  # the pipeline makes diffusers' of what it is given
@@ -123,12 +101,11 @@ def test_ddim_style_calls(n, unet):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("source", ["old", "new"])
-@pytest.mark.parametrize("n", COUNTS)
+@pytest.mark.parametrize(("n", "source"), RUNS)
 @pytest.mark.parametrize(("scheduler_class", "options"), VARIANTS)
 def test_stable_diffusion(scheduler_class, options, n, source, latent_parts, tmp_path):
     scheduler = scheduler_of(scheduler_class, options, n, source, tmp_path)
-    pipe = quiet(StableDiffusionPipeline(scheduler=scheduler, **latent_parts))
+    pipe = StableDiffusionPipeline(scheduler=scheduler, **latent_parts)
     latents = pipe(
         num_inference_steps=n,
         height=16,
@@ -148,7 +125,7 @@ def test_stable_diffusion(scheduler_class, options, n, source, latent_parts, tmp
 def test_image_to_image(scheduler_class, options, strength, latent_parts, tmp_path):
     """The pipeline cuts the timesteps and says where it begins; a second call gives the same image."""
     scheduler = scheduler_of(scheduler_class, options, 20, "new", tmp_path)
-    pipe = quiet(StableDiffusionImg2ImgPipeline(scheduler=scheduler, **latent_parts))
+    pipe = StableDiffusionImg2ImgPipeline(scheduler=scheduler, **latent_parts)
     image = noise(1, 3, 16, 16).float().clamp(-1, 1)
     results = [
         pipe(

@@ -98,7 +98,6 @@ def test_every_scheduler_samples(learned, channels):
     """Where the variance is not used, the images are those of the network's mean half alone."""
     run = train(learned(channels, max_train_steps=1))
     pipe = load_pipeline(str(run))
-    pipe.set_progress_bar_config(disable=True)
     half = tiny_unet(channels, **{key: value for key, value in CONFIG.items() if key != "dropout"})
     state = pipe.unet.state_dict()
     half.load_state_dict({k: v[:channels] if k.startswith("conv_out") else v for k, v in state.items()})

@@ -166,14 +166,11 @@ def test_pipelines_take_it_as_their_unet():
     unet, _, both = attached()
     scheduler = AnalyticDPMScheduler(reverse_variance="npr")
     for pipeline in (DPMPipeline(both, scheduler), DDPMPipeline(both, scheduler)):
-        pipeline.set_progress_bar_config(disable=True)
         generator = seeded()
         images = pipeline(batch_size=2, generator=generator, num_inference_steps=4, output_type="np").images
         assert np.isfinite(images).all()
     for other in (DDIMScheduler(), DDPMScheduler()):  # which read the first half alone
         plain, headed = (DPMPipeline(network, other) for network in (unet, both))
-        for pipeline in (plain, headed):
-            pipeline.set_progress_bar_config(disable=True)
         found, expected = (p(seeds=[0], num_inference_steps=4, output_type="pt").images for p in (headed, plain))
         assert torch.equal(found, expected)
 
@@ -222,12 +219,6 @@ def test_remote_code_gives_the_same_head(tmp_path, modules_cache):
 
 
 # The command ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(tmp_path):
-    save_run(tmp_path / "run")
-    return tmp_path / "run"
 
 
 @pytest.fixture
