@@ -147,9 +147,11 @@ def markdown(rows: list[dict], counts: list[int]) -> str:
         by_sampler.setdefault(row["sampler"], {})[row["n"]] = row
     middle = 10 if 10 in counts else counts[len(counts) // 2]
     lines = []
-    for name, cells in sorted(by_sampler.items(), key=lambda item: item[1][middle]["rms"]):
-        own_calls = [f" ({cells[n]['calls']} calls)" if cells[n]["calls"] != n else "" for n in counts]
-        lines.append([name, *(f"{cells[n]['rms']:.4f}{text}" for n, text in zip(counts, own_calls, strict=True))])
+    for name, cells in sorted(by_sampler.items(), key=lambda item: item[1].get(middle, item[1][counts[0]])["rms"]):
+        measured = [cells.get(n) for n in counts]  # fitted rows may be left out
+        own_calls = [f" ({row['calls']} calls)" if row and row["calls"] != row["n"] else "" for row in measured]
+        texts = [row and f"{row['rms']:.4f}{text}" for row, text in zip(measured, own_calls, strict=True)]
+        lines.append([name, *(text or "" for text in texts)])
     return table(["sampler", *(f"n = {n}" for n in counts)], lines)
 
 
