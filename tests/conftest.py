@@ -1,4 +1,4 @@
-"""Hypothesis profiles (`pytest --hypothesis-profile thorough` looks harder, for accidents too), and shared fixtures."""
+"""Hypothesis profiles (`pytest --hypothesis-profile thorough` looks harder, for accidents, too), shared fixtures."""
 
 import gc
 import os
