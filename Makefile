@@ -48,7 +48,7 @@ unit: $(VENV)/.dev
 test-slow: $(VENV)/.dev ## the tests that take longer
 	$(BIN)/python $(PYTEST) -m "slow and not gpu"
 
-compat: compat-oldest compat-newest ## the tests with the oldest and with the newest released diffusers
+compat: compat-oldest compat-newest ## the tests with the oldest versions (by Python 3.10 or 3.11) and with the newest
 
 compat-oldest: REQUIREMENTS = $(OLDEST)
 compat-newest: REQUIREMENTS = --upgrade $(NEWEST)
