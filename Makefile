@@ -11,8 +11,12 @@ export OMP_WAIT_POLICY ?= PASSIVE
 PYTEST := -m pytest -n 2 --dist worksteal
 test unit test-slow compat-oldest compat-newest: export OMP_NUM_THREADS = 1
 
-# The oldest versions that are supported, together. Tests that do not apply there carry the marker `needs`.
-OLDEST := diffusers==0.35.2 huggingface-hub==0.36.2 transformers==4.57.1 accelerate==1.10.1 datasets==4.0.0
+# The lower bounds of pyproject.toml, together. Tests that do not apply there carry the marker `needs`.
+# All are pinned: pip tries each release of what is not (gradio: 30 MB each) until one fits the others. Of what they
+# need themselves, later releases of pyarrow, which datasets takes, need NumPy 2.
+OLDEST := accelerate==1.10 datasets==4.0 diffusers==0.35 filelock==3.10 gradio==5.40 huggingface-hub==0.34 \
+	matplotlib==3.8 numpy==1.24 packaging==22 Pillow==10.1 pyarrow==21.0 pyyaml==6.0 safetensors==0.4.3 \
+	scikit-learn==1.3 tensorboard==2.14 torchdiffeq==0.2.3 torchmetrics==1.4 transformers==4.57.1 tyro==1.0.17
 NEWEST := diffusers huggingface-hub transformers accelerate datasets
 
 .PHONY: help demo card docs test test-slow compat compat-oldest compat-newest lint types unit format clean FORCE
@@ -44,7 +48,7 @@ unit: $(VENV)/.dev
 test-slow: $(VENV)/.dev ## the tests that take longer
 	$(BIN)/python $(PYTEST) -m "slow and not gpu"
 
-compat: compat-oldest compat-newest ## the tests with the oldest and with the newest released diffusers
+compat: compat-oldest compat-newest ## the tests with the oldest versions (by Python 3.10 or 3.11) and with the newest
 
 compat-oldest: REQUIREMENTS = $(OLDEST)
 compat-newest: REQUIREMENTS = --upgrade $(NEWEST)

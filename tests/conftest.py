@@ -1,4 +1,4 @@
-"""Hypothesis profiles (`pytest --hypothesis-profile thorough` looks harder), and fixtures of several folders."""
+"""Hypothesis profiles (`pytest --hypothesis-profile thorough` looks harder, for accidents, too), shared fixtures."""
 
 import gc
 import os
@@ -41,6 +41,19 @@ def pytest_runtest_setup(item):
             pytest.skip(f"needs {requirement} ({mark.kwargs['reason']}); {installed} is installed")
 
 
+def python_path(*folders):
+    """PYTHONPATH with these folders before what is there."""
+    return os.pathsep.join([*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quicker_processes(pytestconfig):
+    """Not from the start of pytest, whose own workers need what these do without."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", python_path(pytestconfig.rootpath / "tests" / "processes"))
+        yield
+
+
 @pytest.fixture
 def one_thread():
     """For small networks on shared machines."""
@@ -81,9 +94,7 @@ def in_two_processes(pytestconfig):
             env={
                 **os.environ,
                 **one_thread_on_the_cpu,
-                "PYTHONPATH": os.pathsep.join(
-                    [str(pytestconfig.rootpath), *filter(None, [os.environ.get("PYTHONPATH")])]
-                ),
+                "PYTHONPATH": python_path(pytestconfig.rootpath),
             },
             capture_output=True,
             text=True,
@@ -105,6 +116,16 @@ def modules_cache(tmp_path, monkeypatch):
     yield
     for name in [name for name in sys.modules if name.split(".")[0] == "diffusers_modules"]:
         del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory):
+    """The folder of a whole run, which is made once; not to be changed."""
+    from tests.whole_run import make_whole_run  # of commands, which few tests need
+
+    root = tmp_path_factory.mktemp("whole") / "whole"
+    make_whole_run(root)
+    return root
 
 
 @pytest.fixture

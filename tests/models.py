@@ -355,7 +355,8 @@ def save_clip(folder: Path) -> None:
     transformers.CLIPModel(config).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({"dark": 0, "bright": 1, "[UNK]": 2, "[EOS]": 3}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[EOS]", model_max_length=8)
+    options = {"pad_token": "[EOS]", "model_max_length": 8, "model_input_names": ["input_ids", "attention_mask"]}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, **options)
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(CLIP_PIXELS))
 

@@ -345,6 +345,15 @@ def test_readme_is_short():
     assert len(re.sub(r"\]\([^)]*\)", "]", text).split()) <= 900
 
 
+def test_make_compat_tests_every_lower_bound_but_of_torch():
+    """torch is what constraints.txt says."""
+    extras = PROJECT["optional-dependencies"]
+    users = map(Requirement, [*PROJECT["dependencies"], *extras["train"], *extras["app"]])
+    bounds = {f"{each.name}{each.specifier}" for each in users if each.name != "torch"}
+    (oldest,) = re.findall(r"^OLDEST := ((?:.*\\\n)*.*)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert bounds <= {pin.replace("==", ">=") for pin in oldest.replace("\\\n", "").split()}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_code_fits_the_width_of_a_page(page):
     """Without scrolling at 1,280 pixels."""

@@ -14,12 +14,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_dpm.hub import checks
-from tests.whole_run import call, commands, make_whole_run
+from tests.whole_run import THOROUGH, call, commands
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
 QUICK = ("own", "analytic", "calibrated", "guided", "statistics", "compare", "ode")  # uses that take little time
-CHUNKS, DAMAGES = 24, 45  # test cases, and damaged files or values in each
+CHUNKS, DAMAGES = 24 if THOROUGH else 12, 45  # test cases, and damaged files or values in each
 FACTS = ("provenance", "versions", "seconds", "device", "model", "data")  # of a result, which differ without damage
 
 
@@ -193,13 +193,11 @@ def damage(path, chance):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(whole_run):
     """A whole run, and what each use of it gives."""
-    base = tmp_path_factory.mktemp("fuzz") / "whole"
-    make_whole_run(base)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checks, "check_without_package", lambda staged, results: None)  # a new process, which takes long
-        yield base, {name: result_of(base, name, lambda root: "nothing") for name in uses(base)}
+        yield whole_run, {name: result_of(whole_run, name, lambda root: "nothing") for name in uses(whole_run)}
 
 
 def result_of(base, name, spoil):

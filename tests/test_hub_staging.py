@@ -128,6 +128,7 @@ def test_configs_of_the_extras_are_the_runs(run, staged):
         assert config(staged / path) == config(run / path)
 
 
+@subfolder_code
 def test_rows_fitted_to_other_weights_are_not_published(tmp_path):
     run = make_run(tmp_path / "run")
     pipe = DPMPipeline.from_pretrained(run)

@@ -138,7 +138,10 @@ def tiff(array, photometric, bits=8):
 @pytest.mark.parametrize(
     ("bands", "photometric", "bits", "message"),
     [
-        (4, 2, 8, "4 bands, of which Pillow reads 3"),
+        pytest.param(
+            *(4, 2, 8, "4 bands, of which Pillow reads 3"),
+            marks=pytest.mark.needs("Pillow>=10.4", reason="earlier ones read all 4 bands"),
+        ),
         (5, 2, 8, "5 bands"),
         (2, 1, 8, "(2 bands|cannot identify)"),  # by Pillow's version
         (3, 2, 16, "16 bits"),
@@ -166,6 +169,7 @@ def test_sixteen_bit_colour_is_refused(tmp_path, channels, colour):
         load_images(tmp_path)
 
 
+@pytest.mark.needs("Pillow>=11", reason="16-bit grey can be saved as PGM")
 def test_sixteen_bit_portable_pixmap(tmp_path):
     grey = RNG.integers(0, 65536, (8, 8)).astype(np.uint16)
     Image.fromarray(grey).save(tmp_path / "0.pgm")

@@ -13,11 +13,12 @@ from contextlib import contextmanager
 import pytest
 
 from tests.test_fuzz import outcome, uses
-from tests.whole_run import call, commands, make_whole_run
+from tests.whole_run import THOROUGH, call, commands
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("fresh_process")]
-CHUNKS, ACCIDENTS = 11, 10  # test cases, and accidents of each kind in each
+CHUNKS, ACCIDENTS = 11 if THOROUGH else 6, 10  # test cases, and kills in each
+FAULTS = 4 if THOROUGH else 2  # of each kind in each use
 WRITES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree")
 USES = (
     "own",
@@ -78,17 +79,16 @@ def all_uses(root):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(whole_run):
     """A whole run, what each use of it gives, and the number of its file operations."""
-    base, known = tmp_path_factory.mktemp("kills") / "whole", {}
-    make_whole_run(base)
+    known = {}
     for name in USES:
-        root = copy(base)
+        root = copy(whole_run)
         arguments, results, _ = all_uses(root)[name]
         with ACCIDENT.happens(root) as counted:
             assert call(*arguments)[0] == 0
         known[name] = [outcome(root, path) for path in results], counted.count
-    return base, known
+    return whole_run, known
 
 
 def copy(base):
@@ -141,7 +141,7 @@ def says_too_much(base, known, name, seed, kind):
 @pytest.mark.parametrize("kind", [errno.ENOSPC, errno.EROFS, errno.ENOENT])
 @pytest.mark.parametrize("name", USES)
 def test_a_disk_that_takes_no_more_is_one_line(whole, name, kind):
-    assert not [*filter(None, (says_too_much(*whole, name, seed, kind) for seed in range(4)))]
+    assert not [*filter(None, (says_too_much(*whole, name, seed, kind) for seed in range(FAULTS)))]
 
 
 @pytest.mark.parametrize("name", ["train", "train-classifier", "statistics", "calibrate", "own"])

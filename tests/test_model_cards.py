@@ -144,6 +144,7 @@ def test_snippets_run(tmp_path):
     assert "bao2022" in card
 
 
+@pytest.mark.needs("diffusers>=0.38", reason="remote code in a subfolder")
 def test_rows_of_several_scales(tmp_path):
     """The snippet takes those of the scheduler that is published."""
     run = make_run(tmp_path / "run", num_train_timesteps=100)
@@ -187,6 +188,7 @@ def test_class_conditional_snippets_run(tmp_path):
     assert "passes no labels" in section(card, "Limits")
 
 
+@pytest.mark.needs("diffusers>=0.38", reason="remote code in a subfolder")
 def test_snippets_of_a_network_with_a_null_class(tmp_path):
     """It guides itself, and so does a classifier of the real classes."""
     run = make_run(tmp_path / "run", num_class_embeds=3, num_train_timesteps=100)

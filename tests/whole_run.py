@@ -6,12 +6,14 @@ import json
 import traceback
 
 import numpy as np
+from hypothesis import settings
 
 from diffusers_dpm.commands.main import main
 from diffusers_dpm.training.unet_presets import ddpm_unet
 from tests.conftest import forget_accelerator
 
 
+THOROUGH = settings().max_examples > 50  # by `pytest --hypothesis-profile thorough`
 SHORT = ["--cpu", "--batch-size", "4", "--checkpoint-every", "2", "--lr-warmup-steps", "0", "--log-with", "none"]
 
 

@@ -1,6 +1,7 @@
 """A published repository over HTTP: what plain diffusers, this package and the code in the repository make of it."""
 
 import base64
+import functools
 import json
 import pickle
 import shutil
@@ -131,6 +132,7 @@ def published(run, tmp_path_factory):
         yield hub
 
 
+@functools.cache
 def here(run: Path, code: str) -> dict[str, np.ndarray]:
     """The results of code in this process, on the run folder."""
     names: dict = {"model": str(run)}

@@ -12,7 +12,7 @@ from diffusers_dpm.schedulers import DDIMScheduler, DPMSolverScheduler
 from tests.models import ImageMixtureNetwork
 
 from .test_guidance import FREE, LINEAR, identity, latents, path
-from .test_text_guidance import clip, make  # noqa: F401 (a fixture)
+from .test_text_guidance import clip, clip_in_float64, make  # noqa: F401 (a fixture)
 from .tiny_pipelines import built, sample
 
 
@@ -188,6 +188,7 @@ def test_an_energy_of_latents_guides_stable_diffusion(swap):
 
 
 @pytest.mark.filterwarnings("ignore")
+@clip_in_float64
 def test_a_text_guides_stable_diffusion_through_its_decoder(clip):  # noqa: F811
     pipe, arguments = built("StableDiffusionPipeline")
     stock = pipe.scheduler

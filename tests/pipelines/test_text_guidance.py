@@ -17,6 +17,7 @@ from .test_guidance import path
 
 
 transformers = pytest.importorskip("transformers")
+clip_in_float64 = pytest.mark.needs("transformers>=5", reason="CLIP in float64")
 WORDS = ["a", "handwritten", "zero", "one", "two"]
 
 
@@ -55,6 +56,7 @@ def images(n=2, channels=1, height=8, width=8):
 # The energy ------------------------------------------------------------------------------------------------------
 
 
+@clip_in_float64
 @pytest.mark.parametrize("channels", [1, 3])
 def test_the_gradient_is_that_of_finite_differences(clip, channels):
     guide = make(clip, {"a two": 1.0, "a one": -0.3}, range_scale=0.7, tv_scale=0.4)
@@ -63,6 +65,7 @@ def test_the_gradient_is_that_of_finite_differences(clip, channels):
     assert torch.autograd.gradcheck(energy, x0.clone().requires_grad_(), eps=1e-6, atol=1e-6, fast_mode=True)
 
 
+@clip_in_float64
 def test_it_is_the_mean_angle_of_the_cutouts_by_hand(clip):
     x0 = images(2, 3)
     found = energy_of(make(clip, num_cutouts=4), clip, x0)(x0)
@@ -75,6 +78,7 @@ def test_it_is_the_mean_angle_of_the_cutouts_by_hand(clip):
     torch.testing.assert_close(found, (cosine.acos() ** 2 / 2).view(4, 2).mean(0))
 
 
+@clip_in_float64
 def test_weights_are_linear_and_each_image_has_its_prompt(clip):
     x0 = images(3)
     one, two = (energy_of(make(clip, text), clip, x0)(x0) for text in ("a one", "a two"))
@@ -86,6 +90,7 @@ def test_weights_are_linear_and_each_image_has_its_prompt(clip):
     torch.testing.assert_close(each, torch.stack([one[0], two[1], (one[2] + two[2]) / 2]))
 
 
+@clip_in_float64
 def test_range_and_total_variation_of_known_images(clip):
     x0 = torch.full((2, 1, 4, 4), 1.5).double()
     x0[1, ..., 2:] = -1.0  # an edge of height 2.5
@@ -134,6 +139,7 @@ def test_cutouts_of_a_ramp_are_ramps_inside_the_image(height, width):
         assert ramp.max() < size - 0.4
 
 
+@clip_in_float64
 def test_cutouts_are_those_of_the_timestep_and_the_seed(clip):
     x0 = images()
     energy, other = (energy_of(make(clip, seed=seed), clip, x0) for seed in (0, 1))
@@ -144,6 +150,7 @@ def test_cutouts_are_those_of_the_timestep_and_the_seed(clip):
     torch.testing.assert_close(alone, energy(x0)[:1])
 
 
+@clip_in_float64
 def test_augmentations_come_before_clip_sees_the_cutouts(clip):
     x0, seen = images(), []
 
@@ -184,6 +191,7 @@ def pipe(make_pipe):
     return make_pipe(DDIMScheduler(clip_sample=False), tiny_unet(1))
 
 
+@clip_in_float64
 @pytest.mark.parametrize("through_unet", [False, True])
 @pytest.mark.parametrize("scheduler", [DDIMScheduler(), DPMSolverScheduler()], ids=lambda s: type(s).__name__)
 def test_images_come_nearer_to_the_text(make_pipe, gaussian_unet, clip, scheduler, through_unet):
@@ -196,6 +204,7 @@ def test_images_come_nearer_to_the_text(make_pipe, gaussian_unet, clip, schedule
     assert torch.equal(ends[0], path(pipe, seeds=[0, 1])[-1])
 
 
+@clip_in_float64
 def test_an_image_depends_on_its_seed_and_prompt_alone(pipe, clip):
     prompts = ["a one", "a two", "a zero"]
     batch = path(pipe, seeds=[3, 4, 5], guidance=make(clip, prompts, scale=[30.0, 60.0, 0.0]))
@@ -204,6 +213,7 @@ def test_an_image_depends_on_its_seed_and_prompt_alone(pipe, clip):
     assert torch.equal(batch[:, 2:], path(pipe, seeds=[3, 4, 5])[:, 2:])
 
 
+@clip_in_float64
 def test_it_composes_with_a_null_class(make_pipe, clip):
     unet = tiny_unet(1, num_class_embeds=3)
     unet.register_to_config(_has_null_class=True)

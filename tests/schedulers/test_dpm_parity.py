@@ -239,7 +239,7 @@ def test_differs_labels_of_exponential_sigmas_are_cut_off():
 def test_differs_generated_sigmas_ignore_lambda_min_clipped():
     """[6.1, 15]"""
     ours, stock = pair(MULTI, 10, beta_schedule="squaredcos_cap_v2", use_karras_sigmas=True, lambda_min_clipped=-5.1)
-    assert len(set(stock.timesteps.tolist()[:4])) == 1
+    assert len(set(stock.timesteps.tolist()[:4])) < 3  # 2 with NumPy 1
     assert ours.levels[0].lambda_ > -5.1
     assert len(set(ours.timesteps.tolist())) == 10
 

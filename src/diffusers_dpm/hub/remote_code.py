@@ -7,11 +7,15 @@ imports the class from it.
 """
 
 import ast
+import functools
 import hashlib
 import inspect
 import symtable
 from importlib.metadata import version
 from pathlib import Path
+
+
+parse = functools.cache(ast.parse)  # the classes of a run share most of their files
 
 
 def write_code(cls: type, folder: Path) -> str:
@@ -50,7 +54,7 @@ def bundle(path: Path) -> str:
         ValueError: another kind of relative import, or a name with two meanings in these files.
     """
     bundled = "\n".join(inline(path, {}, {})) + "\n"
-    if any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(ast.parse(bundled))):
+    if any(isinstance(node, ast.ImportFrom) and node.level for node in ast.walk(parse(bundled))):
         raise ValueError(f"{path}: no relative import but `from .module import name` at its top level can be bundled")
     return bundled
 
@@ -70,7 +74,7 @@ def inline(path: Path, files: dict[Path, None], origins: dict[str, str]) -> list
             raise ValueError(f"{names} give {name} two meanings: they cannot be one file")
     code = path.read_text(encoding="utf-8")
     lines, result, end = code.splitlines(), [], 0
-    for node in ast.parse(code).body:
+    for node in parse(code).body:
         if not isinstance(node, ast.ImportFrom) or node.level != 1 or not node.module:
             continue
         if any(alias.asname for alias in node.names):
@@ -89,7 +93,7 @@ def bindings(path: Path) -> dict[str, str]:
     code = path.read_text(encoding="utf-8")
     symbols = symtable.symtable(code, str(path), "exec").get_symbols()
     names = {symbol.get_name(): path.name for symbol in symbols if symbol.is_assigned()}
-    for node in ast.parse(code).body:
+    for node in parse(code).body:
         if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
             for alias in node.names:
                 names.setdefault(alias.asname or alias.name, f"{getattr(node, 'module', '')}.{alias.name}")
