@@ -491,7 +491,7 @@ def test_training_ends_in_publishing(run, hub, tmp_path):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     for line, message in zip(
         errors,
-        ("not logged in", "the token is not valid", "no name for a Hub repository"),
+        ("not logged in", "the token is not valid", "not a name for a Hub repository"),
         strict=True,
     ):
         assert message in line

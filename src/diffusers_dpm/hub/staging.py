@@ -121,7 +121,8 @@ def stage(
 
 def components_of_others(run: Path) -> list[str]:
     """Folders with the config of a component that is none of a run's, such as the autoencoder of another pipeline."""
-    return sorted({path.parent.name for path in run.glob("[!.]*/*config.json")} - {part.name for part in PARTS})
+    known = {*(part.name for part in PARTS), *EXTRAS}
+    return sorted({path.parent.name for path in run.glob("[!.]*/*config.json")} - known)
 
 
 def check_links(run: Path) -> None:
