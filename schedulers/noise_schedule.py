@@ -218,7 +218,7 @@ class NoiseSchedule(ABC):
         """The level of a timestep. Raises IndexError for one outside the process."""
 
     def __getitem__(self, t: float) -> Level:
-        """`level`; of training timesteps `CLEAN` is none."""
+        """`level` of a timestep, of which clean data has none."""
         return self.level(t)
 
     def has(self, t: Any) -> bool:
