@@ -65,7 +65,7 @@ def average_run(
         if checkpoint is None:
             raise DiffusersDPMError(f"--raw needs a checkpoint, and {run.checkpoints} has none")
         state = read_folder(checkpoint / TRAINER_STATE, {})  # under FSDP the weights lie in parts, beside the moments
-        weights = {name: value for name, value in state.items() if "/" not in name}
+        weights = {name: state[name] for name in read_folder(checkpoint / RunFolder.unet, {})}
         written.append(Average(_write(run, target / "raw", weights), 0.0))
     if sigma_rels:
         paths, updates = _snapshots(run, step)

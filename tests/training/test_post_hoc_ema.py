@@ -91,6 +91,13 @@ def unet(folder):
     return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
 
 
+def test_raw_weights_are_those_of_the_network_alone(options):
+    """The tensors of the loss history lie beside them in a checkpoint."""
+    run = train(options(max_train_steps=2, checkpoint_every=2, timestep_sampling="loss-second-moment"))
+    assert main(["ema", str(run), "--raw"]) == 0
+    assert unet(run / "ema" / "raw").keys() == unet(run).keys()
+
+
 def test_pipelines_of_a_run(run, capsys):
     assert main(["ema", str(run), "--sigma-rel", "0.1", "0.2", "--raw"]) == 0
     assert "sigma_rel-0.2: " in capsys.readouterr().out
