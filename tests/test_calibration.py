@@ -256,6 +256,9 @@ def test_the_report_is_of_the_best_solver_on_its_own_images(fitted):
         assert table["solver"] == SOLVERS[best]
         assert table["solver_mean_error"] == pytest.approx(errors[best].mean().item(), rel=1e-6)
         assert table["solver_error"] == pytest.approx(rms(errors[best]), rel=1e-6)
+        ours = sampled(unet, fitted.scheduler(SCHEDULER), noise, len(table["rows"])) - teacher
+        gains = errors[best] - ours.square().flatten(1).mean(1).sqrt()
+        assert table["standard_error"] == pytest.approx(gains.std(correction=0).item() / count**0.5, rel=1e-5)
 
 
 def test_fitted_rows_miss_the_levels_that_derived_rows_land_on(fitted):
@@ -330,7 +333,7 @@ CASES = [
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize(("network", "options"), CASES)
 def test_sampling_the_reports_noises_gives_the_reported_errors(network, options, guided):
-    unet, n = ExactNetwork(**network), 4
+    unet, n = ExactNetwork(**network), 3
     prediction_type = unet.config.prediction_type
     scheduler = DDIMScheduler(**{"clip_sample": False, "prediction_type": prediction_type, **options})
     guidance = {"classifier": LinearClassifier(), "guidance_scale": 2.0} if guided else {}

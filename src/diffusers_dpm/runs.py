@@ -391,8 +391,8 @@ def written(
     shutil.rmtree(folder / "partial")
     if not fitted.tables:
         raise DiffusersDPMError(
-            f"for {', '.join(map(str, left_out))} steps, DPM-Solver is as near to the teacher as fitted rows: nothing "
-            "written"
+            f"for {', '.join(map(str, left_out))} steps, fitted rows are not clearly nearer to the teacher than "
+            "DPM-Solver: nothing written"
         )
     return Fit(calibration, scheduler, left_out, folder)
 

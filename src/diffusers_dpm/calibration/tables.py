@@ -39,7 +39,8 @@ class Calibration(Record):
             the RMS distance to the teacher's images over pixels of images not used for anything else, `mean_error`,
             that of the mean over images of their own RMS distances, both again for the rows before they were refined
             together (`unrefined_error`, `unrefined_mean_error`) and for the best of `SOLVERS` on these images
-            (`solver`, `solver_error`, `solver_mean_error`), and how the rows were chosen (`history`, `ridge`).
+            (`solver`, `solver_error`, `solver_mean_error`), `standard_error` of the difference of these two means, and
+            how the rows were chosen (`history`, `ridge`).
         schedule_hash: of the noise schedule.
         prediction_type, clip_sample, clip_sample_range, thresholding, dynamic_thresholding_ratio, sample_max_value: of
             the scheduler that they were fitted for.

@@ -82,7 +82,7 @@ def run(model: str, options: CalibrateOptions) -> None:
         print(report(fit.calibration, fit.scheduler))
         if fit.left_out:
             steps = ", ".join(map(str, fit.left_out))
-            print(f"left out, since DPM-Solver is as near to the teacher: {steps} steps")
+            print(f"left out, not clearly nearer to the teacher than DPM-Solver: {steps} steps")
         print(f"written to {fit.folder}: CalibratedScheduler.from_pretrained loads it")
 
 

@@ -157,7 +157,7 @@ def fit_samplers(screen: Screen, run: Path) -> None:
             calibration.scheduler(scheduler).save_pretrained(run / "calibrated")
             calibration.save(run / "calibrated" / "calibration.json")
         else:
-            screen.say("   none is nearer to the best images than DPM-Solver: a model trained longer has some")
+            screen.say("   none is clearly nearer to the best images than DPM-Solver: a model trained longer has some")
         for table in calibration.tables:
             error, other = table["mean_error"], table["solver_mean_error"]
             screen.say(f"   {len(table['rows'])} steps: error {error:.3f}, {other:.3f} with the best DPM-Solver")
