@@ -22,7 +22,6 @@ from diffusers_dpm.pipelines import DPMPipeline
 
 
 FOLDER = Path(__file__).parent / "results"
-FRECHET = "Fréchet distance in features of a digits classifier"
 SCHEDULE_KEYS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 
 
@@ -158,6 +157,8 @@ class Judge:
         facts: the features' name; of the held-out digits, the accuracy and the distance (a sampler of new digits
             would get).
     """
+
+    title = "Fréchet distance in features of a digits classifier"  # of `distance`
 
     def __init__(self, folder: Path):
         extractor = load_features(str(folder))

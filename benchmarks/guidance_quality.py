@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 
 import torch
 from common import (
-    FRECHET,
     Judge,
     Results,
     about,
@@ -247,7 +246,7 @@ def markdown(values: dict[str, Any]) -> str:
     text = [
         "# Guidance on the digits",
         f"{count} images a line, seeds and labels the same. Accuracy: recognised as the digit that was asked for, "
-        f"by a classifier that has guided nothing; binomial errors. Distance: {FRECHET}; bootstrap errors. "
+        f"by a classifier that has guided nothing; binomial errors. Distance: {Judge.title}; bootstrap errors. "
         f"{about(values['judge'])}",
         "Recall, for diversity: the part of the training digits among the samples; precision: the samples among "
         f"the training digits. The held-out digits have {held_out['precision']:.2f} and {held_out['recall']:.2f}. The "
@@ -267,7 +266,7 @@ def plot(values: dict[str, Any]) -> Figure:
         accuracies = [row["accuracy"] for row in rows]
         left.plot(accuracies, [row["frechet"] for row in rows], marker="o", markersize=4, label=method.name)
         right.plot(accuracies, [row["recall"] for row in rows], marker="o", markersize=4)
-    left.set(ylabel=FRECHET, yscale="log")
+    left.set(ylabel=Judge.title, yscale="log")
     right.set(ylabel="recall")
     for axes in (left, right):
         axes.set_xlabel("recognised as the label")

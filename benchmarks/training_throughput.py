@@ -82,6 +82,13 @@ class Stopwatch:
             setattr(owner, method, called)
 
 
+def watch_update(stopwatch: Stopwatch, network: Any, accelerator: Any, optimizer: Any) -> None:
+    stopwatch.watch(network, "forward", "forward")
+    stopwatch.watch(accelerator, "backward", "backward")
+    stopwatch.watch(accelerator, "clip_grad_norm_", "clip")
+    stopwatch.watch(optimizer, "step", "optimizer")
+
+
 PARTS = ("data", "noise", "forward", "backward", "clip", "optimizer", "ema", "log", "rest")
 
 
@@ -117,10 +124,7 @@ class OurLoop:
         stopwatch.watch(ImageDataset, "__getitem__", "data")
         stopwatch.watch(our_module, "draw_step", "noise")
         stopwatch.watch(VPNoiseSchedule, "add_noise", "noise")
-        stopwatch.watch(self.state.network, "forward", "forward")
-        stopwatch.watch(self.accelerator, "backward", "backward")
-        stopwatch.watch(self.accelerator, "clip_grad_norm_", "clip")
-        stopwatch.watch(self.state.optimizer, "step", "optimizer")
+        watch_update(stopwatch, self.state.network, self.accelerator, self.state.optimizer)
         stopwatch.watch(self.state.ema, "update", "ema")
         stopwatch.watch(self.accelerator, "log", "log")
         stopwatch.watch(our_module.StepRecord, "check_finite", "log")
@@ -188,10 +192,7 @@ class DiffusersLoop:
         stopwatch.watch(torch, "randn", "noise")
         stopwatch.watch(torch, "randint", "noise")
         stopwatch.watch(self.scheduler, "add_noise", "noise")
-        stopwatch.watch(self.network, "forward", "forward")
-        stopwatch.watch(self.accelerator, "backward", "backward")
-        stopwatch.watch(self.accelerator, "clip_grad_norm_", "clip")
-        stopwatch.watch(self.optimizer, "step", "optimizer")
+        watch_update(stopwatch, self.network, self.accelerator, self.optimizer)
         stopwatch.watch(self.ema, "step", "ema")
         stopwatch.watch(self.accelerator, "log", "log")
 
@@ -277,10 +278,7 @@ class LucidrainsLoop:
         stopwatch.watch(torch, "randint", "noise")
         stopwatch.watch(torch, "randn_like", "noise")
         stopwatch.watch(self, "mix", "noise")
-        stopwatch.watch(self.network, "forward", "forward")
-        stopwatch.watch(self.accelerator, "backward", "backward")
-        stopwatch.watch(self.accelerator, "clip_grad_norm_", "clip")
-        stopwatch.watch(self.optimizer, "step", "optimizer")
+        watch_update(stopwatch, self.network, self.accelerator, self.optimizer)
         stopwatch.watch(self.ema, "update", "ema")
 
 

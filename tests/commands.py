@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 from diffusers import UNet2DModel
+from PIL import Image
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from diffusers_dpm.commands.main import main
@@ -142,3 +143,10 @@ def assert_named_once(options, text):
     """Each field of the options begins one line of a help text."""
     for field in dataclasses.fields(options):
         assert len(re.findall(rf"^[│ ] {flag(field.name)}[, \n]", text, flags=re.MULTILINE)) == 1, field.name
+
+
+def written(folder, name):
+    """A folder, after a look at what a command leaves in it: a scheduler, `name`.json, and a plot with lines."""
+    assert {path.name for path in folder.iterdir()} == {"scheduler_config.json", f"{name}.json", f"{name}.png"}
+    assert len(Image.open(folder / f"{name}.png").convert("RGB").getcolors(10**6)) > 10  # not a blank page
+    return folder

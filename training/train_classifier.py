@@ -25,7 +25,7 @@ from diffusers_dpm.training.loss import ClassifierLoss
 from diffusers_dpm.training.options import ClassifierTrainingOptions
 from diffusers_dpm.training.timestep_sampling import timestep_quantile
 from diffusers_dpm.training.trained_paths import kind_of
-from diffusers_dpm.training.trainer import Trainer
+from diffusers_dpm.training.trainer import Trainer, check_unrelated
 from diffusers_dpm.training.unet_presets import read_config
 
 
@@ -43,14 +43,11 @@ class ClassifierTrainer(Trainer):
     def __init__(self, pipeline_folder: str | Path, options: ClassifierTrainingOptions):
         self.folder = Path(pipeline_folder)
         self.model_run = RunFolder(self.folder)
-        if not self.folder.is_dir():
-            raise DiffusersDPMError(f"{self.folder} is not a folder")
-        run_folder = self.model_run.classifier_training
-        if self.model_run.classifier.exists() and not run_folder.exists() and not options.overwrite:
-            raise DiffusersDPMError(f"{self.model_run.classifier} exists already; --overwrite replaces it")
+        run_folder, result = self.model_run.classifier_training, self.model_run.classifier
+        check_unrelated(result, run_folder, options)
         self.pipeline = load_pipeline(str(self.folder), any_process=True)
         self.command = f"train-classifier {self.folder}"
-        super().__init__(options, run_folder, self.model_run.classifier)
+        super().__init__(options, run_folder, result)
 
     def _build(self) -> tuple[NoisyClassifier, ClassifierLoss]:
         data, unet = self.data, self.pipeline.unet

@@ -15,7 +15,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from diffusers_dpm.errors import DiffusersDPMError, user_error
+from diffusers_dpm.errors import user_error
 from diffusers_dpm.networks import Progress, checked_labels, load_pipeline, noise_schedule_of, prediction_type_of
 from diffusers_dpm.pipelines import VarianceHead, is_conditional
 from diffusers_dpm.pipelines.modeling_variance_head import with_features
@@ -23,7 +23,7 @@ from diffusers_dpm.records import atomic_folder, move_children, weights_hash
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule, affine
 from diffusers_dpm.training.options import VarianceTrainingOptions
-from diffusers_dpm.training.trainer import Trainer
+from diffusers_dpm.training.trainer import Trainer, check_unrelated
 
 
 NUM_KNOTS = 129  # at which a head knows lambda; between them it is linear
@@ -101,15 +101,12 @@ class VarianceTrainer(Trainer):
     def __init__(self, pipeline_folder: str | Path, options: VarianceTrainingOptions):
         self.folder = Path(pipeline_folder)
         self.model_run = RunFolder(self.folder)
-        if not self.folder.is_dir():
-            raise DiffusersDPMError(f"{self.folder} is not a folder")
-        run_folder = self.model_run.variance_training
-        if self.model_run.variance_head.exists() and not run_folder.exists() and not options.overwrite:
-            raise DiffusersDPMError(f"{self.model_run.variance_head} exists already; --overwrite replaces it")
+        run_folder, result = self.model_run.variance_training, self.model_run.variance_head
+        check_unrelated(result, run_folder, options)
         self.pipeline = load_pipeline(str(self.folder))
         self.conditional = is_conditional(self.pipeline.unet)
         self.command = f"train-variance {self.folder}"
-        super().__init__(options, run_folder, self.model_run.variance_head)
+        super().__init__(options, run_folder, result)
 
     def _build(self) -> tuple[VarianceHead, VarianceLoss]:
         unet, scheduler, target = self.pipeline.unet, self.pipeline.scheduler, self.options.target

@@ -399,6 +399,14 @@ class Trainer(ABC):
         return self.state.ema_model or self.state.model
 
 
+def check_unrelated(result: Path, run_folder: Path, options: Any) -> None:
+    """Refuse to train beside a pipeline that is not there, or where another training left its `result`."""
+    if not result.parent.is_dir():
+        raise DiffusersDPMError(f"{result.parent} is not a folder")
+    if result.exists() and not run_folder.exists() and not options.overwrite:
+        raise DiffusersDPMError(f"{result} exists already; --overwrite replaces it")
+
+
 @contextmanager
 def thread_errors_hidden() -> Iterator[None]:
     """Inside, TensorBoard's thread does not print what its disk refuses: its next call raises it here."""
