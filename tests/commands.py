@@ -132,6 +132,12 @@ def error_of(command, capsys, *arguments, code=2):
     return last_line(capsys)
 
 
+def check_errors(command, capsys, cases):
+    """Each of the arguments ends with its message."""
+    for arguments, message in cases.items():
+        assert message in error_of(command, capsys, *arguments)
+
+
 def help_of(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])

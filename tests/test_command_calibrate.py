@@ -14,7 +14,7 @@ from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
-from tests.commands import error_of, help_of, resumed, two_equal_one, written
+from tests.commands import check_errors, help_of, resumed, two_equal_one, written
 from tests.models import save_run, tiny_classifier
 
 
@@ -164,10 +164,8 @@ def test_rows_that_are_not_better_are_left_out(run, capsys):
     pipeline.save_pretrained(run)
     assert main(command(run)) == 2
     error = capsys.readouterr().err.strip().split("\n")[-1]
-    assert (
-        error
-        == "error: for 3, 4 steps, fitted rows are not clearly nearer to the teacher than DPM-Solver: nothing written"
-    )
+    assert error.startswith("error: for 3, 4 steps, fitted rows are not clearly nearer")
+    assert error.endswith("nothing written")
     assert not list(run.glob("calibrated/*"))
 
 
@@ -228,8 +226,7 @@ def test_what_cannot_be_used_is_told_in_one_line(run, tmp_path, capsys):
         (str(run), "--data=digits"): "unknown option --data",
         (str(run), f"--output-dir={tmp_path / 'damaged'}"): "holds no calibration",
     }
-    for arguments, message in cases.items():
-        assert message in error_of("calibrate", capsys, *arguments)
+    check_errors("calibrate", capsys, cases)
     assert not (run / "calibrated").exists()
 
 

@@ -17,7 +17,7 @@ from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMSchedule
 from diffusers_dpm.training.options import TrainingOptions
 from diffusers_dpm.training.train_diffusion import train
 from diffusers_dpm.training.unet_presets import ddpm_unet
-from tests.commands import error_of, help_of, resumed, two_equal_one, written
+from tests.commands import check_errors, help_of, resumed, two_equal_one, written
 
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -142,8 +142,7 @@ def test_what_cannot_be_used_is_told_in_one_line(run, unlabelled, tmp_path, caps
         (str(run), f"--data={unlabelled}"): "no labels",
         (str(run), "--data=digits", "--resolution=16"): "images have shape (1, 16, 16), the network's have (1, 8, 8)",
     }
-    for arguments, message in cases.items():
-        assert message in error_of("statistics", capsys, *arguments)
+    check_errors("statistics", capsys, cases)
     assert not (run / "analytic_dpm").exists()
 
 

@@ -94,8 +94,7 @@ def calibrate(
     """Fit rows to a network for each of some numbers of steps. No images are needed, only noise.
 
     A table is left out unless, on images of its own, it is nearer to the teacher than the best of `SOLVERS`, by more
-    than two standard errors of the difference.
-    With `accelerator` every process must make the call, and gets the result.
+    than two standard errors of the difference. With `accelerator` every process must make the call.
 
     Args:
         unet: a network with C or 2C output channels, on its device.
