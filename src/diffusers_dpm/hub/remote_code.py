@@ -10,11 +10,12 @@ import ast
 import functools
 import hashlib
 import inspect
-import symtable
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 
+SCOPES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 parse = functools.cache(ast.parse)  # the classes of a run share most of their files
 
 
@@ -90,11 +91,24 @@ def inline(path: Path, files: dict[Path, None], origins: dict[str, str]) -> list
 
 def bindings(path: Path) -> dict[str, str]:
     """The names that a module binds, each with where it comes from: its import, or this file."""
-    code = path.read_text(encoding="utf-8")
-    symbols = symtable.symtable(code, str(path), "exec").get_symbols()
-    names = {symbol.get_name(): path.name for symbol in symbols if symbol.is_assigned()}
-    for node in parse(code).body:
+    module = parse(path.read_text(encoding="utf-8"))
+    names = dict.fromkeys(assigned(module), path.name)
+    for node in module.body:
         if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0):
             for alias in node.names:
                 names.setdefault(alias.asname or alias.name, f"{getattr(node, 'module', '')}.{alias.name}")
     return names
+
+
+def assigned(node: ast.AST) -> Iterator[str]:
+    """The names that a module's statements give a value, without imports.
+
+    Not `symtable`, which from Python 3.12 on takes the variables of comprehensions for the module's.
+    """
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            yield child.name
+        elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+            yield child.id
+        elif not isinstance(child, SCOPES):
+            yield from assigned(child)
