@@ -416,9 +416,9 @@ def test_a_bundle_runs(tmp_path):
         "# Why.\nc = a + b + math.floor(1.5)\n"
     )
     (tmp_path / "helper.py").write_text(
-        '"""Helper."""\nimport math\nfrom math import ceil\nfrom .more import b\na = b * 0 + ceil(6.5)\n'
+        '"""Helper."""\nimport math\nfrom math import ceil\nfrom .more import b\na = b * 0 + max([ceil(i) for i in (6.5,)])\n'
     )
-    (tmp_path / "more.py").write_text("from .ground import ten\nb = ten\n")
+    (tmp_path / "more.py").write_text("from .ground import ten\nb = max([i for i in (ten,)])\n")
     (tmp_path / "ground.py").write_text("ten = 10\n")
     code = remote_code.bundle(tmp_path / "main.py")
     assert code.count("ten = 10") == 1
