@@ -416,7 +416,8 @@ def test_a_bundle_runs(tmp_path):
         "# Why.\nc = a + b + math.floor(1.5)\n"
     )
     (tmp_path / "helper.py").write_text(
-        '"""Helper."""\nimport math\nfrom math import ceil\nfrom .more import b\na = b * 0 + max([ceil(i) for i in (6.5,)])\n'
+        '"""Helper."""\nimport math\nfrom math import ceil\nfrom .more import b\n'
+        "a = b * 0 + max([ceil(i) for i in (6.5,)])\n"
     )
     (tmp_path / "more.py").write_text("from .ground import ten\nb = max([i for i in (ten,)])\n")
     (tmp_path / "ground.py").write_text("ten = 10\n")
