@@ -220,7 +220,7 @@ class Benchmark(Model):
         for n in self.counts:
             ours, theirs = (cells[self.nearest(n, own), n] for own in (True, False))
             texts = [f"{row['rms']:.4f} ({row['mean']:.4f}), {row['sampler']}" for row in (ours, theirs)]
-            fitted, ratio = "left out", ""  # on the report's images no nearer than DPM-Solver++
+            fitted, ratio = "left out", ""  # on the report's images not clearly nearer than DPM-Solver++
             if row := cells.get((FITTED, n)):
                 fitted = f"{row['rms']:.4f} ({row['mean']:.4f})"
                 ratio = f"{row['rms'] / theirs['rms']:.2f} ({row['mean'] / theirs['mean']:.2f})"
