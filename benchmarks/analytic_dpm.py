@@ -345,7 +345,7 @@ def sample_table(values: dict[str, Any]) -> list[str]:
     rows = [{**row, "name": row["sampler"]} for row in values.get("samples", [])]
     counts = ", ".join(map(str, sorted({row["num_images"] for row in rows})))
     text = [
-        f"## {Judge.title}",
+        f"## {Judge.distance_title}",
         f"{counts} samples. {about(values['judge'])} Bootstrap errors over samples.",
         table(
             ["sampler", *(f"K = {num_steps}" for num_steps in COUNTS)],
@@ -429,7 +429,7 @@ def plot_samples(values: dict[str, Any], axes: Any) -> None:
         style = {"residual": "--", "analytic": ":"}.get(name.split()[-1], "-." if "-" in name else "-")
         axes.errorbar(steps_of(rows), distances, errors, color=f"C{i}", marker="o", markersize=4, ls=style, label=name)
     axes.axhline(values["judge"]["frechet"], color="grey", linestyle=":", label="held-out digits")
-    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel=Judge.title)
+    axes.set(xscale="log", yscale="log", xlabel="steps", ylabel=Judge.distance_title)
     axes.set_xticks(COUNTS, labels=COUNTS)
 
 

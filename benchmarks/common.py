@@ -158,7 +158,7 @@ class Judge:
             would get).
     """
 
-    title = "Fréchet distance in features of a digits classifier"  # of `distance`
+    distance_title = "Fréchet distance in features of a digits classifier"
 
     def __init__(self, folder: Path):
         extractor = load_features(str(folder))

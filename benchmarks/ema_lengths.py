@@ -71,7 +71,7 @@ def main() -> None:
         for name, average in tqdm([*zip(names, averages, strict=True)], unit="length"):
             work = partial(measure, average, judge, num_images, arguments.batch_size)
             rows.append(results.row("lengths", {"length": name}, work))
-    head = ["length (sigma_rel)", Judge.title, "missed of the profile"]
+    head = ["length (sigma_rel)", Judge.distance_title, "missed of the profile"]
     lines = [
         [row["length"], f"{row['frechet']:.3f} ± {row['frechet_error']:.3f}", f"{row['defect']:.1%}"] for row in rows
     ]
@@ -82,7 +82,7 @@ def main() -> None:
     for row, colour in zip((rows[0], rows[-1]), ("tab:red", "tab:gray"), strict=True):
         axes.axhline(row["frechet"], color=colour, linestyle="--")
         axes.annotate(row["length"], (at[-1], row["frechet"]), ha="right", va="bottom", color=colour)
-    axes.set(xlabel="length of the average, in parts of the training", ylabel=Judge.title, ylim=(0, None))
+    axes.set(xlabel="length of the average, in parts of the training", ylabel=Judge.distance_title, ylim=(0, None))
     text = f"{num_images} images of {facts['run']}, {STEPS} steps of DPM-Solver++. {about(judge.facts)}\n\n"
     show(arguments, text + table(head, lines) + "\n", figure)
 

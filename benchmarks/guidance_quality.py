@@ -246,8 +246,8 @@ def markdown(values: dict[str, Any]) -> str:
     text = [
         "# Guidance on the digits",
         f"{count} images a line, seeds and labels the same. Accuracy: recognised as the digit that was asked for, "
-        f"by a classifier that has guided nothing; binomial errors. Distance: {Judge.title}; bootstrap errors. "
-        f"{about(values['judge'])}",
+        f"by a classifier that has guided nothing; binomial errors. Distance: {Judge.distance_title}; bootstrap "
+        f"errors. {about(values['judge'])}",
         "Recall, for diversity: the part of the training digits among the samples; precision: the samples among "
         f"the training digits. The held-out digits have {held_out['precision']:.2f} and {held_out['recall']:.2f}. The "
         f"CLIP of the text recognises {values['clip']:.1%} of them. Classifier and text guide the network without "
@@ -266,7 +266,7 @@ def plot(values: dict[str, Any]) -> Figure:
         accuracies = [row["accuracy"] for row in rows]
         left.plot(accuracies, [row["frechet"] for row in rows], marker="o", markersize=4, label=method.name)
         right.plot(accuracies, [row["recall"] for row in rows], marker="o", markersize=4)
-    left.set(ylabel=Judge.title, yscale="log")
+    left.set(ylabel=Judge.distance_title, yscale="log")
     right.set(ylabel="recall")
     for axes in (left, right):
         axes.set_xlabel("recognised as the label")

@@ -214,7 +214,7 @@ def markdown(values: dict[str, Any]) -> str:
         "## Bits per dimension",
         f"The bound of {values['held_out']} held-out digits of {NUM_LEVELS} levels.",
         grid(bits, "bits_per_dim", "standard_error", 3),
-        f"## {Judge.title}",
+        f"## {Judge.distance_title}",
         f"{images} samples of each cell. {about(values['judge'])}",
         grid(samples, "frechet", "frechet_error", 2),
     ]
@@ -238,7 +238,7 @@ def plot(values: dict[str, Any]) -> Figure:
                     markersize=3,
                     label=f"{NAMES[line.loss]}, {line.variance_type}",
                 )
-        axis.set(xlabel="steps", ylabel={"bits": "bits per dimension", "samples": Judge.title}[part])
+        axis.set(xlabel="steps", ylabel={"bits": "bits per dimension", "samples": Judge.distance_title}[part])
         axis.set(xscale="log", yscale="log")
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=7)

@@ -77,16 +77,16 @@ class Stopwatch:
 
         setattr(owner, method, timed)
 
+    def watch_update(self, network: Any, accelerator: Any, optimizer: Any) -> None:
+        """What all loops do with a batch."""
+        self.watch(network, "forward", "forward")
+        self.watch(accelerator, "backward", "backward")
+        self.watch(accelerator, "clip_grad_norm_", "clip")
+        self.watch(optimizer, "step", "optimizer")
+
     def stop(self) -> None:
         for owner, method, called in reversed(self._replaced):
             setattr(owner, method, called)
-
-
-def watch_update(stopwatch: Stopwatch, network: Any, accelerator: Any, optimizer: Any) -> None:
-    stopwatch.watch(network, "forward", "forward")
-    stopwatch.watch(accelerator, "backward", "backward")
-    stopwatch.watch(accelerator, "clip_grad_norm_", "clip")
-    stopwatch.watch(optimizer, "step", "optimizer")
 
 
 PARTS = ("data", "noise", "forward", "backward", "clip", "optimizer", "ema", "log", "rest")
@@ -124,7 +124,7 @@ class OurLoop:
         stopwatch.watch(ImageDataset, "__getitem__", "data")
         stopwatch.watch(our_module, "draw_step", "noise")
         stopwatch.watch(VPNoiseSchedule, "add_noise", "noise")
-        watch_update(stopwatch, self.state.network, self.accelerator, self.state.optimizer)
+        stopwatch.watch_update(self.state.network, self.accelerator, self.state.optimizer)
         stopwatch.watch(self.state.ema, "update", "ema")
         stopwatch.watch(self.accelerator, "log", "log")
         stopwatch.watch(our_module.StepRecord, "check_finite", "log")
@@ -192,7 +192,7 @@ class DiffusersLoop:
         stopwatch.watch(torch, "randn", "noise")
         stopwatch.watch(torch, "randint", "noise")
         stopwatch.watch(self.scheduler, "add_noise", "noise")
-        watch_update(stopwatch, self.network, self.accelerator, self.optimizer)
+        stopwatch.watch_update(self.network, self.accelerator, self.optimizer)
         stopwatch.watch(self.ema, "step", "ema")
         stopwatch.watch(self.accelerator, "log", "log")
 
@@ -278,7 +278,7 @@ class LucidrainsLoop:
         stopwatch.watch(torch, "randint", "noise")
         stopwatch.watch(torch, "randn_like", "noise")
         stopwatch.watch(self, "mix", "noise")
-        watch_update(stopwatch, self.network, self.accelerator, self.optimizer)
+        stopwatch.watch_update(self.network, self.accelerator, self.optimizer)
         stopwatch.watch(self.ema, "update", "ema")
 
 

@@ -151,7 +151,7 @@ def assert_named_once(options, text):
         assert len(re.findall(rf"^[│ ] {flag(field.name)}[, \n]", text, flags=re.MULTILINE)) == 1, field.name
 
 
-def written(folder, name):
+def checked_folder(folder, name):
     """A folder, after a look at what a command leaves in it: a scheduler, `name`.json, and a plot with lines."""
     assert {path.name for path in folder.iterdir()} == {"scheduler_config.json", f"{name}.json", f"{name}.png"}
     assert len(Image.open(folder / f"{name}.png").convert("RGB").getcolors(10**6)) > 10  # not a blank page

@@ -14,7 +14,7 @@ from diffusers_dpm.commands.main import main as cli
 from diffusers_dpm.pipelines import DPMPipeline, NoisyClassifier
 from diffusers_dpm.schedulers import CalibratedScheduler
 from diffusers_dpm.schedulers.scheduling_calibrated import CONDITIONS
-from tests.commands import check_errors, help_of, resumed, two_equal_one, written
+from tests.commands import check_errors, checked_folder, help_of, resumed, two_equal_one
 from tests.models import save_run, tiny_classifier
 
 
@@ -49,7 +49,7 @@ def tables(folder):
 
 def test_end_to_end(run, capsys):
     assert cli(["calibrate", *command(run)]) == 0
-    folder = written(run / "calibrated", "calibration")
+    folder = checked_folder(run / "calibrated", "calibration")
     calibration = Calibration.load(folder / "calibration.json")
     pipeline = DPMPipeline.from_pretrained(run)
     expected = calibrate(pipeline.unet, pipeline.scheduler, [3, 4], **FEW)
@@ -177,8 +177,8 @@ def test_some_are_left_out(run, capsys, monkeypatch):
 
     def worse(student, scheduler, num_steps, max_walks):
         table = best_table(student, scheduler, num_steps, max_walks)
-        least = table["mean_error"] + 2 * table["standard_error"]
-        return table | {"solver_mean_error": 0.99 * least + 0.01 * table["mean_error"]} if num_steps == 3 else table
+        near = table["mean_error"] + 1.9 * table["standard_error"]
+        return table | {"solver_mean_error": near} if num_steps == 3 else table
 
     monkeypatch.setattr(fit, "best_table", worse)
     assert main(command(run)) == 0

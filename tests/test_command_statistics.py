@@ -17,7 +17,7 @@ from diffusers_dpm.schedulers.scheduling_analytic_dpm import AnalyticDPMSchedule
 from diffusers_dpm.training.options import TrainingOptions
 from diffusers_dpm.training.train_diffusion import train
 from diffusers_dpm.training.unet_presets import ddpm_unet
-from tests.commands import check_errors, help_of, resumed, two_equal_one, written
+from tests.commands import check_errors, checked_folder, help_of, resumed, two_equal_one
 
 
 pytestmark = pytest.mark.usefixtures("fresh_process")
@@ -56,7 +56,7 @@ def estimates(folder):
 
 def test_end_to_end(run, capsys):
     assert cli(["statistics", *command(run)]) == 0
-    folder = written(run / "analytic_dpm", "statistics")
+    folder = checked_folder(run / "analytic_dpm", "statistics")
     statistics = PosteriorStatistics.load(folder / "statistics.json")
     pipeline = DPMPipeline.from_pretrained(run)
     expected = estimate_statistics(

@@ -25,7 +25,7 @@ from diffusers_dpm.training.loss import ClassifierLoss
 from diffusers_dpm.training.options import ClassifierTrainingOptions
 from diffusers_dpm.training.timestep_sampling import timestep_quantile
 from diffusers_dpm.training.trained_paths import kind_of
-from diffusers_dpm.training.trainer import Trainer, check_unrelated
+from diffusers_dpm.training.trainer import Trainer, check_beside_pipeline
 from diffusers_dpm.training.unet_presets import read_config
 
 
@@ -44,7 +44,7 @@ class ClassifierTrainer(Trainer):
         self.folder = Path(pipeline_folder)
         self.model_run = RunFolder(self.folder)
         run_folder, result = self.model_run.classifier_training, self.model_run.classifier
-        check_unrelated(result, run_folder, options)
+        check_beside_pipeline(result, run_folder, options)
         self.pipeline = load_pipeline(str(self.folder), any_process=True)
         self.command = f"train-classifier {self.folder}"
         super().__init__(options, run_folder, result)

@@ -23,7 +23,7 @@ from diffusers_dpm.records import atomic_folder, move_children, weights_hash
 from diffusers_dpm.run_folder import RunFolder
 from diffusers_dpm.schedulers.noise_schedule import NoiseSchedule, affine
 from diffusers_dpm.training.options import VarianceTrainingOptions
-from diffusers_dpm.training.trainer import Trainer, check_unrelated
+from diffusers_dpm.training.trainer import Trainer, check_beside_pipeline
 
 
 NUM_KNOTS = 129  # at which a head knows lambda; between them it is linear
@@ -102,7 +102,7 @@ class VarianceTrainer(Trainer):
         self.folder = Path(pipeline_folder)
         self.model_run = RunFolder(self.folder)
         run_folder, result = self.model_run.variance_training, self.model_run.variance_head
-        check_unrelated(result, run_folder, options)
+        check_beside_pipeline(result, run_folder, options)
         self.pipeline = load_pipeline(str(self.folder))
         self.conditional = is_conditional(self.pipeline.unet)
         self.command = f"train-variance {self.folder}"

@@ -399,8 +399,12 @@ class Trainer(ABC):
         return self.state.ema_model or self.state.model
 
 
-def check_unrelated(result: Path, run_folder: Path, options: Any) -> None:
-    """Refuse to train beside a pipeline that is not there, or where another training left its `result`."""
+def check_beside_pipeline(result: Path, run_folder: Path, options: Any) -> None:
+    """Of a training whose `result` lies in a pipeline's folder.
+
+    Raises:
+        DiffusersDPMError: there is no such folder, or `result` is there without the `run_folder` that it came from.
+    """
     if not result.parent.is_dir():
         raise DiffusersDPMError(f"{result.parent} is not a folder")
     if result.exists() and not run_folder.exists() and not options.overwrite:

@@ -94,7 +94,8 @@ def calibrate(
     """Fit rows to a network for each of some numbers of steps. No images are needed, only noise.
 
     A table is left out unless, on images of its own, it is nearer to the teacher than the best of `SOLVERS`, by more
-    than two standard errors of the difference. With `accelerator` every process must make the call.
+    than two standard errors of the difference. With `accelerator` every process must make the call, and gets the
+    result.
 
     Args:
         unet: a network with C or 2C output channels, on its device.
@@ -209,7 +210,7 @@ def check_steps(steps: Sequence[int], teacher_steps: int) -> None:
 
 
 def is_nearer(table: Table) -> bool:
-    """Whether chance is an unlikely reason for the smaller mean: single images that land elsewhere move both."""
+    """Whether it is nearer than the solver by two standard errors: one image that lands elsewhere moves a mean."""
     return table["solver_mean_error"] - table["mean_error"] > 2 * table["standard_error"]
 
 

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 
-SCOPES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+SCOPES = (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)  # whose variables are their own
 parse = functools.cache(ast.parse)  # the classes of a run share most of their files
 
 
@@ -106,7 +106,7 @@ def assigned(node: ast.AST) -> Iterator[str]:
     Not `symtable`, which from Python 3.12 on takes the variables of comprehensions for the module's.
     """
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield child.name
         elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
             yield child.id
