@@ -18,7 +18,7 @@ from ode_error import build
 from tqdm.auto import tqdm
 
 from diffusers_dpm import DPMSolverScheduler
-from diffusers_dpm.calibration.fit import STARTS, teacher_states
+from diffusers_dpm.calibration.fit import STARTS, teacher_for, teacher_states
 from diffusers_dpm.calibration.inputs import Network, initial_noise
 from diffusers_dpm.calibration.student import Student, Walk
 from diffusers_dpm.calibration.tables import solver_for
@@ -35,7 +35,7 @@ def student_of(
     """What `calibrate` fits with its default arguments, unclipped; and the scheduler that it is given."""
     benchmark = Benchmark(run, output.with_suffix(".json"), batch_size, COUNTS)
     unet, scheduler = benchmark.pipe.unet.eval(), build(DPMSolverScheduler, {}, benchmark.schedule)
-    teacher = solver_for(scheduler, timestep_spacing="quadratic")
+    teacher = teacher_for(scheduler)
     teacher.set_timesteps(teacher_steps)
     network = Network(unet, teacher, {}, None, batch_size)
     noise = initial_noise(unet, None, 3 * num_images, seed=0)

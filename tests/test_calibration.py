@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 
 from diffusers_dpm.calibration import student
-from diffusers_dpm.calibration.fit import FITTED, SOLVERS, calibrate, network_calls
+from diffusers_dpm.calibration.fit import FITTED, SOLVERS, calibrate, network_calls, teacher_for
 from diffusers_dpm.calibration.inputs import Network, initial_noise
 from diffusers_dpm.calibration.student import MAX_HISTORY, RIDGE, Student, fit_row
 from diffusers_dpm.calibration.tables import Calibration, solver_for
@@ -198,7 +198,7 @@ def test_tables_of_gaussian_data_are_as_good_as_their_teacher():
     assert [len(table["timesteps"]) for table in calibration.tables] == [1, 2, 5]
     noise = initial_noise(unet, None, 8, seed=77)
     exact = moved(noise, SCHEDULE[999], CLEAN)
-    teacher = rms(sampled(unet, solver_for(SCHEDULER, timestep_spacing="quadratic"), noise, 40) - exact)
+    teacher = rms(sampled(unet, teacher_for(SCHEDULER), noise, 40) - exact)
     assert 1e-5 < teacher < 0.01
     for n in (1, 2, 5):
         ours = rms(sampled(unet, calibration.scheduler(SCHEDULER), noise, n) - exact)
@@ -246,7 +246,7 @@ def test_the_report_is_of_the_best_solver_on_its_own_images(fitted):
     """Which the settings of neither rows nor solver were chosen by."""
     unet, count = ExactNetwork(), THOROUGH["num_images"]
     noise = initial_noise(unet, None, 3 * count, 0)[2 * count :]
-    teacher = sampled(unet, solver_for(SCHEDULER, timestep_spacing="quadratic"), noise, THOROUGH["teacher_steps"])
+    teacher = sampled(unet, teacher_for(SCHEDULER), noise, THOROUGH["teacher_steps"])
     for table in fitted.tables:
         errors = [
             (solved(unet, solver, table["timesteps"], noise) - teacher).square().flatten(1).mean(1).sqrt()
@@ -346,7 +346,7 @@ def test_sampling_the_reports_noises_gives_the_reported_errors(network, options,
         return sampled(unet, one, noise, steps, **guidance, **labels)[16:]
 
     calibrated = calibration.scheduler(scheduler, guidance_scale=2.0 if guided else None)
-    teacher = images(solver_for(scheduler, timestep_spacing="quadratic"), 40)
+    teacher = images(teacher_for(scheduler), 40)
     for error, one in (("error", calibrated), ("solver_error", best_solver_of(table, scheduler))):
         assert rms(images(one, n) - teacher) == pytest.approx(table[error], rel=1e-8)
     assert table["error"] < table["solver_error"]
@@ -357,7 +357,7 @@ def test_a_real_network_in_float32():
     calibration = calibrate(unet, SCHEDULER, (4,), num_images=4, teacher_steps=40, max_walks=2)
     noise = initial_noise(unet, None, 12, seed=0)
     assert noise.dtype == torch.float32
-    teacher = sampled(unet, solver_for(SCHEDULER, timestep_spacing="quadratic"), noise, 40)
+    teacher = sampled(unet, teacher_for(SCHEDULER), noise, 40)
     images = sampled(unet, calibration.scheduler(SCHEDULER), noise, 4)
     (table,) = calibration.tables
     assert table["error"] < 0.8 * table["solver_error"]
@@ -373,7 +373,7 @@ def test_rows_for_a_network_that_guides_itself():
     few = {"num_images": 4, "teacher_steps": 40, "max_walks": 2, "batch_size": 5}
     calibration = calibrate(unet, SCHEDULER, (4,), **few, **options)
     noise = initial_noise(unet, None, 12, seed=0)
-    teacher = sampled(unet, solver_for(SCHEDULER, timestep_spacing="quadratic"), noise, 40, **options)
+    teacher = sampled(unet, teacher_for(SCHEDULER), noise, 40, **options)
     images = sampled(unet, calibration.scheduler(SCHEDULER), noise, 4, **options)
     (table,) = calibration.tables
     assert (table["guidance_scale"], table["classifier"]) == (3.0, "null class")
@@ -391,7 +391,7 @@ def test_tables_under_guidance_are_for_that_guidance(fitted):
     assert table["guidance_scale"] == 3.0
     noise = initial_noise(unet, None, 24, seed=77)
     options = {"classifier": classifier, "class_labels": [0, 1] * 12, "guidance_scale": 3.0}
-    teacher = sampled(unet, solver_for(SCHEDULER, timestep_spacing="quadratic"), noise, 100, **options)
+    teacher = sampled(unet, teacher_for(SCHEDULER), noise, 100, **options)
     both = fitted.with_tables_of(guided)
     errors = [
         rms(sampled(unet, both.scheduler(SCHEDULER, guidance_scale=scale), noise, n, **options) - teacher)
@@ -481,7 +481,7 @@ def test_a_conditional_network_of_latents():
             x = scheduler.step(output, t, x).prev_sample
         return x
 
-    distance = walk(calibration.scheduler(stock), 3) - walk(solver_for(stock, timestep_spacing="quadratic"), 30)
+    distance = walk(calibration.scheduler(stock), 3) - walk(teacher_for(stock), 30)
     assert rms(distance) == pytest.approx(table["error"], rel=1e-3)
 
 

@@ -62,7 +62,7 @@ SMALL = {
     "train-variance": "--max-train-steps 2 --log-with none",
     "train-features": "--max-train-steps 2 --log-with none",
     "statistics": "--num-samples 2 --timesteps 3",
-    "calibrate": "--steps 5 10 --num-images 24 --max-walks 1 --teacher-steps 20",
+    "calibrate": "--steps 5 10 --num-images 16 --max-walks 1 --teacher-steps 20",
     "calibrate --prompts": "--steps 2 --num-images 1 --max-walks 0 --teacher-steps 4 --call height=8 width=8 "
     "--dtype float32",
     "publish-calibration": "",

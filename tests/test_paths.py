@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from diffusers_dpm.adaptive import CONTROLLERS, Integrator, Node, StepPlan, integrate_adaptive, plan_timesteps
-from diffusers_dpm.calibration.fit import calibrate
+from diffusers_dpm.calibration.fit import calibrate, teacher_for
 from diffusers_dpm.calibration.inputs import initial_noise
 from diffusers_dpm.calibration.tables import Calibration, solver_for
 from diffusers_dpm.likelihood.bound import PredictionErrors, bound_from_errors, evidence_lower_bound, noise_key
@@ -191,6 +191,17 @@ def sampled(unet, scheduler, noise, n, classifier=None, **options):
 
 
 @PATH
+def test_the_teacher_is_nearer_than_its_solver_uncorrected(process, kind):
+    unet, scheduler = PathNetwork(process, kind, **MIXTURE), on_path(DDIMScheduler, process, kind)
+    teacher = teacher_for(scheduler)
+    uncorrected = DPMSolverScheduler.from_config(teacher.config, unic=None)
+    noise = initial_noise(unet, None, 16, seed=0)
+    solution = sampled(unet, solver_for(scheduler, timestep_spacing="logsnr", unic="bh2"), noise, 400)
+    errors = [(sampled(unet, one, noise, 60) - solution).square().mean().sqrt() for one in (teacher, uncorrected)]
+    assert errors[0] < 0.6 * errors[1] < 0.005
+
+
+@PATH
 @pytest.mark.parametrize("guided", [False, True])
 def test_sampling_with_fitted_rows_gives_the_reported_errors(process, kind, guided):
     unet, scheduler = PathNetwork(process, kind, **MIXTURE), on_path(DDIMScheduler, process, kind)
@@ -202,8 +213,7 @@ def test_sampling_with_fitted_rows_gives_the_reported_errors(process, kind, guid
     assert table["mean_error"] < table["solver_mean_error"]
     noise = initial_noise(unet, None, 72, seed=0)
     calibrated = calibration.scheduler(scheduler, guidance_scale=2.0 if guided else None)
-    spacing = "karras" if process["kind"] in ("edm", "ve") else "quadratic"
-    teacher = sampled(unet, solver_for(scheduler, timestep_spacing=spacing), noise, 60, **guidance, **labels)
+    teacher = sampled(unet, teacher_for(scheduler), noise, 60, **guidance, **labels)
     images = sampled(unet, calibrated, noise, 4, **guidance, **labels)
     error = (images - teacher)[48:].square().mean().sqrt().item()
     assert error == pytest.approx(table["error"], rel=1e-4)

@@ -5,8 +5,8 @@
     pipe.scheduler = calibration.scheduler(pipe.scheduler)
     pipe(num_inference_steps=5)
 
-A teacher, DPM-Solver++ in a few hundred steps, takes noise to images and leaves its states at all of its timesteps. A
-student of n steps walks from the same noise down n of them. At each step
+A teacher, DPM-Solver++ with UniPC's corrector in a few hundred steps, takes noise to images and leaves its states at
+all of its timesteps. A student of n steps walks from the same noise down n of them. At each step
 
     x_s = a x_t + sum_j b_j x0_j
 
@@ -193,9 +193,12 @@ def fit_network(
 
 
 def teacher_for(scheduler: Any) -> DPMSolverScheduler:
-    """The solver, on a grid that is dense at low noise: of sigmas to 80 and above, squares are too few there."""
+    """The solver, on a grid that is dense at low noise: of sigmas to 80 and above, squares are too few there.
+
+    It is corrected, which costs no call: of flow matching, 100 steps without are four times as far from the solution.
+    """
     is_sigma = isinstance(solver_for(scheduler).schedule, SigmaSchedule)
-    return solver_for(scheduler, timestep_spacing="karras" if is_sigma else "quadratic")
+    return solver_for(scheduler, timestep_spacing="karras" if is_sigma else "quadratic", unic="bh2")
 
 
 def limited(teacher_steps: int, scheduler: Any) -> int:
@@ -319,7 +322,7 @@ def teacher_states(
             x, x0s, changed = noise[part], NO_TENSORS, True
             states[0, part] = x.cpu()
             for i, (row, t) in enumerate(zip(teacher.updates, teacher.timesteps.tolist(), strict=True), 1):
-                x0s = (network(x, t, teacher.levels[i - 1], start), *x0s)[:2]
+                x0s = (network(x, t, teacher.levels[i - 1], start), *x0s)[:MAX_HISTORY]
                 x = row.apply(x, x0s)
                 if i in kept:
                     states[kept.index(i), part] = x.cpu()

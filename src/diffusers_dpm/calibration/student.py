@@ -51,7 +51,8 @@ class Student:
         self.network, self.states, self.num_images = network, states, num_images
         self.timesteps: list[float] = teacher.timesteps.tolist()[::stride]
         self.levels = [*teacher.levels[:-1:stride], teacher.levels[-1]]
-        self.solvers = {order: DPMSolverScheduler.from_config(teacher.config, solver_order=order) for order in (1, 2)}
+        config = {**teacher.config, "unic": None}
+        self.solvers = {order: DPMSolverScheduler.from_config(config, solver_order=order) for order in (1, 2)}
 
     def noise(self, first: int = 0, end: int | None = None) -> Tensor:
         """x_T of images `first` .. `end` - 1, at least in float32, whatever the states are kept in."""
