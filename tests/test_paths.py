@@ -207,15 +207,16 @@ def test_sampling_with_fitted_rows_gives_the_reported_errors(process, kind, guid
     unet, scheduler = PathNetwork(process, kind, **MIXTURE), on_path(DDIMScheduler, process, kind)
     classifier = PathClassifier(process, **MIXTURE) if guided else None
     guidance = {"classifier": classifier, "guidance_scale": 2.0} if guided else {}
-    labels = {"class_labels": [1, 0, 0] * 24} if guided else {}
+    count = QUICK["num_images"]
+    labels = {"class_labels": [1, 0, 0] * count} if guided else {}
     calibration = calibrate(unet, scheduler, (4,), **QUICK, **guidance, **labels)
     (table,) = calibration.tables
     assert table["mean_error"] < table["solver_mean_error"]
-    noise = initial_noise(unet, None, 72, seed=0)
+    noise = initial_noise(unet, None, 3 * count, seed=0)
     calibrated = calibration.scheduler(scheduler, guidance_scale=2.0 if guided else None)
     teacher = sampled(unet, teacher_for(scheduler), noise, 60, **guidance, **labels)
     images = sampled(unet, calibrated, noise, 4, **guidance, **labels)
-    error = (images - teacher)[48:].square().mean().sqrt().item()
+    error = (images - teacher)[2 * count :].square().mean().sqrt().item()
     assert error == pytest.approx(table["error"], rel=1e-4)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusers_dpm.calibration.inputs import BatchedNetwork
+from diffusers_dpm.calibration.tables import solver_for
 from diffusers_dpm.schedulers import DPMSolverScheduler, Level, Update
 
 
@@ -51,8 +52,7 @@ class Student:
         self.network, self.states, self.num_images = network, states, num_images
         self.timesteps: list[float] = teacher.timesteps.tolist()[::stride]
         self.levels = [*teacher.levels[:-1:stride], teacher.levels[-1]]
-        config = {**teacher.config, "unic": None}
-        self.solvers = {order: DPMSolverScheduler.from_config(config, solver_order=order) for order in (1, 2)}
+        self.solvers = {order: solver_for(teacher, solver_order=order) for order in (1, 2)}
 
     def noise(self, first: int = 0, end: int | None = None) -> Tensor:
         """x_T of images `first` .. `end` - 1, at least in float32, whatever the states are kept in."""
